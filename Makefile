@@ -1,0 +1,51 @@
+# The front door. Each target is one command; `make help` lists them.
+MODEL   ?= fastvlm/demo_checkpoint
+QUANT   ?= fp16
+ARTEFACT ?= build/$(notdir $(patsubst %/,%,$(MODEL)))-$(QUANT)
+PYTHON  ?= $(firstword $(foreach p,python3.11 python3.12 python3.13 python3,$(shell command -v $(p) 2>/dev/null)))
+VENV    ?= .venv
+RUN      = $(VENV)/bin/python -m
+READY    = $(VENV)/.ready
+EXTRA   ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup export parity verify demo bench-export test lint clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo "  variables: MODEL=$(MODEL) QUANT=$(QUANT) ARTEFACT=$(ARTEFACT) EXTRA=\"more flags\""
+
+setup: $(READY) ## Make the virtual environment (nothing to do when requirements.txt did not change)
+
+$(READY): requirements.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(not (3, 11) <= v <= (3, 13))' || \
+		{ echo "error: Python: got $$($(PYTHON) --version 2>&1), expected 3.11 to 3.13: make setup PYTHON=/path/to/python3.11" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $(READY)
+
+export: $(READY) ## Checkpoint MODEL to a proven artefact at ARTEFACT, with QUANT (fp16 bf16 int8 int4)
+	@$(RUN) model_export all --checkpoint "$(MODEL)" --output-dir "$(ARTEFACT)" --quant "$(QUANT)" --overwrite $(EXTRA)
+
+parity: $(READY) ## Compare ARTEFACT with MODEL and write the report page
+	@$(RUN) benchmarks parity --reference "$(MODEL)" --candidate "$(ARTEFACT)" $(EXTRA)
+
+verify: $(READY) ## Check every file of ARTEFACT against its manifest
+	@$(RUN) model_export verify "$(ARTEFACT)" $(EXTRA)
+
+demo: $(READY) ## Draw pictures, ask the demo checkpoint, show the answers
+	@$(RUN) fastvlm demo $(EXTRA)
+
+bench-export: $(READY) ## Measure the export, the executor and the answers against their bars
+	@$(RUN) benchmarks export $(EXTRA)
+
+lint: $(READY) ## Format, lint and type checks
+	@$(VENV)/bin/ruff format --check --quiet .
+	@$(VENV)/bin/ruff check --quiet .
+	@$(RUN) mypy
+
+test: lint ## Lint, then all tests (offline)
+	@$(RUN) pytest $(EXTRA)
+
+clean: ## Remove what the targets made, the virtual environment included
+	rm -rf build $(VENV)

@@ -1,0 +1,1 @@
+"""Metrics, tolerances, parity and timing."""

@@ -1,0 +1,124 @@
+"""What a figure was obtained on: machine, processor, memory, system and versions."""
+
+import os
+import platform
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+PACKAGES = (
+    "torch",
+    "timm",
+    "transformers",
+    "coremltools",
+    "mlx",
+    "mlx-lm",
+    "numpy",
+    "pillow",
+    "safetensors",
+    "tokenizers",
+)
+# Processor features that change how fast (and in which precision) PyTorch's kernels run.
+_FLAGS = (
+    "avx2",
+    "avx512f",
+    "avx512_vnni",
+    "avx512_bf16",
+    "avx512_fp16",
+    "amx_tile",
+    "amx_bf16",
+    "amx_int8",
+    "asimd",
+    "bf16",
+    "i8mm",
+)
+
+
+def describe() -> dict[str, Any]:
+    """Machine and versions: everything here stays the same from one run to the next (see `load` for what does not).
+
+    Memory is in GiB. A package that is not installed is left out. PyTorch's threads are given once it is imported.
+    """
+    torch = sys.modules.get("torch")
+    return {
+        "machine": platform.machine(),
+        "cpu": _cpu_model(),
+        "cpu_features": _cpu_flags(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "torch_threads": torch.get_num_threads() if torch else None,
+        "memory_gib": _memory_gib(),
+        "system": _system(),
+        "python": platform.python_version(),
+        "packages": versions(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Installed version of each package that has a part in a figure."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def load() -> dict[str, float | None]:
+    """How busy the machine is now: mean number of runnable processes over 1, 5 and 15 minutes."""
+    average = os.getloadavg() if hasattr(os, "getloadavg") else (None, None, None)
+    return dict(zip(("1min", "5min", "15min"), average))
+
+
+def machine_line(environment: dict[str, Any] | None = None) -> str:
+    """One line naming the machine, for a table's foot."""
+    known = environment or describe()
+    features = f" ({', '.join(known['cpu_features'])})" if known["cpu_features"] else ""
+    threads = f", {known['torch_threads']} threads" if known["torch_threads"] else ""
+    return f"{known['cpu']}{features}, {known['cores']} cores{threads}, {known['memory_gib']} GiB, {known['system']}"
+
+
+def _sysctl(name: str) -> str:
+    try:
+        return subprocess.run(
+            ["sysctl", "-n", name], capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def _cpu_info(*keys: str) -> str:
+    path = Path("/proc/cpuinfo")
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
+        key, _, value = line.partition(":")
+        if key.strip() in keys:
+            return value.strip()
+    return ""
+
+
+def _cpu_model() -> str:
+    if sys.platform == "darwin":
+        return _sysctl("machdep.cpu.brand_string") or platform.machine()
+    return _cpu_info("model name") or platform.processor() or platform.machine()
+
+
+def _cpu_flags() -> list[str]:
+    flags = _cpu_info("flags", "Features").split()
+    return [flag for flag in _FLAGS if flag in flags]
+
+
+def _memory_gib() -> float:
+    if sys.platform == "darwin":
+        return round(int(_sysctl("hw.memsize") or 0) / 2**30, 1)
+    return round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1)
+
+
+def _system() -> str:
+    if sys.platform == "darwin":
+        return f"macOS {platform.mac_ver()[0]}"
+    try:
+        return platform.freedesktop_os_release()["PRETTY_NAME"]
+    except (OSError, KeyError):
+        return f"{platform.system()} {platform.release()}"

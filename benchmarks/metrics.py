@@ -1,0 +1,125 @@
+"""How far a candidate is from its reference: plain formulas in float64, in which NaN and infinity never look good.
+
+A reference or candidate that is not finite gets the worst value of the metric. Arrays that cannot be compared
+(empty, or of two shapes) raise ValueError: a comparison that cannot happen has no figure.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+_POSITIONS_AT_ONCE = 16  # a row of Qwen2's logits is 152 k values: float64 copies of few rows at a time
+_VALUES_AT_ONCE = 1 << 20  # an activation at 1024 x 1024 has 25 M values: float64 copies of a part at a time
+
+
+def _pair(reference: Any, candidate: Any) -> tuple[np.ndarray, np.ndarray]:
+    a, b = np.asarray(reference), np.asarray(candidate)
+    if a.shape != b.shape:
+        raise ValueError(f"cannot compare arrays of shapes {a.shape} and {b.shape}")
+    if a.size == 0:
+        raise ValueError("cannot compare empty arrays")
+    return a, b
+
+
+def _parts(a: np.ndarray, b: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Both arrays, flattened, as float64 and part by part."""
+    a, b = a.ravel(), b.ravel()
+    for start in range(0, a.size, _VALUES_AT_ONCE):
+        part = slice(start, start + _VALUES_AT_ONCE)
+        yield a[part].astype(np.float64), b[part].astype(np.float64)
+
+
+def _finite(*arrays: np.ndarray) -> bool:
+    return all(bool(np.isfinite(array).all()) for array in arrays)
+
+
+def _largest(array: np.ndarray) -> float:
+    return max(abs(float(array.max())), abs(float(array.min())))
+
+
+def snr_db(reference: Any, candidate: Any) -> float:
+    """Signal-to-noise ratio in dB: 10 log10(Σ r² / Σ (r − c)²).
+
+    Equal arrays give +inf; a candidate (or reference) that is not finite, and noise on a silent reference, −inf.
+    """
+    a, b = _pair(reference, candidate)
+    if not _finite(a, b):
+        return -math.inf
+    if np.array_equal(a, b):
+        return math.inf
+    largest = max(_largest(a), _largest(b))
+    signal = noise = 0.0
+    for r, c in _parts(a, b):
+        r, c = r / largest, c / largest  # the ratio does not change, and no square overflows
+        signal += float(r @ r)
+        noise += float(np.sum(np.square(r - c)))
+    if signal == 0:
+        return -math.inf
+    return 10 * (math.log10(signal) - math.log10(noise or 5e-324))  # a difference so small that its square is 0
+
+
+def cosine(reference: Any, candidate: Any) -> float:
+    """Cosine similarity of the flattened arrays: r·c / (|r| |c|), in −1…1.
+
+    Two zero vectors give 1, one zero vector 0, anything not finite −1.
+    """
+    a, b = _pair(reference, candidate)
+    if not _finite(a, b):
+        return -1.0
+    sizes = _largest(a), _largest(b)
+    if 0 in sizes:
+        return 1.0 if sizes == (0, 0) else 0.0
+    product = square_a = square_b = 0.0
+    for r, c in _parts(a, b):
+        r, c = r / sizes[0], c / sizes[1]  # so that no square overflows
+        product, square_a, square_b = product + float(r @ c), square_a + float(r @ r), square_b + float(c @ c)
+    return max(-1.0, min(1.0, product / math.sqrt(square_a * square_b)))
+
+
+def max_abs(reference: Any, candidate: Any) -> float:
+    """Largest absolute difference, max |r − c|, in the arrays' own unit; +inf if anything is not finite."""
+    a, b = _pair(reference, candidate)
+    return max(float(np.abs(r - c).max()) for r, c in _parts(a, b)) if _finite(a, b) else math.inf
+
+
+def log_softmax(logits: Any) -> np.ndarray:
+    """x − log Σ exp x over the last axis, in float64, shifted by the maximum so that nothing overflows."""
+    x = np.asarray(logits, dtype=np.float64)
+    x = x - x.max(axis=-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(axis=-1, keepdims=True))
+
+
+def kl_divergence(reference: Any, candidate: Any) -> float:
+    """Kullback-Leibler divergence in nats, mean over positions: Σ_v p (log p − log q), with p and q the softmax of
+    reference and candidate logits (..., V). 0 for equal logits (and any shift of a row), +inf if anything isn't finite.
+    """
+    a, b = _pair(reference, candidate)
+    a, b = a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1])
+    if not _finite(a, b):
+        return math.inf
+    total = 0.0
+    for start in range(0, len(a), _POSITIONS_AT_ONCE):
+        p, q = log_softmax(a[start : start + _POSITIONS_AT_ONCE]), log_softmax(b[start : start + _POSITIONS_AT_ONCE])
+        total += float(np.sum(np.exp(p) * (p - q)))
+    return max(0.0, total / len(a))  # rounding can leave −1e-17
+
+
+def top1_agreement(reference: Any, candidate: Any) -> float:
+    """Fraction of positions whose largest logit (..., V) is the same token; a row that is not finite disagrees."""
+    a, b = _pair(reference, candidate)
+    a, b = a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1])
+    sound = np.isfinite(a).all(axis=-1) & np.isfinite(b).all(axis=-1)
+    return float(np.mean(sound & (a.argmax(axis=-1) == b.argmax(axis=-1))))
+
+
+def first_divergence(reference: Sequence[int], candidate: Sequence[int]) -> int | None:
+    """Index of the first token that differs, None when the sequences are equal.
+
+    Where one sequence is the start of the other it is the length of the shorter one: there one of them stops.
+    """
+    for index, (a, b) in enumerate(zip(reference, candidate)):
+        if a != b:
+            return index
+    return None if len(reference) == len(candidate) else min(len(reference), len(candidate))

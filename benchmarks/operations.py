@@ -1,0 +1,169 @@
+"""Where a saved program leaves its reference: the package run operation by operation, in lockstep with another run.
+
+Two comparisons. *Rounding*: each operation as typed against the same operation of the same program in float32.
+*Layers*: each convolution and linear layer of the program, in order, against the PyTorch layer that it came from.
+Nothing is kept: a pair of values is compared as soon as both are there.
+"""
+
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import zip_longest
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from benchmarks.metrics import snr_db
+from fastvlm.errors import CheckFailed
+from model_export import contract, mil
+
+_LAYERS: dict[type[nn.Module], str] = {nn.Conv2d: "conv", nn.Linear: "linear"}
+
+
+@dataclass(frozen=True)
+class Value:
+    """One output of one operation (its name and type in the program; is it fp16 there?) or of one PyTorch layer."""
+
+    name: str
+    type: str
+    array: np.ndarray
+    half: bool = False
+
+
+@dataclass(frozen=True)
+class Error:
+    """SNR in dB of one output: `index` of its operation among those compared, `layer` its PyTorch name where known."""
+
+    index: int
+    name: str
+    type: str
+    snr_db: float
+    layer: str | None = None
+
+
+Emit = Callable[[Value], None]
+
+
+class _Stopped(BaseException):
+    """Ends a run that nobody reads any more."""
+
+
+def lockstep(run: Callable[[Emit], Any]) -> Iterator[Value]:
+    """Turn a run that calls back for each value into an iterator: the run waits, in a thread, until a value is used."""
+    values: SimpleQueue[Value | BaseException | None] = SimpleQueue()
+    turn, stopped = threading.Semaphore(0), threading.Event()
+
+    def emit(value: Value) -> None:
+        values.put(value)
+        turn.acquire()
+        if stopped.is_set():
+            raise _Stopped
+
+    def work() -> None:
+        try:
+            run(emit)
+            values.put(None)
+        except BaseException as error:
+            values.put(error)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        while (value := values.get()) is not None:
+            if isinstance(value, BaseException):
+                raise value
+            yield value
+            turn.release()
+    finally:
+        stopped.set()
+        turn.release()
+        thread.join()
+
+
+def program_values(package: Path, pixels: np.ndarray, compute: str) -> Callable[[Emit], Any]:
+    """A run of the package in the MIL executor; pixels (1, 3, S, S) float32, `compute` "as-typed" or "float32"."""
+    executor = mil.load(package, compute=compute)
+
+    def run(emit: Emit) -> None:
+        def watch(operation: mil.Operation, outputs: Mapping[str, torch.Tensor]) -> None:
+            for value in _floats(operation, outputs):
+                emit(value)
+
+        executor.run({contract.INPUT: pixels}, watch=watch)
+
+    return run
+
+
+def _floats(operation: mil.Operation, outputs: Mapping[str, torch.Tensor]) -> Iterator[Value]:
+    half = {output.name for output in operation.outputs if output.type is not None and output.type.dtype == "fp16"}
+    for name, value in outputs.items():
+        if value.is_floating_point():
+            yield Value(name, operation.type, value.numpy(), name in half)
+
+
+def layer_values(encoder: nn.Module, pixels: np.ndarray) -> Callable[[Emit], Any]:
+    """A run of a folded PyTorch encoder that emits the output of each convolution and linear layer."""
+
+    def run(emit: Emit) -> None:
+        handles = [
+            layer.register_forward_hook(
+                lambda _, __, output, name=name, kind=kind: emit(Value(name, kind, output.numpy()))
+            )
+            for name, layer in encoder.named_modules()
+            if (kind := _LAYERS.get(type(layer)))
+        ]
+        try:
+            with torch.inference_mode():
+                encoder.forward_features(torch.from_numpy(pixels))  # type: ignore[operator]
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    return run
+
+
+def rounding_errors(package: Path, pixels: np.ndarray) -> tuple[list[Error], str]:
+    """SNR of every operation as typed against float32; and the precision that the program computes in."""
+    typed, exact = (lockstep(program_values(package, pixels, compute)) for compute in ("as-typed", "float32"))
+    errors, half = [], False
+    for index, (value, reference) in enumerate(zip(typed, exact, strict=True)):
+        half |= value.half
+        errors.append(Error(index, value.name, value.type, _snr(reference.array, value.array)))
+    return errors, "float16" if half else "float32"
+
+
+def layer_errors(package: Path, encoder: nn.Module, pixels: np.ndarray) -> list[Error]:
+    """SNR of each convolution and linear layer of the program as typed against the folded PyTorch encoder's.
+
+    Raises CheckFailed when the program's layers are not the encoder's, one to one and in order.
+    """
+    errors: list[Error] = []
+    layers = lockstep(layer_values(encoder, pixels))
+    for value, layer in zip_longest(_numbered_layers(package, pixels), layers):
+        if value is None or layer is None or value[1].type != layer.type or value[1].array.size != layer.array.size:
+            got = "nothing more" if value is None else f"{value[1].type} {value[1].name} {list(value[1].array.shape)}"
+            expected = "nothing more" if layer is None else f"{layer.type} {layer.name} {list(layer.array.shape)}"
+            raise CheckFailed(
+                f"the program's layers are not the reference's: layer {len(errors)}: got {got}, expected {expected}"
+            )
+        index, output = value
+        errors.append(
+            Error(index, output.name, output.type, _snr(layer.array.ravel(), output.array.ravel()), layer.name)
+        )
+    return errors
+
+
+def _numbered_layers(package: Path, pixels: np.ndarray) -> Iterator[tuple[int, Value]]:
+    for index, value in enumerate(lockstep(program_values(package, pixels, "as-typed"))):
+        if value.type in _LAYERS.values():
+            yield index, value
+
+
+def _snr(reference: np.ndarray, candidate: np.ndarray) -> float:
+    if reference.shape != candidate.shape:
+        return -np.inf
+    return snr_db(reference, candidate)

@@ -1,0 +1,355 @@
+"""Is the artefact still the model it was made from? Both sides from disk, each stage against its tolerance.
+
+Nothing here depends on the clock or on where the artefact lies: the same two folders give the same document on the same
+machine, so that it can go into the manifest.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from benchmarks import environment, metrics, pictures, tolerances
+from benchmarks.operations import Error, layer_errors, rounding_errors
+from benchmarks.pictures import LIMIT, Picture
+from fastvlm.errors import CheckFailed, UserError
+from fastvlm.surface import FastVLM
+from model_export import contract
+
+MAX_NEW_TOKENS = 48  # of each answer
+
+# Each figure in the order of the pipeline: its name for people, and how the pictures' figures become one.
+LABELS = {
+    "preprocessing": "pixel values",
+    "operation_snr": "worst operation, as typed against float32",
+    "layer_snr": "worst layer against PyTorch",
+    "encoder_snr": "encoder features, signal to noise",
+    "encoder_cosine": "encoder features, cosine",
+    "encoder_max_abs": "encoder features, largest error",
+    "merged_snr": "merged embeddings, signal to noise",
+    "prefill_kl": "prefill logits, KL divergence",
+    "prefill_top1": "prefill logits, same most likely token",
+    "greedy_tokens": "greedy decoding, same tokens",
+    "greedy_answers": "greedy decoding, same answer",
+}
+_WORST: dict[str, Callable[[list[float]], float]] = {
+    "preprocessing": max,
+    "encoder_snr": min,
+    "encoder_cosine": min,
+    "encoder_max_abs": max,
+    "merged_snr": min,
+}
+
+
+@dataclass
+class Row:
+    """One picture: what both sides answered and the figures of each stage. `figures` are by the names of `LABELS`."""
+
+    name: str
+    source: str
+    question: str
+    truth: str | None
+    reference: str
+    candidate: str
+    divergence: dict[str, Any] | None
+    figures: dict[str, float]
+
+
+def compare(
+    reference: str | Path,
+    candidate: str | Path,
+    images: str | Path | None = None,
+    limit: int = LIMIT,
+    report: str | Path | None = None,
+    advance: Callable[..., None] | None = None,
+    vision: str = "auto",
+    llm: str = "auto",
+    command: str | None = None,
+) -> dict[str, Any]:
+    """Compare an artefact with the checkpoint that it should be. Returns a JSON-able document (keys: `document`).
+
+    `reference` is a checkpoint folder, run by PyTorch in float32; `candidate` an artefact folder, its halves run by
+    `vision` and `llm` as in `model_export.runtime.load`. `images` is a folder of the user's pictures. `advance()` is
+    called once a picture (`steps` says how many). `report` is where the HTML page goes, `command` its origin.
+
+    Raises UserError for folders or pictures that cannot be used, CheckFailed where both sides' arrays differ in shape.
+    A broken tolerance is no exception: "passed" is False.
+    """
+    import fastvlm
+    from model_export import runtime
+
+    checkpoint, artefact = Path(reference), Path(candidate)
+    chosen = pictures.choose(checkpoint, Path(images) if images else None, limit)
+    expected = fastvlm.load(checkpoint)
+    actual = runtime.load(artefact, vision=vision, llm=llm)
+    _check_comparable(expected, actual)
+    first = next(pictures.opened(chosen[:1]))
+    operations = compare_operations(checkpoint, artefact / contract.PACKAGE, expected.preprocess(first.image))
+    rows, thumbnails = [], []
+    for picture in pictures.opened(chosen):
+        rows.append(compare_picture(expected, actual, picture))
+        if report is not None:
+            thumbnails.append(thumbnail(picture.image))
+        if advance is not None:
+            advance()
+    sides = {"reference": _side(checkpoint, expected), "candidate": _side(artefact, actual)}
+    result = document(rows, operations, weight_family(artefact), sides)
+    if report is not None:
+        from benchmarks.report import write
+
+        write(Path(report), result, thumbnails, command)
+    return result
+
+
+def steps(reference: str | Path, images: str | Path | None = None, limit: int = LIMIT) -> int:
+    """How many times `compare` will call `advance` (cheap: no model is loaded)."""
+    return len(pictures.choose(Path(reference), Path(images) if images else None, limit))
+
+
+def _side(folder: Path, model: FastVLM) -> dict[str, Any]:
+    return {"name": folder.resolve().name, "runners": model.runners}
+
+
+def _check_comparable(expected: FastVLM, actual: FastVLM) -> None:
+    """Sizes have to agree before figures can."""
+    faults = [
+        f"{what}: checkpoint {a}, artefact {b}"
+        for what, a, b in (
+            ("image size", expected.image_size, actual.image_size),
+            ("image strategy", expected.preprocessor.image_strategy, actual.preprocessor.image_strategy),
+            ("vocabulary", len(expected.tokenizer), len(actual.tokenizer)),
+        )
+        if a != b
+    ]
+    if faults:
+        raise UserError(
+            f"reference and candidate cannot be compared: {'; '.join(faults)}: export the artefact from this checkpoint"
+        )
+
+
+def compare_operations(checkpoint: Path, package: Path, pixels: np.ndarray) -> dict[str, Any]:
+    """The package operation by operation on one picture (1, 3, S, S), in the MIL executor whatever else runs it.
+
+    {"precision", "rounding": [...], "layers": [...], "fault"}: lists of `operations.Error` as dictionaries in execution
+    order; `fault` says why the layers could not be matched with the checkpoint's.
+    """
+    from fastvlm.checkpoint import open_checkpoint
+    from fastvlm.model import encoder
+    from fastvlm.reparam import fold
+
+    rounding, precision = rounding_errors(package, pixels)
+    folded = fold(encoder(open_checkpoint(checkpoint)))
+    layers: list[Error] = []
+    fault = None
+    try:
+        layers = layer_errors(package, folded, pixels)
+    except CheckFailed as error:
+        fault = str(error)
+    return {"precision": precision, "rounding": _listed(rounding), "layers": _listed(layers), "fault": fault}
+
+
+def _listed(errors: list[Error]) -> list[dict[str, Any]]:
+    return [asdict(error) | {"snr_db": tolerances.number(error.snr_db)} for error in errors]
+
+
+def compare_picture(expected: FastVLM, actual: FastVLM, picture: Picture) -> Row:
+    """Run one picture through both sides, each on its own pixels, features and embeddings, to the end of the answer."""
+    pixels = [model.preprocess(picture.image) for model in (expected, actual)]
+    features = [model.encode_image(values) for model, values in zip((expected, actual), pixels)]
+    embeds = [
+        model.merge(picture.question, [model.project(values)]) for model, values in zip((expected, actual), features)
+    ]
+    logits = [model.language.logits(values) for model, values in zip((expected, actual), embeds)]
+    tokens = [list(model.language.stream(values, MAX_NEW_TOKENS)) for model, values in zip((expected, actual), embeds)]
+    answers = [_text(model, ids) for model, ids in zip((expected, actual), tokens)]
+    for what, (a, b) in {"pixels": pixels, "features": features, "merged embeddings": embeds, "logits": logits}.items():
+        if a.shape != b.shape:
+            raise CheckFailed(f"{picture.name}: {what}: got shape {b.shape}, expected {a.shape}")
+    peak = float(np.abs(features[0]).max())
+    figures = {
+        "preprocessing": metrics.max_abs(*pixels),
+        "encoder_snr": metrics.snr_db(*features),
+        "encoder_cosine": metrics.cosine(*features),
+        "encoder_max_abs": metrics.max_abs(*features) / peak if peak else math.inf,
+        "merged_snr": metrics.snr_db(*embeds),
+        "prefill_kl": metrics.kl_divergence(*logits),
+        "prefill_top1": metrics.top1_agreement(*logits),
+        "greedy_tokens": float(tokens[0] == tokens[1]),
+        "greedy_answers": float(answers[0] == answers[1]),
+    }
+    parted = _divergence(expected, actual, embeds[0], tokens)
+    return Row(picture.name, picture.source, picture.question, picture.truth, answers[0], answers[1], parted, figures)
+
+
+def _text(model: FastVLM, ids: Sequence[int]) -> str:
+    return model.tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def _divergence(
+    expected: FastVLM, actual: FastVLM, embeds: np.ndarray, tokens: list[list[int]]
+) -> dict[str, Any] | None:
+    """Where two answers part: the text before, each side's token (None: it ended) and rest, and the reference's margin.
+
+    `margin` in nats is log p(reference's token) − log p(candidate's) by the reference; near 0 it was a tie. None where
+    one of the two ended.
+    """
+    a, b = tokens
+    at = metrics.first_divergence(a, b)
+    if at is None:
+        return None
+    common = _text(expected, a[:at])
+    sides = {}
+    for side, model, ids in (("reference", expected, a), ("candidate", actual, b)):
+        upto = _text(model, ids[: at + 1])
+        sides[side] = {"token": upto[len(common) :] if at < len(ids) else None, "rest": _text(model, ids)[len(upto) :]}
+    margin = None
+    if at < len(a) and at < len(b):
+        if at:
+            embeds = np.concatenate([embeds, expected.language.embed(np.array([a[:at]], dtype=np.int64))], axis=1)
+        scores = metrics.log_softmax(expected.language.logits(embeds)[0, -1])
+        margin = tolerances.number(float(scores[a[at]] - scores[b[at]]))
+    return {"position": at, "common": common, **sides, "margin": margin}
+
+
+def weight_family(artefact: Path) -> str:
+    """One of `tolerances.FAMILIES`: the fewest bits among the artefact's weights, by its config.json and tensors."""
+    from safetensors import safe_open
+
+    config = json.loads((artefact / contract.CONFIG).read_text(encoding="utf-8"))
+    quantization = config.get("quantization")
+    if quantization:
+        own = [value["bits"] for value in quantization.values() if isinstance(value, dict)]
+        family = f"int{min([quantization['bits'], *own])}"
+    else:
+        kinds = set()
+        for file in sorted(artefact.glob(contract.WEIGHTS_GLOB)):
+            with safe_open(file, framework="numpy") as tensors:
+                kinds |= {tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118
+        family = "bf16" if "BF16" in kinds else "fp16" if kinds & {"F16", "F32"} else "unknown"
+    if family not in tolerances.FAMILIES:
+        raise UserError(
+            f"{artefact}: weights of family {family}: no tolerances for it: expected {', '.join(tolerances.FAMILIES)}"
+        )
+    return family
+
+
+def document(rows: list[Row], operations: dict[str, Any], family: str, sides: dict[str, Any]) -> dict[str, Any]:
+    """Judge the figures. Keys: passed, verdict, broken, precision, family, metrics, first_operation, exact, pictures,
+    operations, rows, reference, candidate, environment.
+
+    Raises CheckFailed when there is nothing to judge.
+    """
+    if not rows or not operations["rounding"]:
+        raise CheckFailed("parity: nothing was compared: no picture, or a program without operations")
+    limits = tolerances.for_encoder(operations["precision"]) | tolerances.for_language(family)
+    judged = {
+        name: tolerances.judge(limits[name], value) | {"label": LABELS[name]}
+        for name, value in _figures(rows, operations).items()
+    }
+    if operations["fault"]:
+        judged["layer_snr"] |= {"value": None, "passed": False, "reason": operations["fault"]}
+    for name in _WORST:
+        values = [row.figures[name] for row in rows]
+        judged[name]["worst_row"] = values.index(_WORST[name](values))
+    broken = [name for name, figure in judged.items() if figure["passed"] is False]
+    first = _first_operation(operations, limits)
+    return {
+        "passed": not broken,
+        "verdict": _verdict(judged, broken, first),
+        "broken": broken,
+        "precision": operations["precision"],
+        "family": family,
+        "metrics": judged,
+        "first_operation": first,
+        "exact": _exact(rows),
+        "pictures": {
+            source: sum(row.source == source for row in rows) for source in dict.fromkeys(row.source for row in rows)
+        },
+        "operations": operations,
+        "rows": [
+            asdict(row) | {"figures": {name: tolerances.number(value) for name, value in row.figures.items()}}
+            for row in rows
+        ],
+        **sides,
+        "environment": environment.describe(),
+    }
+
+
+def _figures(rows: list[Row], operations: dict[str, Any]) -> dict[str, float]:
+    """One figure for each of `LABELS`: the worst picture's for arrays, the mean for logits and answers."""
+    found: dict[str, float] = {
+        "operation_snr": _lowest(operations["rounding"]),
+        "layer_snr": _lowest(operations["layers"]) if operations["layers"] else -math.inf,
+    }
+    for name in rows[0].figures:
+        values = [row.figures[name] for row in rows]
+        found[name] = (
+            _WORST[name](values) if name in _WORST and not any(map(math.isnan, values)) else sum(values) / len(values)
+        )
+    return {name: found[name] for name in LABELS}
+
+
+def _lowest(errors: list[dict[str, Any]]) -> float:
+    return min(float(error["snr_db"]) for error in errors)
+
+
+def _first_operation(operations: dict[str, Any], limits: dict[str, tolerances.Tolerance]) -> dict[str, Any] | None:
+    """The earliest output that leaves its tolerance, of a layer against PyTorch or of an operation by its rounding."""
+    found = []
+    for series, metric in (("layers", "layer_snr"), ("rounding", "operation_snr")):
+        bound = limits[metric].bound
+        bad = (error for error in operations[series] if bound is not None and not float(error["snr_db"]) >= bound)
+        found += [{**error, "series": series, "tolerance": bound} for error in bad][:1]
+    return min(found, key=lambda error: error["index"], default=None)
+
+
+def _exact(rows: list[Row]) -> dict[str, int] | None:
+    known = [row for row in rows if row.truth is not None]
+    if not known:
+        return None
+    sides = {side: sum(getattr(row, side).strip() == row.truth for row in known) for side in ("reference", "candidate")}
+    return {"questions": len(known), **sides}
+
+
+def _verdict(judged: dict[str, Any], broken: list[str], first: dict[str, Any] | None) -> str:
+    if not broken:
+        reported = sum(figure["passed"] is None for figure in judged.values())
+        rest = f"; {reported} more are reported, not judged" if reported else ""
+        return f"The artefact is the model it came from: {len(judged) - reported} figures within tolerance{rest}"
+    where = f"; first at {first['type']} {first['name']}{_of_layer(first)}, {first['snr_db']} dB" if first else ""
+    names = "; ".join(judged[name]["label"] for name in broken[:2]) + (" …" if len(broken) > 2 else "")
+    return f"Not the model it came from: {len(broken)} of {len(judged)} figures out of tolerance ({names}){where}"
+
+
+def _of_layer(error: dict[str, Any]) -> str:
+    return f" ({error['layer']})" if error["layer"] else ""
+
+
+def summary(result: dict[str, Any]) -> dict[str, Any]:
+    """The figures without pictures, answers and operations: what a manifest keeps."""
+    kept = ("passed", "verdict", "broken", "precision", "family", "first_operation", "exact", "pictures")
+    figures = {
+        name: {key: figure[key] for key in ("value", "unit", "sense", "tolerance", "passed")}
+        for name, figure in result["metrics"].items()
+    }
+    runners = {side: result[side]["runners"] for side in ("reference", "candidate")}
+    return {key: result[key] for key in kept} | {"metrics": figures, "runners": runners}
+
+
+def thumbnail(image: Image.Image, side: int = 320) -> Image.Image:
+    """A copy for the page, at most `side` pixels wide and high."""
+    small = image.convert("RGB")
+    small.thumbnail((side, side))
+    return small
+
+
+def broken_lines(result: dict[str, Any]) -> Iterator[str]:
+    """One line for each broken tolerance."""
+    for name in result["broken"]:
+        figure = result["metrics"][name]
+        yield f"{name}: {figure['value']} {figure['unit']}, expected {figure['sense']} {figure['tolerance']}"

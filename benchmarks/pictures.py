@@ -1,0 +1,74 @@
+"""What a parity run looks at: the demo set for the demo checkpoint, drawn pictures for another, and the user's own."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from fastvlm.preprocessing import open_image
+from PIL import Image
+
+from fastvlm import demo
+from fastvlm.errors import UserError
+
+LIMIT = 40  # demo questions; the whole held-out set is 500
+PROMPT = "Describe the image."
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm")
+_DRAWN = 4  # pictures for a checkpoint that was not trained on them: their answers say little, their features all
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture and what is asked; `truth` where the answer is known. `source` is "demo", "drawn" or "yours"."""
+
+    name: str
+    image: Image.Image
+    question: str
+    truth: str | None
+    source: str
+
+
+def choose(checkpoint: Path, images: Path | None, limit: int) -> list["Picture | Path"]:
+    """The pictures of a run: at most `limit` demo questions (a few drawn pictures if the checkpoint does not know the
+    demo's language), then at most `limit` of the files in `images`, not yet opened.
+
+    Raises UserError for a limit under 1 and for a folder without pictures: nothing compared is no comparison.
+    """
+    if limit < 1:
+        raise UserError(f"--limit: got {limit}, expected 1 or more: nothing compared is no comparison")
+    chosen: list[Picture | Path] = [*(_demo(limit) if knows_demo(checkpoint) else _drawn(min(limit, _DRAWN)))]
+    return [*chosen, *_files(images)[:limit]] if images else chosen
+
+
+def knows_demo(checkpoint: Path) -> bool:
+    """Whether the checkpoint speaks the demo's language: its tokenizer is the demo checkpoint's, byte for byte."""
+    mine, demos = checkpoint / "tokenizer.json", demo.CHECKPOINT / "tokenizer.json"
+    return mine.is_file() and demos.is_file() and mine.read_bytes() == demos.read_bytes()
+
+
+def opened(chosen: list["Picture | Path"]) -> Iterator[Picture]:
+    """Each chosen picture, the user's files opened one at a time. UserError for a file that is no picture."""
+    for one in chosen:
+        yield one if isinstance(one, Picture) else Picture(one.name, open_image(one), PROMPT, None, "yours")
+
+
+def _demo(count: int) -> Iterator[Picture]:
+    for number, asked in enumerate(demo.questions(count, seed=0, split="test")):
+        yield Picture(f"{asked.kind} {number}", asked.image, asked.question, asked.answer, "demo")
+
+
+def _drawn(count: int) -> Iterator[Picture]:
+    rng = np.random.default_rng(0)
+    for number in range(count):
+        yield Picture(f"drawn {number}", demo.draw_scene(rng, demo.make_scene(rng)), PROMPT, None, "drawn")
+
+
+def _files(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        raise UserError(f"--images {folder}: not a folder: expected one with pictures in it")
+    files = sorted(
+        path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
+    )
+    if not files:
+        raise UserError(f"--images {folder}: no pictures: expected files ending in {', '.join(SUFFIXES)}")
+    return files

@@ -1,0 +1,103 @@
+"""The one table of tolerances: what each figure must reach, for which kind of artefact, and why.
+
+An encoder figure depends on the precision its program computes in ("float16", "float32"); the figures behind it on the
+artefact's weakest weights ("fp16", "bf16", "int8", "int4"). A bound of None means reported, not judged.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+PRECISIONS = ("float16", "float32")
+FAMILIES = ("fp16", "bf16", "int8", "int4")
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """`metric` must be at least / at most `bound` (`sense` ">=" or "<="); None: the figure is only reported."""
+
+    metric: str
+    sense: str
+    bound: float | None
+    unit: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class _Row:
+    sense: str
+    unit: str
+    bounds: dict[str, float | None]
+    reason: str
+
+
+# metric -> its row. A bound names the precision or family that it is for.
+_ENCODER = {
+    "preprocessing": _Row("<=", "", {"float16": 0.0, "float32": 0.0},
+        "both sides make pixels by the same contract: any difference is a wrong crop, padding or normalisation"),
+    "operation_snr": _Row(">=", "dB", {"float16": 40.0, "float32": 100.0},
+        "a healthy operation adds rounding noise only; 10 dB under the encoder's bound because a difference of two"
+        " near values may lose a digit that later layers never see"),
+    "layer_snr": _Row(">=", "dB", {"float16": 40.0, "float32": 90.0},
+        "each convolution and linear layer of the saved program against the PyTorch layer that it came from; 10 dB"
+        " under the whole encoder's bound, as above"),
+    "encoder_snr": _Row(">=", "dB", {"float16": 50.0, "float32": 100.0},
+        "fp16 rounds each value by up to 2^-11 (66 dB), and some 200 roundings in a row leave 50-60 dB; float32 sums in"
+        " another order differ by 1e-6 (120 dB); a wrong weight, branch or padding costs far more"),
+    "encoder_cosine": _Row(">=", "", {"float16": 0.99999, "float32": 1 - 1e-10},
+        "what 50 dB (100 dB) of noise leaves of the direction, sqrt(1 - 10^(-SNR/10)), with half a digit to spare"),
+    "encoder_max_abs": _Row("<=", "of the largest feature", {"float16": 0.02, "float32": 1e-4},
+        "one wrong value among thousands hides in a mean; rounding noise of the SNR above peaks at 5-6 sigma"),
+}  # fmt: skip
+_LANGUAGE = {
+    "merged_snr": _Row(">=", "dB", {"fp16": 45.0, "bf16": 40.0, "int8": 35.0, "int4": 12.0},
+        "text embeddings and projected picture as the decoder reads them: the encoder's 50 dB through a projector in"
+        " fp16 (bf16: 2^-9, 8 bit: 1/255 and 4 bit: 1/15 of each group's range)"),
+    "prefill_kl": _Row("<=", "nats", {"fp16": 1e-3, "bf16": 5e-3, "int8": 2e-2, "int4": None},
+        "mean over all positions of the prompt, far below the 0.1 nats at which another token becomes likely; what"
+        " 4 bit costs is a property of the model, so it is reported"),
+    "prefill_top1": _Row(">=", "of positions", {"fp16": 0.99, "bf16": 0.98, "int8": 0.97, "int4": None},
+        "the most likely next token is the same; only near-ties may turn over"),
+    "greedy_tokens": _Row(">=", "of questions", {"fp16": 0.99, "bf16": 0.97, "int8": 0.97, "int4": None},
+        "the same tokens to the end of the answer; one near-tie changes everything after it, so a few may part"),
+    "greedy_answers": _Row(">=", "of questions", {"fp16": 0.99, "bf16": 0.97, "int8": 0.97, "int4": None},
+        "the text that a user reads; the project promises 99 % in fp16, 97 % in 8 bit, and reports 4 bit"),
+}  # fmt: skip
+
+
+def for_encoder(precision: str) -> dict[str, Tolerance]:
+    """Tolerances of an encoder program that computes in `precision`. Raises KeyError for one that has no row."""
+    return _column(_ENCODER, precision, PRECISIONS)
+
+
+def for_language(family: str) -> dict[str, Tolerance]:
+    """Tolerances behind the encoder for the family of the artefact's weakest weights. Raises KeyError for another."""
+    return _column(_LANGUAGE, family, FAMILIES)
+
+
+def _column(rows: dict[str, _Row], column: str, known: tuple[str, ...]) -> dict[str, Tolerance]:
+    if column not in known:
+        raise KeyError(f"no tolerances for {column!r}: expected one of {', '.join(known)}")
+    return {name: Tolerance(name, row.sense, row.bounds[column], row.unit, row.reason) for name, row in rows.items()}
+
+
+def judge(tolerance: Tolerance, value: float) -> dict[str, Any]:
+    """{value, unit, sense, tolerance, passed, reason}; `passed` is None where nothing is judged. NaN never passes."""
+    passed: bool | None = None
+    if tolerance.bound is not None:
+        passed = value >= tolerance.bound if tolerance.sense == ">=" else value <= tolerance.bound
+    elif math.isnan(value) or math.isinf(value):
+        passed = False  # a reported figure must at least be one
+    return {
+        "value": number(value),
+        "unit": tolerance.unit,
+        "sense": tolerance.sense,
+        "tolerance": tolerance.bound,
+        "passed": passed,
+        "reason": tolerance.reason,
+    }
+
+
+def number(value: float) -> float | str:
+    """A figure as JSON can hold it: six digits; "inf", "-inf" and "nan" as text, which `float()` reads back."""
+    return float(f"{value:.6g}") if math.isfinite(value) else str(float(value))

@@ -1,0 +1,12 @@
+"""The PyTorch reference model and its checkpoints."""
+
+from typing import Any
+
+__all__ = ["load"]
+
+
+def load(path: Any, dtype: str = "float32") -> Any:
+    """Load a checkpoint as a `fastvlm.surface.FastVLM` (see there for the methods, shapes and units)."""
+    from fastvlm.surface import load_checkpoint  # torch and transformers take seconds: not at import
+
+    return load_checkpoint(path, dtype=dtype)

@@ -1,0 +1,265 @@
+"""Find and check a FastVLM checkpoint in either layout, and read its tensors under canonical names. Never writes.
+
+`open_checkpoint` looks at names, shapes, headers and small files only; values are read when asked for.
+"""
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fastvlm import layouts, naming
+from fastvlm.dtypes import DTYPES
+from fastvlm.errors import UserError
+from fastvlm.layouts import hf_config_of
+from fastvlm.weights import Fault, TensorInfo, Weights, read_json, scan
+
+if TYPE_CHECKING:
+    from transformers import FastVlmConfig, PreTrainedTokenizerBase
+
+__all__ = ["Checkpoint", "Examination", "TensorInfo", "examine", "hf_config_of", "open_checkpoint"]
+
+_TRAINING_PARTS = (".conv_kxk.", ".conv_scale.", ".identity.", ".large_conv.", ".small_conv.", ".pos_enc.")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checked checkpoint folder.
+
+    `tensors` holds exactly the parameters and buffers that inference uses, under canonical names; a tied checkpoint has
+    no `lm_head.weight` in it even if the file repeats the embeddings. `image_size` in pixels; `dtype` that of most
+    weights; `hf_config` says what the weights are (form, tying), whatever config.json claims.
+    """
+
+    path: Path
+    layout: str
+    form: str
+    config: dict[str, Any]
+    dtype: str
+    image_size: int
+    image_strategy: str
+    image_token_id: int
+    tied: bool
+    hf_config: "FastVlmConfig"
+    tensors: Mapping[str, TensorInfo]
+    files: tuple[Path, ...]
+    warnings: tuple[str, ...]
+    _weights: Weights = field(repr=False, compare=False)
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor by canonical name, memory-mapped and in the file's dtype (copy before changing it in place)."""
+        return self._weights.read(self.tensors[name])
+
+    def tokenizer(self) -> "PreTrainedTokenizerBase":
+        """The tokenizer, with `<image>` at `image_token_id`; UserError if the files don't give one."""
+        return layouts.load_tokenizer(self.path, self.image_token_id)
+
+    def nonfinite(self, advance: Callable[..., Any] | None = None) -> list[str]:
+        """Read every weight and return the tensors that hold NaN or infinity; `advance()` after each tensor."""
+        bad = []
+        for name in self.tensors:
+            count = sum(int((~chunk.isfinite()).sum()) for chunk in self.read(name).flatten().split(1 << 24))
+            if count:
+                bad.append(f"{name} ({count} of {self.tensors[name].size})")
+            if advance is not None:
+                advance()
+        return bad
+
+    def check_finite(self, advance: Callable[..., Any] | None = None) -> None:
+        """UserError naming every tensor that `nonfinite` finds."""
+        bad = self.nonfinite(advance)
+        if bad:
+            raise UserError(f"cannot use checkpoint {self.path}: {nonfinite_fault(bad)}")
+
+
+def nonfinite_fault(bad: list[str]) -> Fault:
+    """The fault for tensors that hold NaN or infinity."""
+    return Fault(f"NaN or infinite weights in {len(bad)} tensors", tuple(bad))
+
+
+@dataclass
+class Examination:
+    """What `examine` found: a checkpoint if there is no fault."""
+
+    path: Path
+    layout: str | None = None
+    checkpoint: Checkpoint | None = None
+    faults: list[Fault] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+
+def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+    """Check the folder at `path` and return it; UserError with every fault if it can't be used."""
+    examination = examine(path)
+    if examination.checkpoint is None:
+        faults = "; ".join(map(str, examination.faults))
+        raise UserError(f"cannot use checkpoint {path}: {faults}")
+    return examination.checkpoint
+
+
+def examine(path: str | os.PathLike[str]) -> Examination:
+    """Check the folder at `path`, collecting every fault and warning instead of stopping at the first."""
+    found = Examination(Path(path))
+    config = _read_config(found.path, found.faults)
+    layout = layouts.layout_of(config, found.path, found.faults) if config is not None else None
+    found.layout = layout
+    if config is None or layout is None:
+        return found
+    weights = scan(found.path)
+    found.faults += weights.faults
+    found.warnings += weights.warnings
+    tensors, unknown = _canonical(weights, layout)
+    form = _form(tensors, bool(weights.faults), found)
+    vocabulary = layouts.read_vocabulary(found.path, found.faults)
+    image_size, strategy = layouts.image_contract(found.path, config, layout, found.faults, found.warnings)
+    layouts.check_config(config, layout, form, found.faults, found.warnings)
+    hf_config = _hf_config(config, layout, form, found)
+    if hf_config is None:
+        return found
+    complete = not weights.faults  # with a shard missing, what it holds is no news
+    tied = _resolve_tie(weights, tensors, config, layout, found.warnings if complete else [])
+    hf_config = hf_config_of(config, layout, form, tied)
+    _compare(tensors, unknown, hf_config, tied, complete, found.faults)
+    dtype = _dtype(tensors, config, found)
+    rows = getattr(hf_config.text_config, "vocab_size", 0)
+    token = layouts.image_token(config, layout, vocabulary, rows, found.faults, found.warnings)
+    if not found.faults:
+        if tied:
+            tensors.pop(naming.LM_HEAD, None)
+        found.checkpoint = Checkpoint(
+            found.path, layout, form, config, dtype, image_size, strategy, token, tied, hf_config, tensors,
+            tuple(weights.files), tuple(found.warnings), weights,
+        )  # fmt: skip
+    return found
+
+
+def _read_config(path: Path, faults: list[Fault]) -> dict[str, Any] | None:
+    if not path.exists():
+        faults.append(Fault(f"path not there: {path} doesn't exist"))
+        return None
+    if not path.is_dir():
+        faults.append(Fault(f"not a folder: {path} is a file; give the checkpoint's folder (unpack an archive first)"))
+        return None
+    file = path / "config.json"
+    if not file.is_file():
+        inner = sorted(child.parent.name for child in path.glob("*/config.json"))
+        hint = f"; did you mean its folder {inner[0]}?" if inner else ""
+        faults.append(Fault(f"not a checkpoint: {path} has no config.json{hint}"))
+        return None
+    config = read_json(file, faults)
+    if config is not None and not isinstance(config, dict):
+        faults.append(Fault("config.json: expected a JSON object"))
+        return None
+    return config
+
+
+def _canonical(weights: Weights, layout: str) -> tuple[dict[str, TensorInfo], list[str]]:
+    rename = naming.from_llava if layout == "llava_qwen2" else naming.from_transformers
+    tensors, unknown = {}, []
+    for source, info in weights.tensors.items():
+        name = rename(source)
+        if naming.is_ignored(source):
+            continue
+        if name is None or name in tensors:
+            unknown.append(source)
+        else:
+            tensors[name] = info
+    return tensors, unknown
+
+
+def _form(tensors: Mapping[str, TensorInfo], incomplete: bool, found: Examination) -> str:
+    """`training` or `folded`, from the names of the vision tensors."""
+    vision = [name for name in tensors if name.startswith(naming.VISION)]
+    training = [name for name in vision if any(part in name for part in _TRAINING_PARTS)]
+    folded = [name for name in vision if ".reparam_conv." in name]
+    if training and folded:
+        line = "the vision tower is partly folded: fold all branches or none; these are already folded"
+        found.faults.append(Fault(line, tuple(folded)))
+    elif not vision and not incomplete:
+        found.faults.append(Fault("no vision tower among the weights: expected a whole FastVLM, not a part of one"))
+    return "training" if training else "folded"
+
+
+def _hf_config(config: dict[str, Any], layout: str, form: str, found: Examination) -> "FastVlmConfig | None":
+    try:
+        return hf_config_of(config, layout, form, tied=False)
+    except Exception as error:  # Transformers validates with many exception types; all mean an unusable config
+        reason = " ".join(str(error).split())
+        found.faults.append(Fault(f"config.json doesn't describe a FastVLM ({type(error).__name__}: {reason[:300]})"))
+        return None
+
+
+def _resolve_tie(
+    weights: Weights, tensors: Mapping[str, TensorInfo], config: dict[str, Any], layout: str, warnings: list[str]
+) -> bool:
+    """Whether lm_head is the embeddings: the weights decide, the config is only compared."""
+    said = layouts.says_tied(config, layout)
+    head, embeddings = tensors.get(naming.LM_HEAD), tensors.get(naming.EMBEDDINGS)
+    tied = head is None or (embeddings is not None and _identical(weights, head, embeddings))
+    if said is not None and said != tied:
+        why = "lm_head.weight is absent" if head is None else "lm_head.weight repeats the embeddings"
+        why = why if tied else "lm_head.weight differs from the embeddings"
+        used = "tied" if tied else "untied"
+        warnings.append(f"config.json says tie_word_embeddings {str(said).lower()}, but {why}: {used} used")
+    return tied
+
+
+def _identical(weights: Weights, a: TensorInfo, b: TensorInfo) -> bool:
+    if (a.shape, a.dtype) != (b.shape, b.dtype):
+        return False
+    pieces = zip(weights.read(a).split(4096), weights.read(b).split(4096))  # different ones differ in the first piece
+    return all(torch.equal(x, y) for x, y in pieces)
+
+
+def _compare(
+    tensors: Mapping[str, TensorInfo],
+    unknown: list[str],
+    hf_config: "FastVlmConfig",
+    tied: bool,
+    complete: bool,
+    faults: list[Fault],
+) -> None:
+    """Names and shapes against Transformers' own class."""
+    from fastvlm.model import skeleton
+
+    state = skeleton(hf_config).state_dict()
+    expected = {name: tuple(t.shape) for name, t in state.items() if not naming.is_ignored(name)}
+    if tied and naming.LM_HEAD not in tensors:
+        expected.pop(naming.LM_HEAD)
+    missing = sorted(set(expected) - set(tensors))
+    unexpected = sorted([tensors[name].source for name in set(tensors) - set(expected)] + unknown)
+    misshapen = [
+        f"{name} {list(tensors[name].shape)}, expected {list(shape)}"
+        for name, shape in expected.items()
+        if name in tensors and tensors[name].shape != shape
+    ]
+    if missing and complete:
+        faults.append(Fault(f"{len(missing)} missing tensors", tuple(missing)))
+    if unexpected:
+        faults.append(Fault(f"{len(unexpected)} unexpected tensors", tuple(unexpected)))
+    if misshapen:
+        faults.append(Fault(f"{len(misshapen)} tensors of the wrong shape", tuple(misshapen)))
+
+
+def _dtype(tensors: Mapping[str, TensorInfo], config: dict[str, Any], found: Examination) -> str:
+    sizes: dict[str, int] = {}
+    for info in tensors.values():
+        sizes[info.dtype] = sizes.get(info.dtype, 0) + info.size
+    other = sorted(name for name in sizes if name not in DTYPES)
+    if other:
+        names = tuple(info.source for info in tensors.values() if info.dtype in other)
+        line = (
+            f"weights of type {', '.join(other)}, expected {', '.join(DTYPES)} (give the weights before quantization)"
+        )
+        found.faults.append(Fault(line, names))
+    main = max(sizes, key=lambda name: sizes[name], default="float32")
+    if len(sizes) > 1:
+        parts = ", ".join(f"{name} {count:,}" for name, count in sorted(sizes.items()))
+        found.warnings.append(f"mixed weight types ({parts} parameters): read as {main}")
+    said = config.get("dtype", config.get("torch_dtype"))
+    if isinstance(said, str) and said.removeprefix("torch.") != main:
+        found.warnings.append(f"config.json says dtype {said}, but most weights are {main}")
+    return main

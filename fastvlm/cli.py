@@ -1,0 +1,99 @@
+"""What every command line of the project shares: exit codes, --json, --debug and progress."""
+
+import argparse
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from fastvlm.errors import CheckFailed, UserError
+
+EXIT_CHECK_FAILED, EXIT_UNUSABLE, EXIT_INTERRUPTED = 1, 2, 130
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose usage errors are one line, exit 2, like every other unusable input."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs.setdefault("allow_abbrev", False)
+        super().__init__(*args, **kwargs)
+
+    def error(self, message: str) -> Any:
+        self.exit(EXIT_UNUSABLE, f"error: {message} (see `{self.prog} --help`)\n")
+
+
+def add_common(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that every verb has."""
+    parser.add_argument("--json", action="store_true", help="print the result as one JSON document, the last line of stdout")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks and library logs")
+
+
+def run(build_parser: Callable[[], argparse.ArgumentParser], argv: Sequence[str] | None = None) -> int:
+    """Parse, run the verb (`args.run(args) -> document or None`), and return the exit code (0, 1, 2 or 130)."""
+    signal.signal(signal.SIGTERM, _terminate)  # so that `finally` blocks clean up after a kill, as after Ctrl-C
+    args = build_parser().parse_args(argv)
+    debug = getattr(args, "debug", False)
+    quiet_libraries(debug)
+    try:
+        document = args.run(args)
+        failed = isinstance(document, dict) and document.get("passed") is False
+        if getattr(args, "json", False):
+            print(json.dumps(document, default=str, allow_nan=False), flush=True)
+        sys.stdout.flush()
+        return EXIT_CHECK_FAILED if failed else 0
+    except (UserError, CheckFailed, OSError, MemoryError) as error:
+        if debug:
+            raise
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        return EXIT_CHECK_FAILED if isinstance(error, CheckFailed) else EXIT_UNUSABLE
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+
+def _terminate(signum: int, frame: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def one_line(error: BaseException) -> str:
+    """The error's message on one line (an OSError as `what: where`)."""
+    if isinstance(error, BrokenPipeError):
+        return "the reader of this output went away"
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    if isinstance(error, MemoryError):
+        return f"out of memory: {error}" if str(error) else "out of memory: free some, or choose a smaller image size"
+    return "; ".join(line.strip() for line in str(error).splitlines() if line.strip()) or type(error).__name__
+
+
+def quiet_libraries(debug: bool = False) -> None:
+    """Keep the libraries' chatter from the user (`--debug` shows it)."""
+    if debug:
+        return
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+def log(message: str) -> None:
+    """One line of what is happening, on stderr."""
+    print(message, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def progress(description: str, total: float | None = None) -> Iterator[Callable[..., None]]:
+    """Show progress on stderr; yields `advance(n=1)`. Without a terminal it prints one line at the start."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        log(f"{description} …")
+        yield lambda n=1: None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task(description, total=total)
+        yield lambda n=1: bar.advance(task, n)

@@ -1,0 +1,114 @@
+"""`python -m fastvlm demo`: draw pictures, ask, and show question, answer and truth; or train the checkpoint anew."""
+
+import argparse
+import base64
+import io
+import os
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader
+from rich.console import Console
+from rich.table import Table
+
+from fastvlm import demo
+from fastvlm.cli import add_common, log, progress
+from fastvlm.errors import UserError
+
+PASS_MARK = 0.95  # of the held-out questions, for a checkpoint that is trained anew
+
+
+def add_parser(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "demo",
+        help="draw pictures, ask the demo checkpoint, show question, answer and truth",
+        description="Draw held-out pictures, ask a checkpoint about them, and show question, answer and truth on the terminal and as a page.",
+    )
+    parser.add_argument("--model-path", default=str(demo.CHECKPOINT), metavar="CHECKPOINT", help="(default: the demo checkpoint)")
+    parser.add_argument("--count", type=int, default=20, help="questions (default: %(default)s; 500 is the whole held-out set)")
+    parser.add_argument("--seed", type=int, default=0, help="of the pictures, or of the training (default: %(default)s)")
+    parser.add_argument("--output-dir", help="where the page goes (default: build/demo), or with --train the new checkpoint (default: build/demo_checkpoint)")
+    parser.add_argument("--train", action="store_true", help="train a new demo checkpoint from nothing (under two hours on 2 cores)")
+    parser.add_argument("--overwrite", action="store_true", help="with --train: replace an existing checkpoint")
+    add_common(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Show the demo, or train."""
+    if args.count < 1:
+        raise UserError(f"--count: got {args.count}, expected 1 or more")
+    if args.train:
+        return train(Path(args.output_dir or "build/demo_checkpoint"), args.seed, args.overwrite)
+    return show(args.model_path, args.count, args.seed, Path(args.output_dir or "build/demo"), quiet=args.json)
+
+
+def show(model_path: str, count: int, seed: int, folder: Path, quiet: bool) -> dict[str, Any]:
+    """Ask `count` held-out questions; print a table and write `folder/index.html`."""
+    from fastvlm.surface import load_checkpoint
+
+    model = load_checkpoint(model_path)
+    rows = []
+    with progress(f"asking {count} questions", count) as advance:
+        for question in demo.questions(count, seed):
+            answer = model.generate(question.question, question.image, max_new_tokens=64)
+            rows.append((question, answer, answer.strip() == question.answer))
+            advance()
+    right = sum(exact for *_, exact in rows)
+    if not quiet:
+        _print_table(rows, right)
+    page = _write_page(rows, right, model, model_path, folder)
+    log(f"page: {page}")
+    kinds = {kind: [sum(exact for q, _, exact in rows if q.kind == kind), sum(q.kind == kind for q, *_ in rows)] for kind in demo.KINDS}
+    return {"model": model_path, "seed": seed, "questions": count, "exact": right, "kinds": kinds, "page": str(page), "runners": model.runners}
+
+
+def _print_table(rows: list, right: int) -> None:
+    table = Table(title=f"{right} of {len(rows)} exact")
+    for column in ("kind", "question", "answer", "truth", ""):
+        table.add_column(column, overflow="fold")
+    for question, answer, exact in rows:
+        table.add_row(question.kind, question.question, answer, "" if exact else question.answer, "✓" if exact else "✗")
+    Console().print(table)
+
+
+def _write_page(rows: list, right: int, model: Any, model_path: str, folder: Path) -> Path:
+    environment = Environment(loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True)
+    cards = [{"kind": q.kind, "image": _inline(q.image), "question": q.question, "answer": answer, "truth": q.answer, "exact": exact} for q, answer, exact in rows]
+    text = environment.get_template("demo.html").render(cards=cards, right=right, model=model_path, runner=model.language.name)
+    folder.mkdir(parents=True, exist_ok=True)
+    page, staged = folder / "index.html", folder / ".index.html.partial"
+    staged.write_text(text, encoding="utf-8")
+    os.replace(staged, page)
+    return page
+
+
+def _inline(image: Any) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def train(folder: Path, seed: int, overwrite: bool) -> dict[str, Any]:
+    """Train, save to `folder` by one rename, and score it on 500 held-out questions."""
+    from fastvlm import demo_train
+    from fastvlm.surface import load_checkpoint
+
+    if folder.exists() and not overwrite:
+        raise UserError(f"{folder}: exists already: give --overwrite or another --output-dir")
+    with progress("training", demo_train.STEPS) as advance:
+        model, tokenizer = demo_train.train(seed, advance=advance)
+    demo_train.save(model, tokenizer, folder)
+    trained = load_checkpoint(folder)
+    with progress("asking 500 held-out questions", 500) as advance:
+
+        def answer(question: demo.Question) -> str:
+            advance()
+            return trained.generate(question.question, question.image, max_new_tokens=64)
+
+        score = demo.evaluate(answer, demo.questions(500))
+    exact = sum(right for right, _ in score.values())
+    for kind, (right, total) in score.items():
+        log(f"{kind}: {right} of {total} exact")
+    log(f"{folder}: {exact} of 500 exact")
+    return {"checkpoint": str(folder), "exact": exact, "questions": 500, "kinds": score, "passed": exact >= PASS_MARK * 500}

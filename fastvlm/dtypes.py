@@ -1,0 +1,34 @@
+"""The floating-point types of checkpoints, by name: the one place where names become torch dtypes."""
+
+import torch
+
+from fastvlm.errors import UserError
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+# safetensors' names (huggingface.co/docs/safetensors) of what a checkpoint may hold.
+SAFETENSORS_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+SAFETENSORS_DTYPES = {name: dtype for dtype, name in SAFETENSORS_NAMES.items()}
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """`float32`, `float16` or `bfloat16` as a torch dtype; UserError for any other name."""
+    if name not in DTYPES:
+        raise UserError(f"unknown dtype {name!r}; expected one of {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`torch.float16` -> `float16`."""
+    return str(dtype).removeprefix("torch.")

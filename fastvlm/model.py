@@ -1,0 +1,83 @@
+"""Build Transformers' FastVLM, or its encoder alone, from a checkpoint: strictly, weights in memory once."""
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from fastvlm import naming
+from fastvlm.checkpoint import Checkpoint
+from fastvlm.dtypes import torch_dtype
+
+if TYPE_CHECKING:
+    from transformers import FastVlmConfig, FastVlmForConditionalGeneration
+
+
+def skeleton(config: "FastVlmConfig") -> "FastVlmForConditionalGeneration":
+    """The model on the meta device: names and shapes, no memory."""
+    from transformers import FastVlmForConditionalGeneration
+
+    with torch.device("meta"):
+        return FastVlmForConditionalGeneration(config)
+
+
+def build(
+    checkpoint: Checkpoint,
+    dtype: str | torch.dtype = "float32",
+    device: str | torch.device = "cpu",
+    attn_implementation: str = "sdpa",
+) -> "FastVlmForConditionalGeneration":
+    """The whole model in the checkpoint's form (training or folded), eval mode, no gradients.
+
+    `attn_implementation` is the text decoder's; the vision tower's attention is timm's own. Weights already in `dtype`
+    stay memory-mapped on the CPU (changes in memory never reach the file); others are converted one at a time.
+    """
+    config: Any = copy.deepcopy(checkpoint.hf_config)  # Any: Transformers types its parts as dict | config | None
+    config.text_config._attn_implementation = attn_implementation
+    config.image_token_index = checkpoint.image_token_id
+    model = skeleton(config)
+    _load(model, checkpoint, "", _dtype(dtype), torch.device(device))
+    decoder = model.model.language_model
+    decoder.rotary_emb = type(decoder.rotary_emb)(config=config.text_config).to(
+        device
+    )  # not in any file: float32 always
+    if checkpoint.tied:
+        model.lm_head.weight = decoder.embed_tokens.weight
+    return _frozen(model)
+
+
+def encoder(checkpoint: Checkpoint, dtype: str | torch.dtype = torch.float32) -> nn.Module:
+    """Only the vision tower, timm's FastVit: `forward_features` takes (B,3,S,S) in 0..1 and gives (B,C,S/64,S/64)."""
+    import timm
+
+    vision: Any = checkpoint.hf_config.vision_config
+    with torch.device("meta"):
+        model = timm.create_model(vision.architecture, pretrained=False, num_classes=0, **vision.model_args)
+    _load(model, checkpoint, naming.VISION, _dtype(dtype), torch.device("cpu"))
+    return _frozen(model)
+
+
+def _dtype(dtype: str | torch.dtype) -> torch.dtype:
+    return torch_dtype(dtype) if isinstance(dtype, str) else dtype
+
+
+def _load(model: nn.Module, checkpoint: Checkpoint, prefix: str, dtype: torch.dtype, device: torch.device) -> None:
+    """Assign every tensor below `prefix` to the module on the meta device; anything left over or missing raises."""
+    state: dict[str, Any] = {}
+    for name in checkpoint.tensors:
+        if name.startswith(prefix):
+            state[name[len(prefix) :]] = checkpoint.read(name).to(device=device, dtype=dtype)
+    for name in model.state_dict():
+        if naming.is_ignored(name):
+            state[name] = torch.zeros((), dtype=torch.int64, device=device)  # BatchNorm's counter
+    if checkpoint.tied and not prefix:
+        state[naming.LM_HEAD] = state[naming.EMBEDDINGS]
+    model.load_state_dict(state, strict=True, assign=True)
+
+
+def _frozen(model: Any) -> Any:
+    left = [name for name, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta]
+    if left:
+        raise RuntimeError(f"not loaded: {', '.join(left)}")
+    return model.eval().requires_grad_(False)

@@ -1,0 +1,159 @@
+"""`python -m fastvlm predict`: ask a checkpoint about pictures, in PyTorch."""
+
+import argparse
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fastvlm.cli import add_common, log
+from fastvlm.errors import UserError
+from fastvlm.prompt import CONV_MODES, IMAGE
+
+DEVICES = ("auto", "cpu", "mps", "cuda")
+DTYPES = ("auto", "float32", "float16", "bfloat16")
+_BATCH = 8  # questions a forward pass; bounds the KV cache
+
+
+@dataclass(frozen=True)
+class Job:
+    """One question: the pictures it is about (indices into --image-file) and its text."""
+
+    pictures: tuple[int, ...]
+    prompt: str
+
+
+def add_parser(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "predict",
+        help="ask a checkpoint about pictures (PyTorch)",
+        description="Ask every prompt about every picture. A prompt that names <image> more than once is asked once, about all pictures in order.",
+    )
+    parser.add_argument("--model-path", required=True, metavar="CHECKPOINT", help="a checkpoint folder")
+    parser.add_argument("--image-file", nargs="+", default=[], metavar="FILE", help="one picture or more; none for a text-only prompt")
+    parser.add_argument("--prompt", nargs="+", default=["Describe the image."], help="one prompt or more (default: %(default)s)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 (the default) always takes the likeliest token")
+    parser.add_argument("--top_p", "--top-p", type=float, default=None, help="nucleus sampling, in (0, 1]")
+    parser.add_argument("--num_beams", "--num-beams", type=int, default=1, help="beam search (default: %(default)s)")
+    parser.add_argument("--conv-mode", choices=CONV_MODES, default="qwen_2", help="prompt template (default: %(default)s)")
+    parser.add_argument("--max-new-tokens", type=int, default=256, help="(default: %(default)s)")
+    parser.add_argument("--image-strategy", choices=("pad", "center_crop"), help="(default: the checkpoint's own)")
+    parser.add_argument("--device", choices=DEVICES, default="auto", help="auto takes cuda or mps where there is one, and says so")
+    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="auto: float32 on the CPU, float16 elsewhere")
+    parser.add_argument("--attn-implementation", choices=("eager", "sdpa"), default="sdpa", help="of the text decoder only; the vision backbone is eager")
+    add_common(parser)
+    parser.set_defaults(run=run)
+
+
+def plan(pictures: int, prompts: Sequence[str]) -> list[Job]:
+    """Pictures × prompts, but a prompt with several `<image>` is one job about all pictures."""
+    jobs: list[Job] = []
+    for prompt in prompts:
+        named = prompt.count(IMAGE)
+        if named > 1 and named != pictures:
+            raise UserError(f"--prompt: names {IMAGE} {named} times for {pictures} picture(s): name each once, or at most one for every picture in turn")
+        if named > 1 or pictures == 0:
+            jobs.append(Job(tuple(range(pictures)), prompt))
+        else:
+            jobs += [Job((picture,), prompt) for picture in range(pictures)]
+    return jobs
+
+
+def choose_device(device: str) -> str:
+    """Resolve "auto" and refuse a device that is not here."""
+    import torch
+
+    here = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if device == "auto":
+        return next(name for name in ("cuda", "mps", "cpu") if here[name])
+    if not here[device]:
+        have = ", ".join(name for name, available in here.items() if available)
+        raise UserError(f"--device: not on this machine: got {device}, expected one of {have}")
+    return device
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Answer and print; returns the document with every answer."""
+    _check(args)
+    jobs = plan(len(args.image_file), args.prompt)
+    device = choose_device(args.device)
+    dtype = args.dtype if args.dtype != "auto" else "float32" if device == "cpu" else "float16"
+
+    from fastvlm.preprocessing import open_image
+    from fastvlm.surface import Sampler, load_checkpoint
+
+    Sampler(args.temperature, args.top_p)  # refuses values before the model is loaded
+    pictures = [open_image(path) for path in args.image_file]
+    started = time.monotonic()
+    model = load_checkpoint(args.model_path, dtype, device, args.attn_implementation, args.image_strategy)
+    log(f"{model.language.name}, {model.image_size} × {model.image_size} pixels, {model.preprocessor.image_strategy}; loaded in {time.monotonic() - started:.1f} s")
+    if any(len(job.pictures) > 1 for job in jobs):
+        log("warning: FastVLM was trained with one picture a prompt; answers about several may be poor")
+    image_embeddings = [model.project(model.encode_image(model.preprocess(picture))) for picture in pictures]
+    embeds = [model.merge(job.prompt, [image_embeddings[picture] for picture in job.pictures], args.conv_mode) for job in jobs]
+    answers = []
+    if len(jobs) == 1 and args.num_beams == 1:
+        tokens = model.language.stream(embeds[0], args.max_new_tokens, args.temperature, args.top_p)
+        answers = [_shown(model.decode(tokens), quiet=args.json)]
+    else:
+        for start in range(0, len(jobs), _BATCH):
+            answers += generate_batch(model, embeds[start : start + _BATCH], args)
+        if not args.json:
+            for job, answer in zip(jobs, answers):
+                names = ", ".join(args.image_file[picture] for picture in job.pictures)
+                print(f"{names or 'no picture'} · {job.prompt}\n{answer}")
+    rows = [
+        {"images": [args.image_file[picture] for picture in job.pictures], "prompt": job.prompt, "answer": answer}
+        for job, answer in zip(jobs, answers)
+    ]
+    return {"model": str(args.model_path), "runners": model.runners, "image_strategy": model.preprocessor.image_strategy, "answers": rows}
+
+
+def _check(args: argparse.Namespace) -> None:
+    faults = []
+    if args.num_beams < 1:
+        faults.append(f"--num_beams: got {args.num_beams}, expected 1 or more")
+    if args.max_new_tokens < 1:
+        faults.append(f"--max-new-tokens: got {args.max_new_tokens}, expected 1 or more")
+    if args.image_file == [] and any(IMAGE in prompt for prompt in args.prompt):
+        faults.append(f"--prompt: names {IMAGE} but there is no --image-file")
+    if faults:
+        raise UserError("; ".join(faults))
+
+
+def _shown(pieces: Iterator[str], quiet: bool) -> str:
+    text = ""
+    for piece in pieces:
+        text += piece
+        if not quiet:
+            print(piece, end="", flush=True)
+    if not quiet:
+        print(flush=True)
+    return text
+
+
+def generate_batch(model: Any, embeds: Sequence[np.ndarray], args: argparse.Namespace) -> list[str]:
+    """Answer several prompts, each (1, T, H), in one left-padded batch by Transformers' `generate`."""
+    import torch
+
+    language = model.language
+    length = max(one.shape[1] for one in embeds)
+    batch = np.zeros((len(embeds), length, embeds[0].shape[2]), np.float32)
+    mask = torch.zeros(len(embeds), length, dtype=torch.long)
+    for row, one in enumerate(embeds):
+        batch[row, length - one.shape[1] :] = one[0]
+        mask[row, length - one.shape[1] :] = 1
+    sampling = {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p, "top_k": 0} if args.temperature > 0 else {"do_sample": False}
+    with torch.inference_mode():
+        ids = language.model.generate(
+            inputs_embeds=torch.from_numpy(batch).to(language.like.device, language.like.dtype),
+            attention_mask=mask.to(language.like.device),
+            max_new_tokens=args.max_new_tokens,
+            num_beams=args.num_beams,
+            eos_token_id=sorted(language.eos_ids),
+            pad_token_id=min(language.eos_ids),
+            **sampling,
+        )
+    return model.tokenizer.batch_decode(ids, skip_special_tokens=True)

@@ -1,0 +1,51 @@
+"""From a question to token ids: Qwen2's chat template with the image tokens in front of the question."""
+
+from typing import Any
+
+import numpy as np
+
+from fastvlm.errors import UserError
+
+IMAGE = "<image>"
+SYSTEM = "You are a helpful assistant."
+CONV_MODES = ("qwen_2", "plain")
+# Qwen2's ChatML with its default system line; the same text as LLaVA's conversation template "qwen_2".
+CHAT_TEMPLATE = (
+    "{% if messages[0]['role'] != 'system' %}<|im_start|>system\n" + SYSTEM + "<|im_end|>\n{% endif %}"
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def render_prompt(prompt: str, images: int = 1, conv_mode: str = "qwen_2") -> str:
+    """The text that the model reads, with one `<image>` for each picture.
+
+    "qwen_2" is ChatML as in Apple's predict.py, "plain" just the pictures and the prompt. A prompt that names
+    `<image>` itself decides where the pictures go; it must name as many as there are.
+    """
+    if conv_mode not in CONV_MODES:
+        raise UserError(f"--conv-mode: unknown: got {conv_mode!r}, expected one of {', '.join(CONV_MODES)}")
+    named = prompt.count(IMAGE)
+    if named and named != images:
+        raise UserError(f"prompt: {named} {IMAGE} for {images} picture(s): name each picture once, or none")
+    text = prompt if named else (IMAGE + "\n") * images + prompt
+    if conv_mode == "plain":
+        return text
+    return f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
+
+
+def encode_prompt(
+    tokenizer: Any, prompt: str, image_token_id: int, tokens_per_image: int, images: int = 1, conv_mode: str = "qwen_2"
+) -> np.ndarray:
+    """Return the prompt's token ids (1, T) int64, `tokens_per_image` copies of the image token for each picture.
+
+    The text around the pictures is tokenized piece by piece, as the original implementation does.
+    """
+    pieces = render_prompt(prompt, images, conv_mode).split(IMAGE)
+    ids: list[int] = []
+    for index, piece in enumerate(pieces):
+        if index:
+            ids += [image_token_id] * tokens_per_image
+        if piece:
+            ids += tokenizer(piece, add_special_tokens=False)["input_ids"]
+    return np.array([ids], dtype=np.int64)

@@ -1,0 +1,1 @@
+"""Checkpoint to artefact, and the artefact run from its bytes."""

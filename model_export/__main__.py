@@ -1,0 +1,188 @@
+"""`python -m model_export`: a checkpoint into an artefact, and what to do with an artefact."""
+
+import argparse
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from fastvlm.cli import Parser, add_common, log, progress, run
+from fastvlm.errors import UserError
+from model_export import config as configuration
+from model_export import contract
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = Parser(prog="python -m model_export", description=(__doc__ or "").partition(": ")[2])
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB", parser_class=Parser)
+    for verb, parts, text in (
+        ("all", ("vision", "llm"), "export both halves, prove them against the checkpoint, publish the artefact"),
+        ("vision", ("vision",), "export the vision encoder alone"),
+        ("llm", ("llm",), "export the language model and the projector alone"),
+    ):
+        _add_export(verbs.add_parser(verb, help=text, description=text), parts)
+    inspect = verbs.add_parser("inspect", help="what is in an artefact or an .mlpackage")
+    inspect.add_argument("--model", required=True, type=Path, metavar="PATH", help="an artefact, or an .mlpackage")
+    inspect.set_defaults(run=run_inspect)
+    verify = verbs.add_parser("verify", help="name every file that changed by a byte, is missing or is extra")
+    verify.add_argument("--model", required=True, type=Path, metavar="ARTEFACT")
+    verify.set_defaults(run=run_verify)
+    _add_generate(verbs.add_parser("generate", help="answer a question, from the artefact's bytes alone"))
+    for choice in verbs.choices.values():
+        add_common(choice)
+    return parser
+
+
+def _add_export(parser: argparse.ArgumentParser, parts: tuple[str, ...]) -> None:
+    default = configuration.ExportConfig
+    parser.add_argument("--checkpoint", required=True, type=Path, metavar="FOLDER", help="what goes in (read-only)")
+    parser.add_argument("--output-dir", required=True, type=Path, metavar="FOLDER", help="the artefact")
+    if "llm" in parts:
+        parser.add_argument(
+            "--quant", default=default.quant, metavar="RECIPE", help="a recipe: name or .json (default: %(default)s)"
+        )
+    if "vision" in parts:
+        for flag, values, initial in (
+            ("--compute-precision", configuration.PRECISIONS, default.compute_precision),
+            ("--compute-units", configuration.COMPUTE_UNITS, default.compute_units),
+            ("--minimum-deployment-target", configuration.DEPLOYMENT_TARGETS, default.minimum_deployment_target),
+        ):
+            parser.add_argument(flag, default=initial, metavar="NAME", help=f"{_listed(values)} (default: %(default)s)")
+    parser.add_argument("--image-size", type=int, metavar="PIXELS", help="per side (default: the checkpoint's own)")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing artefact by a whole new one")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be written, write nothing")
+    if parts == ("vision", "llm"):
+        parser.add_argument("--parity-limit", type=int, metavar="N", help="compare on N demo questions")
+        parser.add_argument("--parity-report", type=Path, metavar="FILE", help="write parity's HTML page, too")
+    parser.set_defaults(run=partial(run_export, parts))
+
+
+def _add_generate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, type=Path, metavar="ARTEFACT")
+    parser.add_argument("--image-file", action="append", metavar="FILE", help="a picture (repeatable)")
+    parser.add_argument("--prompt", required=True)
+    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
+    parser.add_argument("--top_p", "--top-p", type=float, default=None, metavar="P")
+    parser.add_argument("--seed", type=int, default=None, help="for --temperature above 0")
+    parser.add_argument(
+        "--vision", default="auto", metavar="RUNNER", help=f"{_listed(configuration.VISION_RUNNERS)} (default: auto)"
+    )
+    parser.add_argument(
+        "--llm", default="auto", metavar="RUNNER", help=f"{_listed(configuration.LLM_RUNNERS)} (default: auto)"
+    )
+    parser.set_defaults(run=run_generate)
+
+
+def run_export(parts: tuple[str, ...], args: argparse.Namespace) -> dict[str, Any]:
+    fields = configuration.ExportConfig.__dataclass_fields__
+    config = configuration.ExportConfig(**{key: value for key, value in vars(args).items() if key in fields})
+    from model_export import export as exporting
+
+    plan = exporting.plan(config, parts)
+    if args.dry_run:
+        document = plan.document()
+        size = plan.checkpoint.image_size
+        print(f"would write {config.output_dir}: {', '.join(parts)}, recipe {plan.recipe.name}, {size} x {size} pixels")
+        for name, size in plan.sizes.items():
+            print(f"  {name:<24} about {_size(size)}")
+        return document
+    parity = partial(_parity, args) if parts == ("vision", "llm") else None
+    document = exporting.export(plan, parity)
+    size = sum(entry["size"] for entry in document["files"].values())
+    print(f"{config.output_dir}: {', '.join(parts)}, {len(document['files'])} files, {_size(size)}")
+    if parity is not None:
+        print(f"parity: {document['parity'].get('verdict', 'passed')}")
+    return document
+
+
+def _parity(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """benchmarks.parity over the staged artefact; what the manifest keeps of it."""
+    from benchmarks import parity
+
+    options = {} if args.parity_limit is None else {"limit": args.parity_limit}
+    with progress("parity (pictures)", parity.steps(args.checkpoint, **options)) as advance:
+        result = parity.compare(args.checkpoint, folder, report=args.parity_report, advance=advance, **options)
+    for line in parity.broken_lines(result):
+        log(f"parity: {line}")
+    return parity.summary(result)
+
+
+def run_inspect(args: argparse.Namespace) -> dict[str, Any]:
+    from model_export import artefact, vision
+
+    if args.model.suffix == ".mlpackage":
+        document: dict[str, Any] = {"package": vision.describe_package(args.model)}
+    else:
+        document = artefact.read_manifest(args.model)
+        if (args.model / contract.PACKAGE).exists():
+            document["package"] = vision.describe_package(args.model / contract.PACKAGE)
+    for name, entry in document.get("files", {}).items():
+        print(f"{_size(entry['size']):>12}  {name}")
+    for key in ("parts", "config", "image"):
+        if key in document:
+            print(f"{key}: {_flat(document[key])}")
+    if "llm" in document:
+        language = document["llm"]
+        stored = f"recipe {language['recipe']['name']}, {language['bits_per_weight']} bits a weight"
+        print(f"llm: {stored}, {_flat(language['decisions'])}")
+    for key, value in document.get("package", {}).items():
+        print(f"package {key}: {_flat(value)}")
+    if "parity" in document:
+        print(f"parity: {document['parity'].get('verdict')}")
+    return document
+
+
+def run_verify(args: argparse.Namespace) -> dict[str, Any]:
+    from model_export import artefact
+
+    document = artefact.read_manifest(args.model)
+    total = sum(entry["size"] for entry in document["files"].values())
+    with progress("verify (MB)", total / 1e6) as advance:
+        findings = artefact.verify(args.model, lambda n: advance(n / 1e6))
+    for finding in findings:
+        print(finding)
+    verdict = f"{len(findings)} findings" if findings else f"{len(document['files'])} files as they were exported"
+    print(f"{args.model}: {verdict}")
+    return {"passed": not findings, "findings": findings}
+
+
+def run_generate(args: argparse.Namespace) -> dict[str, Any]:
+    from model_export import runtime
+
+    if args.max_new_tokens < 1:
+        raise UserError(f"--max-new-tokens: got {args.max_new_tokens}, expected 1 or more")
+    model = runtime.load(args.model, vision=args.vision, llm=args.llm)
+    for part, name in model.runners.items():
+        log(f"{part}: {name}")
+    images = args.image_file or []
+    if len(images) > 1:
+        log("warning: several pictures in one prompt: the model was not trained for it")
+    pieces = []
+    sampling = {"temperature": args.temperature, "top_p": args.top_p, "seed": args.seed}
+    for piece in model.stream(args.prompt, images or None, args.max_new_tokens, **sampling):
+        pieces.append(piece)
+        print(piece, end="", flush=True)
+    print()
+    return {"answer": "".join(pieces), "runners": model.runners}
+
+
+def _listed(names: tuple[str, ...]) -> str:
+    return ", ".join(names)
+
+
+def _size(size: int) -> str:
+    return f"{size / 1e6:,.1f} MB" if size >= 1e6 else f"{size / 1e3:,.1f} kB"
+
+
+def _flat(value: Any) -> str:
+    """A dictionary or list on one line."""
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_flat(item)}" for key, item in value.items())
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(map(str, value)) + "]"
+    return str(value)
+
+
+if __name__ == "__main__":
+    sys.exit(run(build_parser))

@@ -1,0 +1,218 @@
+"""An artefact folder: its manifest, its licences, and whether every byte is what the export wrote."""
+
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from fastvlm.checkpoint import Checkpoint
+from fastvlm.errors import UserError
+from model_export import contract
+
+FORMAT, FORMAT_VERSION = "fastvlm-artefact", 1
+_PACKAGES = ("torch", "timm", "transformers", "tokenizers", "safetensors", "coremltools", "numpy")
+_SELF = "manifest_sha256"
+_CHUNK = 1 << 22
+
+# Files of a checkpoint beside its weights that decide what the artefact is.
+_SOURCES = ("*.json", "merges.txt", "*.jinja", "tokenizer.model")
+_LICENCES = ("license*", "licence*", "notice*", "acknowledgements*")
+_LICENCE_BYTES = 1 << 20
+
+_APPLE = """\
+The checkpoint came without a licence file. If its weights are Apple's FastVLM weights, or derived from them, they and
+this artefact are for research purposes only, under the Apple Machine Learning Research Model License Agreement: see
+LICENSE_MODEL in https://github.com/apple/ml-fastvlm, which you must pass on with them, and this notice:
+Apple Machine Learning Research Model is licensed under the Apple Machine Learning Research Model License Agreement.
+"""
+
+
+def check_target(target: Path, overwrite: bool) -> None:
+    """Refuse, before any work, a target that the export will not be able to replace, or must not."""
+    if not os.path.lexists(target):
+        return
+    if not target.is_dir():
+        raise UserError(f"--output-dir {target}: is a file: choose another name")
+    if not any(target.iterdir()):
+        return
+    if not (target / contract.MANIFEST).is_file():
+        raise UserError(f"--output-dir {target}: is no artefact (it has no {contract.MANIFEST}): choose another")
+    if not overwrite:
+        raise UserError(f"--output-dir {target}: exists: choose another, or replace it with --overwrite")
+    extra = [name for name in _extra(target, _listed_files(read_manifest(target))) if Path(name).name != ".DS_Store"]
+    if extra:
+        raise UserError(
+            f"--output-dir {target}: holds what no export wrote and replacing it would delete: move it"
+            f" {', '.join(extra)}"
+        )
+
+
+def sources(checkpoint: Checkpoint, advance: Callable[[int], Any] | None = None) -> dict[str, Any]:
+    """What the checkpoint is: its layout, and sha256 and size of each file that was read; `sha256` is over all of them.
+
+    `advance(n)` after every n bytes. Names only, no paths: the same checkpoint elsewhere is the same source.
+    """
+    beside = (p for p in checkpoint.path.iterdir() if p.is_file() and any(fnmatchcase(p.name, one) for one in _SOURCES))
+    files = hash_files(checkpoint.path, {path.name for path in (*checkpoint.files, *beside)}, advance)
+    whole = hashlib.sha256("".join(f"{entry['sha256']}  {name}\n" for name, entry in files.items()).encode())
+    return {
+        "layout": checkpoint.layout,
+        "form": checkpoint.form,
+        "dtype": checkpoint.dtype,
+        "sha256": whole.hexdigest(),
+        "files": files,
+    }
+
+
+def carry_licences(checkpoint: Path, folder: Path, changes: Sequence[str]) -> list[str]:
+    """Copy the checkpoint's licence files into `folder`, and write a NOTICE that says what was changed.
+
+    Returns the copied names. Apple's licence asks for both: its text passed on, and modifications disclosed.
+    """
+    carried = []
+    for path in sorted(checkpoint.iterdir()):
+        if path.is_file() and any(fnmatchcase(path.name.lower(), pattern) for pattern in _LICENCES):
+            if path.stat().st_size > _LICENCE_BYTES:
+                raise UserError(f"{path}: is {path.stat().st_size} bytes, too large for a licence: move it away")
+            (folder / path.name).write_bytes(path.read_bytes())
+            carried.append(path.name)
+    notice = folder / contract.NOTICE
+    before = notice.read_text(encoding="utf-8", errors="replace").rstrip() + "\n\n" if notice.exists() else ""
+    licensed = any(name.lower().startswith(("license", "licence")) for name in carried)
+    listed = "".join(f"- {change}\n" for change in changes)
+    text = f"This artefact was made from a FastVLM checkpoint. What was changed:\n{listed}"
+    notice.write_text(before + text + ("" if licensed else "\n" + _APPLE), encoding="utf-8")
+    return carried
+
+
+def versions() -> dict[str, str]:
+    """Python and the packages whose versions decide the artefact's bytes."""
+    return {"python": platform.python_version(), **{name: metadata.version(name) for name in _PACKAGES}}
+
+
+def hash_files(
+    folder: Path, names: Iterable[str], advance: Callable[[int], Any] | None = None
+) -> dict[str, dict[str, Any]]:
+    """{name: {"sha256", "size"}} of files in `folder`, sorted by name. `advance(n)` after every n bytes."""
+    return {name: _hash(folder / name, advance) for name in sorted(names)}
+
+
+def files_in(folder: Path) -> list[str]:
+    """Every file below `folder` except the manifest, relative, with forward slashes, sorted."""
+    paths = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+    return sorted(name for path in paths if (name := path.relative_to(folder).as_posix()) != contract.MANIFEST)
+
+
+def write_manifest(folder: Path, document: Mapping[str, Any]) -> dict[str, Any]:
+    """Write export.json: `document` and the sha256 and size of every file in `folder`. Returns what was written.
+
+    The bytes are canonical JSON with a hash of themselves, so that a change to the manifest shows, too.
+    """
+    files = document.get("files") or hash_files(folder, files_in(folder))
+    complete = {"format": FORMAT, "format_version": FORMAT_VERSION, **document, "files": files}
+    complete[_SELF] = _self_hash(complete)
+    (folder / contract.MANIFEST).write_bytes(_canonical(complete))
+    return complete
+
+
+def read_manifest(artefact: Path) -> dict[str, Any]:
+    """The artefact's export.json. Raises UserError when there is none that this version can read."""
+    path = artefact / contract.MANIFEST
+    if not artefact.is_dir():
+        raise UserError(f"{artefact}: no such folder: expected an exported artefact")
+    try:
+        document = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise UserError(f"{artefact}: is no artefact: it has no {contract.MANIFEST}") from None
+    except ValueError as error:
+        raise UserError(f"{path}: is not JSON ({error}): export again") from None
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
+        raise UserError(f"{path}: is not the manifest of an artefact (no format {FORMAT!r})")
+    if document.get("format_version") != FORMAT_VERSION:
+        got = document.get("format_version")
+        raise UserError(f"{path}: format version {got!r}, expected {FORMAT_VERSION}: export again")
+    files = document.get("files")
+    if not isinstance(files, dict) or not all(_is_entry(name, entry) for name, entry in files.items()):
+        raise UserError(f"{path}: `files` does not list files inside the artefact with sha256 and size: export again")
+    return document
+
+
+def verify(artefact: Path, advance: Callable[[int], Any] | None = None) -> list[str]:
+    """One line for every file that changed by a byte, is missing or is extra; empty when the artefact is as exported.
+
+    Raises UserError for a folder that is no artefact at all.
+    """
+    document = read_manifest(artefact)
+    findings = []
+    raw = (artefact / contract.MANIFEST).read_bytes()
+    if raw != _canonical(document) or document.get(_SELF) != _self_hash(document):
+        findings.append(f"{contract.MANIFEST}: changed since the export")
+    findings += _missing_or_resized(artefact, document["files"])
+    flagged = {finding.split(": ")[0] for finding in findings}
+    for name, entry in document["files"].items():
+        if name not in flagged and _hash(artefact / name, advance)["sha256"] != entry["sha256"]:
+            findings.append(f"{name}: changed: its sha256 is not that of the export")
+    findings += [f"{name}: extra: not written by the export" for name in _extra(artefact, _listed_files(document))]
+    return sorted(findings)
+
+
+def check_whole(artefact: Path) -> dict[str, Any]:
+    """The manifest of an artefact whose files are all there, in size; UserError if not (`verify` reads them)."""
+    document = read_manifest(artefact)
+    findings = _missing_or_resized(artefact, document["files"])
+    if findings:
+        raise UserError(f"{artefact}: is not as it was exported: {'; '.join(findings)}; export again")
+    return document
+
+
+def _missing_or_resized(artefact: Path, files: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    findings = []
+    for name, entry in files.items():
+        path = artefact / name
+        if path.is_symlink() or not path.is_file():
+            findings.append(f"{name}: " + ("missing" if not os.path.lexists(path) else "not a plain file any more"))
+        elif path.stat().st_size != entry["size"]:
+            findings.append(f"{name}: changed: {path.stat().st_size} bytes, expected {entry['size']}")
+    return findings
+
+
+def _extra(artefact: Path, listed: set[str]) -> list[str]:
+    """Files and folders that the manifest does not have."""
+    folders = {parent.as_posix() for name in listed for parent in Path(name).parents}
+    found = [path.relative_to(artefact).as_posix() for path in sorted(artefact.rglob("*"))]
+    return [name for name in found if name not in listed and name not in folders]
+
+
+def _listed_files(document: Mapping[str, Any]) -> set[str]:
+    return {contract.MANIFEST, *document["files"]}
+
+
+def _is_entry(name: str, entry: Any) -> bool:
+    """A relative path that stays inside, and a sha256 and size."""
+    inside = bool(name) and not name.startswith("/") and ".." not in name.split("/") and not set("\\\0") & set(name)
+    sized = isinstance(entry, dict) and isinstance(entry.get("sha256"), str) and type(entry.get("size")) is int
+    return inside and sized
+
+
+def _hash(path: Path, advance: Callable[[int], Any] | None) -> dict[str, Any]:
+    digest, size = hashlib.sha256(), 0
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+            size += len(chunk)
+            if advance is not None:
+                advance(len(chunk))
+    return {"sha256": digest.hexdigest(), "size": size}
+
+
+def _canonical(document: Mapping[str, Any]) -> bytes:
+    return (json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def _self_hash(document: Mapping[str, Any]) -> str:
+    return hashlib.sha256(_canonical({key: value for key, value in document.items() if key != _SELF})).hexdigest()

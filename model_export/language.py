@@ -1,0 +1,265 @@
+"""Run an artefact's language model and projector from its own bytes: in PyTorch anywhere, or in MLX.
+
+PyTorch computes with the values that MLX's quantized tensors stand for, dequantized bit for bit as MLX does.
+"""
+
+import json
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from fastvlm.dtypes import dtype_name, torch_dtype
+from fastvlm.errors import UserError
+from fastvlm.surface import Sampler, TorchLanguage, TorchProjector
+from model_export import contract
+from quantization import affine
+
+
+class StoredTensors:
+    """The weights of an artefact's MLX folder by name; quantized ones are dequantized when read."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.config = folder, read_config(folder)
+        self.quantization: dict[str, Any] = self.config.get("quantization") or {}
+        self._files: dict[str, Any] = {}
+        paths = [*sorted(folder.glob(contract.WEIGHTS_GLOB)), folder / contract.PROJECTOR_WEIGHTS]
+        for path in paths:
+            try:
+                file = safe_open(path, "pt")
+            except (OSError, SafetensorError) as error:
+                raise UserError(f"{path}: not a readable safetensors file ({error}); export again") from None
+            self._files |= dict.fromkeys(file.keys(), file)
+
+    def names(self) -> set[str]:
+        """The weights' names, without the `.scales` and `.biases` that belong to quantized ones."""
+        extra = {f"{module}.{part}" for module in self._modules() for part in ("scales", "biases")}
+        return set(self._files) - extra
+
+    def _modules(self) -> list[str]:
+        return [name.removesuffix(".scales") for name in self._files if name.endswith(".scales")]
+
+    def read(self, name: str) -> Tensor:
+        """The weight's values in the dtype that MLX gives them. UserError if its parts contradict each other."""
+        module = name.removesuffix(".weight")
+        if f"{module}.scales" not in self._files:
+            return self._get(name)
+        scheme = self.quantization.get(module, self.quantization)
+        if not isinstance(scheme, dict) or scheme.get("mode", "affine") != "affine":
+            raise UserError(f"{self.folder}: {module}: quantization {scheme!r} is not one that runs here (affine)")
+        try:
+            packed, scales, biases = (self._get(f"{module}.{part}") for part in ("weight", "scales", "biases"))
+            return affine.dequantize(packed, scales, biases, scheme["bits"], scheme["group_size"])
+        except (KeyError, ValueError) as error:
+            raise UserError(f"{self.folder}: {module}: unusable quantized weight ({error}); export again") from None
+
+    def _get(self, name: str) -> Tensor:
+        return self._files[name].get_tensor(name)
+
+    @property
+    def label(self) -> str:
+        """What is stored, in a word or two: "int4", "mixed int4/int8", "float16"."""
+        entries = [self.quantization.get(module, self.quantization) for module in self._modules()]
+        bits = sorted({entry["bits"] for entry in entries})
+        if not bits:
+            return dtype_name(self._get("language_model.model.norm.weight").dtype)
+        return ("mixed " if len(bits) > 1 else "") + "/".join(f"int{b}" for b in bits)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """An artefact's config.json; UserError if it is not there, not JSON, or another model's."""
+    path = folder / contract.CONFIG
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not readable as JSON ({error}); expected an artefact's folder") from None
+    if not isinstance(config, dict) or config.get("model_type") != contract.MODEL_TYPE:
+        raise UserError(f"{path}: not an artefact's: expected an object with model_type {contract.MODEL_TYPE}")
+    wrong = [key for key, kind in contract.CONFIG_REQUIRED.items() if type(config.get(key)) is not kind]
+    if wrong:
+        raise UserError(f"{path}: missing or of the wrong type: {', '.join(wrong)}; export again")
+    return contract.CONFIG_DEFAULTS | config
+
+
+def eos_ids(config: dict[str, Any]) -> list[int]:
+    """The ids that end an answer, from an artefact's config.json."""
+    eos = config.get("eos_token_id", [])
+    return [eos] if isinstance(eos, int) else list(eos)
+
+
+class _Projector(nn.Module):
+    """Two linear layers with an exact GELU between them, under the artefact's names."""
+
+    def __init__(self, features: int, hidden: int) -> None:
+        super().__init__()
+        self.linear_0, self.linear_2 = nn.Linear(features, hidden), nn.Linear(hidden, hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear_2(nn.functional.gelu(self.linear_0(x)))
+
+
+def torch_language(folder: Path, dtype: str = "float32") -> tuple[TorchLanguage, TorchProjector]:
+    """The language model and the projector on the CPU, computing in `dtype` with the artefact's own values.
+
+    Raises UserError with every missing, unexpected and misshapen tensor.
+    """
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    stored, target = StoredTensors(Path(folder)), torch_dtype(dtype)
+    config = stored.config
+    fields = (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "rms_norm_eps",
+        "max_position_embeddings",
+        "tie_word_embeddings",
+    )
+    text = Qwen2Config(
+        **{key: config[key] for key in fields},
+        rope_parameters={"rope_type": "default", "rope_theta": config["rope_theta"]},
+    )
+    text._attn_implementation = "sdpa"
+    with torch.device("meta"):
+        model, projector = Qwen2ForCausalLM(text), _Projector(config["mm_hidden_size"], config["hidden_size"])
+    expected: dict[str, tuple[nn.Module, str]] = {}
+    for prefix, owner in ((contract.LANGUAGE_PREFIX, model), (contract.PROJECTOR_PREFIX, projector)):
+        expected |= {prefix + name: (owner, name) for name, _ in owner.named_parameters()}
+    _fill(expected, stored, target)
+    model.tie_weights()
+    rotary = model.model.rotary_emb
+    model.model.rotary_emb = type(rotary)(config=text)  # its table is computed, not stored
+    release = torch.__version__.split("+")[0]
+    name = f"PyTorch {release} CPU {dtype} over MLX {stored.label} tensors"
+    for module in (model, projector):
+        module.eval().requires_grad_(False)
+    return TorchLanguage(model, eos_ids(config), name), TorchProjector(projector, name)
+
+
+def _fill(expected: dict[str, tuple[nn.Module, str]], stored: StoredTensors, dtype: torch.dtype) -> None:
+    """Put each stored weight into its module, one after the other, so that no second copy of the model exists."""
+    names = stored.names()
+    faults = [f"{name} is missing" for name in sorted(set(expected) - names)]
+    faults += [f"{name} is unexpected" for name in sorted(names - set(expected))]
+    for name in sorted(set(expected) & names):
+        module, path = expected[name]
+        shape, value = module.get_parameter(path).shape, stored.read(name)
+        if value.shape != shape:
+            faults.append(f"{name} is {list(value.shape)}, expected {list(shape)}")
+        elif not faults:
+            owner, _, leaf = path.rpartition(".")
+            setattr(module.get_submodule(owner), leaf, nn.Parameter(value.to(dtype), requires_grad=False))
+    if faults:
+        raise UserError(f"{stored.folder}: the weights are not this config.json's: {'; '.join(faults)}; export again")
+
+
+class MlxLanguage:
+    """The text model that mlx-lm loads, as a `Language`; quantized weights stay quantized."""
+
+    def __init__(self, model: Any, eos: list[int], name: str) -> None:
+        self.text, self.eos_ids, self.name = model.language_model, frozenset(eos), name
+
+    def embed(self, ids: np.ndarray) -> np.ndarray:
+        """(1, T) int64 -> (1, T, H) float32."""
+        return _to_numpy(self.text.model.embed_tokens(_to_mlx(ids.astype(np.int32))))
+
+    def logits(self, embeds: np.ndarray) -> np.ndarray:
+        """(1, T, H) float32 -> (1, T, V) float32."""
+        return _to_numpy(self._head(self._hidden(embeds, None)))
+
+    def stream(
+        self,
+        embeds: np.ndarray,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        top_p: float | None = None,
+        seed: int | None = None,
+    ) -> Iterator[int]:
+        """Yield new token ids until an end token (not yielded) or `max_new_tokens`; greedy at temperature 0."""
+        from mlx_lm.models.cache import make_prompt_cache
+
+        draw, cache = Sampler(temperature, top_p, seed), make_prompt_cache(self.text)
+        for _ in range(max_new_tokens):
+            last = self._hidden(embeds, cache)[:, -1:]
+            token = draw(_to_numpy(self._head(last))[0, -1])
+            if token in self.eos_ids:
+                return
+            yield token
+            embeds = self.embed(np.array([[token]]))
+
+    def _hidden(self, embeds: np.ndarray, cache: Any) -> Any:
+        table = self.text.model.embed_tokens
+        dtype = table.scales.dtype if "scales" in table else table.weight.dtype  # as the app, which merges into this
+        return self.text.model(None, cache, _to_mlx(embeds).astype(dtype))
+
+    def _head(self, hidden: Any) -> Any:
+        tied = self.text.args.tie_word_embeddings
+        return self.text.model.embed_tokens.as_linear(hidden) if tied else self.text.lm_head(hidden)
+
+
+class MlxProjector:
+    """The projector in MLX, as the app computes it: float32 features, weights as they are stored."""
+
+    def __init__(self, stored: StoredTensors, name: str) -> None:
+        import mlx.core as mx
+        import mlx.nn as mlx_nn
+
+        self.name = name
+        weights: Any = mx.load(str(stored.folder / contract.PROJECTOR_WEIGHTS))
+        self.layers: list[Any] = []
+        for layer in contract.PROJECTOR_LAYERS:
+            key = f"{contract.PROJECTOR_PREFIX}{layer}."
+            own = {name.removeprefix(key): value for name, value in weights.items() if name.startswith(key)}
+            linear: Any = mlx_nn.Linear(1, 1)
+            if "scales" in own:
+                entry = stored.quantization.get(key[:-1], stored.quantization)
+                linear = mlx_nn.QuantizedLinear(128, 1, group_size=entry["group_size"], bits=entry["bits"])
+            linear.update(own)
+            self.layers.append(linear)
+        self.gelu = mlx_nn.GELU()
+
+    def __call__(self, features: np.ndarray) -> np.ndarray:
+        """(1, N, C) float32 -> (1, N, H) float32."""
+        first, second = self.layers
+        return _to_numpy(second(self.gelu(first(_to_mlx(features)))))
+
+
+def mlx_language(folder: Path) -> tuple[MlxLanguage, MlxProjector]:
+    """The same two parts run by MLX: the GPU on a Mac, the (slow, one-thread) CPU elsewhere.
+
+    Raises UserError where MLX is not installed or refuses the folder.
+    """
+    try:
+        import mlx.core as mx
+        from mlx_lm.utils import load_model
+    except ImportError as error:
+        raise UserError(f"MLX is not usable here ({error}): use the PyTorch runner") from None
+    folder = Path(folder)
+    stored = StoredTensors(folder)
+    try:
+        model, _ = load_model(folder, model_config=dict(contract.MLX_LM_CONFIG))
+    except (ValueError, KeyError, RuntimeError) as error:
+        raise UserError(f"{folder}: mlx-lm refuses it ({error}); export again") from None
+    device = "GPU" if mx.default_device() == mx.gpu else "CPU"
+    name = f"MLX {version('mlx')} {device} over {stored.label} tensors"
+    return MlxLanguage(model, eos_ids(stored.config), name), MlxProjector(stored, name)
+
+
+def _to_mlx(array: np.ndarray) -> Any:
+    import mlx.core as mx
+
+    return mx.array(np.ascontiguousarray(array))
+
+
+def _to_numpy(array: Any) -> np.ndarray:
+    import mlx.core as mx
+
+    return np.array(array.astype(mx.float32))

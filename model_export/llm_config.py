@@ -1,0 +1,66 @@
+"""config.json of an artefact: what the demo app decodes and what the MLX loaders read, from a checked checkpoint."""
+
+from typing import Any
+
+from fastvlm.checkpoint import Checkpoint
+from fastvlm.errors import UserError
+from fastvlm.surface import eos_ids
+from model_export import contract
+
+# LLaVA's value for pictures that are cropped, not padded: anything but "pad" (llava/mm_utils.py, process_images)
+_ASPECT_RATIOS = {"pad": "pad", "center_crop": "square"}
+_PROMPT_LIMIT = 8192  # tokens; mlx-vlm cuts longer prompts (apple/FastVLM-*: tokenizer_model_max_length)
+
+
+def language_config(checkpoint: Checkpoint, layout: str) -> dict[str, Any]:
+    """The document without its `quantization` block. UserError with everything that these loaders don't compute."""
+    text: Any = checkpoint.hf_config.text_config
+    rope = text.rope_parameters or {}
+    vision: Any = checkpoint.hf_config.vision_config
+    _refuse(checkpoint, rope)
+    eos = sorted(int(token) for token in eos_ids(checkpoint.tokenizer(), text.eos_token_id))
+    return {
+        "architectures": ["LlavaQwen2ForCausalLM"],
+        "model_type": contract.MODEL_TYPE,
+        "vocab_size": text.vocab_size,
+        "hidden_size": text.hidden_size,
+        "intermediate_size": text.intermediate_size,
+        "num_hidden_layers": text.num_hidden_layers,
+        "num_attention_heads": text.num_attention_heads,
+        "num_key_value_heads": text.num_key_value_heads,
+        "hidden_act": text.hidden_act,
+        "rms_norm_eps": float(text.rms_norm_eps),
+        "rope_theta": float(rope["rope_theta"]),
+        "max_position_embeddings": text.max_position_embeddings,
+        "tie_word_embeddings": checkpoint.tied,
+        "bos_token_id": text.bos_token_id,
+        "eos_token_id": eos[0] if len(eos) == 1 else eos,
+        "image_token_index": contract.MLX_VLM_IMAGE_TOKEN if layout == "mlx-vlm" else checkpoint.image_token_id,
+        "image_aspect_ratio": _ASPECT_RATIOS[checkpoint.image_strategy],
+        "mm_hidden_size": vision.hidden_size,
+        "mm_projector_type": "mlp2x_gelu",
+        "mm_use_im_start_end": False,
+        "mm_vision_tower": f"mobileclip_l_{checkpoint.image_size}",
+        "tokenizer_model_max_length": min(_PROMPT_LIMIT, text.max_position_embeddings),
+    }
+
+
+def _refuse(checkpoint: Checkpoint, rope: dict[str, Any]) -> None:
+    config = checkpoint.hf_config
+    text: Any = config.text_config
+    head = text.hidden_size // text.num_attention_heads
+    faults = [
+        f"{what} is {got!r}, expected {expected!r}"
+        for what, got, expected in (
+            ("rotary position encoding", rope.get("rope_type", "default"), "default"),
+            ("sliding-window attention", bool(text.use_sliding_window), False),
+            ("activation", text.hidden_act, "silu"),
+            ("width of a head", getattr(text, "head_dim", None) or head, head),
+            ("projector's activation", config.projector_hidden_act, "gelu"),
+            ("projector's bias", bool(config.multimodal_projector_bias), True),
+        )
+        if got != expected
+    ]
+    if faults:
+        what = "; ".join(faults)
+        raise UserError(f"cannot export {checkpoint.path}: the demo app and the MLX loaders don't run it: {what}")

@@ -1,0 +1,110 @@
+"""weight.bin, memory-mapped: coremltools' MILBlob storage (`mlmodel/src/MILBlob/Blob/StorageFormat.hpp`).
+
+A 64-byte header (uint32 count, uint32 version = 2), then for each blob 64 bytes of metadata (uint32 sentinel, uint32
+type, uint64 size in bytes, uint64 data offset, uint64 unused bits at the end) and its data, both 64-byte aligned.
+Little-endian throughout.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import struct
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from .dtypes import STORAGE, SUB_BYTE
+from .program import MILError, TensorType
+
+SENTINEL = 0xDEADBEEF
+VERSION = 2
+ALIGNMENT = 64
+
+# BlobDataType.hpp
+_TYPES = {
+    1: "fp16", 2: "fp32", 3: "uint8", 4: "int8", 5: "bf16", 6: "int16", 7: "uint16", 8: "int4", 9: "uint1",
+    10: "uint2", 11: "uint4", 12: "uint3", 13: "uint6", 14: "int32", 15: "uint32", 16: "fp8e4m3fn", 17: "fp8e5m2",
+}  # fmt: skip
+
+
+def unpack(packed: np.ndarray, dtype: str, count: int) -> torch.Tensor:
+    """`count` values narrower than a byte, packed from the least significant bit, as one int8/uint8 each."""
+    bits = SUB_BYTE[dtype]
+    if 8 % bits == 0:
+        values = (packed[:, None] >> np.arange(0, 8, bits, dtype=np.uint8)) & np.uint8(2**bits - 1)
+    else:  # 3 and 6 bits run across byte boundaries
+        stream = np.unpackbits(packed, bitorder="little")[: count * bits].reshape(count, bits)
+        values = np.packbits(stream, axis=1, bitorder="little")
+    values = values.reshape(-1)[:count]
+    if dtype == "int4":
+        return torch.from_numpy(((values ^ 8).astype(np.int8) - 8).astype(np.int8))
+    return torch.from_numpy(np.ascontiguousarray(values))
+
+
+class WeightFile:
+    """One weight file. Nothing is read before `read`, and byte-sized types are views of the mapping."""
+
+    def __init__(self, path: Path) -> None:
+        """Map the file and check its header; MILError if it is missing, truncated or another format."""
+        self.path = path
+        try:
+            size = path.stat().st_size
+            if size < ALIGNMENT:
+                raise MILError(f"{path}: truncated weight file: {size} bytes, expected a header of {ALIGNMENT}")
+            with path.open("rb") as file:
+                # Copy-on-write, so that torch gets a writable buffer and the file stays as it is.
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        except OSError as error:
+            raise MILError(f"{path}: cannot read the weight file: {error.strerror or error}") from None
+        _, version = struct.unpack_from("<II", self._map)
+        if version != VERSION:
+            raise MILError(f"{path}: weight file version {version}, expected {VERSION}; the file is corrupted")
+
+    @cached_property
+    def _bytes(self) -> np.ndarray:
+        return np.frombuffer(self._map, dtype=np.uint8)
+
+    def read(self, offset: int, type: TensorType) -> torch.Tensor:
+        """The blob whose metadata is at `offset`, in its storage type (sub-byte values one byte each).
+
+        Raises MILError when the metadata or the data is out of range or contradicts `type`.
+        """
+        where = f"{self.path}: blob at offset {offset}"
+        if offset % ALIGNMENT or offset < ALIGNMENT or offset + ALIGNMENT > len(self._map):
+            raise MILError(f"{where}: out of range or not {ALIGNMENT}-byte aligned (the file has {len(self._map)})")
+        sentinel, code, size, start, padding = struct.unpack_from("<IIQQQ", self._map, offset)
+        if sentinel != SENTINEL:
+            raise MILError(f"{where}: metadata sentinel {sentinel:#x}, expected {SENTINEL:#x}; the file is corrupted")
+        if _TYPES.get(code) != type.dtype:
+            # bool tensors are stored as bytes.
+            if not (type.dtype == "bool" and _TYPES.get(code) in ("uint8", "int8")):
+                raise MILError(f"{where}: stored as {_TYPES.get(code, f'type {code}')}, the program says {type.dtype}")
+        if start % ALIGNMENT or start < offset + ALIGNMENT or start + size > len(self._map):
+            raise MILError(f"{where}: {size} bytes at {start} are not in the file of {len(self._map)} bytes")
+        shape = static_shape(type, where)
+        count = math.prod(shape)
+        bits = SUB_BYTE.get(type.dtype)
+        if bits is None:
+            expected = count * STORAGE[type.dtype].itemsize
+        else:
+            expected = -(-count * bits // 8)
+            # Writers before iOS 18 left this field uninitialized, but had no sub-byte types.
+            if padding != expected * 8 - count * bits:
+                raise MILError(f"{where}: {padding} unused bits, expected {expected * 8 - count * bits} for {type}")
+        if size != expected:
+            raise MILError(f"{where}: {size} bytes, expected {expected} for {type}")
+        if count == 0:
+            return torch.empty(shape, dtype=STORAGE[type.dtype])
+        if bits is not None:
+            return unpack(self._bytes[start : start + size], type.dtype, count).reshape(shape)
+        return torch.frombuffer(self._map, dtype=STORAGE[type.dtype], count=count, offset=start).reshape(shape)
+
+
+def static_shape(type: TensorType, where: str) -> tuple[int, ...]:
+    """The shape of a constant, which has no unknown size."""
+    if None in type.shape:
+        raise MILError(f"{where}: a constant of unknown shape {type}")
+    return tuple(size for size in type.shape if size is not None)

@@ -1,0 +1,64 @@
+"""MIL element types in torch, and the compute policies.
+
+The executor computes in float32. A policy says what becomes of a value whose MIL type is fp16:
+
+- "as-typed": every operation's result is rounded to fp16 (storage fp16, accumulation fp32). The value is held as a
+  float32 tensor that contains only fp16 numbers, so that no kernel has to convert its operands.
+- "float32": never rounded; what the graph means.
+
+A stricter policy (composite operations taken apart, each intermediate rounded) is a further entry of POLICIES.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How a run treats fp16: `rounds` says whether results of MIL type fp16 are rounded to it."""
+
+    name: str
+    rounds: bool
+
+
+POLICIES = {policy.name: policy for policy in (Policy("as-typed", rounds=True), Policy("float32", rounds=False))}
+
+# MIL.proto's DataType numbers.
+NAMES = {
+    1: "bool", 2: "string", 10: "fp16", 11: "fp32", 12: "fp64", 13: "bf16",
+    21: "int8", 22: "int16", 23: "int32", 24: "int64", 25: "int4",
+    31: "uint8", 32: "uint16", 33: "uint32", 34: "uint64", 35: "uint4", 36: "uint2", 37: "uint1", 38: "uint6",
+    39: "uint3", 40: "fp8e4m3fn", 41: "fp8e5m2",
+}  # fmt: skip
+
+# Types narrower than a byte: width in bits; values are unpacked to one byte each.
+SUB_BYTE = {"int4": 4, "uint1": 1, "uint2": 2, "uint3": 3, "uint4": 4, "uint6": 6}
+
+STORAGE = {
+    "bool": torch.bool, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16,
+    "int8": torch.int8, "int16": torch.int16, "int32": torch.int32, "int64": torch.int64, "int4": torch.int8,
+    "uint8": torch.uint8, "uint16": torch.uint16, "uint32": torch.uint32, "uint64": torch.uint64,
+    "uint1": torch.uint8, "uint2": torch.uint8, "uint3": torch.uint8, "uint4": torch.uint8, "uint6": torch.uint8,
+    "fp8e4m3fn": torch.float8_e4m3fn, "fp8e5m2": torch.float8_e5m2,
+}  # fmt: skip
+
+FLOATS = ("fp16", "fp32", "fp64", "bf16", "fp8e4m3fn", "fp8e5m2")
+
+NUMPY = {
+    "bool": np.bool_, "fp16": np.float16, "fp32": np.float32, "fp64": np.float64, "int8": np.int8, "int16": np.int16,
+    "int32": np.int32, "int64": np.int64, "uint8": np.uint8, "uint16": np.uint16, "uint32": np.uint32,
+    "uint64": np.uint64,
+}  # fmt: skip
+
+
+def compute_dtype(dtype: str) -> torch.dtype:
+    """The torch type in which values of this MIL type are held while running."""
+    if dtype == "bool":
+        return torch.bool
+    if dtype in FLOATS:
+        return torch.float64 if dtype == "fp64" else torch.float32
+    return torch.int64 if dtype in ("int64", "uint32", "uint64") else torch.int32

@@ -1,0 +1,205 @@
+"""Running one function of an ML program in PyTorch, from the package's bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from .allocator import kept_buffers
+from .dtypes import NUMPY, POLICIES, compute_dtype
+from .plan import Step, make_plan
+from .program import Function, MILError, Operation, Program, TensorType
+from .reader import read_package
+
+Watch = Callable[[Operation, Mapping[str, torch.Tensor]], None]
+
+# Elements rounded at a time: a tile and its fp16 copy stay in the cache, and the tiles are few enough that starting
+# torch's threads for each costs nothing.
+_TILE = 1 << 19
+
+
+class MILExecutor:
+    """One function, resolved and with its weights prepared. Not to be run from two threads at a time.
+
+    inputs, outputs: name -> TensorType as the package declares them. operations: the non-constant ones, in order.
+    """
+
+    def __init__(self, program: Program, compute: str = "as-typed", function_name: str | None = None) -> None:
+        """Resolve a function (default: the package's own default) under a policy of dtypes.POLICIES.
+
+        Raises MILError for an unknown function or policy, a description that contradicts the program, damaged weights,
+        and unsupported operations, of which it lists all.
+        """
+        if compute not in POLICIES:
+            raise MILError(f"unknown compute policy {compute!r}, expected one of {', '.join(POLICIES)}")
+        name = function_name or program.default_function
+        if name not in program.functions:
+            raise MILError(f"{program.path}: no function {name!r}, it has {', '.join(sorted(program.functions)) or 'none'}")
+        self.program = program
+        self.function = program.functions[name]
+        self.policy = POLICIES[compute]
+        self.inputs = _checked_types(program, self.function)
+        self._plan = make_plan(program, self.function, self.policy)
+        self.outputs = self._checked_outputs()
+        self.operations = tuple(step.operation for step in self._plan.steps)
+
+    def predict(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Arrays in, arrays out, by the package's names, shapes and element types; MILError for anything else."""
+        return self.run(inputs)
+
+    @torch.inference_mode()
+    def run(self, inputs: Mapping[str, np.ndarray], watch: Watch | None = None) -> dict[str, np.ndarray]:
+        """Like predict. `watch(operation, outputs)` sees every non-constant operation right after it ran.
+
+        The outputs are {name: tensor}: floats as float32, under "as-typed" holding the numbers of their MIL type.
+        Watching changes no number; it takes longer and more memory, since nothing is written over.
+        """
+        values: dict[str, torch.Tensor] = {**self._plan.constants, **self._input_tensors(inputs)}
+        steps = self._plan.steps if watch is not None else self._plan.merged
+        with kept_buffers():
+            for step in steps:
+                outputs = self._run_step(step, values, keep=watch is not None)
+                if watch is not None:
+                    watch(step.operation, outputs)
+                values.update(outputs)
+                del outputs
+                for name in step.frees:
+                    values.pop(name, None)
+            return {name: self._array(values[name], type) for name, type in self.outputs.items()}
+
+    def _input_tensors(self, inputs: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
+        if set(inputs) != set(self.inputs):
+            raise MILError(f"inputs named {sorted(inputs)}, expected {sorted(self.inputs)}")
+        tensors = {}
+        for name, type in self.inputs.items():
+            array = inputs[name]
+            if not isinstance(array, np.ndarray):
+                raise MILError(f"input {name!r}: {array.__class__.__name__}, expected a numpy array")
+            if array.dtype != NUMPY[type.dtype] or not type.accepts(array.shape):
+                shape = ", ".join(map(str, array.shape))
+                raise MILError(f"input {name!r}: {array.dtype}[{shape}], expected {np.dtype(NUMPY[type.dtype])}: {type}")
+            # Negative strides and read-only arrays are unknown to torch.
+            tensors[name] = torch.tensor(np.ascontiguousarray(array)).to(compute_dtype(type.dtype))
+        return tensors
+
+    def _run_step(self, step: Step, values: Mapping[str, torch.Tensor], keep: bool) -> dict[str, torch.Tensor]:
+        """One step's checked and rounded outputs; `keep`: write over nothing."""
+        kernel = step.kernel
+        function = kernel.inplace if step.overwrites and not keep and kernel.inplace is not None else kernel.run
+        try:
+            args = [_value(argument, values) for argument in kernel.args]
+            result = function(*args)
+            results = tuple(result) if isinstance(result, (tuple, list)) else (result,)
+            outputs = dict(zip(step.names, results, strict=True))
+            for (name, tensor), type in zip(outputs.items(), step.types):
+                _check(step.operation, name, tensor, type)
+                if step.rounds and type.dtype == "fp16":
+                    tensor = outputs[name] = tensor.clone() if kernel.view else tensor
+                if step.then or step.rounds:
+                    outputs[name] = _finish(tensor, step)
+        except (RuntimeError, TypeError, ValueError, IndexError) as error:
+            line = str(error).splitlines()[0] if str(error) else error.__class__.__name__
+            raise MILError(f"operation {step.operation.name!r} ({step.operation.type}) failed: {line}") from error
+        if step.then:
+            outputs = {step.then[-1].names[0]: outputs[step.names[0]]}
+        return outputs
+
+    def _checked_outputs(self) -> dict[str, TensorType]:
+        types = {name: type for step in self._plan.steps for name, type in zip(step.names, step.types)}
+        types.update({item.name: item.type for item in self.function.inputs if item.type is not None})
+        for operation in self.function.block.operations:
+            types.update({item.name: item.type for item in operation.outputs if item.type is not None})
+        missing = [name for name in self.function.block.outputs if name not in types]
+        if missing:
+            raise MILError(f"{self.program.path}: function {self.function.name!r} returns undefined values {missing}")
+        found = {name: types[name] for name in self.function.block.outputs}
+        _compare(self.program.path, "output", self.function.described_outputs, found)
+        return found
+
+    @staticmethod
+    def _array(tensor: torch.Tensor, type: TensorType) -> np.ndarray:
+        # A copy of its own: the tensor may be a constant, an input or part of a larger one.
+        return np.array(tensor.contiguous().numpy(), dtype=NUMPY[type.dtype])
+
+
+def load(path: Path | str, compute: str = "as-typed", function_name: str | None = None) -> MILExecutor:
+    """An executor of a saved .mlpackage. compute: "as-typed" or "float32" (see dtypes). Raises MILError."""
+    return MILExecutor(read_package(path), compute, function_name)
+
+
+def _checked_types(program: Program, function: Function) -> dict[str, TensorType]:
+    unusable = [item.name for item in function.inputs if item.type is None or item.type.dtype not in NUMPY]
+    if unusable:
+        raise MILError(f"{program.path}: function {function.name!r} has inputs that are not tensors: {unusable}")
+    found = {item.name: item.type for item in function.inputs if item.type is not None}
+    _compare(program.path, "input", function.described_inputs, found)
+    return found
+
+
+def _compare(path: Path, kind: str, described: Mapping[str, TensorType], found: Mapping[str, TensorType]) -> None:
+    """The model description and the program must agree on names, element types and, where both know them, shapes."""
+    if set(described) != set(found):
+        raise MILError(f"{path}: the description has {kind}s {sorted(described)}, the program {sorted(found)}")
+    for name, type in found.items():
+        promised = described[name]
+        known = None not in type.shape and None not in promised.shape and promised.shape
+        if promised.dtype != type.dtype or (known and promised.shape != type.shape):
+            raise MILError(f"{path}: {kind} {name!r} is described as {promised}, the program has {type}")
+        if type.dtype not in NUMPY:
+            raise MILError(f"{path}: {kind} {name!r} has type {type}, which NumPy does not have")
+
+
+def _value(argument: Any, values: Mapping[str, torch.Tensor]) -> Any:
+    if isinstance(argument, tuple):
+        return tuple(_value(item, values) for item in argument)
+    return values[argument] if isinstance(argument, str) else argument
+
+
+def _check(operation: Operation, name: str, tensor: torch.Tensor, type: TensorType) -> None:
+    if not type.accepts(tuple(tensor.shape)) or tensor.dtype != compute_dtype(type.dtype):
+        shape = ", ".join(map(str, tensor.shape))
+        raise MILError(
+            f"operation {operation.name!r} ({operation.type}): {name!r} came out as {tensor.dtype}[{shape}], declared {type}"
+        )
+
+
+def _finish(tensor: torch.Tensor, step: Step) -> torch.Tensor:
+    """Round the tensor and apply the operations that follow, each rounded, in place, tile by tile."""
+    functions: list[Callable[[torch.Tensor], Any]] = []
+    half = torch.empty(min(_TILE, tensor.numel()), dtype=torch.float16)
+
+    def to_fp16(tile: torch.Tensor) -> None:
+        copy = half[: tile.numel()]
+        copy.copy_(tile)
+        tile.copy_(copy)
+
+    if step.rounds:
+        functions.append(to_fp16)
+    for follower in step.then:
+        assert follower.kernel.inplace is not None
+        functions.append(follower.kernel.inplace)
+        if follower.rounds:
+            functions.append(to_fp16)
+    flat = _flat(tensor)
+    if flat is None:
+        tensor = tensor.contiguous()
+        flat = tensor.view(-1)
+    for tile in flat.split(_TILE):
+        for function in functions:
+            function(tile)
+    return tensor
+
+
+def _flat(tensor: torch.Tensor) -> torch.Tensor | None:
+    """All elements in the order of memory as one vector over the same memory; None when there are gaps or overlaps."""
+    expected = 1
+    for size, stride in sorted(zip(tensor.shape, tensor.stride()), key=lambda pair: pair[1]):
+        if size != 1:
+            if stride != expected:
+                return None
+            expected *= size
+    return tensor.as_strided((tensor.numel(),), (1,))

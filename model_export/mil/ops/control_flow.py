@@ -1,0 +1,13 @@
+"""The one branch-free operation of coremltools defs `control_flow.py` (const belongs to the executor)."""
+
+from __future__ import annotations
+
+import torch
+
+from ..registry import Kernel, Node, mil_op
+
+
+@mil_op("select")
+def select(node: Node) -> Kernel:
+    """a where cond holds, else b."""
+    return node.kernel(torch.where, "cond", "a", "b", exact=True)

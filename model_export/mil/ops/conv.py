@@ -1,0 +1,81 @@
+"""Convolutions. Semantics: coremltools defs `conv.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from .. import onednn
+from ..registry import Kernel, Node, Unsupported, mil_op
+from ._windows import pad_spatial, padding
+
+_CONV: dict[int, Callable[..., torch.Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+_CONV_TRANSPOSE: dict[int, Callable[..., torch.Tensor]] = {
+    1: F.conv_transpose1d,
+    2: F.conv_transpose2d,
+    3: F.conv_transpose3d,
+}
+
+
+def _settings(node: Node, spatial: int) -> tuple[list[int], list[int], int, str, list[int]]:
+    if spatial not in _CONV:
+        raise Unsupported(f"a convolution over {spatial} dimensions")
+    strides = node.const("strides", [1] * spatial)
+    dilations = node.const("dilations", [1] * spatial)
+    pad_type = node.const("pad_type", "valid")
+    return strides, dilations, node.const("groups", 1), pad_type, node.const("pad", [0] * 2 * spatial)
+
+
+@mil_op("conv")
+def conv(node: Node) -> Kernel:
+    """x (N, C, *D), weight (O, C/groups, *K); the accumulation is in float32."""
+    type = node.type_of("x")
+    spatial = len(type.shape) - 2
+    strides, dilations, groups, pad_type, pad = _settings(node, spatial)
+    kernel = [size or 0 for size in node.type_of("weight").shape[2:]]
+    before, after = padding(pad_type, pad, type.shape[2:], kernel, strides, dilations)
+    symmetric = before == after
+    inner = before if symmetric else [0] * spatial
+
+    weight, bias = node.weight("weight"), node.weight("bias")
+    static = tuple(size for size in type.shape if size is not None)
+    constant = weight is not None and (bias is not None or not node.has("bias"))
+    if onednn.AVAILABLE and constant and weight is not None and spatial == 2 and len(static) == 4:
+        padded = (*static[:2], *(size if symmetric else size + b + a for size, b, a in zip(static[2:], before, after)))
+        packed = onednn.conv2d(weight, bias, strides, inner, dilations, groups, padded)
+        return node.kernel(packed if symmetric else lambda x: packed(pad_spatial(x, before, after)), "x")
+
+    function = _CONV[spatial]
+
+    def run(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        x = x if symmetric else pad_spatial(x, before, after)
+        return function(x, weight, bias, strides, inner, dilations, groups)
+
+    return node.kernel(run, "x", "weight", "bias")
+
+
+@mil_op("conv_transpose")
+def conv_transpose(node: Node) -> Kernel:
+    """x (N, C, *D), weight (C, O/groups, *K): the full result, cropped by `pad` or to the declared output size."""
+    spatial = node.rank("x") - 2
+    strides, dilations, groups, pad_type, pad = _settings(node, spatial)
+    node.const("output_shape", None)  # equals the declared type, which is checked
+    sizes = node.type.shape[2:]
+    if None in sizes:
+        raise Unsupported("an output size known only at run time")
+    starts = pad[0::2] if pad_type == "custom" else [0] * spatial
+    function = _CONV_TRANSPOSE[spatial]
+
+    def run(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        full: Any = function(x, weight, bias, strides, 0, 0, groups, dilations)
+        for axis, size in enumerate(sizes, start=2):
+            start = starts[axis - 2]
+            if pad_type == "same":
+                start = max(0, full.shape[axis] - size) // 2
+            full = full.narrow(axis, start, size)
+        return full.contiguous()
+
+    return node.kernel(run, "x", "weight", "bias")

@@ -1,0 +1,20 @@
+"""Attention as one operation, since iOS 18. Semantics: coremltools defs `iOS18/transformers.py`."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from ..registry import Kernel, Node, mil_op
+
+
+@mil_op("scaled_dot_product_attention", since="CoreML8")
+def scaled_dot_product_attention(node: Node) -> Kernel:
+    """softmax(query key^T / sqrt(E) + mask) value; computed in float32 and rounded once after."""
+
+    def run(
+        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        return F.scaled_dot_product_attention(query, key, value, mask)
+
+    return node.kernel(run, "query", "key", "value", "attn_mask")

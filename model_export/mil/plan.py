@@ -1,0 +1,234 @@
+"""From a function's operations to the list of steps that an executor runs: everything is resolved here, once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from . import ops as ops  # registers the operations
+from .blob import WeightFile
+from .dtypes import Policy, compute_dtype
+from .program import BlobRef, Constant, Function, MILError, Operation, Program, TensorType
+from .registry import OPSETS, Kernel, Node, Unsupported, lookup
+
+Stored = torch.Tensor | str | tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One operation ready to run.
+
+    names, types: its outputs. frees: values not needed after it. rounds: outputs are rounded to fp16 after it.
+    overwrites: its first argument is not needed any more and may be written over.
+    then: operations that follow on the (only) output, element by element, before anything else sees it.
+    """
+
+    operation: Operation
+    kernel: Kernel
+    names: tuple[str, ...]
+    types: tuple[TensorType, ...]
+    rounds: bool
+    frees: tuple[str, ...] = ()
+    overwrites: bool = False
+    then: tuple[Step, ...] = ()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The steps one operation at a time, the same with element-wise followers merged, and outputs that are constants."""
+
+    steps: tuple[Step, ...]
+    merged: tuple[Step, ...]
+    constants: Mapping[str, torch.Tensor]
+
+
+class _Constants:
+    """The values known at load, in their storage types, read when first asked for."""
+
+    def __init__(self) -> None:
+        self._files: dict[Any, WeightFile] = {}
+        self._declared: dict[str, Constant] = {}
+        self._values: dict[str, Stored] = {}
+
+    def declare(self, name: str, constant: Constant) -> None:
+        self._declared[name] = constant
+
+    def set(self, name: str, value: torch.Tensor) -> None:
+        self._values[name] = value
+
+    def load(self, constant: Constant) -> Stored:
+        if not isinstance(constant.data, BlobRef):
+            return constant.data
+        if constant.data.file not in self._files:
+            self._files[constant.data.file] = WeightFile(constant.data.file)
+        return self._files[constant.data.file].read(constant.data.offset, constant.type)
+
+    def get(self, name: str) -> Stored | None:
+        if name not in self._values and name in self._declared:
+            self._values[name] = self.load(self._declared[name])
+        return self._values.get(name)
+
+
+def make_plan(program: Program, function: Function, policy: Policy) -> Plan:
+    """Resolve every operation of the function; raises MILError with the whole list of what is not supported."""
+    where = f"{program.path}: function {function.name!r}"
+    if function.opset not in OPSETS:
+        raise MILError(f"{where}: opset {function.opset} is not supported, expected one of {', '.join(OPSETS)}")
+    _refuse_unsupported(where, function, {})
+    constants = _Constants()
+    types: dict[str, TensorType | None] = {item.name: item.type for item in function.inputs}
+    steps: list[Step] = []
+    faults: dict[str, str] = {}
+    for operation in function.block.operations:
+        for output in operation.outputs:
+            if output.name in types:
+                raise MILError(f"{where}: operation {operation.name!r} defines {output.name!r} a second time")
+        if operation.type == "const":
+            constants.declare(operation.outputs[0].name, _const_value(where, operation))
+        else:
+            unknown = [b for item in operation.inputs.values() for b in item if isinstance(b, str) and b not in types]
+            if unknown:
+                raise MILError(f"{where}: operation {operation.name!r} uses undefined values {unknown}")
+            try:
+                step = _resolve(operation, function.opset, types, constants, policy)
+            except Unsupported as error:
+                faults[operation.name] = str(error)
+            else:
+                if operation.type.startswith("constexpr_"):
+                    constants.set(step.names[0], _folded(where, step))
+                else:
+                    steps.append(step)
+        types.update({output.name: output.type for output in operation.outputs})
+    _refuse_unsupported(where, function, faults)
+    outputs = function.block.outputs
+    finished = _with_lifetimes(steps, [item.name for item in function.inputs], outputs)
+    return Plan(tuple(finished), tuple(_merged(finished, outputs)), _constant_outputs(outputs, types, constants))
+
+
+def _refuse_unsupported(where: str, function: Function, faults: Mapping[str, str]) -> None:
+    """Raise MILError naming every operation without a builder, or else every one whose builder refused it."""
+    lines = []
+    for operation in function.block.operations:
+        known = operation.type == "const" or lookup(operation.type, function.opset) is not None
+        if operation.blocks or (not known and not faults):
+            lines.append(f"{operation.name} ({operation.type}, {function.opset})")
+        elif operation.name in faults:
+            lines.append(f"{operation.name} ({operation.type}, {function.opset}): {faults[operation.name]}")
+    if lines:
+        raise MILError(f"{where}: {len(lines)} unsupported operation(s): {'; '.join(lines)}")
+
+
+def _const_value(where: str, operation: Operation) -> Constant:
+    value = operation.attributes.get("val")
+    if value is None or len(operation.outputs) != 1 or operation.outputs[0].type != value.type:
+        raise MILError(f"{where}: constant {operation.name!r} has no value of its declared type")
+    return value
+
+
+def _resolve(
+    operation: Operation,
+    opset: str,
+    types: dict[str, TensorType | None],
+    constants: _Constants,
+    policy: Policy,
+) -> Step:
+    builder = lookup(operation.type, opset)
+    if builder is None:
+        raise Unsupported("no such operation in this opset")
+    node = Node(operation, types, constants.get, constants.load, policy)
+    try:
+        kernel = builder(node)
+    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:  # parameters of a wrong kind
+        raise Unsupported(f"unusable parameters ({str(error).splitlines()[0]})") from None
+    ignored = sorted(set(operation.inputs) - node.used)
+    if ignored:
+        raise Unsupported(f"parameters not understood: {', '.join(ignored)}")
+    if any(output.type is None for output in operation.outputs):
+        raise Unsupported("a result that is not a tensor")
+    outputs = tuple(output.type for output in operation.outputs if output.type is not None)
+    rounds = policy.rounds and not kernel.exact and any(type.dtype == "fp16" for type in outputs)
+    return Step(operation, kernel, tuple(output.name for output in operation.outputs), outputs, rounds)
+
+
+def _folded(where: str, step: Step) -> torch.Tensor:
+    value = step.kernel.run()
+    if not step.types[0].accepts(tuple(value.shape)):
+        raise MILError(f"{where}: {step.operation.name!r} gives {list(value.shape)}, declared {step.types[0]}")
+    return value
+
+
+def _constant_outputs(
+    outputs: tuple[str, ...], types: Mapping[str, TensorType | None], constants: _Constants
+) -> dict[str, torch.Tensor]:
+    found = {}
+    for name in outputs:
+        value, type = constants.get(name), types.get(name)
+        if isinstance(value, torch.Tensor) and type is not None:
+            found[name] = value.to(compute_dtype(type.dtype))
+    return found
+
+
+def _values(step: Step) -> set[str]:
+    """The names of the values that a step reads."""
+    names: set[str] = set()
+    for argument in step.kernel.args:
+        names.update(item for item in (argument if isinstance(argument, tuple) else (argument,)) if isinstance(item, str))
+    return names
+
+
+def _with_lifetimes(steps: list[Step], inputs: list[str], outputs: tuple[str, ...]) -> list[Step]:
+    """Fill in `frees` and `overwrites`: what dies where, and whose memory nobody else looks at by then."""
+    never = len(steps)
+    last = {name: index for index, step in enumerate(steps) for name in (*step.names, *_values(step))}
+    last.update({name: never for name in outputs})
+    # Values that may share memory have one root; it is in use as long as any of them is.
+    root = {name: name for name in inputs}
+    types: dict[str, TensorType] = {}
+    for step in steps:
+        first = step.kernel.args[0] if step.kernel.args else None
+        for name, type in zip(step.names, step.types):
+            root[name] = root[first] if step.kernel.view and isinstance(first, str) else name
+            types[name] = type
+    used_until = {name: -1 for name in root}
+    for name, index in last.items():
+        used_until[root[name]] = max(used_until[root[name]], index)
+    finished = []
+    for index, step in enumerate(steps):
+        first = step.kernel.args[0] if step.kernel.args else None
+        overwrites = (
+            step.kernel.inplace is not None
+            and isinstance(first, str)
+            and root[first] not in inputs  # those belong to the caller
+            and used_until[root[first]] == index
+            and types[first] == step.types[0]
+            and None not in types[first].shape
+        )
+        frees = tuple(name for name in {*step.names, *_values(step)} if last[name] == index)
+        finished.append(replace(step, overwrites=overwrites, frees=frees))
+    return finished
+
+
+def _merged(steps: list[Step], outputs: tuple[str, ...]) -> list[Step]:
+    """The steps with each in-place unary operation moved onto the step whose only output it alone reads."""
+    readers: dict[str, int] = {}
+    for step in steps:
+        for name in _values(step):
+            readers[name] = readers.get(name, 0) + 1
+    merged: list[Step] = []
+    position: dict[str, int] = {}
+    for step in steps:
+        first = step.kernel.args[0] if len(step.kernel.args) == 1 else None
+        home = position.get(first) if isinstance(first, str) and step.overwrites else None
+        if home is not None and readers[first] == 1 and first not in outputs:
+            merged[home] = replace(merged[home], then=(*merged[home].then, replace(step, frees=())))
+        else:
+            merged.append(step)
+            home = len(merged) - 1
+        if len(step.names) == 1 and not step.kernel.view:
+            position[step.names[0]] = home
+    return merged
+
+

@@ -1,0 +1,196 @@
+"""A saved .mlpackage to a Program: its manifest, its specification (protobuf) and the paths of its weight files.
+
+Of coremltools only the generated protobuf classes are used, and they are imported without the package around them
+(importing coremltools takes seconds and prints about the libraries it lacks off macOS).
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import math
+import sys
+import types
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+
+from .blob import static_shape, unpack
+from .dtypes import NAMES, STORAGE, SUB_BYTE
+from .program import Binding, Block, BlobRef, Constant, Function, MILError, NamedType, Operation, Program, TensorType
+
+_PROTO_PACKAGE = "_model_export_mil_proto"
+_MODEL_PATH = "@model_path/"
+# FeatureTypes.proto, ArrayFeatureType.ArrayDataType
+_ARRAY_TYPES = {65552: "fp16", 65568: "fp32", 65600: "fp64", 131104: "int32", 131080: "int8"}
+
+
+def read_package(path: Path | str) -> Program:
+    """Read a .mlpackage folder. Raises MILError for anything that is not a readable ML program package."""
+    path = Path(path)
+    specification_path = _specification_path(path)
+    try:
+        content = specification_path.read_bytes()
+    except OSError as error:
+        raise MILError(f"{specification_path}: cannot read the model specification: {error.strerror}") from None
+    specification = _message_class()()
+    try:
+        specification.ParseFromString(content)
+    except Exception as error:  # protobuf's DecodeError; its module differs between protobuf versions
+        raise MILError(f"{specification_path}: not a Core ML specification, or truncated ({error})") from None
+    kind = specification.WhichOneof("Type")
+    if kind != "mlProgram":
+        raise MILError(f"{path}: the model is a {kind or 'model of no known type'}, expected an mlProgram")
+    return _Reader(path, specification_path.parent).program(specification)
+
+
+def _specification_path(path: Path) -> Path:
+    if path.suffix == ".mlmodelc" or (path / "coremldata.bin").exists():
+        raise MILError(f"{path}: a compiled model (.mlmodelc); give the .mlpackage that it was compiled from")
+    if not path.exists():
+        raise MILError(f"{path}: no such package")
+    if not path.is_dir():
+        raise MILError(f"{path}: not a folder; an .mlpackage is a folder with a Manifest.json")
+    manifest_path = path / "Manifest.json"
+    try:
+        manifest = json.loads(manifest_path.read_bytes())
+        root = manifest["itemInfoEntries"][manifest["rootModelIdentifier"]]["path"]
+        if not isinstance(root, str):
+            raise TypeError("path is not text")
+    except FileNotFoundError:
+        raise MILError(f"{path}: no Manifest.json; not an .mlpackage") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise MILError(f"{manifest_path}: unusable manifest ({type(error).__name__}: {error})") from None
+    return _inside(path, path / "Data", root, "Manifest.json")
+
+
+def _inside(package: Path, base: Path, name: str, source: str) -> Path:
+    """`name` under `base`, refused when it leads out of the package (also by a symbolic link)."""
+    relative = PurePosixPath(name)
+    target = base / relative
+    if relative.is_absolute() or ".." in relative.parts or not target.resolve().is_relative_to(package.resolve()):
+        raise MILError(f"{package}: {source} names a file outside the package: {name!r}")
+    return target
+
+
+def _message_class() -> Any:
+    """coremltools' Model message, from coremltools if something else has loaded it, else from its files alone."""
+    if "coremltools.proto.Model_pb2" in sys.modules:
+        return sys.modules["coremltools.proto.Model_pb2"].Model
+    if _PROTO_PACKAGE not in sys.modules:
+        found = importlib.util.find_spec("coremltools")
+        if found is None or found.origin is None:
+            raise MILError("coremltools is not installed; its protobuf classes are needed to read an .mlpackage")
+        package = types.ModuleType(_PROTO_PACKAGE)
+        package.__path__ = [str(Path(found.origin).parent / "proto")]
+        sys.modules[_PROTO_PACKAGE] = package
+    return importlib.import_module(f"{_PROTO_PACKAGE}.Model_pb2").Model
+
+
+class _Reader:
+    """Translates protobuf messages; holds what file names are resolved against."""
+
+    def __init__(self, package: Path, model_folder: Path) -> None:
+        self.package = package
+        self.model_folder = model_folder
+
+    def program(self, specification: Any) -> Program:
+        description = specification.description
+        described = {function.name: function for function in description.functions}
+        functions = {
+            name: self.function(name, message, described.get(name, description))
+            for name, message in specification.mlProgram.functions.items()
+        }
+        default = description.defaultFunctionName or "main"
+        return Program(self.package, specification.specificationVersion, functions, default)
+
+    def function(self, name: str, message: Any, description: Any) -> Function:
+        if message.opset not in message.block_specializations:
+            raise MILError(f"{self.package}: function {name!r} selects opset {message.opset!r}, which it does not hold")
+        return Function(
+            name=name,
+            opset=message.opset,
+            inputs=tuple(self.named_type(item) for item in message.inputs),
+            block=self.block(message.block_specializations[message.opset]),
+            described_inputs={item.name: self.feature(item) for item in description.input},
+            described_outputs={item.name: self.feature(item) for item in description.output},
+        )
+
+    def feature(self, feature: Any) -> TensorType:
+        kind = feature.type.WhichOneof("Type")
+        array = feature.type.multiArrayType
+        if kind != "multiArrayType" or array.dataType not in _ARRAY_TYPES:
+            raise MILError(f"{self.package}: {feature.name!r} is a {kind}, expected a multi-array of a known type")
+        flexible = array.WhichOneof("ShapeFlexibility") is not None
+        shape = (None,) * len(array.shape) if flexible else tuple(array.shape)
+        return TensorType(_ARRAY_TYPES[array.dataType], shape)
+
+    def block(self, message: Any) -> Block:
+        return Block(
+            inputs=tuple(self.named_type(item) for item in message.inputs),
+            outputs=tuple(message.outputs),
+            operations=tuple(self.operation(item) for item in message.operations),
+        )
+
+    def operation(self, message: Any) -> Operation:
+        attributes = {key: self.constant(value) for key, value in message.attributes.items() if _is_tensor(value)}
+        name = attributes["name"].data if "name" in attributes else ""
+        outputs = tuple(self.named_type(item) for item in message.outputs)
+        return Operation(
+            type=message.type,
+            name=name if isinstance(name, str) and name else (outputs[0].name if outputs else message.type),
+            inputs={key: tuple(self.binding(item) for item in value.arguments) for key, value in message.inputs.items()},
+            outputs=outputs,
+            attributes=attributes,
+            blocks=tuple(self.block(item) for item in message.blocks),
+        )
+
+    def binding(self, message: Any) -> Binding:
+        return message.name if message.WhichOneof("binding") == "name" else self.constant(message.value)
+
+    def named_type(self, message: Any) -> NamedType:
+        kind = message.type.WhichOneof("type")
+        return NamedType(message.name, self.tensor_type(message.type.tensorType) if kind == "tensorType" else None)
+
+    def tensor_type(self, message: Any) -> TensorType:
+        if message.dataType not in NAMES:
+            raise MILError(f"{self.package}: unknown MIL data type {message.dataType}")
+        shape = tuple(
+            item.constant.size if item.WhichOneof("dimension") == "constant" else None for item in message.dimensions
+        )
+        return TensorType(NAMES[message.dataType], shape)
+
+    def constant(self, message: Any) -> Constant:
+        type = self.tensor_type(message.type.tensorType)
+        if message.WhichOneof("value") != "blobFileValue":
+            return Constant(type, self.immediate(type, message.immediateValue.tensor))
+        name = message.blobFileValue.fileName
+        if not name.startswith(_MODEL_PATH):
+            raise MILError(f"{self.package}: weight file {name!r} is not under {_MODEL_PATH}")
+        file = _inside(self.package, self.model_folder, name.removeprefix(_MODEL_PATH), "the program")
+        return Constant(type, BlobRef(file, message.blobFileValue.offset))
+
+    def immediate(self, type: TensorType, message: Any) -> torch.Tensor | str | tuple[str, ...]:
+        kind = message.WhichOneof("value")
+        values = getattr(message, kind).values if kind else ()
+        if type.dtype == "string":
+            return values[0] if not type.shape and len(values) == 1 else tuple(values)
+        shape = static_shape(type, str(self.package))
+        count = math.prod(shape)
+        if kind == "bytes":  # types without a protobuf field of their own
+            tensor = torch.frombuffer(bytearray(values), dtype=torch.uint8) if values else torch.empty(0)
+            if type.dtype in SUB_BYTE:
+                tensor = unpack(tensor.numpy(), type.dtype, count)
+            elif len(values) == count * STORAGE[type.dtype].itemsize:
+                tensor = tensor.view(STORAGE[type.dtype])
+        else:
+            tensor = torch.tensor(list(values), dtype=STORAGE[type.dtype])
+        if tensor.numel() != count:
+            raise MILError(f"{self.package}: an immediate value holds {tensor.numel()} elements, expected {type}")
+        return tensor.reshape(shape)
+
+
+def _is_tensor(value: Any) -> bool:
+    return value.type.WhichOneof("type") == "tensorType"

@@ -1,0 +1,180 @@
+"""The table of operations, and what an operation's builder sees and returns.
+
+A builder is called once, when an executor is constructed: it reads the compile-time parameters, prepares the weights
+and returns a Kernel. It raises Unsupported for a form that it cannot run, so that a program is refused before it runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .dtypes import Policy, compute_dtype
+from .program import Constant, Operation, TensorType
+
+# coremltools' names of the opsets of iOS 15, 16, 17 and 18, oldest first.
+OPSETS = ("CoreML5", "CoreML6", "CoreML7", "CoreML8")
+
+Argument = str | torch.Tensor | None | tuple["str | torch.Tensor", ...]
+"""A value's name, a constant in compute precision, nothing, or several of the first two."""
+
+
+class Unsupported(Exception):
+    """A known operation in a form that cannot be run; says which."""
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A resolved operation: `run(*args)` with names replaced by their values.
+
+    exact: results are fp16 whenever the arguments are, so that rounding them is a no-op.
+    view: the result may share memory with the first argument.
+    inplace: the same as `run`, over the first argument (which has the result's shape and type).
+    """
+
+    run: Callable[..., Any]
+    args: tuple[Argument, ...]
+    exact: bool = False
+    view: bool = False
+    inplace: Callable[..., Any] | None = None
+
+
+@dataclass(frozen=True)
+class Node:
+    """One operation as its builder sees it. `types` has every earlier value, `constants` the ones known at load."""
+
+    operation: Operation
+    types: dict[str, TensorType | None]
+    constants: Callable[[str], torch.Tensor | str | tuple[str, ...] | None]
+    load: Callable[[Constant], torch.Tensor | str | tuple[str, ...]]
+    policy: Policy
+    used: set[str] = field(default_factory=set)
+
+    @property
+    def type(self) -> TensorType:
+        """The first output's type."""
+        found = self.operation.outputs[0].type
+        if found is None:
+            raise Unsupported("a result that is not a tensor")
+        return found
+
+    def has(self, key: str) -> bool:
+        """Whether the parameter is given."""
+        return bool(self.operation.inputs.get(key)) or (key != "name" and key in self.operation.attributes)
+
+    def _bindings(self, key: str) -> tuple[str | Constant, ...]:
+        self.used.add(key)
+        if self.operation.inputs.get(key):
+            return self.operation.inputs[key]
+        # constexpr operations before iOS 18 keep their operands among the attributes.
+        return (self.operation.attributes[key],) if key != "name" and key in self.operation.attributes else ()
+
+    def _binding(self, key: str) -> str | Constant | None:
+        bindings = self._bindings(key)
+        if len(bindings) > 1:
+            raise Unsupported(f"{key} has {len(bindings)} values, expected one")
+        return bindings[0] if bindings else None
+
+    def type_of(self, key: str) -> TensorType:
+        """A given tensor parameter's type."""
+        binding = self._binding(key)
+        found = self.types.get(binding) if isinstance(binding, str) else binding.type if binding else None
+        if found is None:
+            raise Unsupported(f"{key} is not a tensor")
+        return found
+
+    def rank(self, key: str) -> int:
+        """A given tensor parameter's rank."""
+        return len(self.type_of(key).shape)
+
+    def raw(self, key: str) -> torch.Tensor | str | tuple[str, ...] | None:
+        """A parameter's compile-time value in its storage type; None when it is not given or only known at run time."""
+        binding = self._binding(key)
+        if binding is None:
+            return None
+        return self.constants(binding) if isinstance(binding, str) else self.load(binding)
+
+    def const(self, key: str, default: Any = ...) -> Any:
+        """A parameter's compile-time value in Python: text, number, truth value or list. Without a default: required."""
+        value = self.raw(key)
+        if value is None:
+            if self.has(key):
+                raise Unsupported(f"{key} is not a constant")
+            if default is ...:
+                raise Unsupported(f"{key} is missing")
+            return default
+        return value.tolist() if isinstance(value, torch.Tensor) else value
+
+    def weight(self, key: str) -> torch.Tensor | None:
+        """A constant tensor in compute precision; None when it is not given or not a constant."""
+        value = self.raw(key)
+        if not isinstance(value, torch.Tensor):
+            return None
+        return value.to(compute_dtype(self.type_of(key).dtype))
+
+    def operand(self, key: str) -> Argument:
+        """A tensor argument for a Kernel: a constant, a value's name, or None when it is not given."""
+        found = self.weight(key)
+        binding = self._binding(key)
+        return found if found is not None else binding if isinstance(binding, str) else None
+
+    def operands(self, key: str) -> tuple[str | torch.Tensor, ...]:
+        """A list-valued parameter's tensors."""
+        found: list[str | torch.Tensor] = []
+        for binding in self._bindings(key):
+            value = self.constants(binding) if isinstance(binding, str) else self.load(binding)
+            dtype = self.types.get(binding) if isinstance(binding, str) else binding.type
+            if isinstance(value, torch.Tensor) and dtype is not None:
+                found.append(value.to(compute_dtype(dtype.dtype)))
+            elif isinstance(binding, str):
+                found.append(binding)
+            else:
+                raise Unsupported(f"{key} holds text")
+        return tuple(found)
+
+    def kernel(
+        self,
+        run: Callable[..., Any],
+        *keys: str,
+        exact: bool = False,
+        view: bool = False,
+        inplace: Callable[..., Any] | None = None,
+    ) -> Kernel:
+        """A Kernel whose arguments are these parameters; the first is required."""
+        args = tuple(self.operand(key) for key in keys)
+        if args[0] is None:
+            raise Unsupported(f"{keys[0]} is missing")
+        return Kernel(run, args, exact, view, inplace)
+
+
+Builder = Callable[[Node], Kernel]
+_TABLE: dict[str, list[tuple[int, Builder]]] = {}
+
+
+def mil_op(*names: str, since: str = "CoreML5") -> Callable[[Builder], Builder]:
+    """Register a builder for operations of these types, from the given opset until one registered for a later one."""
+
+    def register(builder: Builder) -> Builder:
+        for name in names:
+            _TABLE.setdefault(name, []).append((OPSETS.index(since), builder))
+            _TABLE[name].sort(key=lambda entry: entry[0])
+        return builder
+
+    return register
+
+
+def lookup(type: str, opset: str) -> Builder | None:
+    """The builder of an operation in an opset, or None."""
+    level = OPSETS.index(opset)
+    found = [builder for since, builder in _TABLE.get(type, []) if since <= level]
+    return found[-1] if found else None
+
+
+def supported() -> Sequence[str]:
+    """The types of all operations that some opset can run."""
+    return sorted(_TABLE)
+
+

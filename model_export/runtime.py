@@ -1,0 +1,96 @@
+"""Run an artefact from its own bytes: Core ML and MLX on a Mac; elsewhere the MIL executor and PyTorch."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastvlm import layouts
+from fastvlm.errors import UserError
+from fastvlm.preprocessing import read_preprocessor
+from fastvlm.surface import FastVLM
+from model_export import artefact as manifest
+from model_export import contract, language, mil
+from model_export.config import LLM_RUNNERS, VISION_RUNNERS
+from model_export.coreml import coremltools
+
+
+def load(artefact: str | Path, vision: str = "auto", llm: str = "auto", compute: str = "as-typed") -> FastVLM:
+    """The artefact as a `fastvlm.surface.FastVLM` (see there for methods, shapes and units).
+
+    `vision`: "coreml" (macOS only), or "executor", which computes the saved program in PyTorch by the policy `compute`:
+    "as-typed" rounds to the program's float16 after every operation, "float32" does not. `llm`: "mlx" or "torch".
+    "auto" is Core ML and MLX on a Mac, the executor and PyTorch elsewhere; each part's `.name` says what runs it.
+
+    Raises UserError for an artefact that is not whole, or a runner that does not exist here.
+    """
+    folder = Path(artefact).expanduser()
+    if vision not in VISION_RUNNERS or llm not in LLM_RUNNERS:
+        raise UserError(
+            f"--vision {vision} --llm {llm}: expected one of {', '.join(VISION_RUNNERS)},"
+            f" and one of {', '.join(LLM_RUNNERS)}"
+        )
+    on_mac = sys.platform == "darwin"
+    if vision == "coreml" and not on_mac:
+        raise UserError("--vision coreml: Core ML runs on macOS only: use --vision executor here")
+    document = manifest.check_whole(folder)
+    absent = [part for part in ("vision", "llm") if part not in document.get("parts", ())]
+    if absent:
+        raise UserError(f"{folder}: holds only part of a model (no {', '.join(absent)}): export with `all`")
+    use_coreml = vision == "coreml" or (vision == "auto" and on_mac)
+    use_mlx = llm == "mlx" or (llm == "auto" and on_mac)
+    config = language.read_config(folder)
+    encoder = CoreMLVision(folder, document) if use_coreml else ExecutorVision(folder, compute)
+    speaker, projector = language.mlx_language(folder) if use_mlx else language.torch_language(folder)
+    image_token = config["image_token_index"]
+    return FastVLM(
+        preprocessor=read_preprocessor(folder, _image_strategy(folder)),
+        tokenizer=layouts.load_tokenizer(folder, image_token),
+        image_token_id=image_token,
+        vision=encoder,
+        projector=projector,
+        language=speaker,
+    )
+
+
+class ExecutorVision:
+    """The saved Core ML program, computed by the MIL executor."""
+
+    def __init__(self, folder: Path, compute: str = "as-typed") -> None:
+        try:
+            self.executor = mil.load(folder / contract.PACKAGE, compute=compute)
+        except mil.MILError as error:
+            raise UserError(f"{folder / contract.PACKAGE}: {error}") from error
+        self.name = f"MIL executor ({compute})"
+
+    def encode(self, pixel_values: np.ndarray) -> np.ndarray:
+        """(1, 3, S, S) float32 -> (1, N, C) float32."""
+        try:
+            return self.executor.predict({contract.INPUT: pixel_values})[contract.OUTPUT]
+        except mil.MILError as error:
+            raise UserError(f"{contract.PACKAGE}: {error}") from error
+
+
+class CoreMLVision:
+    """The saved Core ML program, run by Core ML with the compute units that the export recorded."""
+
+    def __init__(self, folder: Path, document: dict[str, Any]) -> None:
+        ct = coremltools()
+        units = document["config"]["compute_units"]
+        try:
+            self.model = ct.models.MLModel(str(folder / contract.PACKAGE), compute_units=getattr(ct.ComputeUnit, units))
+        except (RuntimeError, ValueError) as error:
+            raise UserError(f"{folder / contract.PACKAGE}: Core ML refuses it ({error})") from error
+        self.name = f"Core ML ({units})"
+
+    def encode(self, pixel_values: np.ndarray) -> np.ndarray:
+        """(1, 3, S, S) float32 -> (1, N, C) float32."""
+        return np.asarray(self.model.predict({contract.INPUT: pixel_values})[contract.OUTPUT], dtype=np.float32)
+
+
+def _image_strategy(folder: Path) -> str | None:
+    """What preprocessor_config.json names; the demo app has no such key and always crops."""
+    document = json.loads((folder / contract.PREPROCESSOR_CONFIG).read_text(encoding="utf-8"))
+    return document.get("image_strategy")

@@ -1,0 +1,160 @@
+"""Write a folder so that, whenever the process dies, its target holds what it held before or the whole new folder.
+
+The work is done in `.NAME.staging-XXXX` beside the target. Publishing is one rename; over an existing folder it is one
+atomic exchange of the two names (renameat2 on Linux, renamex_np on macOS). A file system that has no exchange gets two
+renames; when a run dies between them, the old folder waits as `.NAME.replaced-XXXX`, and the next run puts it back.
+
+A staging folder is locked (flock) for as long as its process lives, so a later run can tell the remains of a dead one,
+which it removes, from the work of a live one. On a network file system without locks it removes nothing.
+"""
+
+import ctypes
+import errno
+import fcntl
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2  # linux/fs.h; RENAME_SWAP of macOS's stdio.h has the same value
+_UNSUPPORTED = {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP}
+
+
+@contextmanager
+def staged(target: Path, replace: bool = False) -> Iterator[Path]:
+    """Yield an empty folder; when the block ends well it becomes `target`, otherwise it is removed.
+
+    An existing `target` (not empty) is replaced only with `replace`. OSError when it cannot be published.
+    """
+    target = target.expanduser().resolve()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    clean(target)
+    folder, lock = _locked_folder(target)
+    try:
+        yield folder
+        _settle(folder)
+        _publish(folder, target, replace)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)  # what failed, or what was replaced
+        os.close(lock)
+
+
+def clean(target: Path) -> None:
+    """Remove what dead runs left beside `target`, and undo the first half of a replacement that stopped half-way."""
+    for path in sorted(target.parent.glob(f".{_escaped(target.name)}.replaced-*")):
+        with _if_abandoned(path) as abandoned:
+            if abandoned and not target.exists():
+                os.rename(path, target)
+            elif abandoned:
+                shutil.rmtree(path, ignore_errors=True)
+    for path in sorted(target.parent.glob(f".{_escaped(target.name)}.staging-*")):
+        with _if_abandoned(path) as abandoned:
+            if abandoned:
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def exchange(a: Path, b: Path) -> bool:
+    """Swap the names of two folders in one step; False where the system or file system cannot."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if sys.platform == "darwin" and hasattr(libc, "renamex_np"):
+        failed = libc.renamex_np(os.fsencode(a), os.fsencode(b), ctypes.c_uint(_RENAME_EXCHANGE))
+    elif hasattr(libc, "renameat2"):
+        failed = libc.renameat2(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), ctypes.c_uint(_RENAME_EXCHANGE))
+    else:
+        return False
+    code = ctypes.get_errno()
+    if failed and code not in _UNSUPPORTED:
+        raise OSError(code, os.strerror(code), str(b))
+    return not failed
+
+
+def _publish(folder: Path, target: Path, replace: bool) -> None:
+    if replace and target.exists():
+        if not exchange(folder, target):
+            _replace_in_two_steps(folder, target)
+    else:
+        os.rename(folder, target)  # refuses a folder that has appeared meanwhile, unless it is empty
+    _sync(target.parent)
+
+
+def _replace_in_two_steps(folder: Path, target: Path) -> None:
+    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.replaced-", dir=target.parent))
+    lock = _lock(target)  # the lock follows the folder to its new name, so no other run takes it for abandoned
+    try:
+        os.rename(target, aside)
+        try:
+            os.rename(folder, target)
+        except OSError:
+            os.rename(aside, target)
+            raise
+        shutil.rmtree(aside, ignore_errors=True)
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def _locked_folder(target: Path) -> tuple[Path, int]:
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.staging-", dir=target.parent))
+        with suppress(FileNotFoundError):  # another run took it for abandoned before it was locked
+            descriptor = os.open(folder, os.O_RDONLY)
+            with suppress(OSError):  # no locks on this file system
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            if folder.exists():
+                return folder, descriptor
+            os.close(descriptor)
+
+
+def _lock(folder: Path) -> int | None:
+    """An open descriptor that holds the folder's lock, or None: held by a live process, gone, or no locks here."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+@contextmanager
+def _if_abandoned(folder: Path) -> Iterator[bool]:
+    lock = _lock(folder)
+    try:
+        yield lock is not None
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def _settle(folder: Path) -> None:
+    """Give files the permissions that the user's umask says (temporary ones are private) and put them on the disk."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for directory, _, names in os.walk(folder, topdown=False):
+        for name in names:
+            path = Path(directory, name)
+            path.chmod(0o666 & ~mask)
+            _sync(path)
+        Path(directory).chmod(0o777 & ~mask)
+        _sync(Path(directory))
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # some file systems cannot sync a directory
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _escaped(name: str) -> str:
+    """`name` with glob's special characters quoted."""
+    return "".join(f"[{character}]" if character in "*?[" else character for character in name)

@@ -1,0 +1,80 @@
+"""Write a safetensors file in place: header first, then any rows of any tensor, in any order.
+
+The format: 8 bytes of header length, a JSON header, the data (huggingface.co/docs/safetensors). The bytes depend on the
+tensors alone, and the memory on the rows handed over, not on the file.
+"""
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+Spec = tuple[torch.dtype, tuple[int, ...]]
+
+_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.uint32: "U32"}
+
+
+def nbytes(spec: Spec) -> int:
+    """The size of a tensor's data in bytes."""
+    return math.prod(spec[1]) * spec[0].itemsize
+
+
+class TensorFile:
+    """A context manager over a new file with room for `tensors` (name -> dtype, shape); on exit it is on the disk.
+
+    Raises OSError (disk full, no permission) on entry where the platform can reserve the space, else on writing.
+    """
+
+    def __init__(self, path: Path, tensors: Mapping[str, Spec]) -> None:
+        self.path, self._specs = path, dict(tensors)
+        header: dict[str, object] = {"__metadata__": {"format": "mlx"}}
+        self._starts: dict[str, int] = {}
+        position = 0
+        # widest type first, so that every tensor is aligned to its own size
+        for name in sorted(tensors, key=lambda n: (-tensors[n][0].itemsize, n)):
+            dtype, shape = tensors[name]
+            end = position + nbytes(tensors[name])
+            header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [position, end]}
+            self._starts[name] = position
+            position = end
+        encoded = json.dumps(header, separators=(",", ":")).encode()
+        encoded += b" " * (-len(encoded) % 8)
+        self._head = len(encoded).to_bytes(8, "little") + encoded
+        self.size = len(self._head) + position
+
+    def __enter__(self) -> "TensorFile":
+        self._fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        try:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(self._fd, 0, self.size)
+            else:
+                os.ftruncate(self._fd, self.size)
+            self._write(self._head, 0)
+        except BaseException:
+            os.close(self._fd)
+            raise
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        try:
+            os.fsync(self._fd)
+        finally:
+            os.close(self._fd)
+
+    def write(self, name: str, rows: Tensor, first_row: int = 0) -> None:
+        """Write `rows`, which start at `first_row` of the tensor's first dimension. ValueError if they don't belong."""
+        dtype, shape = self._specs[name]
+        if rows.dtype != dtype or rows.shape[1:] != shape[1:] or first_row + len(rows) > shape[0]:
+            raise ValueError(f"{name}: rows {rows.dtype} {tuple(rows.shape)} at {first_row} are not of {dtype} {shape}")
+        offset = len(self._head) + self._starts[name] + first_row * math.prod(shape[1:]) * dtype.itemsize
+        self._write(rows.contiguous().view(-1).view(torch.uint8).numpy().data, offset)
+
+    def _write(self, data: bytes | memoryview, offset: int) -> None:
+        view = memoryview(data)
+        while view:  # a single write may be short, and takes at most 2 GiB
+            written = os.pwrite(self._fd, view, offset)
+            view, offset = view[written:], offset + written

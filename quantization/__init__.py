@@ -1,0 +1,1 @@
+"""How a tensor becomes smaller: recipes and schemes."""

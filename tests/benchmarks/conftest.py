@@ -1,0 +1,130 @@
+"""A small FastVLM out of numpy, whose every part has weights to perturb, so that parity itself is what is tested."""
+
+import copy
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from benchmarks.pictures import Picture
+from fastvlm.surface import FastVLM
+
+SIZE, CHANNELS, HIDDEN, VOCAB, EOS, IMAGE_ID = 128, 12, 8, 40, 38, 39
+
+
+class FakePreprocessor:
+    image_size, image_strategy = SIZE, "pad"
+
+    def __init__(self):
+        self.mean = 0.0
+
+    def __call__(self, image):
+        pixels = np.asarray(image.resize((SIZE, SIZE)), dtype=np.float32) / 255 - self.mean
+        return np.ascontiguousarray(pixels.transpose(2, 0, 1)[None])
+
+
+class FakeTokenizer:
+    """Letters are tokens."""
+
+    def __call__(self, text, add_special_tokens=False):
+        return {"input_ids": [ord(letter) % 36 for letter in text]}
+
+    def decode(self, ids, skip_special_tokens=True):
+        return "".join(" " if i == 5 else chr(ord("a") + int(i) % 26) for i in ids if i < 36)
+
+    def __len__(self):
+        return VOCAB
+
+
+@dataclass
+class FakeVision:
+    weight: np.ndarray
+    name: str = "fake vision"
+
+    def encode(self, pixels):
+        patches = pixels.reshape(1, 3, 2, 64, 2, 64).transpose(0, 2, 4, 1, 3, 5).reshape(1, 4, 3, -1)
+        return (patches.reshape(1, 4, 3, 16, -1).mean(-1).reshape(1, 4, 48) @ self.weight).astype(np.float32)
+
+
+@dataclass
+class FakeProjector:
+    weight: np.ndarray
+    name: str = "fake projector"
+
+    def __call__(self, features):
+        return (features @ self.weight).astype(np.float32)
+
+
+@dataclass
+class FakeLanguage:
+    embedding: np.ndarray
+    head: np.ndarray
+    name: str = "fake language"
+    seen: list[Any] = field(default_factory=list)
+
+    def embed(self, ids):
+        return self.embedding[ids]
+
+    def logits(self, embeds):
+        steps = np.arange(1, embeds.shape[1] + 1, dtype=np.float32)[None, :, None]
+        before = np.roll(embeds, 1, axis=1)
+        return (np.tanh(embeds + 0.8 * before + np.cumsum(embeds, axis=1) / steps) @ self.head).astype(np.float32)
+
+    def stream(self, embeds, max_new_tokens, temperature=0.0, top_p=None, seed=None):
+        for _ in range(min(max_new_tokens, 12)):
+            token = int(self.logits(embeds)[0, -1].argmax())
+            if token == EOS:
+                return
+            yield token
+            embeds = np.concatenate([embeds, self.embed(np.array([[token]]))], axis=1)
+
+
+@pytest.fixture
+def reference() -> FastVLM:
+    rng = np.random.default_rng(7)
+
+    def draw(*shape):
+        return rng.normal(size=shape).astype(np.float32)
+
+    return FastVLM(
+        preprocessor=FakePreprocessor(), tokenizer=FakeTokenizer(), image_token_id=IMAGE_ID,
+        vision=FakeVision(draw(48, CHANNELS)), projector=FakeProjector(draw(CHANNELS, HIDDEN) / 3),
+        language=FakeLanguage(draw(VOCAB, HIDDEN), draw(HIDDEN, VOCAB)),
+    )  # fmt: skip
+
+
+@pytest.fixture
+def candidate(reference) -> FastVLM:
+    return copy.deepcopy(reference)
+
+
+@pytest.fixture
+def shown() -> list[Picture]:
+    rng = np.random.default_rng(3)
+    images = [Image.fromarray(rng.integers(0, 256, (90, 120, 3)).astype(np.uint8)) for _ in range(4)]
+    return [Picture(f"picture {n}", image, f"What is this, {n}?", None, "demo") for n, image in enumerate(images)]
+
+
+@pytest.fixture
+def operations() -> dict[str, Any]:
+    """What `parity.compare_operations` gives for a sound fp16 package."""
+    rounding = [
+        {"index": i, "name": f"x_{i}", "type": "conv" if i % 3 == 0 else "gelu", "snr_db": 66.0 - i / 10, "layer": None}
+        for i in range(60)
+    ]
+    layers = [
+        error | {"layer": f"stages.{error['index'] // 20}.blocks.{error['index']}.fc1", "snr_db": error["snr_db"] - 1}
+        for error in rounding[::3]
+    ]
+    return {"precision": "float16", "rounding": rounding, "layers": layers, "fault": None}
+
+
+@pytest.fixture
+def sides() -> dict[str, Any]:
+    runners = {"vision": "fake vision", "projector": "fake projector", "language": "fake language"}
+    return {
+        "reference": {"name": "checkpoint", "runners": runners},
+        "candidate": {"name": "artefact", "runners": runners},
+    }

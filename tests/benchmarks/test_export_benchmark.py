@@ -1,0 +1,80 @@
+"""The measuring of processes, the bars, and the table of `benchmarks export`."""
+
+import sys
+
+import pytest
+
+from benchmarks import environment, export, steps
+from benchmarks.measure import measure
+
+
+def test_memory_and_time_are_the_child_processs():
+    ballast = bytearray(300 << 20)  # of this process: must not count
+    ballast[::4096] = b"x" * len(ballast[::4096])
+    small = measure([sys.executable, "-c", "print('hello')"])
+    large = measure([sys.executable, "-c", "import time; x = b'x' * (200 << 20); time.sleep(0.3)"])
+    assert small.stdout == "hello\n" and small.returncode == 0
+    assert small.peak_gb < 0.1
+    assert 0.2 < large.peak_gb < 0.3
+    assert large.seconds > 0.3
+
+
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [("import sys; sys.exit(3)", 3), ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", 137)],
+)
+def test_exit_codes_come_through(code, expected):
+    assert measure([sys.executable, "-c", code]).returncode == expected
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "passed"),
+    [
+        ("executor_float32_ratio", 0.69, True),
+        ("executor_float32_ratio", 0.71, False),
+        ("snr_typed", 49.9, False),
+        ("answers_int4", 0.1, None),
+        ("snr_typed", float("nan"), False),
+    ],
+)
+def test_bars(key, value, passed):
+    assert export._judge(export.BARS[key], value)["passed"] is passed
+
+
+def test_every_section_reports_bars_and_every_step_exists(tmp_path, monkeypatch):
+    made = []
+
+    def run(description, command, check=True):
+        made.append(command)
+        if command[2] == "benchmarks.steps":
+            assert command[3] in steps.STEPS
+        if "--output-dir" in command:
+            (export.Path(command[command.index("--output-dir") + 1]) / "x.mlpackage").mkdir(parents=True)
+        return type("Done", (), {"seconds": 2.0, "peak_gb": 1.0, "returncode": 0, "stdout": "{}\n"})()
+
+    monkeypatch.setattr(export, "_run", run)
+    figures = {}
+    for section in export.SECTIONS.values():
+        figures |= section(tmp_path, tmp_path / "work")
+    assert set(figures) <= set(export.BARS)
+    assert figures["encoder_peak_ratio"] == 1.0
+    assert sum("--quant" in command for command in made) == 3
+
+
+def test_the_table(capsys):
+    figures = {
+        key: export._judge(export.BARS[key], 0.8)
+        for key in ("executor_float32_ratio", "executor_typed_ratio", "answers_int4")
+    }
+    export.print_table({"figures": figures, "environment": environment.describe(), "load_before": environment.load()})
+    printed = capsys.readouterr().out
+    assert "≤ 0.7" in printed and "✓" in printed and "✗" in printed
+    assert environment.describe()["cpu"] in printed
+
+
+def test_environment_is_stable_and_names_the_versions():
+    first = environment.describe()
+    assert first == environment.describe()
+    assert {"torch", "coremltools", "numpy", "transformers"} <= set(first["packages"])
+    assert first["cores"] >= 1 and first["memory_gib"] > 0
+    assert "1min" not in first

@@ -1,0 +1,135 @@
+"""The metrics against formulas written out in pure Python, and properties that any of them must have."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+
+from benchmarks import metrics
+
+finite = st.floats(-1e3, 1e3, width=32)
+vectors = st.integers(1, 40).flatmap(lambda n: st.tuples(*[arrays.arrays(np.float32, n, elements=finite)] * 2))
+logit_pairs = arrays.arrays(np.float32, (2, 3, 7), elements=st.floats(-30, 30, width=32))
+
+
+def slow_snr(a, b):
+    signal = math.fsum(float(x) ** 2 for x in a)
+    noise = math.fsum((float(x) - float(y)) ** 2 for x, y in zip(a, b))
+    return math.inf if noise == 0 else -math.inf if signal == 0 else 10 * math.log10(signal / noise)
+
+
+def slow_kl(a, b):
+    total = 0.0
+    for p, q in zip(a.tolist(), b.tolist()):
+        zp, zq = math.fsum(map(math.exp, p)), math.fsum(map(math.exp, q))
+        total += math.fsum(math.exp(x) / zp * ((x - math.log(zp)) - (y - math.log(zq))) for x, y in zip(p, q))
+    return total / len(a)
+
+
+@given(vectors)
+def test_snr_is_the_ratio_of_signal_to_noise(pair):
+    a, b = pair
+    got, expected = metrics.snr_db(a, b), slow_snr(a, b)
+    assert got == expected or math.isclose(got, expected, abs_tol=1e-6)
+
+
+@given(vectors, st.sampled_from([2.0**-20, 0.5, 4.0, 2.0**30]))
+def test_snr_and_cosine_do_not_depend_on_the_unit(pair, scale):
+    a, b = (x.astype(np.float64) for x in pair)
+    assert metrics.snr_db(a * scale, b * scale) == pytest.approx(metrics.snr_db(a, b), abs=1e-9)
+    assert metrics.cosine(a * scale, b) == pytest.approx(metrics.cosine(a, b), abs=1e-12)
+
+
+def test_known_values():
+    assert metrics.snr_db([10.0, 0.0], [9.0, 0.0]) == pytest.approx(20.0)
+    assert metrics.cosine([1.0, 0.0], [1.0, 1.0]) == pytest.approx(math.sqrt(0.5))
+    assert metrics.max_abs([1.0, -2.0], [1.5, 2.0]) == 4.0
+    assert metrics.kl_divergence([[0.0, 0.0]], [[math.log(3.0), 0.0]]) == pytest.approx(math.log(2) - 0.5 * math.log(3))
+    assert metrics.top1_agreement([[1.0, 2.0], [3.0, 2.0]], [[0.0, 1.0], [0.0, 1.0]]) == 0.5
+    assert metrics.snr_db([0.0], [0.0]) == math.inf
+    assert metrics.snr_db([0.0], [1e-30]) == -math.inf
+    assert metrics.cosine([0.0], [0.0]) == 1.0
+    assert metrics.cosine([0.0], [1.0]) == 0.0
+
+
+def test_float64_does_not_overflow_and_the_parts_add_up():
+    assert metrics.snr_db([1e200, 1e200], [1e200, 0.9e200]) == pytest.approx(10 * math.log10(2 / 0.01))
+    a = np.random.default_rng(0).normal(size=metrics._VALUES_AT_ONCE + 5).astype(np.float32)
+    b = a.copy()
+    b[-1] += 1  # the last part counts
+    assert metrics.snr_db(a, b) == pytest.approx(
+        10 * math.log10(float(a.astype(np.float64) @ a) / float(b[-1] - a[-1]) ** 2), rel=1e-6
+    )
+    assert metrics.max_abs(a, b) == pytest.approx(1.0, rel=1e-6)
+    c = b.astype(np.float64)
+    exact = float(a @ c) / math.sqrt(float(a.astype(np.float64) @ a) * float(c @ c))
+    assert 1 - metrics.cosine(a, b) == pytest.approx(1 - exact, rel=1e-4)
+
+
+@given(vectors)
+def test_symmetry_and_range(pair):
+    a, b = pair
+    assert metrics.max_abs(a, b) == metrics.max_abs(b, a) >= 0
+    assert -1 <= metrics.cosine(a, b) <= 1
+    assert metrics.snr_db(a, a) == math.inf
+    assert metrics.max_abs(a, a) == 0
+
+
+@settings(max_examples=60)
+@given(logit_pairs)
+def test_kl_is_the_written_out_sum(pair):
+    got = metrics.kl_divergence(*pair)
+    assert got >= 0
+    assert got == pytest.approx(slow_kl(*pair), abs=1e-9, rel=1e-9)
+    assert metrics.kl_divergence(pair[0], pair[0] + 5) == pytest.approx(0, abs=1e-5)  # a shift is the same distribution
+
+
+def test_kl_of_many_positions_is_their_mean():
+    rng = np.random.default_rng(1)
+    a, b = rng.normal(size=(2, 1, 50, 9))
+    assert metrics.kl_divergence(a, b) == pytest.approx(slow_kl(a[0], b[0]))
+    each = [metrics.kl_divergence(a[:, i], b[:, i]) for i in range(50)]
+    assert metrics.kl_divergence(a, b) == pytest.approx(sum(each) / 50)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("side", [0, 1])
+def test_what_is_not_finite_gets_the_worst_value(bad, side):
+    pair = [np.ones((2, 3)), np.ones((2, 3))]
+    pair[side][1, 2] = bad
+    assert metrics.snr_db(*pair) == -math.inf
+    assert metrics.cosine(*pair) == -1
+    assert metrics.max_abs(*pair) == math.inf
+    assert metrics.kl_divergence(*pair) == math.inf
+    assert metrics.top1_agreement(*pair) == 0.5
+
+
+def test_half_precision_is_compared_in_float64():
+    a = np.full(4, 60000, dtype=np.float16)
+    assert metrics.snr_db(a, -a) == pytest.approx(10 * math.log10(1 / 4))  # in float16 the difference would be infinite
+    assert metrics.max_abs(a, -a) == 120000
+
+
+@pytest.mark.parametrize(
+    "metric", [metrics.snr_db, metrics.cosine, metrics.max_abs, metrics.kl_divergence, metrics.top1_agreement]
+)
+@pytest.mark.parametrize("pair", [(np.ones((1, 2)), np.ones((2, 1))), (np.ones((0, 3)), np.ones((0, 3)))])
+def test_what_cannot_be_compared_is_refused(metric, pair):
+    with pytest.raises(ValueError, match="cannot compare"):
+        metric(*pair)
+
+
+tokens = st.lists(st.integers(0, 3), max_size=6)
+
+
+@given(tokens, tokens)
+def test_first_divergence(a, b):
+    at = metrics.first_divergence(a, b)
+    if at is None:
+        assert a == b
+    else:
+        assert a[:at] == b[:at]
+        assert a[at : at + 1] != b[at : at + 1]

@@ -1,0 +1,263 @@
+"""Parity itself: equal models pass, a perturbed weight anywhere fails and is named, nothing compared never passes."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from benchmarks import parity, pictures, tolerances
+from fastvlm.errors import CheckFailed, UserError
+
+
+@pytest.fixture
+def judge(reference, candidate, shown, operations, sides):
+    """Compare the two fakes over the pictures and judge."""
+
+    def run(family="fp16"):
+        rows = [parity.compare_picture(reference, candidate, picture) for picture in shown]
+        return parity.document(rows, operations, family, sides)
+
+    return run
+
+
+def test_the_same_model_passes_exactly(judge):
+    result = judge()
+    assert result["passed"] and result["broken"] == [] and result["first_operation"] is None
+    assert result["metrics"]["encoder_snr"]["value"] == "inf"
+    assert result["metrics"]["prefill_kl"]["value"] == 0
+    assert all(row["divergence"] is None and row["reference"] == row["candidate"] for row in result["rows"])
+    assert result["pictures"] == {"demo": 4}
+    assert list(result["metrics"]) == list(parity.LABELS)
+
+
+def test_the_document_is_json_and_the_same_twice(judge):
+    first, second = (json.dumps(judge(), allow_nan=False) for _ in range(2))
+    assert first == second
+
+
+def perturb_vision(model):
+    model.vision.weight[5, 3] += 1
+
+
+def perturb_projector(model):
+    model.projector.weight[2, 1] += 1
+
+
+def perturb_embedding(model):
+    model.language.embedding[ord("W") % 36, 0] += 2
+
+
+def perturb_head(model):
+    model.language.head[2, 7] += 9
+
+
+def perturb_pixels(model):
+    model.preprocessor.mean = 1e-3
+
+
+@pytest.mark.parametrize(
+    ("perturb", "first"),
+    [
+        (perturb_pixels, "preprocessing"),
+        (perturb_vision, "encoder_snr"),
+        (perturb_projector, "merged_snr"),
+        (perturb_embedding, "merged_snr"),
+        (perturb_head, "prefill_kl"),
+    ],
+)
+def test_one_perturbed_weight_fails_and_names_the_stage(judge, candidate, perturb, first):
+    perturb(candidate)
+    result = judge()
+    assert not result["passed"]
+    assert result["broken"][0] == first
+    assert parity.LABELS[first] in result["verdict"]
+
+
+def test_nan_in_one_weight_fails_every_stage_behind_it(judge, candidate):
+    candidate.vision.weight[0, 0] = np.nan
+    result = judge()
+    assert {"encoder_snr", "encoder_cosine", "encoder_max_abs", "merged_snr", "prefill_kl", "prefill_top1"} <= set(
+        result["broken"]
+    )
+    json.dumps(result, allow_nan=False)
+
+
+# For each figure a value just out of its tolerance; encoder ones come in through the first row, or the operations.
+@pytest.mark.parametrize("metric", [name for name in parity.LABELS if name not in ("operation_snr", "layer_snr")])
+def test_each_figure_fails_alone(reference, candidate, shown, operations, sides, metric):
+    rows = [parity.compare_picture(reference, candidate, picture) for picture in shown]
+    limits = tolerances.for_encoder("float16") | tolerances.for_language("fp16")
+    worse = -1e-3 if limits[metric].sense == ">=" else 1e-3
+    for row in rows:
+        row.figures[metric] = limits[metric].bound + worse
+    result = parity.document(rows, operations, "fp16", sides)
+    assert result["broken"] == [metric] and not result["passed"]
+    for row in rows:
+        row.figures[metric] = math.nan
+    assert parity.document(rows, operations, "fp16", sides)["broken"] == [metric]
+
+
+def test_the_worst_picture_counts(reference, candidate, shown, operations, sides):
+    rows = [parity.compare_picture(reference, candidate, picture) for picture in shown]
+    rows[2].figures["encoder_snr"] = 20.0
+    figure = parity.document(rows, operations, "fp16", sides)["metrics"]["encoder_snr"]
+    assert figure["value"] == 20 and figure["worst_row"] == 2 and figure["passed"] is False
+
+
+@pytest.mark.parametrize(("series", "metric"), [("rounding", "operation_snr"), ("layers", "layer_snr")])
+def test_the_first_operation_out_of_tolerance_is_named(judge, operations, series, metric):
+    for error in operations[series][5:]:
+        error["snr_db"] = 12.0
+    operations[series][9]["snr_db"] = "-inf"
+    result = judge()
+    assert result["broken"] == [metric]
+    assert result["first_operation"]["name"] == operations[series][5]["name"]
+    assert operations[series][5]["name"] in result["verdict"]
+
+
+def test_layers_that_could_not_be_matched_fail(judge, operations):
+    operations |= {"layers": [], "fault": "the program's layers are not the reference's: layer 3"}
+    result = judge()
+    assert result["broken"] == ["layer_snr"]
+    assert result["metrics"]["layer_snr"]["reason"].startswith("the program's layers")
+
+
+def test_nothing_compared_never_passes(operations, sides, reference, candidate, shown):
+    with pytest.raises(CheckFailed, match="nothing was compared"):
+        parity.document([], operations, "fp16", sides)
+    rows = [parity.compare_picture(reference, candidate, shown[0])]
+    with pytest.raises(CheckFailed, match="nothing was compared"):
+        parity.document(rows, operations | {"rounding": []}, "fp16", sides)
+
+
+def test_shapes_that_differ_are_named(reference, candidate, shown):
+    candidate.projector.weight = np.ones((12, 9), np.float32)
+    candidate.language.embedding = np.ones((40, 9), np.float32)
+    candidate.language.head = np.ones((9, 40), np.float32)
+    with pytest.raises(
+        CheckFailed, match=r"picture 0: merged embeddings: got shape \(1, \d+, 9\), expected \(1, \d+, 8\)"
+    ):
+        parity.compare_picture(reference, candidate, shown[0])
+
+
+def test_where_answers_part(reference, candidate, shown):
+    tokens = list(reference.language.stream(reference.embed(shown[0].question, shown[0].image), 12))
+    assert len(tokens) > 3
+    other = (tokens[2] + 1) % 36
+    candidate.language.stream = lambda embeds, count: iter([*tokens[:2], other, *tokens[3:]])
+    row = parity.compare_picture(reference, candidate, shown[0])
+    decode = reference.tokenizer.decode
+    assert row.divergence["position"] == 2
+    assert row.divergence["common"] == decode(tokens[:2])
+    assert row.divergence["reference"]["token"] == decode([tokens[2]])
+    assert row.divergence["candidate"]["token"] == decode([other])
+    assert (
+        row.divergence["common"] + row.divergence["candidate"]["token"] + row.divergence["candidate"]["rest"]
+        == row.candidate
+    )
+    assert row.divergence["margin"] > 0  # the reference preferred its own token
+    assert row.figures["greedy_tokens"] == row.figures["greedy_answers"] == 0
+
+
+def test_an_answer_that_stops_early(reference, candidate, shown):
+    tokens = list(reference.language.stream(reference.embed(shown[0].question, shown[0].image), 12))
+    candidate.language.stream = lambda embeds, count: iter(tokens[:-1])
+    row = parity.compare_picture(reference, candidate, shown[0])
+    assert row.divergence["position"] == len(tokens) - 1
+    assert row.divergence["candidate"]["token"] is None and row.divergence["margin"] is None
+
+
+def test_four_bit_answers_are_reported_not_judged(judge, candidate):
+    perturb_head(candidate)
+    result = judge("int4")
+    assert result["passed"]
+    assert result["metrics"]["prefill_kl"]["passed"] is None
+    assert "reported" in result["verdict"]
+
+
+def test_models_that_cannot_be_compared_are_refused_at_once(reference, candidate):
+    candidate.preprocessor.image_size = 64
+    candidate.preprocessor.image_strategy = "center_crop"
+    with pytest.raises(UserError, match="image size: checkpoint 128, artefact 64; image strategy"):
+        parity._check_comparable(reference, candidate)
+
+
+def test_summary_keeps_figures_and_runners_only(judge):
+    summary = parity.summary(judge())
+    assert summary["passed"] and set(summary["metrics"]) == set(parity.LABELS)
+    assert "rows" not in summary and "operations" not in summary
+    assert summary["runners"]["candidate"]["vision"] == "fake vision"
+
+
+# --- which pictures -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path, shown):
+    for name in ("b.png", "a.JPG", ".hidden.png", "notes.txt"):
+        shown[0].image.save(tmp_path / name, "PNG")
+    return tmp_path
+
+
+def test_a_stranger_gets_drawn_pictures_and_the_users_own(tmp_path, folder):
+    chosen = list(pictures.opened(pictures.choose(tmp_path / "checkpoint", folder, 10)))
+    assert [one.source for one in chosen] == ["drawn"] * 4 + ["yours"] * 2
+    assert [one.name for one in chosen[4:]] == ["a.JPG", "b.png"]
+    assert all(one.truth is None and one.question == pictures.PROMPT for one in chosen)
+    assert len(pictures.choose(tmp_path / "checkpoint", folder, 1)) == 2
+
+
+def test_the_demo_checkpoint_gets_its_questions(monkeypatch):
+    monkeypatch.setattr(pictures, "knows_demo", lambda checkpoint: True)
+    chosen = list(pictures.opened(pictures.choose(pictures.demo.CHECKPOINT, None, 6)))
+    assert [one.source for one in chosen] == ["demo"] * 6
+    assert all(one.truth for one in chosen)
+    again = list(pictures.opened(pictures.choose(pictures.demo.CHECKPOINT, None, 6)))
+    assert [(a.question, a.image.tobytes()) for a in chosen] == [(b.question, b.image.tobytes()) for b in again]
+
+
+def test_no_pictures_are_refused(tmp_path):
+    with pytest.raises(UserError, match="no pictures"):
+        pictures.choose(tmp_path, tmp_path, 3)
+    with pytest.raises(UserError, match="not a folder"):
+        pictures.choose(tmp_path, tmp_path / "missing", 3)
+    with pytest.raises(UserError, match="--limit: got 0"):
+        pictures.choose(tmp_path, None, 0)
+
+
+def test_a_file_that_is_no_picture_is_refused(tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"not a picture")
+    with pytest.raises(UserError, match=r"broken\.png"):
+        list(pictures.opened(pictures.choose(tmp_path, tmp_path, 3)))
+
+
+# --- the family of an artefact's weights -----------------------------------------------------------------------------
+
+
+def write_artefact(folder, quantization, dtype=np.float16):
+    from safetensors.numpy import save_file
+
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"quantization": quantization} if quantization else {}))
+    save_file({"language_model.model.norm.weight": np.ones(4, dtype)}, folder / "model.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("quantization", "family"),
+    [
+        (None, "fp16"),
+        ({"bits": 8, "group_size": 64}, "int8"),
+        ({"bits": 4, "group_size": 64}, "int4"),
+        ({"bits": 8, "group_size": 64, "language_model.lm_head": {"bits": 4, "group_size": 64}}, "int4"),
+        ({"bits": 4, "group_size": 64, "multi_modal_projector.linear_0": False}, "int4"),
+    ],
+)
+def test_the_weakest_weights_decide(tmp_path, quantization, family):
+    assert parity.weight_family(write_artefact(tmp_path / "artefact", quantization)) == family
+
+
+def test_a_family_without_tolerances_is_refused(tmp_path):
+    with pytest.raises(UserError, match="int3: no tolerances"):
+        parity.weight_family(write_artefact(tmp_path / "artefact", {"bits": 3, "group_size": 64}))

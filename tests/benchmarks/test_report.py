@@ -1,0 +1,143 @@
+"""The page: self-contained, escaped, whole for passed, failed and hostile results, and written in one piece."""
+
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from benchmarks import parity, report
+
+HOSTILE = '"><script>alert(1)</script><img src=http://evil.example/x onerror=alert(2)> {{ 7*7 }} & </style>'
+
+
+class Page(HTMLParser):
+    """Collects tags and text."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.attributes, self.texts = [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+
+@pytest.fixture
+def rendered(reference, candidate, shown, operations, sides):
+    def run(command="python -m benchmarks parity", change=None):
+        rows = [parity.compare_picture(reference, candidate, picture) for picture in shown]
+        if change:
+            change(rows, operations, sides)
+        result = parity.document(rows, operations, "fp16", sides)
+        return report.render(result, [parity.thumbnail(picture.image) for picture in shown], command)
+
+    return run
+
+
+def failing(rows, operations, sides):
+    for error in operations["layers"][4:]:
+        error["snr_db"] = 20.0
+    operations["layers"][6]["snr_db"] = "-inf"
+    rows[1].divergence = {
+        "position": 2, "common": "There are", "margin": 0.02,
+        "reference": {"token": " three", "rest": " stars."}, "candidate": {"token": " four", "rest": " stars."},
+    }  # fmt: skip
+    rows[1].candidate = "There are four stars."
+    rows[1].truth = "There are 3 stars."
+
+
+@pytest.mark.parametrize("change", [None, failing])
+def test_the_page_fetches_nothing(rendered, change):
+    text = rendered(change=change)
+    page = Page(text)
+    assert "script" not in page.tags and "link" not in page.tags and "iframe" not in page.tags
+    for tag, name, value in page.attributes:
+        if name in ("src", "href", "xlink:href", "srcset", "data", "action"):
+            assert value.startswith(("data:image/", "#")), (tag, name, value)
+    assert not re.search(r"https?://|@import|url\((?!#)", text)
+    assert page.tags.count("img") == 4
+    assert page.tags.count("svg") == 1
+
+
+def test_the_failing_page_shows_what_a_reader_needs(rendered):
+    text = rendered(change=failing)
+    for expected in (
+        "parity failed",
+        "stages.0.blocks.12.fc1",
+        "<mark>three</mark>",
+        "<mark>four</mark>",
+        "There are 3 stars.",
+        "part at token 3",
+    ):
+        assert expected in text
+    assert text.index("<mark>") < text.index("picture 0")  # answers that part come first
+    assert "parity passed" not in text
+
+
+def test_the_passing_page(rendered):
+    text = rendered()
+    assert "parity passed" in text and "<mark>" not in text
+    assert "python -m benchmarks parity" in text and "coremltools" in text
+
+
+def test_hostile_names_prompts_and_answers_stay_text(rendered):
+    def change(rows, operations, sides):
+        for row in rows:
+            row.name = row.question = row.truth = row.reference = row.candidate = HOSTILE
+        failing(rows, operations, sides)
+        rows[1].divergence["common"] = rows[1].divergence["candidate"]["token"] = HOSTILE
+        for error in operations["rounding"] + operations["layers"]:
+            error["name"] = HOSTILE
+        for layer in operations["layers"]:
+            layer["layer"] = HOSTILE
+        sides["candidate"] = {"name": HOSTILE, "runners": {"vision": HOSTILE}}
+
+    page = Page(rendered(command=HOSTILE, change=change))
+    assert "script" not in page.tags
+    assert page.tags.count("img") == 4
+    assert not any(name.startswith("on") for _, name, _ in page.attributes)
+    assert any("<script>alert(1)</script>" in text for text in page.texts)
+    assert not any(text.strip() == "49" for text in page.texts)
+
+
+def test_the_page_is_the_same_twice(rendered):
+    assert rendered() == rendered()
+
+
+def test_each_row_needs_its_picture(reference, candidate, shown, operations, sides):
+    rows = [parity.compare_picture(reference, candidate, picture) for picture in shown]
+    with pytest.raises(ValueError):
+        report.render(parity.document(rows, operations, "fp16", sides), [])
+
+
+def test_writing_replaces_in_one_piece(tmp_path, monkeypatch, reference, candidate, shown, operations, sides):
+    rows = [parity.compare_picture(reference, candidate, shown[0])]
+    result = parity.document(rows, operations, "fp16", sides)
+    path = tmp_path / "new" / "index.html"
+    report.write(path, result, [shown[0].image])
+    before = path.read_text()
+    assert [file.name for file in path.parent.iterdir()] == ["index.html"]
+    monkeypatch.setattr(report.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        report.write(path, result, [shown[0].image])
+    assert path.read_text() == before
+    assert [file.name for file in path.parent.iterdir()] == ["index.html"]
+
+
+@pytest.mark.parametrize(
+    ("value", "unit", "text"),
+    [
+        ("inf", "dB", "exact"),
+        (53.8612, "dB", "53.86 dB"),
+        (0.995, "of questions", "99.5 %"),
+        (0.00412, "of the largest feature", "0.41 %"),
+        (0.999999, "", "1 − 1.0e-06"),
+        (None, "dB", "not compared"),
+    ],
+)
+def test_figures_for_people(value, unit, text):
+    assert report.figure(value, unit) == text

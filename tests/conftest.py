@@ -1,0 +1,44 @@
+"""Fixtures shared by all tests: tiny synthetic checkpoints, written once a session. Treat them as read-only."""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from fastvlm.synthetic import write_checkpoint
+
+
+@pytest.fixture(scope="session")
+def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`make_checkpoint(**write_checkpoint's arguments) -> Path`; the same arguments give the same folder."""
+
+    @functools.cache
+    def make(**arguments: object) -> Path:
+        return write_checkpoint(tmp_path_factory.mktemp("checkpoint") / "model", **arguments)  # type: ignore[arg-type]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_fast_vlm(make_checkpoint: Callable[..., Path]) -> Path:
+    """Transformers layout, folded, float32, 128 x 128 pixels -> 4 image tokens."""
+    return make_checkpoint(layout="fast_vlm", form="folded")
+
+
+@pytest.fixture(scope="session")
+def tiny_fast_vlm_training(make_checkpoint: Callable[..., Path]) -> Path:
+    """Transformers layout, training form."""
+    return make_checkpoint(layout="fast_vlm", form="training")
+
+
+@pytest.fixture(scope="session")
+def tiny_llava(make_checkpoint: Callable[..., Path]) -> Path:
+    """LLaVA layout, folded: numerically the same model as `tiny_fast_vlm`."""
+    return make_checkpoint(layout="llava_qwen2", form="folded")
+
+
+@pytest.fixture(scope="session")
+def tiny_llava_training(make_checkpoint: Callable[..., Path]) -> Path:
+    """LLaVA layout, training form: numerically the same model as `tiny_fast_vlm_training`."""
+    return make_checkpoint(layout="llava_qwen2", form="training")

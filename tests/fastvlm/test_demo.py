@@ -1,0 +1,76 @@
+import json
+
+import numpy as np
+import pytest
+
+from fastvlm import demo
+from fastvlm.__main__ import build_parser
+from fastvlm.cli import run
+
+EXACT, ASKED = 95, 100  # per cent that the checkpoint must reach; the 500 are asked by `fastvlm demo --count 500`
+
+
+def test_questions_are_a_function_of_the_seed():
+    first, again, other = (list(demo.questions(10, seed)) for seed in (3, 3, 4))
+    assert [(q.question, q.answer) for q in first] == [(q.question, q.answer) for q in again]
+    assert all(np.array_equal(a.image, b.image) for a, b in zip(first, again))
+    assert not all(np.array_equal(a.image, b.image) for a, b in zip(first, other))
+
+
+def test_the_kinds_come_in_turn_and_pictures_are_the_models_size():
+    asked = list(demo.questions(10))
+    assert [q.kind for q in asked] == list(demo.KINDS) * 2
+    assert all(q.image.size == (demo.SIZE, demo.SIZE) and q.image.mode == "RGB" for q in asked)
+
+
+def test_no_test_scan_is_a_training_scan():
+    train, test = (demo.digit_scans(split)[0] for split in ("train", "test"))
+    seen = {scan.tobytes() for scan in train}
+    assert len(train) + len(test) == 1797
+    assert not any(scan.tobytes() in seen for scan in test)
+
+
+def test_a_hundred_digit_questions_use_a_hundred_scans(monkeypatch):
+    used = []
+    original = demo.draw_digit
+    monkeypatch.setattr(demo, "draw_digit", lambda rng, scan, split: used.append(scan) or original(rng, scan, split))
+    list(demo.questions(500))
+    assert len(used) == len(set(used)) == 100
+
+
+def test_the_answers_are_true_of_the_scene():
+    rng = np.random.default_rng(5)
+    for _ in range(300):
+        things = demo.make_scene(rng)
+        question, answer = demo.ask(rng, "count", things)
+        noun = question.removeprefix("How many ").removesuffix(" are there?").removeprefix("Count the ").removesuffix(".")
+        words = noun.rstrip("s").replace("crosse", "cross").replace("cros", "cross").replace("crossss", "cross").split()
+        true = sum(all(w in (t.colour, t.shape, "shape") or w == "shape" for w in words) for t in things)
+        told = 0 if " no " in answer else int(answer.split()[2])
+        assert told == true, (question, answer, things)
+        question, answer = demo.ask(rng, "describe", things)
+        assert answer.count(" at the ") == len(things) and all(t.name in answer for t in things)
+
+
+def test_the_trained_checkpoint_answers(demo_model):
+    """At least 95 % of held-out questions exactly; the negative control is the same model shown blank paper."""
+    asked = list(demo.questions(ASKED))
+    score = demo.evaluate(lambda q: demo_model.generate(q.question, q.image, max_new_tokens=64), iter(asked))
+    assert sum(right for right, _ in score.values()) >= EXACT * ASKED / 100, score
+    blank = np.full((demo.SIZE, demo.SIZE, 3), 235, np.uint8)
+    blind = demo.evaluate(lambda q: demo_model.generate(q.question, blank, max_new_tokens=64), iter(asked))
+    assert sum(right for right, _ in blind.values()) < ASKED / 2, blind
+
+
+def test_the_command_shows_and_writes_a_page(tmp_path, capsys):
+    assert run(build_parser, ["demo", "--count", "3", "--output-dir", str(tmp_path), "--json"]) == 0
+    document = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert document["questions"] == 3
+    page = (tmp_path / "index.html").read_text()
+    assert page.count("data:image/png") == 3 and "http" not in page.replace("http-equiv", "")
+
+
+@pytest.mark.parametrize("flags", [["--count", "0"], ["--model-path", "/nowhere"]])
+def test_unusable_input_is_one_line(flags, capsys):
+    assert run(build_parser, ["demo", *flags]) == 2
+    assert len([line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]) == 1
