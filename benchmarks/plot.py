@@ -33,66 +33,46 @@ def error_plot(operations: dict[str, Any], limits: dict[str, Any], first: dict[s
 
         figure = Figure(figsize=(10.5, 3.9))
         FigureCanvasSVG(figure)
-        axes = figure.add_axes((0.065, 0.13, 0.92, 0.78))
-        rounding, layers = _points(operations["rounding"]), _points(operations["layers"])
-        tolerance = limits["layer_snr"]["tolerance"]
-        everything = [value for _, value, _ in rounding + layers]
-        top = max([*everything, tolerance + 10]) + 8
-        bottom = min([0.0, tolerance]) if first else max(0.0, min([*everything, tolerance]) - 14)
-        _stages(axes, operations["layers"], top)
-        axes.plot(
-            [x for x, _, _ in rounding],
-            [max(y, bottom) for _, y, _ in rounding],
-            color=_ROUND,
-            linewidth=1.1,
-            label="rounding: as typed against float32",
-        )
-        axes.plot(
-            [x for x, _, _ in layers],
-            [max(y, bottom) for _, y, _ in layers],
-            "o",
-            color=_LAYER,
-            markersize=3.4,
-            markeredgewidth=0,
-            label="layers: as typed against PyTorch",
-        )
-        axes.axhline(tolerance, color=_BAD, linestyle=(0, (5, 3)), linewidth=1)
-        axes.text(
-            1.0,
-            tolerance - 0.8,
-            f"tolerance {tolerance:g} dB",
-            color=_BAD,
-            ha="right",
-            va="top",
-            fontsize=9,
-            transform=axes.get_yaxis_transform(),
-            bbox=_BEHIND,
-        )
-        _mark(axes, layers or rounding, first, bottom, top)
-        axes.set_xlim(-2, len(operations["rounding"]) + 1)
-        axes.set_ylim(bottom, top)
-        axes.set_ylabel("signal to noise, dB", color=_SOFT)
-        axes.set_xlabel("operation, in order of execution", color=_SOFT)
-        axes.tick_params(colors=_SOFT, length=0)
-        axes.grid(axis="y", color=_LINE, linewidth=0.8)
-        axes.set_axisbelow(True)
-        for spine in axes.spines.values():
-            spine.set_visible(False)
-        axes.legend(
-            loc="lower left",
-            bbox_to_anchor=(0, 1.0),
-            ncols=2,
-            frameon=False,
-            labelcolor=_SOFT,
-            borderaxespad=0.2,
-            borderpad=0.1,
-            handlelength=1.4,
-        )
+        _draw(figure.add_axes((0.065, 0.13, 0.92, 0.78)), operations, limits["layer_snr"]["tolerance"], first)
         figure.patch.set_visible(False)
-        axes.patch.set_visible(False)
         target = io.StringIO()
         figure.savefig(target, format="svg", metadata={"Date": None, "Creator": None})
     return _inline(target.getvalue())
+
+
+def _draw(axes: Any, operations: dict[str, Any], tolerance: float, first: dict[str, Any] | None) -> None:
+    rounding, layers = _points(operations["rounding"]), _points(operations["layers"])
+    everything = [value for _, value, _ in rounding + layers]
+    top = max([*everything, tolerance + 10]) + 8
+    bottom = 0.0 if first else max(0.0, min([*everything, tolerance]) - 14)
+    count = len(operations["rounding"])
+    dots: Any = {"color": _LAYER, "marker": ".", "linestyle": "", "markersize": 7, "markeredgewidth": 0}
+    for points, marks, label in (
+        (rounding, {"color": _ROUND, "linewidth": 1.1}, "rounding: as typed against float32"),
+        (layers, dots, "layers: as typed against PyTorch"),
+    ):
+        axes.plot([x for x, _, _ in points], [max(y, bottom) for _, y, _ in points], label=label, **marks)
+    axes.axhline(tolerance, color=_BAD, linestyle=(0, (5, 3)), linewidth=1)
+    at_right = {"transform": axes.get_yaxis_transform(), "ha": "right", "va": "top", "fontsize": 9}
+    axes.text(1.0, tolerance - 0.8, f"tolerance {tolerance:g} dB", color=_BAD, bbox=_BEHIND, **at_right)
+    axes.set_xlim(-2, count + 1)
+    axes.set_ylim(bottom, top)
+    _stages(axes, operations["layers"], count, top)
+    _mark(axes, layers or rounding, first, bottom, top)
+    _dress(axes)
+
+
+def _dress(axes: Any) -> None:
+    axes.set_ylabel("signal to noise, dB", color=_SOFT)
+    axes.set_xlabel("operation, in order of execution", color=_SOFT)
+    axes.tick_params(colors=_SOFT, length=0)
+    axes.grid(axis="y", color=_LINE, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.patch.set_visible(False)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    place = {"loc": "lower left", "bbox_to_anchor": (0, 1), "ncols": 2, "borderaxespad": 0.2, "borderpad": 0.1}
+    axes.legend(frameon=False, labelcolor=_SOFT, handlelength=1.4, **place)
 
 
 def _points(errors: list[dict[str, Any]]) -> list[tuple[int, float, dict[str, Any]]]:
@@ -101,17 +81,16 @@ def _points(errors: list[dict[str, Any]]) -> list[tuple[int, float, dict[str, An
     return [(index, value, error) for index, value, error in values if value != float("inf")]
 
 
-def _stages(axes: Any, layers: list[dict[str, Any]], top: float) -> None:
-    """Name the encoder's stages along the top, from the layers' own names."""
-    spans: dict[str, list[int]] = {}
+def _stages(axes: Any, layers: list[dict[str, Any]], count: int, top: float) -> None:
+    """Name the encoder's stages along the top, from the layers' own names; `count` operations in all."""
+    starts: dict[str, int] = {}
     for layer in layers:
-        stage = re.match(r"stages\.\d+|[^.]+", layer["layer"] or "")
-        spans.setdefault(stage.group().replace("stages.", "stage ") if stage else "", []).append(layer["index"])
-    for number, (name, indices) in enumerate(spans.items()):
-        if number:
-            axes.axvline(indices[0] - 0.5, color=_LINE, linewidth=0.8)
-        if indices[-1] - indices[0] > 12:
-            axes.text((indices[0] + indices[-1]) / 2, top - 1, name, color=_SOFT, ha="center", va="top", fontsize=8.5)
+        stage = re.match(r"stages\.\d+|[^.]+", layer["layer"])
+        starts.setdefault(stage.group().replace("stages.", "stage ") if stage else "", layer["index"])
+    for (name, start), end in zip(starts.items(), [*list(starts.values())[1:], count]):
+        axes.axvline(start - 0.5, color=_LINE, linewidth=0.8)
+        if end - start > 0.05 * count:  # room for the name
+            axes.text((start + end) / 2, top - 1, name, color=_SOFT, ha="center", va="top", fontsize=8.5)
 
 
 def _mark(

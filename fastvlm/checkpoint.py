@@ -49,9 +49,9 @@ class Checkpoint:
     warnings: tuple[str, ...]
     _weights: Weights = field(repr=False, compare=False)
 
-    def read(self, name: str) -> torch.Tensor:
-        """One tensor by canonical name, memory-mapped and in the file's dtype (copy before changing it in place)."""
-        return self._weights.read(self.tensors[name])
+    def read(self, name: str, mapped: bool = False) -> torch.Tensor:
+        """One tensor by canonical name, in the file's dtype; `mapped` leaves it in the file (don't change it then)."""
+        return self._weights.read(self.tensors[name], mapped)
 
     def tokenizer(self) -> "PreTrainedTokenizerBase":
         """The tokenizer, with `<image>` at `image_token_id`; UserError if the files don't give one."""
@@ -210,7 +210,9 @@ def _resolve_tie(
 def _identical(weights: Weights, a: TensorInfo, b: TensorInfo) -> bool:
     if (a.shape, a.dtype) != (b.shape, b.dtype):
         return False
-    pieces = zip(weights.read(a).split(4096), weights.read(b).split(4096))  # different ones differ in the first piece
+    pieces = zip(
+        weights.read(a, True).split(4096), weights.read(b, True).split(4096)
+    )  # different ones differ in the first piece
     return all(torch.equal(x, y) for x, y in pieces)
 
 

@@ -9,6 +9,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -37,10 +38,34 @@ TEXT = {
     "initializer_range": 0.05,
     "tie_word_embeddings": True,
 }
-STEPS, SCENES, DIGITS = 5500, 14, 8  # pictures of each sort in a step; four questions a scene
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What the steps before `until` train on: pictures of each sort, the guide's weight, and the questions about each
+    scene, one tuple a step in turn."""
+
+    until: int
+    scenes: int
+    digits: int
+    guide: float
+    kinds: tuple[tuple[str, ...], ...]
+
+
+PHASES = (  # first what each quarter shows, then what must be searched for; descriptions are long, so they become rare
+    Phase(3000, 14, 8, 0.5, (("count", "name", "locate", "describe"),)),
+    Phase(4000, 11, 6, 0.0, (("count", "count", "name", "locate", "locate", "describe"),)),
+    Phase(8000, 12, 5, 0.0, (("describe", "name"), *[("count", "count", "name", "locate", "locate")] * 5)),
+)
+STEPS = PHASES[-1].until
 LEARNING_RATE, WEIGHT_DECAY, WARM_UP = 1.5e-3, 0.05, 200
 GRID = demo.SIZE // 64  # image tokens a side
 IGNORED = -100  # the label that the loss skips
+
+
+def phase_of(step: int) -> Phase:
+    """The phase that a step belongs to."""
+    return next(phase for phase in PHASES if step < phase.until)
 
 
 def make_tokenizer() -> Qwen2Tokenizer:
@@ -105,9 +130,10 @@ class Batches:
         """Return pixels (P, 3, S, S), what they show (see `Guide`), and ids, labels, mask (Q, T) with `picture` (Q,)
         saying whose question it is."""
         rng = np.random.default_rng([self.seed, demo._STREAM["train"], step])
+        phase = phase_of(step)
         images, rows, owners = [], [], []
-        shown = torch.full((SCENES + DIGITS, 9), IGNORED)
-        for _ in range(SCENES):
+        shown = torch.full((phase.scenes + phase.digits, 9), IGNORED)
+        for _ in range(phase.scenes):
             things = demo.make_scene(rng)
             images.append(demo.draw_scene(rng, things))
             shown[len(images) - 1, :8] = 0
@@ -115,10 +141,10 @@ class Batches:
                 place = demo.PLACES.index(thing.place)
                 shown[len(images) - 1, place] = 1 + demo.SHAPES.index(thing.shape)
                 shown[len(images) - 1, 4 + place] = 1 + list(demo.COLOURS).index(thing.colour)
-            for kind in ("count", "name", "locate", "describe"):
+            for kind in phase.kinds[step % len(phase.kinds)]:
                 rows.append(self._encode(*demo.ask(rng, kind, things)))
                 owners.append(len(images) - 1)
-        for _ in range(DIGITS):
+        for _ in range(phase.digits):
             image, digit = demo.draw_digit(rng, int(rng.integers(len(demo.digit_scans("train")[0]))), "train")
             images.append(image)
             shown[len(images) - 1, 8] = digit
@@ -177,8 +203,8 @@ def loss_of(model: FastVlmForConditionalGeneration, guide: Guide, batch: dict[st
     return answers, guide(embeddings, batch["shown"])
 
 
-def train(seed: int = 0, steps: int = STEPS, advance: Callable[[], None] = lambda: None) -> tuple[FastVlmForConditionalGeneration, Qwen2Tokenizer]:
-    """Train from nothing for `steps` steps and return the model (eval mode) and its tokenizer."""
+def train(seed: int = 0, advance: Callable[[], None] = lambda: None) -> tuple[FastVlmForConditionalGeneration, Qwen2Tokenizer]:
+    """Train from nothing and return the model (eval mode) and its tokenizer."""
     torch.manual_seed(seed)
     tokenizer = make_tokenizer()
     model, guide = make_model(tokenizer).train(), Guide(int(TEXT["hidden_size"]))
@@ -190,18 +216,18 @@ def train(seed: int = 0, steps: int = STEPS, advance: Callable[[], None] = lambd
     ]
     optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.98))
     batches, average, started = Batches(tokenizer, seed), None, time.monotonic()
-    for step in range(steps):
+    for step in range(STEPS):
         for group in optimizer.param_groups:
-            group["lr"] = LEARNING_RATE * min((step + 1) / WARM_UP, 0.5 + 0.5 * math.cos(math.pi * step / steps) + 1e-3)
+            group["lr"] = LEARNING_RATE * min((step + 1) / WARM_UP, 0.5 + 0.5 * math.cos(math.pi * step / STEPS) + 1e-3)
         answers, guided = loss_of(model, guide, batches(step), batches.image_token)
         optimizer.zero_grad(set_to_none=True)
-        (answers + 0.5 * guided).backward()
+        (answers + phase_of(step).guide * guided).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         now = np.array([answers.item(), guided.item()])
         average = now if average is None else 0.98 * average + 0.02 * now
         if step % 100 == 99:
-            log(f"step {step + 1}/{steps}: loss {average[0]:.4f} (guide {average[1]:.4f}), {(time.monotonic() - started) / (step + 1):.2f} s a step")
+            log(f"step {step + 1}/{STEPS}: loss {average[0]:.4f} (guide {average[1]:.4f}), {(time.monotonic() - started) / (step + 1):.2f} s a step")
         advance()
     return model.eval(), tokenizer
 

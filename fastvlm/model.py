@@ -8,7 +8,7 @@ from torch import nn
 
 from fastvlm import naming
 from fastvlm.checkpoint import Checkpoint
-from fastvlm.dtypes import torch_dtype
+from fastvlm.dtypes import dtype_name, torch_dtype
 
 if TYPE_CHECKING:
     from transformers import FastVlmConfig, FastVlmForConditionalGeneration
@@ -67,7 +67,8 @@ def _load(model: nn.Module, checkpoint: Checkpoint, prefix: str, dtype: torch.dt
     state: dict[str, Any] = {}
     for name in checkpoint.tensors:
         if name.startswith(prefix):
-            state[name[len(prefix) :]] = checkpoint.read(name).to(device=device, dtype=dtype)
+            same = dtype_name(dtype) == checkpoint.tensors[name].dtype
+            state[name[len(prefix) :]] = checkpoint.read(name, mapped=same).to(device=device, dtype=dtype)
     for name in model.state_dict():
         if naming.is_ignored(name):
             state[name] = torch.zeros((), dtype=torch.int64, device=device)  # BatchNorm's counter

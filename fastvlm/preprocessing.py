@@ -43,7 +43,7 @@ MAX_SIDE = 20_000
 MAX_ASPECT = 100
 
 # Formats that Pillow decodes itself. Not EPS, WMF and the like, which start other programs or need a renderer.
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
 _HEIC_BRANDS = (b"heic", b"heix", b"hevc", b"mif1", b"msf1")
 
 _CHANNELS = 3
@@ -213,7 +213,7 @@ def _what_is_it(head: bytes) -> str:
         return "an HEIC picture: convert it to JPEG or PNG"
     if head.startswith(b"version https://git-lfs"):
         return "a Git-LFS pointer in place of the picture: run `git lfs pull`"
-    return f"not a picture: expected {', '.join(FORMATS)}"
+    return f"not a picture, or a damaged one: expected {', '.join(FORMATS)}"
 
 
 def _reason(error: Exception) -> str:

@@ -7,22 +7,12 @@ from typing import Any
 
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
+from fastvlm.prompt import CHAT_TEMPLATE
+
 SMALL_SIZE = 509  # bytes and merges of the small vocabulary; Qwen's three special tokens and <image> follow
 PUBLISHED_SIZE = 151643  # regular tokens of Qwen2's vocabulary
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 IMAGE = "<image>"
-
-CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{% if loop.first and message['role'] != 'system' %}"
-    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
-    "<|im_start|>{{ message['role'] }}\n"
-    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
-    "{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>\n{% endif %}{% endfor %}"
-    "{% for part in message['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}"
-    "{% endif %}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 
 _CORPUS = (
     "system user assistant You are a helpful assistant. What is in the image? Describe the image in one sentence.",

@@ -16,6 +16,7 @@ import torch
 from safetensors import safe_open
 
 from fastvlm.dtypes import SAFETENSORS_DTYPES, dtype_name
+from fastvlm.errors import UserError
 
 LFS_MAGIC = b"version https://git-lfs.github.com/spec/"
 _MAX_HEADER = 100_000_000  # bytes; the safetensors library's own limit
@@ -39,12 +40,13 @@ class Fault:
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor is and what it is; `source` is its name in the file."""
+    """Where a tensor is and what it is; `source` is its name in the file, `offset` its first byte (not for .bin)."""
 
     dtype: str
     shape: tuple[int, ...]
     file: Path
     source: str
+    offset: int = -1
 
     @property
     def size(self) -> int:
@@ -68,13 +70,25 @@ class Weights:
     warnings: list[str] = field(default_factory=list)
     _handles: dict[Path, Any] = field(default_factory=dict)
 
-    def read(self, info: TensorInfo) -> torch.Tensor:
-        """The tensor, memory-mapped (copy before changing it in place)."""
-        handle = self._handles.get(info.file)
-        if handle is None:
-            handle = load_bin(info.file) if info.file.suffix == ".bin" else safe_open(info.file, "pt", device="cpu")
-            self._handles[info.file] = handle
-        return handle[info.source] if isinstance(handle, Mapping) else handle.get_tensor(info.source)
+    def read(self, info: TensorInfo, mapped: bool = False) -> torch.Tensor:
+        """The tensor in memory of its own, or mapped from the file (no copy, and the process grows as it is used)."""
+        if mapped or info.offset < 0:
+            handle = self._handles.get(info.file)
+            if handle is None:
+                handle = load_bin(info.file) if info.offset < 0 else safe_open(info.file, "pt", device="cpu")
+                self._handles[info.file] = handle
+            tensor = handle[info.source] if isinstance(handle, Mapping) else handle.get_tensor(info.source)
+            return tensor if mapped else tensor.clone()
+        tensor = torch.empty(info.shape, dtype=getattr(torch, info.dtype))
+        with info.file.open("rb", buffering=0) as file:
+            file.seek(info.offset)
+            rest = tensor.reshape(-1).view(torch.uint8).numpy().data
+            while rest:  # one read is at most 2 GiB on Linux
+                count = file.readinto(rest)
+                if not count:
+                    raise UserError(f"{info.file} became shorter while it was read; is it still being written?")
+                rest = rest[count:]
+        return tensor
 
 
 def scan(folder: Path) -> Weights:
@@ -190,7 +204,11 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise HeaderError(f"lying safetensors header: not the JSON that the format asks for ({error})") from error
     _check_spans(spans, shapes, kinds, size - 8 - length)
-    return {name: TensorInfo(dtype_name(SAFETENSORS_DTYPES[kinds[name]]), shapes[name], path, name) for name in entries}
+    starts = {name: 8 + length + begin for begin, _, name in spans}
+    return {
+        name: TensorInfo(dtype_name(SAFETENSORS_DTYPES[kinds[name]]), shapes[name], path, name, starts[name])
+        for name in entries
+    }
 
 
 def _check_spans(spans: list[Any], shapes: dict[str, tuple[int, ...]], kinds: dict[str, str], available: int) -> None:

@@ -98,9 +98,7 @@ def export(plan: Plan, parity: Parity | None = None) -> dict[str, Any]:
                 result = _rounded(dict(parity(folder)))
             document = artefact.write_manifest(folder, document | {"parity": result})
             if result.get("passed") is not True:
-                raise CheckFailed(
-                    f"parity: {result.get('verdict', 'a tolerance is broken')}; nothing was written"
-                )
+                raise CheckFailed(f"parity: {result.get('verdict', 'a tolerance is broken')}; nothing was written")
         if _signature(checkpoint) != before:
             raise UserError(f"{checkpoint.path}: changed while it was exported: nothing was written; export again")
     return {**document, "output_dir": str(config.output_dir), "seconds": seconds}

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from fastvlm import naming
@@ -63,6 +62,13 @@ class Weight:
 def language_parameters(checkpoint: Checkpoint) -> int:
     """How many values `export_llm` will stream, and so the total of what it reports through `advance`."""
     return sum(math.prod(checkpoint.tensors[source].shape) for source in _sources(checkpoint).values())
+
+
+def planned_bytes(checkpoint: Checkpoint, recipe: Recipe) -> int:
+    """What `export_llm` will write in the app layout. UserError with whatever would stop it, but for the values."""
+    language_config(checkpoint, "app")
+    weights = _weights(checkpoint, recipe, "app")
+    return sum(nbytes(spec) for weight in weights for spec in weight.parts().values())
 
 
 def export_llm(
@@ -165,15 +171,23 @@ def _rows_in_memory(tensor: Tensor) -> Callable[[int, int], Tensor]:
 
 
 def _rows_of(checkpoint: Checkpoint, name: str) -> Callable[[int, int], Tensor]:
-    """Reads rows of a checkpoint's tensor. Each read maps the file anew: a mapping that lives on counts every page that
-    was ever read as this process's memory."""
+    """Reads rows of a checkpoint's tensor into memory: of a mapped file, every page once read would count as ours."""
     info = checkpoint.tensors[name]
-    if info.file.suffix != ".safetensors":
-        return lambda start, stop: checkpoint.read(name)[start:stop]
+    dtype, columns = DTYPES[info.dtype], math.prod(info.shape[1:])
+    if info.offset < 0:  # an old .bin file, whose tensors are where PyTorch says
+        return lambda start, stop: checkpoint.read(name, mapped=True)[start:stop]
 
     def rows(start: int, stop: int) -> Tensor:
-        with safe_open(info.file, "pt") as file:
-            return file.get_slice(info.source)[start:stop]
+        part = torch.empty(min(stop, info.shape[0]) - start, *info.shape[1:], dtype=dtype)
+        rest = part.view(-1).view(torch.uint8).numpy().data
+        with info.file.open("rb", buffering=0) as file:
+            file.seek(info.offset + start * columns * dtype.itemsize)
+            while rest:  # a single read may be short
+                count = file.readinto(rest)
+                if not count:
+                    raise UserError(f"{info.file}: ended in {info.source} while it was read: has it changed?")
+                rest = rest[count:]
+        return part
 
     return rows
 

@@ -1,6 +1,5 @@
 """Run an artefact from its own bytes: Core ML and MLX on a Mac; elsewhere the MIL executor and PyTorch."""
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -46,7 +45,7 @@ def load(artefact: str | Path, vision: str = "auto", llm: str = "auto", compute:
     speaker, projector = language.mlx_language(folder) if use_mlx else language.torch_language(folder)
     image_token = config["image_token_index"]
     return FastVLM(
-        preprocessor=read_preprocessor(folder, _image_strategy(folder)),
+        preprocessor=read_preprocessor(folder),
         tokenizer=layouts.load_tokenizer(folder, image_token),
         image_token_id=image_token,
         vision=encoder,
@@ -88,9 +87,3 @@ class CoreMLVision:
     def encode(self, pixel_values: np.ndarray) -> np.ndarray:
         """(1, 3, S, S) float32 -> (1, N, C) float32."""
         return np.asarray(self.model.predict({contract.INPUT: pixel_values})[contract.OUTPUT], dtype=np.float32)
-
-
-def _image_strategy(folder: Path) -> str | None:
-    """What preprocessor_config.json names; the demo app has no such key and always crops."""
-    document = json.loads((folder / contract.PREPROCESSOR_CONFIG).read_text(encoding="utf-8"))
-    return document.get("image_strategy")

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from fastvlm import naming
-from fastvlm.checkpoint import Checkpoint, open_checkpoint
+from fastvlm.checkpoint import Checkpoint
 from fastvlm.dtypes import DTYPES
 from fastvlm.errors import CheckFailed, UserError
 from fastvlm.model import encoder
@@ -99,12 +99,9 @@ def export_vision(
 
 
 def _folded_encoder(checkpoint: Checkpoint) -> tuple[nn.Module, dict[str, float]]:
-    """The folded float32 encoder and the fold's errors. Loaded as it is stored: half the memory, and nothing rounded.
-
-    From a second opening of the folder: its mapping, and every page read through it, goes when it goes.
-    """
+    """The folded float32 encoder and the fold's errors. Loaded as it is stored: half the memory, nothing rounded."""
     stored = {info.dtype for name, info in checkpoint.tensors.items() if name.startswith(naming.VISION)} & DTYPES.keys()
-    original = encoder(open_checkpoint(checkpoint.path), dtype=stored.pop() if len(stored) == 1 else "float32")
+    original = encoder(checkpoint, dtype=stored.pop() if len(stored) == 1 else "float32")
     folded, errors = fold_and_prove(original, dtype=torch.float32)
     return folded.requires_grad_(False), errors
 

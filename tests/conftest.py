@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -42,3 +43,18 @@ def tiny_llava(make_checkpoint: Callable[..., Path]) -> Path:
 def tiny_llava_training(make_checkpoint: Callable[..., Path]) -> Path:
     """LLaVA layout, training form: numerically the same model as `tiny_fast_vlm_training`."""
     return make_checkpoint(layout="llava_qwen2", form="training")
+
+
+@pytest.fixture(scope="session")
+def demo_model() -> Any:
+    """The demo checkpoint as a `fastvlm.surface.FastVLM`."""
+    import fastvlm
+    from fastvlm import demo
+
+    return fastvlm.load(demo.CHECKPOINT)
+
+
+@pytest.fixture(scope="session")
+def demo_tokenizer(demo_model: Any) -> Any:
+    """The demo checkpoint's tokenizer."""
+    return demo_model.tokenizer

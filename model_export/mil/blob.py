@@ -34,7 +34,7 @@ def unpack(packed: np.ndarray, dtype: str, count: int) -> torch.Tensor:
     """`count` values narrower than a byte, packed from the least significant bit, as one int8/uint8 each."""
     bits = SUB_BYTE[dtype]
     if 8 % bits == 0:
-        values = (packed[:, None] >> np.arange(0, 8, bits, dtype=np.uint8)) & np.uint8(2**bits - 1)
+        values: np.ndarray = (packed[:, None] >> np.arange(0, 8, bits, dtype=np.uint8)) & np.uint8(2**bits - 1)
     else:  # 3 and 6 bits run across byte boundaries
         stream = np.unpackbits(packed, bitorder="little")[: count * bits].reshape(count, bits)
         values = np.packbits(stream, axis=1, bitorder="little")
@@ -79,9 +79,7 @@ class WeightFile:
         if sentinel != SENTINEL:
             raise MILError(f"{where}: metadata sentinel {sentinel:#x}, expected {SENTINEL:#x}; the file is corrupted")
         if _TYPES.get(code) != type.dtype:
-            # bool tensors are stored as bytes.
-            if not (type.dtype == "bool" and _TYPES.get(code) in ("uint8", "int8")):
-                raise MILError(f"{where}: stored as {_TYPES.get(code, f'type {code}')}, the program says {type.dtype}")
+            raise MILError(f"{where}: stored as {_TYPES.get(code, f'type {code}')}, the program says {type.dtype}")
         if start % ALIGNMENT or start < offset + ALIGNMENT or start + size > len(self._map):
             raise MILError(f"{where}: {size} bytes at {start} are not in the file of {len(self._map)} bytes")
         shape = static_shape(type, where)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from .allocator import kept_buffers
-from .dtypes import NUMPY, POLICIES, compute_dtype
+from .dtypes import NUMPY, POLICIES, STORAGE, compute_dtype
 from .plan import Step, make_plan
 from .program import Function, MILError, Operation, Program, TensorType
 from .reader import read_package
@@ -38,7 +38,7 @@ class MILExecutor:
             raise MILError(f"unknown compute policy {compute!r}, expected one of {', '.join(POLICIES)}")
         name = function_name or program.default_function
         if name not in program.functions:
-            raise MILError(f"{program.path}: no function {name!r}, it has {', '.join(sorted(program.functions)) or 'none'}")
+            raise MILError(f"{program.path}: no function {name!r}, it has {sorted(program.functions)}")
         self.program = program
         self.function = program.functions[name]
         self.policy = POLICIES[compute]
@@ -81,7 +81,9 @@ class MILExecutor:
                 raise MILError(f"input {name!r}: {array.__class__.__name__}, expected a numpy array")
             if array.dtype != NUMPY[type.dtype] or not type.accepts(array.shape):
                 shape = ", ".join(map(str, array.shape))
-                raise MILError(f"input {name!r}: {array.dtype}[{shape}], expected {np.dtype(NUMPY[type.dtype])}: {type}")
+                raise MILError(
+                    f"input {name!r}: {array.dtype}[{shape}], expected {np.dtype(NUMPY[type.dtype])}, {type}"
+                )
             # Negative strides and read-only arrays are unknown to torch.
             tensors[name] = torch.tensor(np.ascontiguousarray(array)).to(compute_dtype(type.dtype))
         return tensors
@@ -97,10 +99,8 @@ class MILExecutor:
             outputs = dict(zip(step.names, results, strict=True))
             for (name, tensor), type in zip(outputs.items(), step.types):
                 _check(step.operation, name, tensor, type)
-                if step.rounds and type.dtype == "fp16":
-                    tensor = outputs[name] = tensor.clone() if kernel.view else tensor
-                if step.then or step.rounds:
-                    outputs[name] = _finish(tensor, step)
+                if step.then or (step.rounds and type.dtype == "fp16"):
+                    outputs[name] = _finish(tensor.clone() if kernel.view else tensor, step)
         except (RuntimeError, TypeError, ValueError, IndexError) as error:
             line = str(error).splitlines()[0] if str(error) else error.__class__.__name__
             raise MILError(f"operation {step.operation.name!r} ({step.operation.type}) failed: {line}") from error
@@ -123,7 +123,7 @@ class MILExecutor:
     @staticmethod
     def _array(tensor: torch.Tensor, type: TensorType) -> np.ndarray:
         # A copy of its own: the tensor may be a constant, an input or part of a larger one.
-        return np.array(tensor.contiguous().numpy(), dtype=NUMPY[type.dtype])
+        return tensor.to(STORAGE[type.dtype]).contiguous().numpy().copy()
 
 
 def load(path: Path | str, compute: str = "as-typed", function_name: str | None = None) -> MILExecutor:
@@ -162,9 +162,8 @@ def _value(argument: Any, values: Mapping[str, torch.Tensor]) -> Any:
 def _check(operation: Operation, name: str, tensor: torch.Tensor, type: TensorType) -> None:
     if not type.accepts(tuple(tensor.shape)) or tensor.dtype != compute_dtype(type.dtype):
         shape = ", ".join(map(str, tensor.shape))
-        raise MILError(
-            f"operation {operation.name!r} ({operation.type}): {name!r} came out as {tensor.dtype}[{shape}], declared {type}"
-        )
+        came = f"{tensor.dtype}[{shape}]".removeprefix("torch.")
+        raise MILError(f"operation {operation.name!r} ({operation.type}): {name!r} came out as {came}, declared {type}")
 
 
 def _finish(tensor: torch.Tensor, step: Step) -> torch.Tensor:

@@ -38,7 +38,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Plan:
-    """The steps one operation at a time, the same with element-wise followers merged, and outputs that are constants."""
+    """The steps one operation each, the same with element-wise followers merged, and the outputs that are constants."""
 
     steps: tuple[Step, ...]
     merged: tuple[Step, ...]
@@ -138,7 +138,7 @@ def _resolve(
     builder = lookup(operation.type, opset)
     if builder is None:
         raise Unsupported("no such operation in this opset")
-    node = Node(operation, types, constants.get, constants.load, policy)
+    node = Node(operation, types, constants.get, constants.load)
     try:
         kernel = builder(node)
     except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:  # parameters of a wrong kind
@@ -173,10 +173,10 @@ def _constant_outputs(
 
 def _values(step: Step) -> set[str]:
     """The names of the values that a step reads."""
-    names: set[str] = set()
-    for argument in step.kernel.args:
-        names.update(item for item in (argument if isinstance(argument, tuple) else (argument,)) if isinstance(item, str))
-    return names
+    items = (
+        item for argument in step.kernel.args for item in (argument if isinstance(argument, tuple) else [argument])
+    )
+    return {item for item in items if isinstance(item, str)}
 
 
 def _with_lifetimes(steps: list[Step], inputs: list[str], outputs: tuple[str, ...]) -> list[Step]:
@@ -202,6 +202,7 @@ def _with_lifetimes(steps: list[Step], inputs: list[str], outputs: tuple[str, ..
             step.kernel.inplace is not None
             and isinstance(first, str)
             and root[first] not in inputs  # those belong to the caller
+            and all(root[name] != root[first] for name in _values(step) - {first})
             and used_until[root[first]] == index
             and types[first] == step.types[0]
             and None not in types[first].shape
@@ -222,13 +223,12 @@ def _merged(steps: list[Step], outputs: tuple[str, ...]) -> list[Step]:
     for step in steps:
         first = step.kernel.args[0] if len(step.kernel.args) == 1 else None
         home = position.get(first) if isinstance(first, str) and step.overwrites else None
-        if home is not None and readers[first] == 1 and first not in outputs:
-            merged[home] = replace(merged[home], then=(*merged[home].then, replace(step, frees=())))
+        if home is not None and isinstance(first, str) and readers[first] == 1 and first not in outputs:
+            target = merged[home]
+            merged[home] = replace(target, then=(*target.then, step), frees=(*target.frees, *step.frees))
         else:
             merged.append(step)
             home = len(merged) - 1
         if len(step.names) == 1 and not step.kernel.view:
             position[step.names[0]] = home
     return merged
-
-

@@ -19,7 +19,7 @@ import torch
 
 from .blob import static_shape, unpack
 from .dtypes import NAMES, STORAGE, SUB_BYTE
-from .program import Binding, Block, BlobRef, Constant, Function, MILError, NamedType, Operation, Program, TensorType
+from .program import Binding, BlobRef, Block, Constant, Function, MILError, NamedType, Operation, Program, TensorType
 
 _PROTO_PACKAGE = "_model_export_mil_proto"
 _MODEL_PATH = "@model_path/"
@@ -61,7 +61,7 @@ def _specification_path(path: Path) -> Path:
             raise TypeError("path is not text")
     except FileNotFoundError:
         raise MILError(f"{path}: no Manifest.json; not an .mlpackage") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise MILError(f"{manifest_path}: unusable manifest ({type(error).__name__}: {error})") from None
     return _inside(path, path / "Data", root, "Manifest.json")
 
@@ -70,7 +70,8 @@ def _inside(package: Path, base: Path, name: str, source: str) -> Path:
     """`name` under `base`, refused when it leads out of the package (also by a symbolic link)."""
     relative = PurePosixPath(name)
     target = base / relative
-    if relative.is_absolute() or ".." in relative.parts or not target.resolve().is_relative_to(package.resolve()):
+    plain = not relative.is_absolute() and ".." not in relative.parts and "\0" not in name
+    if not plain or not target.resolve().is_relative_to(package.resolve()):
         raise MILError(f"{package}: {source} names a file outside the package: {name!r}")
     return target
 
@@ -141,7 +142,7 @@ class _Reader:
         return Operation(
             type=message.type,
             name=name if isinstance(name, str) and name else (outputs[0].name if outputs else message.type),
-            inputs={key: tuple(self.binding(item) for item in value.arguments) for key, value in message.inputs.items()},
+            inputs={key: tuple(map(self.binding, value.arguments)) for key, value in message.inputs.items()},
             outputs=outputs,
             attributes=attributes,
             blocks=tuple(self.block(item) for item in message.blocks),
@@ -174,19 +175,25 @@ class _Reader:
 
     def immediate(self, type: TensorType, message: Any) -> torch.Tensor | str | tuple[str, ...]:
         kind = message.WhichOneof("value")
-        values = getattr(message, kind).values if kind else ()
+        values: Any = getattr(message, kind).values if kind else ()
         if type.dtype == "string":
-            return values[0] if not type.shape and len(values) == 1 else tuple(values)
+            return str(values[0]) if not type.shape and len(values) == 1 else tuple(values)
         shape = static_shape(type, str(self.package))
         count = math.prod(shape)
+        storage = STORAGE[type.dtype]
         if kind == "bytes":  # types without a protobuf field of their own
-            tensor = torch.frombuffer(bytearray(values), dtype=torch.uint8) if values else torch.empty(0)
-            if type.dtype in SUB_BYTE:
-                tensor = unpack(tensor.numpy(), type.dtype, count)
-            elif len(values) == count * STORAGE[type.dtype].itemsize:
-                tensor = tensor.view(STORAGE[type.dtype])
-        else:
-            tensor = torch.tensor(list(values), dtype=STORAGE[type.dtype])
+            expected = -(-count * SUB_BYTE.get(type.dtype, 8 * storage.itemsize) // 8)
+            if len(values) != expected:
+                raise MILError(f"{self.package}: an immediate value of {len(values)} bytes, expected {type}")
+            if not values:
+                return torch.empty(shape, dtype=storage)
+            content = torch.frombuffer(bytearray(values), dtype=torch.uint8)
+            sub_byte = type.dtype in SUB_BYTE
+            return (unpack(content.numpy(), type.dtype, count) if sub_byte else content.view(storage)).reshape(shape)
+        try:
+            tensor = torch.tensor(list(values), dtype=storage)
+        except (RuntimeError, OverflowError, TypeError):
+            raise MILError(f"{self.package}: an immediate value is not of type {type}") from None
         if tensor.numel() != count:
             raise MILError(f"{self.package}: an immediate value holds {tensor.numel()} elements, expected {type}")
         return tensor.reshape(shape)

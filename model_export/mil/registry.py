@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .dtypes import Policy, compute_dtype
+from .dtypes import compute_dtype
 from .program import Constant, Operation, TensorType
 
 # coremltools' names of the opsets of iOS 15, 16, 17 and 18, oldest first.
@@ -50,7 +50,6 @@ class Node:
     types: dict[str, TensorType | None]
     constants: Callable[[str], torch.Tensor | str | tuple[str, ...] | None]
     load: Callable[[Constant], torch.Tensor | str | tuple[str, ...]]
-    policy: Policy
     used: set[str] = field(default_factory=set)
 
     @property
@@ -98,7 +97,7 @@ class Node:
         return self.constants(binding) if isinstance(binding, str) else self.load(binding)
 
     def const(self, key: str, default: Any = ...) -> Any:
-        """A parameter's compile-time value in Python: text, number, truth value or list. Without a default: required."""
+        """A parameter's compile-time value in Python: text, number, bool or list. Without a default: required."""
         value = self.raw(key)
         if value is None:
             if self.has(key):
@@ -176,5 +175,3 @@ def lookup(type: str, opset: str) -> Builder | None:
 def supported() -> Sequence[str]:
     """The types of all operations that some opset can run."""
     return sorted(_TABLE)
-
-

@@ -207,6 +207,24 @@ def test_image_token_of_the_transformers_layout(tiny_fast_vlm: Path, tmp_path: P
         open_checkpoint(folder)
 
 
+def test_a_config_as_published_on_the_hub(tiny_fast_vlm: Path, tmp_path: Path) -> None:
+    folder = copy(tiny_fast_vlm, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    config["vision_config"] |= {
+        "architecture": "fastvit_mci3.apple_mclip2_dfndr2b",
+        "pretrained_cfg": {"num_classes": 0},
+    }
+    config["vision_config"] |= {"num_features": 256, "label_names": ["x"], "initializer_range": 0.02}
+    config |= {"torch_dtype": "float32", "transformers_version": "4.56.0.dev0"}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert open_checkpoint(folder).warnings == ()
+    for architecture in ("resnet50", "hf-hub:someone/fastvit_mci3"):
+        config["vision_config"]["architecture"] = architecture
+        (folder / "config.json").write_text(json.dumps(config))
+        with pytest.raises(UserError, match="another model: vision tower"):
+            open_checkpoint(folder)
+
+
 def test_resolution_and_strategy(tiny_llava: Path, tiny_fast_vlm: Path, tmp_path: Path) -> None:
     llava = copy(tiny_llava, tmp_path / "llava")
     edit_json(llava / "config.json", mm_vision_tower="mobileclip_l_512", image_aspect_ratio="square")
@@ -285,7 +303,7 @@ def test_an_index_names_no_file_outside(tiny_llava: Path, tmp_path: Path, name: 
         open_checkpoint(folder)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_damage_is_a_user_error(
     tiny_llava: Path, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject

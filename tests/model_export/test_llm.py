@@ -101,6 +101,7 @@ def test_keys_and_bytes(name, tied, tiny_fast_vlm, tied_shards, tmp_path):
         else:
             assert stored.dtype == dtype and raw(stored) == raw(value), key
     assert facts["bytes"] == sum(array.nbytes for array in weights.values())
+    assert facts["bytes"] == llm.planned_bytes(checkpoint, load_recipe(name))
     assert facts["parameters"] == language_parameters(checkpoint)
     assert facts["quantization"] == ({"group_size": 64, "bits": bits} if bits else None)
     assert set(facts["decisions"]) == {"layers", "embeddings", "lm_head", "projector"}
@@ -121,14 +122,19 @@ def test_config_is_what_the_app_decodes(tiny_fast_vlm, tied_shards, tmp_path):
 
 
 def test_same_bytes_again_from_either_layout_and_any_sharding(tiny_fast_vlm, tiny_llava, make_checkpoint, tmp_path, monkeypatch):  # fmt: skip  # noqa: E501
-    """The same model in the other layout, in shards, and with other pieces at a time: the same weights."""
+    """The same model in the other layout, in shards, in a .bin file, and in other pieces: the same weights."""
     exported(tiny_fast_vlm, load_recipe("int4"), tmp_path / "a")
     exported(tiny_fast_vlm, load_recipe("int4"), tmp_path / "again")
     exported(tiny_llava, load_recipe("int4"), tmp_path / "llava")
     monkeypatch.setattr(llm, "_CHUNK", 500)
     exported(make_checkpoint(shards=3), load_recipe("int4"), tmp_path / "shards")
+    (old := tmp_path / "old").mkdir()  # a .bin file, as checkpoints once were
+    torch.save(load_file(tiny_fast_vlm / "model.safetensors"), old / "pytorch_model.bin")
+    for file in tiny_fast_vlm.glob("*.json"):
+        shutil.copy(file, old)
+    exported(old, load_recipe("int4"), tmp_path / "from bin")
     first = hashes(tmp_path / "a")
-    assert hashes(tmp_path / "again") == first == hashes(tmp_path / "shards")
+    assert hashes(tmp_path / "again") == first == hashes(tmp_path / "shards") == hashes(tmp_path / "from bin")
     llava = hashes(tmp_path / "llava")
     assert llava.pop("config.json") != first.pop("config.json")  # the other layout's default is to pad
     assert llava == first
@@ -280,6 +286,8 @@ def test_models_that_the_loaders_do_not_compute(tiny_fast_vlm, tmp_path):
     (tmp_path / "in/config.json").write_text(json.dumps(config))
     with pytest.raises(UserError) as error:
         exported(tmp_path / "in", load_recipe("fp16"), tmp_path / "out")
+    with pytest.raises(UserError, match="sliding-window"):
+        llm.planned_bytes(open_checkpoint(tmp_path / "in"), load_recipe("fp16"))
     for part in ("sliding-window attention is True", "activation is 'gelu', expected 'silu'", "'linear'"):
         assert part in str(error.value)
     assert not list((tmp_path / "out").iterdir())

@@ -13,8 +13,14 @@ def batch_norm(node: Node) -> Kernel:
     """gamma (x - mean) / sqrt(variance + epsilon) + beta, one value per channel (the second dimension)."""
     epsilon = node.const("epsilon", 1e-5)
 
-    def run(x: torch.Tensor, mean: torch.Tensor, variance: torch.Tensor, *affine: torch.Tensor | None) -> torch.Tensor:
-        return F.batch_norm(x, mean, variance, *affine, eps=epsilon)
+    def run(
+        x: torch.Tensor,
+        mean: torch.Tensor,
+        variance: torch.Tensor,
+        gamma: torch.Tensor | None,
+        beta: torch.Tensor | None,
+    ) -> torch.Tensor:
+        return F.batch_norm(x, mean, variance, gamma, beta, eps=epsilon)
 
     return node.kernel(run, "x", "mean", "variance", "gamma", "beta")
 
@@ -23,7 +29,9 @@ def batch_norm(node: Node) -> Kernel:
 def instance_norm(node: Node) -> Kernel:
     """Like batch_norm with each sample's and channel's own statistics."""
     epsilon = node.const("epsilon", 1e-5)
-    return node.kernel(lambda x, gamma, beta: F.instance_norm(x, None, None, gamma, beta, eps=epsilon), "x", "gamma", "beta")
+    return node.kernel(
+        lambda x, gamma, beta: F.instance_norm(x, None, None, gamma, beta, eps=epsilon), "x", "gamma", "beta"
+    )
 
 
 @mil_op("layer_norm")

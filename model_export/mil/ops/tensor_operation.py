@@ -78,9 +78,7 @@ def fill(node: Node) -> Kernel:
 @mil_op("flatten2d")
 def flatten2d(node: Node) -> Kernel:
     axis = node.const("axis", 1)
-    return node.kernel(
-        lambda x: x.reshape(x.shape[:axis].numel(), x.shape[axis:].numel()), "x", exact=True, view=True
-    )
+    return node.kernel(lambda x: x.reshape(x.shape[:axis].numel(), x.shape[axis:].numel()), "x", exact=True, view=True)
 
 
 @mil_op("shape")
@@ -101,10 +99,14 @@ def cumsum(node: Node) -> Kernel:
     return node.kernel(run, "x")
 
 
+def _order(x: torch.Tensor, axis: int, ascending: bool) -> torch.Tensor:
+    return torch.argsort(x, dim=axis, descending=not ascending, stable=True)
+
+
 @mil_op("argsort")
 def argsort(node: Node) -> Kernel:
     axis, ascending = node.const("axis", -1), node.const("ascending", False)
-    return node.kernel(lambda x: x.argsort(axis, descending=not ascending, stable=True).to(torch.int32), "x")
+    return node.kernel(lambda x: _order(x, axis, ascending).to(torch.int32), "x")
 
 
 @mil_op("topk")
@@ -115,7 +117,7 @@ def topk(node: Node) -> Kernel:
     node.const("output_indices_dtype", None)  # equals the declared type
 
     def run(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        order = x.argsort(axis, descending=not ascending, stable=True).narrow(axis, 0, k)
+        order = _order(x, axis, ascending).narrow(axis, 0, k)
         return x.gather(axis, order), order.to(torch.int32)
 
     return node.kernel(run, "x", exact=True)

@@ -82,9 +82,7 @@ def slice_by_index(node: Node) -> Kernel:
         if axis in squeezed:
             first = 0 if begin_mask[axis] else begin[axis]
             return slice(first, first + 1 if first != -1 else None)
-        return slice(
-            None if begin_mask[axis] else begin[axis], None if end_mask[axis] else end[axis], stride[axis]
-        )
+        return slice(None if begin_mask[axis] else begin[axis], None if end_mask[axis] else end[axis], stride[axis])
 
     parts = [part(axis) for axis in range(rank)]
 

@@ -12,9 +12,7 @@ from ..registry import Kernel, Node, mil_op
 def scaled_dot_product_attention(node: Node) -> Kernel:
     """softmax(query key^T / sqrt(E) + mask) value; computed in float32 and rounded once after."""
 
-    def run(
-        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
-    ) -> torch.Tensor:
+    def run(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         return F.scaled_dot_product_attention(query, key, value, mask)
 
     return node.kernel(run, "query", "key", "value", "attn_mask")

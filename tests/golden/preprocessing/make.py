@@ -7,6 +7,7 @@ fastvlm.preprocessing. The photographs are scikit-learn's two samples, cut, shru
 import hashlib
 import json
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ HERE = Path(__file__).parent
 SIZE = 256
 STRATEGIES = ("pad", "center_crop")
 HUGE_FACTOR = 10
+PLACES = ((5, 9), (128, 128), (250, 77))
 # The EXIF orientation as NumPy sees (height, width, channel): (quarter turns counter-clockwise, mirrored before them).
 ORIENTATIONS = {1: (0, 0), 2: (0, 1), 3: (2, 0), 4: (2, 1), 5: (1, 1), 6: (3, 0), 7: (3, 1), 8: (1, 0)}
 
@@ -26,7 +28,9 @@ def upright(image: Image.Image) -> np.ndarray:
         grey = np.rint(np.asarray(image).astype(np.float64) / 65535 * 255).astype(np.uint8)
         rgb = np.stack([grey] * 3, axis=2)
     else:
-        rgb = np.asarray(image.convert("RGB"))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow on dropping a palette's transparency, which predict.py does
+            rgb = np.asarray(image.convert("RGB"))
     turns, mirrored = ORIENTATIONS[image.getexif().get(0x0112, 1)]
     return np.rot90(rgb[:, ::-1] if mirrored else rgb, turns)
 
@@ -66,7 +70,7 @@ def summary(pixels: np.ndarray) -> dict:
     return {
         "sha256": hashlib.sha256(pixels.astype("<f4").tobytes()).hexdigest(),
         "block_means": np.round(blocks, 6).tolist(),
-        "pixels": {f"{row},{column}": pixels[0, :, row, column].tolist() for row, column in [(5, 9), (128, 128), (250, 77)]},
+        "pixels": {f"{row},{column}": pixels[0, :, row, column].tolist() for row, column in PLACES},
     }
 
 
@@ -98,11 +102,11 @@ def main() -> None:
     if "--keep-photographs" not in sys.argv:
         write_photographs()
     names = sorted(path.name for path in HERE.iterdir() if path.suffix in (".jpg", ".png"))
-    golden = {
-        name: {strategy: summary(reference(load(name), strategy, SIZE)) for strategy in STRATEGIES}
-        for name in [*names, "huge"]
-    }
-    (HERE / "golden.json").write_text(json.dumps(golden, indent=1) + "\n")
+    lines = []
+    for name in [*names, "huge"]:
+        expected = {strategy: summary(reference(load(name), strategy, SIZE)) for strategy in STRATEGIES}
+        lines.append(f"{json.dumps(name)}: {json.dumps(expected)}")
+    (HERE / "golden.json").write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,289 @@
+"""Publishing (staging, one rename, kills at any moment), the manifest and `verify`, and the licences."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from fastvlm.errors import UserError
+from model_export import artefact, contract, staging
+from model_export.artefact import carry_licences, check_target, check_whole, verify, write_manifest
+from model_export.staging import clean, exchange, staged
+
+FILES = {"config.json": "{}", "fastvithd.mlpackage/Data/weight.bin": "weights", "model.safetensors": "tensors"}
+
+
+def make(folder: Path, files: dict[str, str] = FILES) -> Path:
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    write_manifest(folder, {"parts": ["vision", "llm"]})
+    return folder
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {p.relative_to(folder).as_posix(): p.read_text() for p in folder.rglob("*") if p.is_file()}
+
+
+# --- publishing
+
+
+def test_publishes_whole_or_not_at_all(tmp_path: Path) -> None:
+    with staged(tmp_path / "deep" / "model") as folder:
+        (folder / "a").write_text("1")
+        assert not (tmp_path / "deep" / "model").exists()
+    assert contents(tmp_path / "deep") == {"model/a": "1"}
+    with pytest.raises(RuntimeError), staged(tmp_path / "other") as folder:
+        (folder / "a").write_text("1")
+        raise RuntimeError
+    assert os.listdir(tmp_path) == ["deep"]
+
+
+def test_replaces_only_when_told(tmp_path: Path) -> None:
+    for text, replace in (("old", False), ("new", True)):
+        with staged(tmp_path / "model", replace) as folder:
+            (folder / text).write_text(text)
+    with pytest.raises(OSError), staged(tmp_path / "model") as folder:
+        (folder / "third").write_text("third")
+    assert contents(tmp_path) == {"model/new": "new"}
+
+
+def test_permissions_are_the_umasks(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        with staged(tmp_path / "model") as folder:
+            (folder / "a").write_text("1")
+            (folder / "a").chmod(0o600)
+    finally:
+        os.umask(before)
+    assert (tmp_path / "model").stat().st_mode & 0o777 == 0o750
+    assert (tmp_path / "model" / "a").stat().st_mode & 0o777 == 0o640
+
+
+def test_exchange_swaps_names(tmp_path: Path) -> None:
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).touch()
+    if not exchange(tmp_path / "a", tmp_path / "b"):
+        pytest.skip("this file system cannot exchange names")
+    assert (tmp_path / "a" / "b").exists() and (tmp_path / "b" / "a").exists()
+
+
+def test_without_exchange_two_renames_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(staging, "exchange", lambda a, b: False)
+    for text in ("old", "new"):
+        with staged(tmp_path / "model", replace=True) as folder:
+            (folder / "a").write_text(text)
+    assert contents(tmp_path) == {"model/a": "new"}
+
+
+def test_half_a_replacement_is_undone(tmp_path: Path) -> None:
+    """What a run leaves that died between the two renames."""
+    aside = tmp_path / ".model.replaced-x1"
+    aside.mkdir()
+    (aside / "a").write_text("old")
+    clean(tmp_path / "model")
+    assert contents(tmp_path) == {"model/a": "old"}
+    aside.mkdir()
+    clean(tmp_path / "model")
+    assert contents(tmp_path) == {"model/a": "old"} and not aside.exists()
+
+
+def test_live_staging_is_left_alone_and_dead_is_removed(tmp_path: Path) -> None:
+    dead = tmp_path / ".model.staging-dead"
+    dead.mkdir()
+    (tmp_path / ".other.staging-x").mkdir()
+    with staged(tmp_path / "model") as folder:
+        (folder / "a").write_text("1")
+        assert not dead.exists()
+        with staged(tmp_path / "model", replace=True) as second:  # cleans at its start
+            (second / "a").write_text("2")
+        assert contents(folder) == {"a": "1"}
+        clean(tmp_path / "model")
+        assert contents(folder) == {"a": "1"}
+        for path in (tmp_path / "model").iterdir():
+            path.unlink()
+    assert contents(tmp_path) == {"model/a": "1"} and (tmp_path / ".other.staging-x").exists()
+
+
+WRITER = """
+import sys, time
+from pathlib import Path
+from model_export import staging
+if sys.argv[3] == "two-renames":
+    def exchange(a, b): return False
+    staging.exchange = exchange
+    rename = staging.os.rename
+    def slow(a, b):
+        rename(a, b); time.sleep(0.02)
+    staging.os.rename = slow
+print("ready", flush=True)
+with staging.staged(Path(sys.argv[1]), replace=True) as folder:
+    for i in range(20):
+        (folder / f"{i}").write_text(sys.argv[2]); time.sleep(0.001)
+time.sleep(0.02)
+"""
+
+
+def write(target: Path, text: str, how: str, kill_after: float | None) -> float:
+    """Run WRITER, killed after so many seconds or not at all; returns the seconds that it took."""
+    process = subprocess.Popen([sys.executable, "-c", WRITER, str(target), text, how], stdout=subprocess.PIPE)
+    assert process.stdout is not None and process.stdout.readline()
+    start = time.perf_counter()
+    if kill_after is not None:
+        time.sleep(kill_after)
+        process.send_signal(signal.SIGKILL)
+    process.communicate()
+    return time.perf_counter() - start
+
+
+@pytest.mark.parametrize("how", ["exchange", "two-renames"])
+def test_killed_at_any_moment_leaves_old_or_new_whole(tmp_path: Path, how: str) -> None:
+    target, rng = tmp_path / "model", random.Random(0)
+    whole = {str(i) for i in range(20)}
+    write(target, "first", how, kill_after=0.005)
+    assert not target.exists()
+    seconds = write(target, "first", how, kill_after=None)
+    outcomes = set()
+    for attempt in range(16):
+        write(target, f"run {attempt}", how, kill_after=rng.uniform(0, 1.1 * seconds))
+        if how == "two-renames":
+            clean(target)  # what the next run does first: the old folder may be waiting under its other name
+        found = contents(target)
+        assert set(found) == whole and len(set(found.values())) == 1, found
+        outcomes.add(f"run {attempt}" in found.values())
+    assert outcomes == {True, False}, "the moments were all too early or all too late to say anything"
+    with staged(target, replace=True) as folder:
+        (folder / "last").touch()
+    assert os.listdir(tmp_path) == ["model"], "remains of killed runs"
+
+
+# --- what may be replaced
+
+
+def test_target_is_refused_before_any_work(tmp_path: Path) -> None:
+    check_target(tmp_path / "new", overwrite=False)
+    (tmp_path / "empty").mkdir()
+    check_target(tmp_path / "empty", overwrite=False)
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="is a file"):
+        check_target(tmp_path / "file", overwrite=True)
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.jpg").touch()
+    with pytest.raises(UserError, match="no artefact"):
+        check_target(tmp_path / "photos", overwrite=True)
+    model = make(tmp_path / "model")
+    with pytest.raises(UserError, match="--overwrite"):
+        check_target(model, overwrite=False)
+    (model / ".DS_Store").touch()
+    check_target(model, overwrite=True)
+    (model / "notes.txt").touch()
+    with pytest.raises(UserError, match=r"notes\.txt"):
+        check_target(model, overwrite=True)
+
+
+# --- manifest and verify
+
+
+def test_untouched_artefact_verifies(tmp_path: Path) -> None:
+    assert verify(make(tmp_path)) == []
+    assert check_whole(tmp_path)["parts"] == ["vision", "llm"]
+
+
+@pytest.mark.parametrize("name", [*FILES, contract.MANIFEST])
+def test_one_flipped_byte_is_named(tmp_path: Path, name: str) -> None:
+    path = make(tmp_path) / name
+    data = bytearray(path.read_bytes())
+    at = data.index(b'"parts"') + 2 if name == contract.MANIFEST else 0
+    data[at] ^= 1
+    path.write_bytes(data)
+    (finding,) = verify(tmp_path)
+    assert finding.startswith(f"{name}: changed")
+
+
+def test_manifest_with_other_spaces_or_another_hash_is_changed(tmp_path: Path) -> None:
+    path = make(tmp_path) / contract.MANIFEST
+    document = json.loads(path.read_text())
+    path.write_text(json.dumps(document))
+    assert verify(tmp_path) == ["export.json: changed since the export"]
+    entry = document["files"]["config.json"]
+    (tmp_path / "config.json").write_text("[]")
+    entry["sha256"] = artefact.hash_files(tmp_path, ["config.json"])["config.json"]["sha256"]
+    path.write_bytes(artefact._canonical(document))  # a forger who forgets the manifest's own hash
+    assert verify(tmp_path) == ["export.json: changed since the export"]
+
+
+def test_missing_extra_resized_and_linked_files_are_named(tmp_path: Path) -> None:
+    model = make(tmp_path / "model")
+    (model / "config.json").unlink()
+    (model / "model.safetensors").write_text("tensors, and more")
+    weight = model / "fastvithd.mlpackage" / "Data" / "weight.bin"
+    weight.rename(tmp_path / "weight.bin")
+    weight.symlink_to(tmp_path / "weight.bin")
+    (model / "fastvithd.mlpackage" / "extra").touch()
+    (model / "empty").mkdir()
+    findings = verify(model)
+    assert [finding.partition(": ")[0] for finding in findings] == [
+        "config.json", "empty", "fastvithd.mlpackage/Data/weight.bin", "fastvithd.mlpackage/extra", "model.safetensors"
+    ]  # fmt: skip
+    assert [word for finding in findings for word in ("missing", "extra", "plain", "changed") if f": {word}" in finding
+            or f"a {word} file" in finding] == ["missing", "extra", "plain", "extra", "changed"]  # fmt: skip
+    with pytest.raises(UserError, match=r"config\.json: missing"):
+        check_whole(model)
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        (None, "no artefact"),
+        ("{", "not JSON"),
+        ("[]", "not the manifest"),
+        ('{"format": "fastvlm-artefact", "format_version": 99}', "version 99"),
+        ('{"format": "fastvlm-artefact", "format_version": 1, "files": {"../x": {"sha256": "", "size": 1}}}', "inside"),
+        (
+            '{"format": "fastvlm-artefact", "format_version": 1, "files": {"/etc/x": {"sha256": "", "size": 1}}}',
+            "inside",
+        ),
+        ('{"format": "fastvlm-artefact", "format_version": 1, "files": {"x": {"size": true}}}', "inside"),
+    ],
+)
+def test_unusable_manifests_are_refused(tmp_path: Path, text: str | None, match: str) -> None:
+    if text is not None:
+        (tmp_path / contract.MANIFEST).write_text(text)
+    with pytest.raises(UserError, match=match):
+        verify(tmp_path)
+    with pytest.raises(UserError, match="no such folder"):
+        verify(tmp_path / "nothing")
+
+
+# --- licences
+
+
+def test_licences_are_carried_and_changes_told(tmp_path: Path) -> None:
+    source, folder = tmp_path / "source", tmp_path / "folder"
+    source.mkdir()
+    folder.mkdir()
+    (source / "LICENSE_MODEL").write_text("the licence")
+    (source / "NOTICE").write_text("their notice")
+    (source / "README.md").write_text("not a licence")
+    assert carry_licences(source, folder, ["weights halved"]) == ["LICENSE_MODEL", "NOTICE"]
+    assert (folder / "LICENSE_MODEL").read_text() == "the licence"
+    notice = (folder / "NOTICE").read_text()
+    assert notice.startswith("their notice") and "- weights halved" in notice and "Apple" not in notice
+    assert (source / "NOTICE").read_text() == "their notice"
+
+
+def test_without_a_licence_the_notice_says_research_only(tmp_path: Path) -> None:
+    (tmp_path / "source").mkdir()
+    assert carry_licences(tmp_path / "source", tmp_path, ["weights halved"]) == []
+    notice = (tmp_path / "NOTICE").read_text()
+    assert "research purposes only" in notice and "- weights halved" in notice
+    (tmp_path / "source" / "LICENSE").write_bytes(b"x" * (artefact._LICENCE_BYTES + 1))
+    with pytest.raises(UserError, match="too large"):
+        carry_licences(tmp_path / "source", tmp_path, [])
