@@ -7,7 +7,7 @@ machine, so that it can go into the manifest.
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -73,9 +73,10 @@ def compare(
 ) -> dict[str, Any]:
     """Compare an artefact with the checkpoint that it should be. Returns a JSON-able document (keys: `document`).
 
-    `reference` is a checkpoint folder, run by PyTorch in float32; `candidate` an artefact folder, its halves run by
-    `vision` and `llm` as in `model_export.runtime.load`. `images` is a folder of the user's pictures. `advance()` is
-    called once a picture (`steps` says how many). `report` is where the HTML page goes, `command` its origin.
+    `reference` is a checkpoint folder, run by PyTorch in float32 at the artefact's resolution; `candidate` an artefact
+    folder, its halves run by `vision` and `llm` as in `model_export.runtime.load`. `images` is a folder of the user's
+    pictures. `advance()` is called once a picture (`steps` says how many). `report` is where the HTML page goes,
+    `command` its origin.
 
     Raises UserError for folders or pictures that cannot be used, CheckFailed where both sides' arrays differ in shape.
     A broken tolerance is no exception: "passed" is False.
@@ -85,8 +86,9 @@ def compare(
 
     checkpoint, artefact = Path(reference), Path(candidate)
     chosen = pictures.choose(checkpoint, Path(images) if images else None, limit)
-    expected = fastvlm.load(checkpoint)
+    pictures.check(chosen)
     actual = runtime.load(artefact, vision=vision, llm=llm)
+    expected = at_size(fastvlm.load(checkpoint), actual.image_size)
     _check_comparable(expected, actual)
     first = next(pictures.opened(chosen[:1]))
     operations = compare_operations(checkpoint, artefact / contract.PACKAGE, expected.preprocess(first.image))
@@ -111,16 +113,22 @@ def steps(reference: str | Path, images: str | Path | None = None, limit: int = 
     return len(pictures.choose(Path(reference), Path(images) if images else None, limit))
 
 
+def at_size(model: FastVLM, image_size: int) -> FastVLM:
+    """The model at another resolution: an artefact may be exported for one of its own (`--image-size`)."""
+    if model.image_size == image_size:
+        return model
+    return replace(model, preprocessor=replace(model.preprocessor, image_size=image_size))
+
+
 def _side(folder: Path, model: FastVLM) -> dict[str, Any]:
     return {"name": folder.resolve().name, "runners": model.runners}
 
 
 def _check_comparable(expected: FastVLM, actual: FastVLM) -> None:
-    """Sizes have to agree before figures can."""
+    """These have to agree before figures can."""
     faults = [
         f"{what}: checkpoint {a}, artefact {b}"
         for what, a, b in (
-            ("image size", expected.image_size, actual.image_size),
             ("image strategy", expected.preprocessor.image_strategy, actual.preprocessor.image_strategy),
             ("vocabulary", len(expected.tokenizer), len(actual.tokenizer)),
         )

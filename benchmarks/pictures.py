@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from fastvlm.preprocessing import open_image
 from PIL import Image
 
 from fastvlm import demo
 from fastvlm.errors import UserError
+from fastvlm.preprocessing import open_image
 
 LIMIT = 40  # demo questions; the whole held-out set is 500
 PROMPT = "Describe the image."
@@ -50,6 +50,19 @@ def opened(chosen: list["Picture | Path"]) -> Iterator[Picture]:
     """Each chosen picture, the user's files opened one at a time. UserError for a file that is no picture."""
     for one in chosen:
         yield one if isinstance(one, Picture) else Picture(one.name, open_image(one), PROMPT, None, "yours")
+
+
+def check(chosen: list["Picture | Path"]) -> None:
+    """Open every file once before the work starts. Raises UserError naming all that are no usable pictures."""
+    faults = []
+    for one in chosen:
+        if isinstance(one, Path):
+            try:
+                open_image(one)
+            except UserError as error:
+                faults.append(str(error))
+    if faults:
+        raise UserError("; ".join(faults))
 
 
 def _demo(count: int) -> Iterator[Picture]:

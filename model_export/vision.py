@@ -1,9 +1,7 @@
 """The vision encoder: folded, exported by torch.export, and saved as a Core ML package whose bytes repeat."""
 
-import ctypes
 import gc
 import json
-import sys
 import tempfile
 import uuid
 from collections import Counter
@@ -36,6 +34,21 @@ WEIGHTS = Path("Data/com.apple.CoreML/weights/weight.bin")
 _NAMESPACE = uuid.uuid5(uuid.NAMESPACE_URL, "https://github.com/apple/ml-fastvlm#mlpackage")
 _PRECISION_OF = {"float16": "FLOAT16", "float32": "FLOAT32"}
 _METADATA = "fastvlm."
+# Of coremltools' default passes those that change this graph at any target (measured), and those that any graph needs.
+# Each of the other 70 costs a walk through, and a validation of, the whole program: together a quarter of the time.
+_PASSES = {
+    "common::dead_code_elimination",
+    "common::cast_optimization",
+    "common::const_elimination",
+    "common::const_deduplication",
+    "common::noop_elimination",
+    "common::remove_redundant_ops",
+    "common::update_output_dtypes",
+    "common::sanitize_input_output_names",
+    "common::dedup_op_and_var_names",
+    "common::add_fp16_cast",
+    "common::topological_reorder",
+}
 
 
 @dataclass(frozen=True)
@@ -72,14 +85,13 @@ def export_vision(
     """
     image_size = config.image_size or checkpoint.image_size
     notes = notes or PackageNotes(checkpoint.image_strategy)
-    with _freed_at_once():
-        folded, errors = _folded_encoder(checkpoint)
-        program = _graph(folded, image_size)
-        channels = _output_channels(program)
-        del folded
-        with _temporary_files_in(target.parent):
-            _convert(program, config, image_size, target)
-        del program
+    folded, errors = _folded_encoder(checkpoint)
+    program = _graph(folded, image_size)
+    channels = _output_channels(program)
+    del folded
+    with _temporary_files_in(target.parent):
+        _convert(program, config, image_size, target)
+    del program
     finish_package(target, _description(config, image_size, channels, notes))
     facts = check_package(target, image_size, channels, config.compute_precision)
     worst = max(errors.values())
@@ -122,6 +134,8 @@ def _convert(program: torch.export.ExportedProgram, config: ExportConfig, image_
     ct = coremltools()
     import numpy as np
 
+    passes = ct.PassPipeline()
+    passes.remove_passes(set(passes.passes) - _PASSES)
     with torch.no_grad(), quiet_conversion():
         ct.convert(
             program,
@@ -131,6 +145,7 @@ def _convert(program: torch.export.ExportedProgram, config: ExportConfig, image_
             compute_precision=getattr(ct.precision, _PRECISION_OF[config.compute_precision]),
             compute_units=getattr(ct.ComputeUnit, config.compute_units),
             minimum_deployment_target=getattr(ct.target, config.minimum_deployment_target),
+            pass_pipeline=passes,
             package_dir=str(target),
             skip_model_load=True,  # on a Mac it would compile the model here, for nothing
         )
@@ -266,21 +281,3 @@ def _temporary_files_in(folder: Path) -> Iterator[None]:
         gc.collect()  # its TemporaryDirectory goes with the last reference
     finally:
         tempfile.tempdir = before
-
-
-@contextmanager
-def _freed_at_once() -> Iterator[None]:
-    """Give each large buffer a mapping of its own, which goes back to the system when it is freed.
-
-    glibc otherwise raises the size from which it does so (M_MMAP_THRESHOLD, -3 in malloc.h) up to 32 MiB as it goes,
-    and the holes in its heap count in the process's peak: 0.3 GB here. Elsewhere nothing happens.
-    """
-    tune = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if tune is not None:
-        tune(-3, 1 << 20)
-    try:
-        yield
-    finally:
-        gc.collect()
-        if tune is not None:
-            tune(-3, 32 << 20)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from .program import Function, MILError, Operation, Program, TensorType
 from .reader import read_package
 
 Watch = Callable[[Operation, Mapping[str, torch.Tensor]], None]
+InPlace = Callable[[torch.Tensor], Any]
 
 # Elements rounded at a time: a tile and its fp16 copy stay in the cache, and the tiles are few enough that starting
 # torch's threads for each costs nothing.
@@ -82,7 +83,7 @@ class MILExecutor:
             if array.dtype != NUMPY[type.dtype] or not type.accepts(array.shape):
                 shape = ", ".join(map(str, array.shape))
                 raise MILError(
-                    f"input {name!r}: {array.dtype}[{shape}], expected {np.dtype(NUMPY[type.dtype])}, {type}"
+                    f"input {name!r}: {array.dtype}[{shape}], expected {type} ({NUMPY[type.dtype].__name__})"
                 )
             # Negative strides and read-only arrays are unknown to torch.
             tensors[name] = torch.tensor(np.ascontiguousarray(array)).to(compute_dtype(type.dtype))
@@ -91,10 +92,14 @@ class MILExecutor:
     def _run_step(self, step: Step, values: Mapping[str, torch.Tensor], keep: bool) -> dict[str, torch.Tensor]:
         """One step's checked and rounded outputs; `keep`: write over nothing."""
         kernel = step.kernel
-        function = kernel.inplace if step.overwrites and not keep and kernel.inplace is not None else kernel.run
         try:
             args = [_value(argument, values) for argument in kernel.args]
-            result = function(*args)
+            if step.overwrites and kernel.inplace is not None:
+                # Kept or not, by the same function in the same way: PyTorch's may differ in the last bit otherwise.
+                target = args[0].clone() if keep else args[0]
+                result = kernel.inplace(target, *args[1:]) if args[1:] else _tiled(target, [kernel.inplace])
+            else:
+                result = kernel.run(*args)
             results = tuple(result) if isinstance(result, (tuple, list)) else (result,)
             outputs = dict(zip(step.names, results, strict=True))
             for (name, tensor), type in zip(outputs.items(), step.types):
@@ -168,7 +173,7 @@ def _check(operation: Operation, name: str, tensor: torch.Tensor, type: TensorTy
 
 def _finish(tensor: torch.Tensor, step: Step) -> torch.Tensor:
     """Round the tensor and apply the operations that follow, each rounded, in place, tile by tile."""
-    functions: list[Callable[[torch.Tensor], Any]] = []
+    functions: list[InPlace] = []
     half = torch.empty(min(_TILE, tensor.numel()), dtype=torch.float16)
 
     def to_fp16(tile: torch.Tensor) -> None:
@@ -183,6 +188,11 @@ def _finish(tensor: torch.Tensor, step: Step) -> torch.Tensor:
         functions.append(follower.kernel.inplace)
         if follower.rounds:
             functions.append(to_fp16)
+    return _tiled(tensor, functions)
+
+
+def _tiled(tensor: torch.Tensor, functions: Sequence[InPlace]) -> torch.Tensor:
+    """Apply functions of single elements in place, all of them to one tile after the other, in the order of memory."""
     flat = _flat(tensor)
     if flat is None:
         tensor = tensor.contiguous()

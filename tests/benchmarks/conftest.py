@@ -34,8 +34,10 @@ class FakeTokenizer:
     def decode(self, ids, skip_special_tokens=True):
         return "".join(" " if i == 5 else chr(ord("a") + int(i) % 26) for i in ids if i < 36)
 
+    extra = 0
+
     def __len__(self):
-        return VOCAB
+        return VOCAB + self.extra
 
 
 @dataclass

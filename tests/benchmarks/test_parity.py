@@ -177,9 +177,11 @@ def test_four_bit_answers_are_reported_not_judged(judge, candidate):
 
 
 def test_models_that_cannot_be_compared_are_refused_at_once(reference, candidate):
-    candidate.preprocessor.image_size = 64
     candidate.preprocessor.image_strategy = "center_crop"
-    with pytest.raises(UserError, match="image size: checkpoint 128, artefact 64; image strategy"):
+    candidate.tokenizer.extra = 2
+    with pytest.raises(
+        UserError, match="image strategy: checkpoint pad, artefact center_crop; vocabulary: checkpoint 40, "
+    ):
         parity._check_comparable(reference, candidate)
 
 
@@ -226,10 +228,11 @@ def test_no_pictures_are_refused(tmp_path):
         pictures.choose(tmp_path, None, 0)
 
 
-def test_a_file_that_is_no_picture_is_refused(tmp_path):
-    (tmp_path / "broken.png").write_bytes(b"not a picture")
-    with pytest.raises(UserError, match=r"broken\.png"):
-        list(pictures.opened(pictures.choose(tmp_path, tmp_path, 3)))
+def test_every_file_that_is_no_picture_is_named(folder):
+    (folder / "broken.png").write_bytes(b"not a picture")
+    (folder / "cut.png").write_bytes((folder / "b.png").read_bytes()[:60])
+    with pytest.raises(UserError, match=r"broken\.png.*cut\.png"):
+        pictures.check(pictures.choose(folder, folder, 9))
 
 
 # --- the family of an artefact's weights -----------------------------------------------------------------------------

@@ -5,10 +5,12 @@ import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import fastvlm
 from benchmarks import __main__ as command_line
 from benchmarks import parity
 from fastvlm import demo
@@ -113,8 +115,17 @@ def test_the_users_pictures_are_compared(checkpoint, artefact, tmp_path):
 
 def test_another_checkpoints_artefact_is_refused(make_checkpoint, artefact):
     other = make_checkpoint(form="training", dtype="float16")
-    with pytest.raises(UserError, match="image size: checkpoint 128, artefact 256"):
+    with pytest.raises(UserError, match=r"cannot be compared: .*vocabulary: checkpoint \d+, artefact \d+"):
         parity.compare(other, artefact, limit=1)
+
+
+def test_the_reference_runs_at_the_artefacts_resolution(checkpoint):
+    model = fastvlm.load(checkpoint)
+    other = parity.at_size(model, 128)
+    assert model.image_size == 256 and other.image_size == 128
+    assert other.embed("What is this?", demo.draw_scene(np.random.default_rng(0), [])).shape[1] == (
+        model.embed("What is this?", demo.draw_scene(np.random.default_rng(0), [])).shape[1] - 16 + 4
+    )
 
 
 def test_the_command(checkpoint, artefact, tmp_path, capsys, monkeypatch):

@@ -42,12 +42,12 @@ def test_a_left_padded_batch_answers_as_single_runs_do(capsys, pictures):
 
 
 def test_padding_on_the_right_would_be_noticed(demo_model):
-    """Negative control: the same batch with its rows' padding unmasked does not give the single runs' answers."""
+    """Negative control: the same rows padded on the right, and the padding attended to, do not give those answers."""
     asked = list(demo.questions(10, seed=11))
     embeds = [demo_model.embed(q.question, q.image) for q in asked]
     singles = [demo_model.generate(q.question, q.image, max_new_tokens=40) for q in asked]
     length = max(one.shape[1] for one in embeds)
-    padded = [np.pad(one, ((0, 0), (length - one.shape[1], 0), (0, 0))) for one in embeds]  # zeros, attended to
+    padded = [np.pad(one, ((0, 0), (0, length - one.shape[1]), (0, 0))) for one in embeds]
     answers = ["".join(demo_model.decode(demo_model.language.stream(one, 40))) for one in padded]
     assert answers != singles
 

@@ -13,7 +13,8 @@ import torch
 from fastvlm.checkpoint import open_checkpoint
 from fastvlm.errors import CheckFailed, UserError
 from fastvlm.model import encoder
-from model_export import contract, mil
+from model_export import contract, mil, vision
+from model_export.artefact import read_manifest
 from model_export.config import ExportConfig
 from model_export.coreml import coremltools
 from model_export.vision import (
@@ -191,6 +192,20 @@ def test_broken_fold_is_not_exported(tiny_checkpoint: Path, tmp_path: Path, monk
             open_checkpoint(tiny_checkpoint), ExportConfig(tiny_checkpoint, tmp_path), tmp_path / "a.mlpackage"
         )
     assert correct is not fastvlm.reparam._fold_layer_scale and not (tmp_path / "a.mlpackage").exists()
+
+
+def test_shortened_pipeline_gives_coremltools_own_program(
+    tiny_checkpoint: Path, tiny_artefact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vision, "_PASSES", set(coremltools().PassPipeline().passes))
+    notes = PackageNotes("center_crop", read_manifest(tiny_artefact)["sources"]["sha256"])
+    export_vision(
+        open_checkpoint(tiny_checkpoint), ExportConfig(tiny_checkpoint, tmp_path), tmp_path / "full.mlpackage", notes
+    )
+    for name in (SPECIFICATION, WEIGHTS):
+        assert (tmp_path / "full.mlpackage" / name).read_bytes() == (
+            tiny_artefact / contract.PACKAGE / name
+        ).read_bytes()
 
 
 def test_power_of_ten_above() -> None:

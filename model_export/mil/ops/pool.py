@@ -45,17 +45,20 @@ def _window(node: Node) -> _Window:
 @mil_op("avg_pool")
 def avg_pool(node: Node) -> Kernel:
     window = _window(node)
-    exclude = node.const("exclude_padding_from_average", False) and any(window.before + window.after)
-    pool = _AVERAGE[window.spatial]
+    if not (node.const("exclude_padding_from_average", False) and any(window.before + window.after)):
+        pool = _AVERAGE[window.spatial]
+        return node.kernel(
+            lambda x: pool(pad_spatial(x, window.before, window.after), window.sizes, window.strides), "x"
+        )
+    if window.spatial != 2:
+        raise Unsupported("exclude_padding_from_average over other than two dimensions")
 
-    def run(x: torch.Tensor) -> torch.Tensor:
-        mean = pool(pad_spatial(x, window.before, window.after), window.sizes, window.strides)
-        if exclude:
-            ones = pad_spatial(torch.ones_like(x[:1, :1]), window.before, window.after)
-            mean = mean / pool(ones, window.sizes, window.strides)
-        return mean
+    def total(x: torch.Tensor) -> torch.Tensor:
+        padded = pad_spatial(x, window.before, window.after)
+        return F.avg_pool2d(padded, window.sizes, window.strides, divisor_override=1)
 
-    return node.kernel(run, "x")
+    # One division, so that the mean is rounded once.
+    return node.kernel(lambda x: total(x) / total(torch.ones_like(x[:1, :1])), "x")
 
 
 @mil_op("max_pool")

@@ -1,0 +1,152 @@
+"""A reduced FastViTHD in every opset and by both conversion routes, against the module it was converted from."""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+
+import mil_packages as packages
+import numpy as np
+import pytest
+import torch
+
+from model_export import mil
+from model_export.mil.program import Operation
+
+FLOAT32_DB = 100.0
+AS_TYPED_DB = 50.0
+
+# Every opset in fp16 and the ends in fp32; jit.trace where its program differs most. The rest is slow.
+_QUICK = {("export", target, "fp16") for target in packages.TARGETS}
+_QUICK |= {
+    ("export", "iOS15", "fp32"),
+    ("export", "iOS18", "fp32"),
+    ("trace", "iOS15", "fp16"),
+    ("trace", "iOS17", "fp32"),
+}
+VARIANTS = [
+    pytest.param(route, target, precision, marks=[] if (route, target, precision) in _QUICK else [pytest.mark.slow])
+    for route in ("export", "trace")
+    for target in packages.TARGETS
+    for precision in ("fp16", "fp32")
+]
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`package(route, target, precision)`; shared, so read-only."""
+
+    @functools.cache
+    def make(route: str = "export", target: str = "iOS17", precision: str = "fp16") -> Path:
+        path = tmp_path_factory.mktemp("encoder") / "encoder.mlpackage"
+        packages.save_encoder(path, target, precision, route)
+        return path
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def reference() -> np.ndarray:
+    return packages.encoder()(packages.images()).numpy()
+
+
+IMAGES = {"images": packages.images().numpy()}
+
+
+@pytest.mark.parametrize(("route", "target", "precision"), VARIANTS)
+def test_encoder(package: Callable[..., Path], reference: np.ndarray, route: str, target: str, precision: str) -> None:
+    path = package(route, target, precision)
+    compute, required = ("as-typed", AS_TYPED_DB) if precision == "fp16" else ("float32", FLOAT32_DB)
+    features = mil.load(path, compute).predict(IMAGES)["image_features"]
+    assert features.dtype == np.float32 and features.shape == reference.shape
+    assert packages.snr(reference, features) >= required
+
+
+def test_a_perturbed_weight_fails_the_tolerance(package: Callable[..., Path]) -> None:
+    """Doubling one element of the first convolution breaks float32's tolerance; the last layer scale, fp16's too."""
+    features = mil.load(package(precision="fp32", target="iOS18"), "float32").predict(IMAGES)["image_features"]
+    model = packages.Encoder().eval().requires_grad_(False)
+    model.load_state_dict(packages.encoder().state_dict())
+    weight = next(module.weight for module in model.modules() if isinstance(module, torch.nn.Conv2d))
+    weight.view(-1)[0] *= 2
+    assert packages.snr(model(packages.images()).numpy(), features) < FLOAT32_DB
+    scale = [parameter for name, parameter in model.named_parameters() if "layer_scale" in name][-1]
+    scale *= 2
+    assert packages.snr(model(packages.images()).numpy(), features) < AS_TYPED_DB
+
+
+@pytest.mark.parametrize(("compute", "precision"), [("as-typed", "fp16"), ("float32", "fp16")])
+def test_watching_changes_no_number(package: Callable[..., Path], compute: str, precision: str) -> None:
+    executor = mil.load(package(precision=precision), compute)
+    seen: list[tuple[Operation, dict[str, torch.Tensor], dict[str, torch.Tensor]]] = []
+    watched = executor.run(
+        IMAGES, watch=lambda op, outputs: seen.append((op, dict(outputs), {k: v.clone() for k, v in outputs.items()}))
+    )
+    np.testing.assert_array_equal(watched["image_features"], executor.predict(IMAGES)["image_features"])
+    assert [operation for operation, _, _ in seen] == list(executor.operations)
+    assert "const" not in {operation.type for operation in executor.operations}
+    for operation, kept, copied in seen:
+        for output in operation.outputs:
+            assert output.type is not None and output.type.shape == tuple(kept[output.name].shape)
+            # What a watcher holds on to is never written over.
+            assert torch.equal(kept[output.name], copied[output.name]), operation.name
+            if compute == "as-typed" and output.type.dtype == "fp16":
+                value = kept[output.name]
+                assert torch.equal(value.half().float(), value), f"{operation.name} is not rounded"
+
+
+def test_as_typed_rounds_and_float32_does_not(package: Callable[..., Path], reference: np.ndarray) -> None:
+    rounded, wide = (
+        mil.load(package(), compute).predict(IMAGES)["image_features"] for compute in ("as-typed", "float32")
+    )
+    assert packages.snr(reference, wide) > packages.snr(reference, rounded) > AS_TYPED_DB
+    assert 50 < packages.snr(wide, rounded) < 80
+
+
+def test_repeated_runs_agree_and_leave_the_input_alone(package: Callable[..., Path]) -> None:
+    executor = mil.load(package())
+    images = IMAGES["images"].copy()
+    first = executor.predict({"images": images})["image_features"]
+    np.testing.assert_array_equal(images, IMAGES["images"])
+    images[:] = 0
+    executor.predict({"images": images})
+    np.testing.assert_array_equal(executor.predict(IMAGES)["image_features"], first)
+
+
+def test_one_flipped_weight_byte_is_noticed(package: Callable[..., Path], tmp_path: Path) -> None:
+    """In a blob's metadata it is refused; in the data it changes the features."""
+    import shutil
+
+    broken = tmp_path / "broken.mlpackage"
+    shutil.copytree(package(), broken)
+    weights = broken / "Data" / "com.apple.CoreML" / "weights" / "weight.bin"
+    content = bytearray(weights.read_bytes())
+    good = mil.load(package()).predict(IMAGES)["image_features"]
+    content[129] ^= 0x40  # the first number's exponent
+    weights.write_bytes(content)
+    changed = mil.load(broken).predict(IMAGES)["image_features"]
+    assert not np.array_equal(good, changed)
+    content[64] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(mil.MILError, match="sentinel"):
+        mil.load(broken)
+
+
+def test_the_module_is_not_needed_to_run(package: Callable[..., Path]) -> None:
+    """From the bytes alone: a process that imports neither coremltools nor timm gives the same features."""
+    import subprocess
+    import sys
+
+    script = (
+        "import sys, numpy as np; from model_export import mil\n"
+        "x = np.load(sys.argv[2]); y = mil.load(sys.argv[1]).predict({'images': x})['image_features']\n"
+        "assert 'coremltools' not in sys.modules and 'timm' not in sys.modules; np.save(sys.argv[3], y)"
+    )
+    folder = package().parent
+    np.save(folder / "x.npy", IMAGES["images"])
+    command = [sys.executable, "-c", script, str(package()), str(folder / "x.npy"), str(folder / "y.npy")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(mil.__file__).parents[2])
+    assert done.returncode == 0, done.stderr
+    assert done.stdout + done.stderr == ""
+    np.testing.assert_allclose(
+        np.load(folder / "y.npy"), mil.load(package()).predict(IMAGES)["image_features"], rtol=1e-2, atol=1e-2
+    )
