@@ -25,13 +25,13 @@ $(READY): requirements.txt
 	@touch $(READY)
 
 export: $(READY) ## Checkpoint MODEL to a proven artefact at ARTEFACT, with QUANT (fp16 bf16 int8 int4)
-	@$(RUN) model_export all --checkpoint "$(MODEL)" --output-dir "$(ARTEFACT)" --quant "$(QUANT)" --overwrite $(EXTRA)
+	@$(RUN) model_export all --checkpoint "$(MODEL)" --output-dir "$(ARTEFACT)" --quant "$(QUANT)" --overwrite --parity-report "$(ARTEFACT)-parity.html" $(EXTRA)
 
 parity: $(READY) ## Compare ARTEFACT with MODEL and write the report page
 	@$(RUN) benchmarks parity --reference "$(MODEL)" --candidate "$(ARTEFACT)" $(EXTRA)
 
 verify: $(READY) ## Check every file of ARTEFACT against its manifest
-	@$(RUN) model_export verify "$(ARTEFACT)" $(EXTRA)
+	@$(RUN) model_export verify --model "$(ARTEFACT)" $(EXTRA)
 
 demo: $(READY) ## Draw pictures, ask the demo checkpoint, show the answers
 	@$(RUN) fastvlm demo $(EXTRA)

@@ -80,10 +80,10 @@ def executor(checkpoint: Path, package: Path) -> dict[str, float]:
 def encoder_parity(checkpoint: Path, half: Path, single: Path) -> dict[str, float]:
     """SNR in dB of the saved real-shape packages, run by the executor as typed, against the plain PyTorch module."""
     import torch
-    from fastvlm.preprocessing import read_preprocessor
 
     from benchmarks.metrics import snr_db
     from fastvlm import demo
+    from fastvlm.preprocessing import read_preprocessor
     from model_export import contract, mil
 
     picture = next(demo.questions(1)).image

@@ -30,7 +30,9 @@ class Parser(argparse.ArgumentParser):
 
 def add_common(parser: argparse.ArgumentParser) -> None:
     """Add the flags that every verb has."""
-    parser.add_argument("--json", action="store_true", help="print the result as one JSON document, the last line of stdout")
+    parser.add_argument(
+        "--json", action="store_true", help="print the result as one JSON document, the last line of stdout"
+    )
     parser.add_argument("--debug", action="store_true", help="show tracebacks and library logs")
 
 
@@ -93,7 +95,13 @@ def progress(description: str, total: float | None = None) -> Iterator[Callable[
         log(f"{description} …")
         yield lambda n=1: None
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console) as bar:
         task = bar.add_task(description, total=total)
         yield lambda n=1: bar.advance(task, n)

@@ -107,7 +107,9 @@ def _name(rng: np.random.Generator, things: list[_Thing]) -> tuple[str, str]:
     thing = things[rng.integers(len(things))]
     alone = sum(other.shape == thing.shape for other in things) == 1
     if alone and rng.random() < 0.3:
-        return _pick(rng, f"What colour is the {thing.shape}?", f"Which colour has the {thing.shape}?"), f"The {thing.shape} is {thing.colour}."
+        return _pick(
+            rng, f"What colour is the {thing.shape}?", f"Which colour has the {thing.shape}?"
+        ), f"The {thing.shape} is {thing.colour}."
     question = _pick(rng, f"What is at the {thing.place}?", f"Name the shape at the {thing.place}.")
     return question, f"It is a {thing.name}."
 
@@ -119,7 +121,9 @@ def _locate(rng: np.random.Generator, things: list[_Thing]) -> tuple[str, str]:
         where = " and the ".join(other.place for other in things)
         return f"Where are the {thing.colour} shapes?", f"They are at the {where}."
     thing = unique[rng.integers(len(unique))]
-    return _pick(rng, f"Where is the {thing.name}?", f"Locate the {thing.name}."), f"The {thing.name} is at the {thing.place}."
+    return _pick(
+        rng, f"Where is the {thing.name}?", f"Locate the {thing.name}."
+    ), f"The {thing.name} is at the {thing.place}."
 
 
 def _describe(rng: np.random.Generator, things: list[_Thing]) -> tuple[str, str]:
@@ -129,7 +133,9 @@ def _describe(rng: np.random.Generator, things: list[_Thing]) -> tuple[str, str]
 
 def ask_digit(rng: np.random.Generator, digit: int) -> tuple[str, str]:
     """Return a question about a handwritten digit and its answer."""
-    return _pick(rng, "Which digit is this?", "Read the digit.", "What number is written here?"), f"The digit is {digit}."
+    return _pick(
+        rng, "Which digit is this?", "Read the digit.", "What number is written here?"
+    ), f"The digit is {digit}."
 
 
 def _paper(rng: np.random.Generator, size: int = SIZE) -> Image.Image:
@@ -150,7 +156,9 @@ def draw_scene(rng: np.random.Generator, things: list[_Thing]) -> Image.Image:
     return image.reduce(2)
 
 
-def _draw_shape(draw: ImageDraw.ImageDraw, shape: str, centre: np.ndarray, radius: float, tilt: float, colour: tuple) -> None:
+def _draw_shape(
+    draw: ImageDraw.ImageDraw, shape: str, centre: np.ndarray, radius: float, tilt: float, colour: tuple
+) -> None:
     if shape == "circle":
         draw.ellipse([*(centre - radius), *(centre + radius)], fill=colour)
         return

@@ -22,13 +22,24 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "demo",
         help="draw pictures, ask the demo checkpoint, show question, answer and truth",
-        description="Draw held-out pictures, ask a checkpoint about them, and show question, answer and truth on the terminal and as a page.",
+        description="Draw held-out pictures, ask a checkpoint, show question, answer and truth here and as a page.",
     )
-    parser.add_argument("--model-path", default=str(demo.CHECKPOINT), metavar="CHECKPOINT", help="(default: the demo checkpoint)")
-    parser.add_argument("--count", type=int, default=20, help="questions (default: %(default)s; 500 is the whole held-out set)")
-    parser.add_argument("--seed", type=int, default=0, help="of the pictures, or of the training (default: %(default)s)")
-    parser.add_argument("--output-dir", help="where the page goes (default: build/demo), or with --train the new checkpoint (default: build/demo_checkpoint)")
-    parser.add_argument("--train", action="store_true", help="train a new demo checkpoint from nothing (under two hours on 2 cores)")
+    parser.add_argument(
+        "--model-path", default=str(demo.CHECKPOINT), metavar="CHECKPOINT", help="(default: the demo checkpoint)"
+    )
+    parser.add_argument(
+        "--count", type=int, default=20, help="questions (default: %(default)s; 500 is the whole held-out set)"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the pictures, or of the training (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--output-dir",
+        help="of the page (default: build/demo), with --train of the checkpoint (default: build/demo_checkpoint)",
+    )
+    parser.add_argument(
+        "--train", action="store_true", help="train a new demo checkpoint from nothing (under two hours on 2 cores)"
+    )
     parser.add_argument("--overwrite", action="store_true", help="with --train: replace an existing checkpoint")
     add_common(parser)
     parser.set_defaults(run=run)
@@ -59,8 +70,19 @@ def show(model_path: str, count: int, seed: int, folder: Path, quiet: bool) -> d
         _print_table(rows, right)
     page = _write_page(rows, right, model, model_path, folder)
     log(f"page: {page}")
-    kinds = {kind: [sum(exact for q, _, exact in rows if q.kind == kind), sum(q.kind == kind for q, *_ in rows)] for kind in demo.KINDS}
-    return {"model": model_path, "seed": seed, "questions": count, "exact": right, "kinds": kinds, "page": str(page), "runners": model.runners}
+    kinds = {
+        kind: [sum(exact for q, _, exact in rows if q.kind == kind), sum(q.kind == kind for q, *_ in rows)]
+        for kind in demo.KINDS
+    }
+    return {
+        "model": model_path,
+        "seed": seed,
+        "questions": count,
+        "exact": right,
+        "kinds": kinds,
+        "page": str(page),
+        "runners": model.runners,
+    }
 
 
 def _print_table(rows: list, right: int) -> None:
@@ -74,8 +96,20 @@ def _print_table(rows: list, right: int) -> None:
 
 def _write_page(rows: list, right: int, model: Any, model_path: str, folder: Path) -> Path:
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True)
-    cards = [{"kind": q.kind, "image": _inline(q.image), "question": q.question, "answer": answer, "truth": q.answer, "exact": exact} for q, answer, exact in rows]
-    text = environment.get_template("demo.html").render(cards=cards, right=right, model=model_path, runner=model.language.name)
+    cards = [
+        {
+            "kind": q.kind,
+            "image": _inline(q.image),
+            "question": q.question,
+            "answer": answer,
+            "truth": q.answer,
+            "exact": exact,
+        }
+        for q, answer, exact in rows
+    ]
+    text = environment.get_template("demo.html").render(
+        cards=cards, right=right, model=model_path, runner=model.language.name
+    )
     folder.mkdir(parents=True, exist_ok=True)
     page, staged = folder / "index.html", folder / ".index.html.partial"
     staged.write_text(text, encoding="utf-8")
@@ -111,4 +145,10 @@ def train(folder: Path, seed: int, overwrite: bool) -> dict[str, Any]:
     for kind, (right, total) in score.items():
         log(f"{kind}: {right} of {total} exact")
     log(f"{folder}: {exact} of 500 exact")
-    return {"checkpoint": str(folder), "exact": exact, "questions": 500, "kinds": score, "passed": exact >= PASS_MARK * 500}
+    return {
+        "checkpoint": str(folder),
+        "exact": exact,
+        "questions": 500,
+        "kinds": score,
+        "passed": exact >= PASS_MARK * 500,
+    }

@@ -3,14 +3,15 @@
 `python -m fastvlm demo --train` runs it. The schedule, the data and the initial weights are functions of the seed.
 """
 
+import ctypes
 import json
 import math
-import os
-import shutil
+import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,12 +21,18 @@ from transformers import AddedToken, FastVlmConfig, FastVlmForConditionalGenerat
 from fastvlm import demo
 from fastvlm.cli import log
 from fastvlm.prompt import CHAT_TEMPLATE, encode_prompt
+from fastvlm.staging import staged
 
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>")  # Qwen2's order, then the image token
 VOCABULARY = 512 - len(SPECIALS)  # at most; the sentences run out of merges before
 # Every stage of FastViTHD with its own mixer; layer scales start large enough that no block is idle.
-VISION = {"layers": [1, 1, 2, 1, 1], "embed_dims": [8, 16, 32, 96, 192], "layer_scale_init_value": 0.5, "inference_mode": False}
-TEXT = {
+VISION: dict[str, Any] = {
+    "layers": [1, 1, 2, 1, 1],
+    "embed_dims": [8, 16, 32, 96, 192],
+    "layer_scale_init_value": 0.5,
+    "inference_mode": False,
+}
+TEXT: dict[str, Any] = {
     "model_type": "qwen2",
     "hidden_size": 128,
     "num_hidden_layers": 4,
@@ -77,16 +84,19 @@ def make_tokenizer() -> Qwen2Tokenizer:
         for kind in ("count", "name", "locate", "describe"):
             corpus += demo.ask(rng, kind, things)
         corpus += demo.ask_digit(rng, int(rng.integers(10)))
-    untrained = Qwen2Tokenizer()._tokenizer
+    untrained = Qwen2Tokenizer().backend_tokenizer
     bpe = Tokenizer(models.BPE())
     bpe.normalizer, bpe.pre_tokenizer = untrained.normalizer, untrained.pre_tokenizer
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    bpe.train_from_iterator(corpus, trainers.BpeTrainer(vocab_size=VOCABULARY, initial_alphabet=alphabet, show_progress=False))
+    bpe.train_from_iterator(
+        corpus, trainers.BpeTrainer(vocab_size=VOCABULARY, initial_alphabet=alphabet, show_progress=False)
+    )
     model = json.loads(bpe.to_str())["model"]
     tokens = model["vocab"] | {token: len(model["vocab"]) + index for index, token in enumerate(SPECIALS)}
+    merges: Any = [tuple(merge) for merge in model["merges"]]  # pairs, whatever the annotation says
     tokenizer = Qwen2Tokenizer(
         vocab=tokens,
-        merges=[tuple(merge) for merge in model["merges"]],
+        merges=merges,
         eos_token="<|im_end|>",
         extra_special_tokens={"image_token": "<image>"},
         model_max_length=2048,
@@ -97,9 +107,14 @@ def make_tokenizer() -> Qwen2Tokenizer:
     return tokenizer
 
 
+def image_token_of(tokenizer: Qwen2Tokenizer) -> int:
+    """The id of `<image>`."""
+    return tokenizer.get_vocab()["<image>"]
+
+
 def make_model(tokenizer: Qwen2Tokenizer) -> FastVlmForConditionalGeneration:
     """The untrained model in training form."""
-    width = 2 * VISION["embed_dims"][-1]  # type: ignore[index]
+    width = 2 * VISION["embed_dims"][-1]
     config = FastVlmConfig(
         vision_config={
             "model_type": "timm_wrapper",
@@ -111,7 +126,7 @@ def make_model(tokenizer: Qwen2Tokenizer) -> FastVlmForConditionalGeneration:
             "model_args": VISION,
         },
         text_config={**TEXT, "vocab_size": -(-len(tokenizer) // 64) * 64, "eos_token_id": tokenizer.eos_token_id},
-        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        image_token_index=image_token_of(tokenizer),
         image_seq_length=(demo.SIZE // 64) ** 2,
         tie_word_embeddings=True,
     )
@@ -124,7 +139,7 @@ class Batches:
 
     def __init__(self, tokenizer: Qwen2Tokenizer, seed: int) -> None:
         self.tokenizer, self.seed = tokenizer, seed
-        self.image_token = tokenizer.convert_tokens_to_ids("<image>")
+        self.image_token = image_token_of(tokenizer)
 
     def __call__(self, step: int) -> dict[str, torch.Tensor]:
         """Return pixels (P, 3, S, S), what they show (see `Guide`), and ids, labels, mask (Q, T) with `picture` (Q,)
@@ -158,7 +173,14 @@ class Batches:
             labels[row, asked : len(tokens)] = torch.tensor(tokens[asked:])
             mask[row, : len(tokens)] = 1
         pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2).float() / 255
-        return {"pixels": pixels, "ids": ids, "labels": labels, "mask": mask, "picture": torch.tensor(owners), "shown": shown}
+        return {
+            "pixels": pixels,
+            "ids": ids,
+            "labels": labels,
+            "mask": mask,
+            "picture": torch.tensor(owners),
+            "shown": shown,
+        }
 
     def _encode(self, question: str, answer: str) -> tuple[list[int], int]:
         prompt = encode_prompt(self.tokenizer, question, self.image_token, (demo.SIZE // 64) ** 2)[0].tolist()
@@ -189,7 +211,9 @@ class Guide(torch.nn.Module):
         return read + seen + loss(colour.transpose(1, 2), shown[:, 4:8], ignore_index=IGNORED)
 
 
-def loss_of(model: FastVlmForConditionalGeneration, guide: Guide, batch: dict[str, torch.Tensor], image_token: int) -> tuple[torch.Tensor, torch.Tensor]:
+def loss_of(
+    model: FastVlmForConditionalGeneration, guide: Guide, batch: dict[str, torch.Tensor], image_token: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The answers' mean cross-entropy and the guide's; each picture is encoded once for all its questions."""
     vision = model.model.vision_tower.timm_model.forward_features(batch["pixels"])
     embeddings = model.model.multi_modal_projector(vision.flatten(2).transpose(1, 2))
@@ -203,11 +227,14 @@ def loss_of(model: FastVlmForConditionalGeneration, guide: Guide, batch: dict[st
     return answers, guide(embeddings, batch["shown"])
 
 
-def train(seed: int = 0, advance: Callable[[], None] = lambda: None) -> tuple[FastVlmForConditionalGeneration, Qwen2Tokenizer]:
+def train(
+    seed: int = 0, advance: Callable[[], None] = lambda: None
+) -> tuple[FastVlmForConditionalGeneration, Qwen2Tokenizer]:
     """Train from nothing and return the model (eval mode) and its tokenizer."""
+    _keep_freed_buffers()
     torch.manual_seed(seed)
     tokenizer = make_tokenizer()
-    model, guide = make_model(tokenizer).train(), Guide(int(TEXT["hidden_size"]))
+    model, guide = make_model(tokenizer).train(), Guide(TEXT["hidden_size"])
     named = [*model.named_parameters(), *guide.named_parameters()]
     matrices = {name for name, parameter in named if parameter.ndim > 1 and "gamma" not in name}
     groups = [
@@ -227,27 +254,30 @@ def train(seed: int = 0, advance: Callable[[], None] = lambda: None) -> tuple[Fa
         now = np.array([answers.item(), guided.item()])
         average = now if average is None else 0.98 * average + 0.02 * now
         if step % 100 == 99:
-            log(f"step {step + 1}/{STEPS}: loss {average[0]:.4f} (guide {average[1]:.4f}), {(time.monotonic() - started) / (step + 1):.2f} s a step")
+            pace = (time.monotonic() - started) / (step + 1)
+            log(f"step {step + 1}/{STEPS}: loss {average[0]:.4f} (guide {average[1]:.4f}), {pace:.2f} s a step")
         advance()
     return model.eval(), tokenizer
 
 
+def _keep_freed_buffers() -> None:
+    """Let glibc reuse large buffers instead of faulting them in again: an eighth of the time a step (docs/LOG.md).
+
+    For the life of the process; `model_export.mil.allocator` does it for a block, and imports go the other way.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0)  # M_MMAP_MAX, malloc.h: nothing by mmap
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: never trim
+
+
 def save(model: FastVlmForConditionalGeneration, tokenizer: Qwen2Tokenizer, folder: Path) -> None:
-    """Write the checkpoint in the Transformers layout, float16, into `folder` by one rename (an old one is replaced)."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    staging = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
-    try:
-        model.half().to(memory_format=torch.contiguous_format).save_pretrained(staging)
+    """Write the checkpoint in the Transformers layout, float16, to `folder`, whole; an old one is replaced."""
+    with staged(folder, replace=True) as staging:
+        model.half().save_pretrained(staging)
         tokenizer.save_pretrained(staging)
         for name, document in _processors().items():
             (staging / name).write_text(json.dumps(document, indent=2) + "\n")
-        old = staging.with_name(staging.name + ".old")
-        if folder.exists():
-            os.rename(folder, old)
-        os.rename(staging, folder)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 def _processors() -> dict[str, dict]:
@@ -266,5 +296,10 @@ def _processors() -> dict[str, dict]:
         "image_mean": [0.0, 0.0, 0.0],
         "image_std": [1.0, 1.0, 1.0],
     }
-    processor = {"processor_class": "LlavaProcessor", "image_token": "<image>", "num_additional_image_tokens": 0, "patch_size": 64}
+    processor = {
+        "processor_class": "LlavaProcessor",
+        "image_token": "<image>",
+        "num_additional_image_tokens": 0,
+        "patch_size": 64,
+    }
     return {"preprocessor_config.json": image_processor, "processor_config.json": processor}

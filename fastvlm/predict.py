@@ -29,20 +29,35 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "predict",
         help="ask a checkpoint about pictures (PyTorch)",
-        description="Ask every prompt about every picture. A prompt that names <image> more than once is asked once, about all pictures in order.",
+        description="Ask every prompt about every picture; one that names <image> several times, about all of them.",
     )
     parser.add_argument("--model-path", required=True, metavar="CHECKPOINT", help="a checkpoint folder")
-    parser.add_argument("--image-file", nargs="+", default=[], metavar="FILE", help="one picture or more; none for a text-only prompt")
-    parser.add_argument("--prompt", nargs="+", default=["Describe the image."], help="one prompt or more (default: %(default)s)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 (the default) always takes the likeliest token")
+    parser.add_argument(
+        "--image-file", nargs="+", default=[], metavar="FILE", help="one picture or more; none for a text-only prompt"
+    )
+    parser.add_argument(
+        "--prompt", nargs="+", default=["Describe the image."], help="one prompt or more (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, help="0 (the default) always takes the likeliest token"
+    )
     parser.add_argument("--top_p", "--top-p", type=float, default=None, help="nucleus sampling, in (0, 1]")
     parser.add_argument("--num_beams", "--num-beams", type=int, default=1, help="beam search (default: %(default)s)")
-    parser.add_argument("--conv-mode", choices=CONV_MODES, default="qwen_2", help="prompt template (default: %(default)s)")
+    parser.add_argument(
+        "--conv-mode", choices=CONV_MODES, default="qwen_2", help="prompt template (default: %(default)s)"
+    )
     parser.add_argument("--max-new-tokens", type=int, default=256, help="(default: %(default)s)")
     parser.add_argument("--image-strategy", choices=("pad", "center_crop"), help="(default: the checkpoint's own)")
-    parser.add_argument("--device", choices=DEVICES, default="auto", help="auto takes cuda or mps where there is one, and says so")
+    parser.add_argument(
+        "--device", choices=DEVICES, default="auto", help="auto takes cuda or mps where there is one, and says so"
+    )
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="auto: float32 on the CPU, float16 elsewhere")
-    parser.add_argument("--attn-implementation", choices=("eager", "sdpa"), default="sdpa", help="of the text decoder only; the vision backbone is eager")
+    parser.add_argument(
+        "--attn-implementation",
+        choices=("eager", "sdpa"),
+        default="sdpa",
+        help="of the text decoder only; the vision backbone is eager",
+    )
     add_common(parser)
     parser.set_defaults(run=run)
 
@@ -53,7 +68,7 @@ def plan(pictures: int, prompts: Sequence[str]) -> list[Job]:
     for prompt in prompts:
         named = prompt.count(IMAGE)
         if named > 1 and named != pictures:
-            raise UserError(f"--prompt: names {IMAGE} {named} times for {pictures} picture(s): name each once, or at most one for every picture in turn")
+            raise UserError(f"--prompt: names {IMAGE} {named} times for {pictures} picture(s): name each picture once")
         if named > 1 or pictures == 0:
             jobs.append(Job(tuple(range(pictures)), prompt))
         else:
@@ -88,11 +103,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     pictures = [open_image(path) for path in args.image_file]
     started = time.monotonic()
     model = load_checkpoint(args.model_path, dtype, device, args.attn_implementation, args.image_strategy)
-    log(f"{model.language.name}, {model.image_size} × {model.image_size} pixels, {model.preprocessor.image_strategy}; loaded in {time.monotonic() - started:.1f} s")
+    pixels = f"{model.image_size} × {model.image_size} pixels, {model.preprocessor.image_strategy}"
+    log(f"{model.language.name}, {pixels}; loaded in {time.monotonic() - started:.1f} s")
     if any(len(job.pictures) > 1 for job in jobs):
         log("warning: FastVLM was trained with one picture a prompt; answers about several may be poor")
     image_embeddings = [model.project(model.encode_image(model.preprocess(picture))) for picture in pictures]
-    embeds = [model.merge(job.prompt, [image_embeddings[picture] for picture in job.pictures], args.conv_mode) for job in jobs]
+    embeds = [
+        model.merge(job.prompt, [image_embeddings[picture] for picture in job.pictures], args.conv_mode) for job in jobs
+    ]
     answers = []
     if len(jobs) == 1 and args.num_beams == 1:
         tokens = model.language.stream(embeds[0], args.max_new_tokens, args.temperature, args.top_p)
@@ -108,7 +126,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         {"images": [args.image_file[picture] for picture in job.pictures], "prompt": job.prompt, "answer": answer}
         for job, answer in zip(jobs, answers)
     ]
-    return {"model": str(args.model_path), "runners": model.runners, "image_strategy": model.preprocessor.image_strategy, "answers": rows}
+    return {
+        "model": str(args.model_path),
+        "runners": model.runners,
+        "image_strategy": model.preprocessor.image_strategy,
+        "answers": rows,
+    }
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -145,7 +168,11 @@ def generate_batch(model: Any, embeds: Sequence[np.ndarray], args: argparse.Name
     for row, one in enumerate(embeds):
         batch[row, length - one.shape[1] :] = one[0]
         mask[row, length - one.shape[1] :] = 1
-    sampling = {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p, "top_k": 0} if args.temperature > 0 else {"do_sample": False}
+    sampling = (
+        {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p, "top_k": 0}
+        if args.temperature > 0
+        else {"do_sample": False}
+    )
     with torch.inference_mode():
         ids = language.model.generate(
             inputs_embeds=torch.from_numpy(batch).to(language.like.device, language.like.dtype),

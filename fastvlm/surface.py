@@ -4,7 +4,7 @@ A `FastVLM` is put together from three parts: what encodes the picture, what pro
 PyTorch parts; `model_export.runtime` has those of an artefact.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -51,7 +51,12 @@ class Language(Protocol):
         ...
 
     def stream(
-        self, embeds: np.ndarray, max_new_tokens: int, temperature: float = 0.0, top_p: float | None = None, seed: int | None = None
+        self,
+        embeds: np.ndarray,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        top_p: float | None = None,
+        seed: int | None = None,
     ) -> Iterator[int]:
         """Yield new token ids until an end token (not yielded) or `max_new_tokens`; greedy at temperature 0."""
         ...
@@ -162,7 +167,7 @@ def _checked(array: np.ndarray, shape: tuple[int | None, ...], name: str) -> np.
 class TorchVision:
     """The encoder in PyTorch: a timm FastViT whose `forward_features` gives (1, C, H, W)."""
 
-    def __init__(self, encoder: torch.nn.Module, name: str) -> None:
+    def __init__(self, encoder: Any, name: str) -> None:
         self.encoder, self.name = encoder, name
         self.like = next(encoder.parameters())
 
@@ -188,7 +193,7 @@ class TorchProjector:
 class TorchLanguage:
     """Any Transformers causal language model as a `Language`."""
 
-    def __init__(self, model: Any, eos_ids: Sequence[int], name: str) -> None:
+    def __init__(self, model: Any, eos_ids: Iterable[int], name: str) -> None:
         self.model, self.eos_ids, self.name = model, frozenset(eos_ids), name
         self.like = model.get_input_embeddings().weight
 
@@ -205,7 +210,12 @@ class TorchLanguage:
 
     @torch.inference_mode()
     def stream(
-        self, embeds: np.ndarray, max_new_tokens: int, temperature: float = 0.0, top_p: float | None = None, seed: int | None = None
+        self,
+        embeds: np.ndarray,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        top_p: float | None = None,
+        seed: int | None = None,
     ) -> Iterator[int]:
         draw = Sampler(temperature, top_p, seed)
         inputs: dict[str, Any] = {"inputs_embeds": self._tensor(embeds)}
@@ -244,7 +254,13 @@ class Sampler:
         return int(self.rng.choice(len(probabilities), p=probabilities))
 
 
-def load_checkpoint(path: str | Path, dtype: str = "float32", device: str = "cpu", attn_implementation: str = "sdpa", image_strategy: str | None = None) -> FastVLM:
+def load_checkpoint(
+    path: str | Path,
+    dtype: str = "float32",
+    device: str = "cpu",
+    attn_implementation: str = "sdpa",
+    image_strategy: str | None = None,
+) -> FastVLM:
     """Load a checkpoint in any supported layout as a FastVLM run by PyTorch."""
     from fastvlm.checkpoint import open_checkpoint
     from fastvlm.model import build
@@ -252,7 +268,12 @@ def load_checkpoint(path: str | Path, dtype: str = "float32", device: str = "cpu
 
     checkpoint = open_checkpoint(path)
     model = build(checkpoint, dtype, device, attn_implementation)
-    return from_model(model, checkpoint, read_preprocessor(checkpoint.path, image_strategy), f"PyTorch {torch.__version__} {device} {dtype}")
+    return from_model(
+        model,
+        checkpoint,
+        read_preprocessor(checkpoint.path, image_strategy),
+        f"PyTorch {torch.__version__} {device} {dtype}",
+    )
 
 
 def from_model(model: Any, checkpoint: Any, preprocessor: Preprocessor, name: str) -> FastVLM:

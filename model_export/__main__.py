@@ -41,6 +41,13 @@ def _add_export(parser: argparse.ArgumentParser, parts: tuple[str, ...]) -> None
         parser.add_argument(
             "--quant", default=default.quant, metavar="RECIPE", help="a recipe: name or .json (default: %(default)s)"
         )
+    if parts == ("llm",):
+        parser.add_argument(
+            "--layout",
+            default=default.layout,
+            metavar="NAME",
+            help=f"{_listed(contract.LAYOUTS)} (default: %(default)s)",
+        )
     if "vision" in parts:
         for flag, values, initial in (
             ("--compute-precision", configuration.PRECISIONS, default.compute_precision),

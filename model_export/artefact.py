@@ -44,10 +44,14 @@ def check_target(target: Path, overwrite: bool) -> None:
         raise UserError(f"--output-dir {target}: is no artefact (it has no {contract.MANIFEST}): choose another")
     if not overwrite:
         raise UserError(f"--output-dir {target}: exists: choose another, or replace it with --overwrite")
-    extra = [name for name in _extra(target, _listed_files(read_manifest(target))) if Path(name).name != ".DS_Store"]
+    try:
+        listed = _listed_files(read_manifest(target))
+    except UserError as error:
+        raise UserError(f"--output-dir {target}: what it holds is unknown, remove it yourself: {error}") from error
+    extra = [name for name in _extra(target, listed) if Path(name).name != ".DS_Store"]
     if extra:
         raise UserError(
-            f"--output-dir {target}: holds what no export wrote and replacing it would delete: move it"
+            f"--output-dir {target}: replacing it would delete what no export wrote; move that away first:"
             f" {', '.join(extra)}"
         )
 

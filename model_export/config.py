@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from fastvlm.errors import UserError
-from model_export.contract import PATCH_SIZE
+from model_export.contract import LAYOUTS, PATCH_SIZE
 
 PRECISIONS = ("float16", "float32")
 COMPUTE_UNITS = ("CPU_AND_NE", "CPU_AND_GPU", "CPU_ONLY", "ALL")
@@ -19,7 +19,8 @@ MAX_IMAGE_SIZE = 2048
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """One export. `image_size` (pixels per side) None is the checkpoint's own; `quant` is a recipe's name or file.
+    """One export. `image_size` (pixels per side) None is the checkpoint's own; `quant` is a recipe's name or file;
+    `layout` is whose language-model folder it is: the demo app's (and mlx-lm's), or mlx-vlm's.
 
     `compute_units` is a load-time choice in Core ML: the package cannot hold it, so the manifest and the package's
     user-defined metadata record it, and `model_export.runtime` loads with it.
@@ -34,6 +35,7 @@ class ExportConfig:
     compute_units: str = "CPU_AND_NE"
     minimum_deployment_target: str = "iOS17"
     image_size: int | None = None
+    layout: str = "app"
     overwrite: bool = False
 
     def __post_init__(self) -> None:
@@ -55,6 +57,7 @@ class ExportConfig:
             "compute_precision": PRECISIONS,
             "compute_units": COMPUTE_UNITS,
             "minimum_deployment_target": DEPLOYMENT_TARGETS,
+            "layout": LAYOUTS,
         }
         faults = [
             f"{_flag(name)}: got {getattr(self, name)!r}, expected one of {', '.join(values)}"

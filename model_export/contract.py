@@ -98,8 +98,8 @@ PROJECTOR_WEIGHTS = "multi_modal_projector.safetensors"
 # mlx-lm has no `llava_qwen2`; its `qwen2_vl` text model has exactly these keys and this arithmetic:
 # `mlx_lm.load(folder, model_config=MLX_LM_CONFIG)`.
 MLX_LM_CONFIG = {"model_type": "qwen2_vl"}
-# Where one folder cannot serve two readers: mlx-vlm wants the vision tower and `mm_projector.*` in MLX's own layout, and
-# -200 as `image_token_index`, where the app needs the tokenizer's id of `<image>` and refuses every key it doesn't know.
+# Where one folder cannot serve two readers: mlx-vlm wants the vision tower and `mm_projector.*` in MLX's own layout,
+# and -200 as `image_token_index`; the app needs the tokenizer's id of `<image>`, and refuses keys that it doesn't know.
 LAYOUTS = ("app", "mlx-vlm")
 MLX_VLM_IMAGE_TOKEN = -200
 VISION_WEIGHTS = "vision_tower.safetensors"

@@ -13,10 +13,9 @@ from fastvlm.checkpoint import Checkpoint, open_checkpoint
 from fastvlm.cli import log, progress
 from fastvlm.errors import CheckFailed, UserError
 from fastvlm.preprocessing import Preprocessor, read_preprocessor
+from fastvlm.staging import staged
 from model_export import artefact, contract, llm, tokenizer
 from model_export.config import ExportConfig
-from model_export.staging import staged
-from model_export.tensor_file import nbytes
 from model_export.vision import PackageNotes, export_vision
 from quantization.recipe import Recipe, load_recipe
 
@@ -67,7 +66,7 @@ def plan(config: ExportConfig, parts: tuple[str, ...] = PARTS) -> Plan:
         weights = sum(info.size for name, info in checkpoint.tensors.items() if name.startswith(naming.VISION))
         sizes[contract.PACKAGE] = weights * _BYTES_PER_WEIGHT[config.compute_precision]
     if "llm" in parts:
-        sizes[contract.WEIGHTS_GLOB] = _llm_bytes(checkpoint, recipe)
+        sizes[contract.WEIGHTS_GLOB] = llm.planned_bytes(checkpoint, recipe, config.layout)
     _check_space(config.output_dir, sizes)
     return Plan(config, parts, checkpoint, recipe, preprocessor, sizes)
 
@@ -125,7 +124,7 @@ def _write_parts(plan: Plan, folder: Path, sources: dict[str, Any], seconds: dic
             _stage("language model", seconds),
             progress("language model (million weights)", llm.language_parameters(checkpoint) / 1e6) as advance,
         ):
-            document["llm"] = llm.export_llm(checkpoint, plan.recipe, folder, lambda n: advance(n / 1e6))
+            document["llm"] = llm.export_llm(checkpoint, plan.recipe, folder, lambda n: advance(n / 1e6), config.layout)
         tokenizer.write_tokenizer(checkpoint, folder)
         changes.append(f"The language model and the projector are stored for MLX by recipe {plan.recipe.name}.")
     if "vision" in plan.parts:
@@ -167,12 +166,6 @@ def _signature(checkpoint: Checkpoint) -> list[tuple[str, int, int]]:
 
 def _total_bytes(checkpoint: Checkpoint) -> int:
     return sum(path.stat().st_size for path in checkpoint.files)
-
-
-def _llm_bytes(checkpoint: Checkpoint, recipe: Recipe) -> int:
-    """What the recipe makes of the language model and the projector; UserError when it does not fit the model."""
-    weights = llm._weights(checkpoint, recipe, "app")
-    return sum(nbytes(spec) for weight in weights for spec in weight.parts().values())
 
 
 def _check_space(target: Path, sizes: Mapping[str, int]) -> None:

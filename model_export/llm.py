@@ -64,10 +64,10 @@ def language_parameters(checkpoint: Checkpoint) -> int:
     return sum(math.prod(checkpoint.tensors[source].shape) for source in _sources(checkpoint).values())
 
 
-def planned_bytes(checkpoint: Checkpoint, recipe: Recipe) -> int:
-    """What `export_llm` will write in the app layout. UserError with whatever would stop it, but for the values."""
-    language_config(checkpoint, "app")
-    weights = _weights(checkpoint, recipe, "app")
+def planned_bytes(checkpoint: Checkpoint, recipe: Recipe, layout: str = "app") -> int:
+    """What `export_llm` will write, in bytes. UserError with whatever would stop it, but for the values."""
+    language_config(checkpoint, layout)
+    weights = _weights(checkpoint, recipe, layout)
     return sum(nbytes(spec) for weight in weights for spec in weight.parts().values())
 
 

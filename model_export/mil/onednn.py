@@ -9,15 +9,11 @@ rounding.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 
 import torch
 
 AVAILABLE: bool = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_convolution_weight")
-
-# Under this many multiplications, splitting a batched product into single ones costs more than it saves.
-_WORTH_SPLITTING = 1 << 20
 
 
 def conv2d(
@@ -45,16 +41,3 @@ def linear(weight: torch.Tensor, bias: torch.Tensor | None, rows: int) -> Callab
     """x (..., I) @ weight (O, I) transposed + bias, in float32, for inputs of `rows` rows in all."""
     packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), rows)
     return lambda x: torch.ops.mkldnn._linear_pointwise(x.contiguous(), packed, bias, "none", [], "none")
-
-
-def matmul(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """torch.matmul; large float32 batches with equal leading sizes go matrix by matrix through oneDNN."""
-    batch = x.shape[:-2]
-    work = x.shape[-2] * y.shape[-1] * x.shape[-1] if x.ndim > 1 and y.ndim > 1 else 0
-    if not AVAILABLE or x.dtype != torch.float32 or batch != y.shape[:-2] or work < _WORTH_SPLITTING:
-        return torch.matmul(x, y)
-    # Contiguous, because for other strides oneDNN may fall back to its reference kernel, which takes minutes.
-    left = x.reshape(math.prod(batch), *x.shape[-2:]).contiguous()
-    right = y.mT.reshape(math.prod(batch), y.shape[-1], y.shape[-2]).contiguous()
-    products = [torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "none") for a, b in zip(left, right)]
-    return torch.stack(products).reshape(*batch, x.shape[-2], y.shape[-1])

@@ -86,9 +86,14 @@ def test_an_error_in_any_one_layer_changes_the_answers():
     answers = [model.generate(q.question, q.image, max_new_tokens=40) for q in asked]
     pixels = [model.preprocess(q.image) for q in asked]
     features = [model.project(model.encode_image(one)) for one in pixels]
+    parts = (
+        ("vision", model.vision.encoder),
+        ("projector", model.projector.module),
+        ("language", model.language.model),
+    )
     layers = [
         (part, name, module)
-        for part, root in (("vision", model.vision.encoder), ("projector", model.projector.module), ("language", model.language.model))
+        for part, root in parts
         for name, module in root.named_modules()
         if list(module.parameters(recurse=False)) and name != "lm_head"  # tied: it is the embeddings
     ]

@@ -53,7 +53,9 @@ def test_padding_on_the_right_would_be_noticed(demo_model):
 
 
 def test_several_pictures_in_one_prompt_warn(capsys, pictures):
-    code, out, err = ask(capsys, "--image-file", *pictures[:2], "--prompt", "<image>\n<image>\nDescribe the picture.", "--json")
+    code, out, err = ask(
+        capsys, "--image-file", *pictures[:2], "--prompt", "<image>\n<image>\nDescribe the picture.", "--json"
+    )
     rows = json.loads(out.splitlines()[-1])["answers"]
     assert code == 0 and len(rows) == 1 and rows[0]["images"] == pictures[:2]
     assert "warning: FastVLM was trained with one picture" in err

@@ -23,7 +23,9 @@ def test_the_template_is_qwens():
 
 def test_the_template_equals_the_tokenizers_own(demo_tokenizer):
     messages = [{"role": "user", "content": "<image>\nWhat is this?"}]
-    assert demo_tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) == render_prompt("What is this?")
+    assert demo_tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) == render_prompt(
+        "What is this?"
+    )
 
 
 def test_each_picture_becomes_its_image_tokens_in_place():
@@ -37,7 +39,9 @@ def test_pictures_come_first_when_the_prompt_names_none():
     assert render_prompt("x", images=0, conv_mode="plain") == "x"
 
 
-@pytest.mark.parametrize(("prompt", "images", "mode"), [("<image> a <image>", 1, "qwen_2"), ("<image>", 0, "qwen_2"), ("a", 1, "vicuna")])
+@pytest.mark.parametrize(
+    ("prompt", "images", "mode"), [("<image> a <image>", 1, "qwen_2"), ("<image>", 0, "qwen_2"), ("a", 1, "vicuna")]
+)
 def test_what_cannot_be_meant_is_refused(prompt, images, mode):
     with pytest.raises(UserError):
         render_prompt(prompt, images, mode)

@@ -91,9 +91,7 @@ def test_nothing_unfolded_is_left_and_names_are_timms(original: nn.Module) -> No
     kinds = {type(module).__name__ for module in folded.modules()}
     assert not [kind for kind in kinds if "BatchNorm" in kind] and "LayerScale2d" not in kinds
     expected = {
-        name
-        for name in encoder(inference_mode=True).state_dict()
-        if ".bn." not in name and "layer_scale" not in name
+        name for name in encoder(inference_mode=True).state_dict() if ".bn." not in name and "layer_scale" not in name
     }
     added = set(folded.state_dict()) - expected
     assert expected <= set(folded.state_dict()) and all(name.endswith("mlp.conv.conv.bias") for name in added)

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from fastvlm import staging
 from fastvlm.errors import UserError
-from model_export import artefact, contract, staging
+from fastvlm.staging import clean, exchange, staged
+from model_export import artefact, contract
 from model_export.artefact import carry_licences, check_target, check_whole, verify, write_manifest
-from model_export.staging import clean, exchange, staged
 
 FILES = {"config.json": "{}", "fastvithd.mlpackage/Data/weight.bin": "weights", "model.safetensors": "tensors"}
 
@@ -115,7 +116,7 @@ def test_live_staging_is_left_alone_and_dead_is_removed(tmp_path: Path) -> None:
 WRITER = """
 import sys, time
 from pathlib import Path
-from model_export import staging
+from fastvlm import staging
 if sys.argv[3] == "two-renames":
     def exchange(a, b): return False
     staging.exchange = exchange
@@ -185,6 +186,9 @@ def test_target_is_refused_before_any_work(tmp_path: Path) -> None:
     check_target(model, overwrite=True)
     (model / "notes.txt").touch()
     with pytest.raises(UserError, match=r"notes\.txt"):
+        check_target(model, overwrite=True)
+    (model / contract.MANIFEST).write_text("{")
+    with pytest.raises(UserError, match="remove it yourself"):
         check_target(model, overwrite=True)
 
 

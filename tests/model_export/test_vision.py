@@ -212,6 +212,7 @@ def test_power_of_ten_above() -> None:
     assert [_power_of_ten_above(x) for x in (0.0, 2.3e-14, 1e-13, 5.0)] == [0.0, 1e-13, 1e-13, 10.0]
 
 
+@pytest.mark.slow
 def test_import_noise_is_kept_from_the_user() -> None:
     """With the control: the bare import of coremltools does print, which is why there is something to keep."""
     quiet, plain = (

@@ -275,7 +275,6 @@ def products() -> list[Case]:
     cases += [Case("matmul", {"x": a, "y": b}), Case("matmul", {"x": a}, {"y": b})]
     swapped = {"x": a.swapaxes(1, 2).copy(), "y": b.swapaxes(1, 2).copy()}
     cases += [Case("matmul", swapped, {"transpose_x": True, "transpose_y": True})]
-    # Large enough to go through oneDNN matrix by matrix.
     cases += [Case("matmul", {"x": uniform(2, 3, 128, 64, low=2), "y": uniform(2, 3, 64, 160, low=2)}, {}, np_matmul)]
     cases += [Case("scaled_dot_product_attention", {"query": a, "key": a * 0.5, "value": a + 1}, target="iOS18")]
     mask = {"query": a, "key": a * 0.5, "value": a + 1, "attn_mask": uniform(2, 3, 3)}
