@@ -70,13 +70,14 @@ def compare(
     vision: str = "auto",
     llm: str = "auto",
     command: str | None = None,
+    name: str | None = None,
 ) -> dict[str, Any]:
     """Compare an artefact with the checkpoint that it should be. Returns a JSON-able document (keys: `document`).
 
     `reference` is a checkpoint folder, run by PyTorch in float32 at the artefact's resolution; `candidate` an artefact
     folder, its halves run by `vision` and `llm` as in `model_export.runtime.load`. `images` is a folder of the user's
     pictures. `advance()` is called once a picture (`steps` says how many). `report` is where the HTML page goes,
-    `command` its origin.
+    `command` its origin, `name` what it calls the candidate (default: the folder's name).
 
     Raises UserError for folders or pictures that cannot be used, CheckFailed where both sides' arrays differ in shape.
     A broken tolerance is no exception: "passed" is False.
@@ -99,7 +100,10 @@ def compare(
             thumbnails.append(thumbnail(picture.image))
         if advance is not None:
             advance()
-    sides = {"reference": _side(checkpoint, expected), "candidate": _side(artefact, actual)}
+    sides = {
+        "reference": {"name": checkpoint.resolve().name, "runners": expected.runners},
+        "candidate": {"name": name or artefact.resolve().name, "runners": actual.runners},
+    }
     result = document(rows, operations, weight_family(artefact), sides)
     if report is not None:
         from benchmarks.report import write
@@ -118,10 +122,6 @@ def at_size(model: FastVLM, image_size: int) -> FastVLM:
     if model.image_size == image_size:
         return model
     return replace(model, preprocessor=replace(model.preprocessor, image_size=image_size))
-
-
-def _side(folder: Path, model: FastVLM) -> dict[str, Any]:
-    return {"name": folder.resolve().name, "runners": model.runners}
 
 
 def _check_comparable(expected: FastVLM, actual: FastVLM) -> None:

@@ -109,7 +109,15 @@ def _parity(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
     options = {} if args.parity_limit is None else {"limit": args.parity_limit}
     with progress("parity (pictures)", parity.steps(args.checkpoint, **options)) as advance:
-        result = parity.compare(args.checkpoint, folder, report=args.parity_report, advance=advance, **options)
+        result = parity.compare(
+            args.checkpoint,
+            folder,
+            report=args.parity_report,
+            advance=advance,
+            command="python -m model_export all",
+            name=args.output_dir.name,
+            **options,
+        )
     for line in parity.broken_lines(result):
         log(f"parity: {line}")
     return parity.summary(result)

@@ -18,8 +18,8 @@ from .reader import read_package
 Watch = Callable[[Operation, Mapping[str, torch.Tensor]], None]
 InPlace = Callable[[torch.Tensor], Any]
 
-# Elements rounded at a time: 24 MiB with the fp16 copy, for the outer cache. Half as fast again with a sixteenth of it on
-# an idle machine, but every tile starts and joins torch's threads, which on a busy one costs far more.
+# Elements rounded at a time: 24 MiB with the fp16 copy, for the outer cache. Smaller tiles are a little faster on idle
+# cores, but each one starts and joins torch's threads, which costs far more on busy ones.
 _TILE = 1 << 22
 
 
