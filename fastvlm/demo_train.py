@@ -278,6 +278,7 @@ def save(model: FastVlmForConditionalGeneration, tokenizer: Qwen2Tokenizer, fold
         tokenizer.save_pretrained(staging)
         for name, document in _processors().items():
             (staging / name).write_text(json.dumps(document, indent=2) + "\n")
+        (staging / "LICENSE").write_bytes((demo.CHECKPOINT / "LICENSE").read_bytes())  # the same data, the same terms
 
 
 def _processors() -> dict[str, dict]:

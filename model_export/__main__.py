@@ -100,6 +100,8 @@ def run_export(parts: tuple[str, ...], args: argparse.Namespace) -> dict[str, An
     print(f"{config.output_dir}: {', '.join(parts)}, {len(document['files'])} files, {_size(size)}")
     if parity is not None:
         print(f"parity: {document['parity'].get('verdict', 'passed')}")
+        if args.parity_report is not None:
+            print(f"page: {args.parity_report}")
     return document
 
 
