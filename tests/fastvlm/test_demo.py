@@ -82,31 +82,37 @@ def test_unusable_input_is_one_line(flags, capsys):
 
 @pytest.mark.slow
 def test_an_error_in_any_one_layer_changes_the_answers():
-    """No layer is idle: exchanging the halves of its output channels changes at least one of ten answers."""
+    """No layer is idle: with its parameters of the wrong sign and thrice the size, at least one of 200 answers changes.
+
+    (With the sign alone, a few layers leave all 200: docs/LOG.md. Parity compares every layer for that reason.)
+    """
     model = fastvlm.load(demo.CHECKPOINT)
-    asked = list(demo.questions(10, seed=8))
+    asked = list(demo.questions(200, seed=9))
     pixels = torch.from_numpy(np.concatenate([model.preprocess(question.image) for question in asked]))
-    how = argparse.Namespace(temperature=0.0, top_p=None, num_beams=1, max_new_tokens=24)
+    how = argparse.Namespace(temperature=0.0, top_p=None, num_beams=1, max_new_tokens=40)
+    batches = [slice(0, 10), *(slice(start, start + 38) for start in range(10, 200, 38))]  # most layers need ten
 
     @torch.inference_mode()
-    def answers() -> list[str]:
-        features = model.vision.encoder.forward_features(pixels).flatten(2).transpose(1, 2)
+    def answers(batch: slice) -> list[str]:
+        features = model.vision.encoder.forward_features(pixels[batch]).flatten(2).transpose(1, 2)
         images = model.projector.module(features).numpy()
-        return generate_batch(model, [model.merge(q.question, [one[None]]) for q, one in zip(asked, images)], how)
+        prompts = [model.merge(q.question, [one[None]]) for q, one in zip(asked[batch], images)]
+        return generate_batch(model, prompts, how)
 
     parts = (model.vision.encoder, model.projector.module, model.language.model)
-    right, idle, count = answers(), [], 0
-    for module_name, module in (pair for part in parts for pair in part.named_modules()):
+    right, idle, count = [answers(batch) for batch in batches], [], 0
+    for name, module in (pair for part in parts for pair in part.named_modules()):
         parameters = list(module.parameters(recurse=False))
-        if not parameters or module_name == "lm_head":  # tied: it is the embeddings
+        if not parameters or name == "lm_head":  # tied: it is the embeddings
             continue
         count += 1
         saved = [parameter.clone() for parameter in parameters]
         for parameter in parameters:
-            parameter.copy_(parameter.roll(max(1, len(parameter) // 2), 0))
-        if answers() == right:
-            idle.append(module_name)
+            parameter.mul_(-3)
+        if all(answers(batch) == same for batch, same in zip(batches, right)):
+            idle.append(name)
         for parameter, value in zip(parameters, saved):
             parameter.copy_(value)
-    assert count > 100 and not idle, idle
-    assert answers() == right  # negative control: every layer put back
+    assert count > 100
+    assert not idle, idle
+    assert answers(batches[0]) == right[0]  # negative control: every layer put back
