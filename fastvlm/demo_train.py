@@ -227,10 +227,11 @@ def growth(model: FastVlmForConditionalGeneration, pixels: torch.Tensor) -> list
     encoder = model.model.vision_tower.timm_model
     found = []  # (block, layer scale, last layer)
     for block in (block for stage in encoder.stages for block in stage.blocks):
-        if hasattr(block, "layer_scale_1"):
+        if hasattr(block, "layer_scale_1"):  # an attention block has a branch more
             found.append((block, block.layer_scale_1, block.token_mixer.proj))
-        scale = block.layer_scale_2 if hasattr(block, "layer_scale_1") else block.layer_scale
-        found.append((block, scale, block.mlp.fc2))
+            found.append((block, block.layer_scale_2, block.mlp.fc2))
+        else:
+            found.append((block, block.layer_scale, block.mlp.fc2))
     sizes: dict[Any, tuple[float, float]] = {}  # root mean squares of input and output
 
     def note(module: Any, inputs: Any, output: torch.Tensor) -> None:

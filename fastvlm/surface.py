@@ -284,10 +284,11 @@ def from_model(model: Any, checkpoint: Any, preprocessor: Preprocessor, name: st
         language = Qwen2ForCausalLM(model.config.text_config)
     language.model, language.lm_head = model.model.language_model, model.lm_head  # the same modules, no copy
     language.eval()
-    eos = eos_ids(checkpoint.tokenizer(), model.config.text_config.eos_token_id)
+    tokenizer = checkpoint.tokenizer()
+    eos = eos_ids(tokenizer, model.config.text_config.eos_token_id)
     return FastVLM(
         preprocessor=preprocessor,
-        tokenizer=checkpoint.tokenizer(),
+        tokenizer=tokenizer,
         image_token_id=checkpoint.image_token_id,
         vision=TorchVision(model.model.vision_tower.timm_model, name),
         projector=TorchProjector(model.model.multi_modal_projector, name),
