@@ -31,17 +31,31 @@ _TYPES = {
 
 
 def unpack(packed: np.ndarray, dtype: str, count: int) -> torch.Tensor:
-    """`count` values narrower than a byte, packed from the least significant bit, as one int8/uint8 each."""
+    """`count` values narrower than a byte, packed from the least significant bit, as one int8/uint8 each.
+
+    Raises ValueError unless `packed` has exactly the bytes that these take.
+    """
     bits = SUB_BYTE[dtype]
-    if 8 % bits == 0:
-        values: np.ndarray = (packed[:, None] >> np.arange(0, 8, bits, dtype=np.uint8)) & np.uint8(2**bits - 1)
-    else:  # 3 and 6 bits run across byte boundaries
-        stream = np.unpackbits(packed, bitorder="little")[: count * bits].reshape(count, bits)
-        values = np.packbits(stream, axis=1, bitorder="little")
-    values = values.reshape(-1)[:count]
-    if dtype == "int4":
-        return torch.from_numpy(((values ^ 8).astype(np.int8) - 8).astype(np.int8))
-    return torch.from_numpy(np.ascontiguousarray(values))
+    if packed.size != -(-count * bits // 8):
+        raise ValueError(f"{packed.size} bytes for {count} values of {bits} bits")
+    # The pattern of values in bytes repeats: a column of the result is a shift of one or two columns of the bytes.
+    period = math.lcm(bits, 8)
+    rows = -(-count * bits // period)
+    columns = packed
+    if packed.size != rows * period // 8:
+        columns = np.zeros(rows * period // 8, np.uint8)
+        columns[: packed.size] = packed
+    columns = columns.reshape(rows, period // 8)
+    values = np.empty((rows, period // bits), np.uint8)
+    for place in range(period // bits):
+        byte, shift = divmod(place * bits, 8)
+        value = columns[:, byte] >> np.uint8(shift)
+        if shift + bits > 8:
+            value |= columns[:, byte + 1] << np.uint8(8 - shift)
+        np.bitwise_and(value, np.uint8(2**bits - 1), out=values[:, place])
+    unpacked = torch.from_numpy(values.reshape(-1)[:count])
+    # Two's complement: the sign bit counts minus, not plus, its value.
+    return unpacked.view(torch.int8).bitwise_xor_(8).sub_(8) if dtype == "int4" else unpacked
 
 
 class WeightFile:

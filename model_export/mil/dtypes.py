@@ -4,9 +4,11 @@ The executor computes in float32. A policy says what becomes of a value whose MI
 
 - "as-typed": every operation's result is rounded to fp16 (storage fp16, accumulation fp32). The value is held as a
   float32 tensor that contains only fp16 numbers, so that no kernel has to convert its operands.
+- "strict-fp16": besides, an operation that a simple engine has to compose from others (layer_norm, softmax, ...) is
+  computed as that chain, each intermediate rounded; a square above 65504 is infinite. Sums are still in float32.
 - "float32": never rounded; what the graph means.
 
-A stricter policy (composite operations taken apart, each intermediate rounded) is a further entry of POLICIES.
+An operation whose MIL type is fp32 is computed in float32, undivided, in all of them.
 """
 
 from __future__ import annotations
@@ -19,13 +21,24 @@ import torch
 
 @dataclass(frozen=True)
 class Policy:
-    """How a run treats fp16: `rounds` says whether results of MIL type fp16 are rounded to it."""
+    """How a run treats what has MIL type fp16.
+
+    rounds: results are rounded to it. decomposes: so are the intermediates of composite operations.
+    """
 
     name: str
     rounds: bool
+    decomposes: bool = False
 
 
-POLICIES = {policy.name: policy for policy in (Policy("as-typed", rounds=True), Policy("float32", rounds=False))}
+POLICIES = {
+    policy.name: policy
+    for policy in (
+        Policy("as-typed", rounds=True),
+        Policy("strict-fp16", rounds=True, decomposes=True),
+        Policy("float32", rounds=False),
+    )
+}
 
 # MIL.proto's DataType numbers.
 NAMES = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,9 @@ from .dtypes import NUMPY, POLICIES, STORAGE, compute_dtype
 from .plan import Step, make_plan
 from .program import Function, MILError, Operation, Program, TensorType
 from .reader import read_package
+from .rounding import TILE, InPlace, rounder, tiled
 
 Watch = Callable[[Operation, Mapping[str, torch.Tensor]], None]
-InPlace = Callable[[torch.Tensor], Any]
-
-# Elements rounded at a time: 24 MiB with the fp16 copy, for the outer cache. Smaller tiles are a little faster on idle
-# cores, but each one starts and joins torch's threads, which costs far more on busy ones.
-_TILE = 1 << 22
 
 
 class MILExecutor:
@@ -56,7 +52,7 @@ class MILExecutor:
     def run(self, inputs: Mapping[str, np.ndarray], watch: Watch | None = None) -> dict[str, np.ndarray]:
         """Like predict. `watch(operation, outputs)` sees every non-constant operation right after it ran.
 
-        The outputs are {name: tensor}: floats as float32, under "as-typed" holding the numbers of their MIL type.
+        The outputs are {name: tensor}: floats as float32, unless under "float32" holding the numbers of their MIL type.
         Watching changes no number; it takes longer and more memory, since nothing is written over.
         """
         values: dict[str, torch.Tensor] = {**self._plan.constants, **self._input_tensors(inputs)}
@@ -98,7 +94,7 @@ class MILExecutor:
                 # Kept or not, by the same function in the same way: PyTorch's may differ in the last bit otherwise.
                 target = args[0].clone() if keep else args[0]
                 result = (
-                    kernel.inplace(target, *args[1:]) if args[1:] else _tiled(target, [kernel.inplace], target.numel())
+                    kernel.inplace(target, *args[1:]) if args[1:] else tiled(target, [kernel.inplace], target.numel())
                 )
             else:
                 result = kernel.run(*args)
@@ -134,7 +130,7 @@ class MILExecutor:
 
 
 def load(path: Path | str, compute: str = "as-typed", function_name: str | None = None) -> MILExecutor:
-    """An executor of a saved .mlpackage. compute: "as-typed" or "float32" (see dtypes). Raises MILError."""
+    """An executor of a saved .mlpackage; compute is the name of one of dtypes.POLICIES. Raises MILError."""
     return MILExecutor(read_package(path), compute, function_name)
 
 
@@ -176,13 +172,7 @@ def _check(operation: Operation, name: str, tensor: torch.Tensor, type: TensorTy
 def _finish(tensor: torch.Tensor, step: Step) -> torch.Tensor:
     """Round the tensor and apply the operations that follow, each rounded, in place, tile by tile."""
     functions: list[InPlace] = []
-    half = torch.empty(min(_TILE, tensor.numel()), dtype=torch.float16)
-
-    def to_fp16(tile: torch.Tensor) -> None:
-        copy = half[: tile.numel()]
-        copy.copy_(tile)
-        tile.copy_(copy)
-
+    to_fp16 = rounder(tensor.numel())
     if step.rounds:
         functions.append(to_fp16)
     for follower in step.then:
@@ -190,27 +180,4 @@ def _finish(tensor: torch.Tensor, step: Step) -> torch.Tensor:
         functions.append(follower.kernel.inplace)
         if follower.rounds:
             functions.append(to_fp16)
-    return _tiled(tensor, functions, _TILE if to_fp16 in functions else tensor.numel())
-
-
-def _tiled(tensor: torch.Tensor, functions: Sequence[InPlace], size: int) -> torch.Tensor:
-    """Apply functions of single elements in place: all of them to `size` elements, then to the next in memory."""
-    flat = _flat(tensor)
-    if flat is None:
-        tensor = tensor.contiguous()
-        flat = tensor.view(-1)
-    for tile in flat.split(max(size, 1)):
-        for function in functions:
-            function(tile)
-    return tensor
-
-
-def _flat(tensor: torch.Tensor) -> torch.Tensor | None:
-    """All elements in the order of memory as one vector over the same memory; None when there are gaps or overlaps."""
-    expected = 1
-    for size, stride in sorted(zip(tensor.shape, tensor.stride()), key=lambda pair: pair[1]):
-        if size != 1:
-            if stride != expected:
-                return None
-            expected *= size
-    return tensor.as_strided((tensor.numel(),), (1,))
+    return tiled(tensor, functions, TILE if to_fp16 in functions else tensor.numel())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 
 from . import ops as ops  # registers the operations
 from .blob import WeightFile
-from .dtypes import Policy, compute_dtype
+from .dtypes import STORAGE, Policy, compute_dtype
 from .program import BlobRef, Constant, Function, MILError, Operation, Program, TensorType
 from .registry import OPSETS, Kernel, Node, Unsupported, lookup
 
@@ -56,8 +56,12 @@ class _Constants:
     def declare(self, name: str, constant: Constant) -> None:
         self._declared[name] = constant
 
-    def set(self, name: str, value: torch.Tensor) -> None:
-        self._values[name] = value
+    def set(self, values: Mapping[str, torch.Tensor]) -> None:
+        self._values.update(values)
+
+    def forget(self, names: Iterable[str]) -> None:
+        for name in names:
+            self._values.pop(name, None)
 
     def load(self, constant: Constant) -> Stored:
         if not isinstance(constant.data, BlobRef):
@@ -82,7 +86,8 @@ def make_plan(program: Program, function: Function, policy: Policy) -> Plan:
     types: dict[str, TensorType | None] = {item.name: item.type for item in function.inputs}
     steps: list[Step] = []
     faults: dict[str, str] = {}
-    for operation in function.block.operations:
+    dying = _last_uses(function)
+    for index, operation in enumerate(function.block.operations):
         for output in operation.outputs:
             if output.name in types:
                 raise MILError(f"{where}: operation {operation.name!r} defines {output.name!r} a second time")
@@ -98,9 +103,11 @@ def make_plan(program: Program, function: Function, policy: Policy) -> Plan:
                 faults[operation.name] = str(error)
             else:
                 if operation.type.startswith("constexpr_"):
-                    constants.set(step.names[0], _folded(where, step))
+                    constants.set(_folded(where, step))
                 else:
                     steps.append(step)
+            # Kernels hold what they need; a whole package's unpacked weights at once would take several times its size.
+            constants.forget(dying.get(index, ()))
         types.update({output.name: output.type for output in operation.outputs})
     _refuse_unsupported(where, function, faults)
     outputs = function.block.outputs
@@ -138,7 +145,7 @@ def _resolve(
     builder = lookup(operation.type, opset)
     if builder is None:
         raise Unsupported("no such operation in this opset")
-    node = Node(operation, types, constants.get, constants.load)
+    node = Node(operation, types, constants.get, constants.load, policy)
     try:
         kernel = builder(node)
     except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:  # parameters of a wrong kind
@@ -153,11 +160,27 @@ def _resolve(
     return Step(operation, kernel, tuple(output.name for output in operation.outputs), outputs, rounds)
 
 
-def _folded(where: str, step: Step) -> torch.Tensor:
-    value = step.kernel.run()
-    if not step.types[0].accepts(tuple(value.shape)):
-        raise MILError(f"{where}: {step.operation.name!r} gives {list(value.shape)}, declared {step.types[0]}")
-    return value
+def _folded(where: str, step: Step) -> dict[str, torch.Tensor]:
+    """A constexpr operation's results, in their storage types."""
+    result = step.kernel.run()
+    values = result if isinstance(result, tuple) else (result,)
+    for value, type in zip(values, step.types, strict=True):
+        if not type.accepts(tuple(value.shape)) or value.dtype != STORAGE[type.dtype]:
+            came = f"{value.dtype}{list(value.shape)}".removeprefix("torch.")
+            raise MILError(f"{where}: {step.operation.name!r} gives {came}, declared {type}")
+    return dict(zip(step.names, values))
+
+
+def _last_uses(function: Function) -> dict[int, list[str]]:
+    """For each operation's index, the values that no later operation reads and the function does not return."""
+    last: dict[str, int] = {}
+    for index, operation in enumerate(function.block.operations):
+        names = {b for item in operation.inputs.values() for b in item if isinstance(b, str)}
+        last.update(dict.fromkeys(names - set(function.block.outputs), index))
+    dying: dict[int, list[str]] = {}
+    for name, index in last.items():
+        dying.setdefault(index, []).append(name)
+    return dying
 
 
 def _constant_outputs(
@@ -193,7 +216,8 @@ def _with_lifetimes(steps: list[Step], inputs: list[str], outputs: tuple[str, ..
             root[name] = root[first] if step.kernel.view and isinstance(first, str) else name
             types[name] = type
     used_until = {name: -1 for name in root}
-    for name, index in last.items():
+    for name in root.keys() & last.keys():  # the rest are constants that the function returns
+        index = last[name]
         used_until[root[name]] = max(used_until[root[name]], index)
     finished = []
     for index, step in enumerate(steps):

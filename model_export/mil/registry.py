@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .dtypes import compute_dtype
+from .dtypes import Policy, compute_dtype
 from .program import Constant, Operation, TensorType
 
 # coremltools' names of the opsets of iOS 15, 16, 17 and 18, oldest first.
@@ -50,6 +50,7 @@ class Node:
     types: dict[str, TensorType | None]
     constants: Callable[[str], torch.Tensor | str | tuple[str, ...] | None]
     load: Callable[[Constant], torch.Tensor | str | tuple[str, ...]]
+    policy: Policy
     used: set[str] = field(default_factory=set)
 
     @property
@@ -59,6 +60,11 @@ class Node:
         if found is None:
             raise Unsupported("a result that is not a tensor")
         return found
+
+    @property
+    def decomposes(self) -> bool:
+        """Whether a composite operation is computed as its chain, each intermediate rounded to fp16."""
+        return self.policy.decomposes and self.type.dtype == "fp16"
 
     def has(self, key: str) -> bool:
         """Whether the parameter is given."""

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from ..registry import Kernel, Node, Unsupported, mil_op
+from ..rounding import round_fp16
+from . import _strict
 
 Unary = Callable[[torch.Tensor], torch.Tensor]
 
@@ -26,6 +28,8 @@ _PLAIN: dict[str, tuple[Unary, Unary | None, bool]] = {
 @mil_op(*_PLAIN)
 def plain(node: Node) -> Kernel:
     function, inplace, exact = _PLAIN[node.operation.type]
+    if node.decomposes and node.operation.type == "softplus":
+        return node.kernel(_strict.softplus, "x", exact=True)
     return node.kernel(function, "x", exact=exact, inplace=inplace)
 
 
@@ -45,6 +49,8 @@ def gelu(node: Node) -> Kernel:
 @mil_op("softmax")
 def softmax(node: Node) -> Kernel:
     axis = node.const("axis", -1)
+    if node.decomposes:
+        return node.kernel(partial(_strict.softmax, axis=axis), "x", exact=True)
     return node.kernel(partial(torch.softmax, dim=axis), "x")
 
 
@@ -82,9 +88,11 @@ def prelu(node: Node) -> Kernel:
 @mil_op("softplus_parametric")
 def softplus_parametric(node: Node) -> Kernel:
     """alpha_c log(1 + exp(beta_c x)), c being the second dimension."""
+    step: Unary = round_fp16 if node.decomposes else lambda x: x
+    function = _strict.softplus if node.decomposes else partial(F.softplus, threshold=88.0)
 
     def run(x: torch.Tensor, alpha: torch.Tensor, beta: torch.Tensor) -> torch.Tensor:
         shape = (-1, *[1] * (x.ndim - 2))
-        return alpha.reshape(shape) * F.softplus(x * beta.reshape(shape), threshold=88.0)
+        return alpha.reshape(shape) * function(step(x * beta.reshape(shape)))
 
     return node.kernel(run, "x", "alpha", "beta")

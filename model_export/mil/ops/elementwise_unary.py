@@ -8,6 +8,7 @@ import torch
 
 from ..dtypes import STORAGE, compute_dtype
 from ..registry import Kernel, Node, Unsupported, mil_op
+from ..rounding import round_fp16
 
 Unary = Callable[[torch.Tensor], torch.Tensor]
 
@@ -56,6 +57,8 @@ def shifted(node: Node) -> Kernel:
         default = torch.tensor(_EPSILON[node.operation.type])
         epsilon = default.to(STORAGE[node.type.dtype]).item()
     function = _SHIFTED[node.operation.type]
+    if node.decomposes:
+        return node.kernel(lambda x: function(round_fp16(x + epsilon)), "x")
     return node.kernel(lambda x: function(x + epsilon), "x")
 
 

@@ -1,11 +1,20 @@
-"""Normalizations, each one operation: computed in float32, rounded once after. coremltools defs `normalization.py`."""
+"""Normalizations. Semantics: coremltools defs `normalization.py`.
+
+Each is one operation, computed in float32 and rounded once after; under strict-fp16 the chain of `_strict`.
+"""
 
 from __future__ import annotations
+
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 
 from ..registry import Kernel, Node, Unsupported, mil_op
+from ..rounding import round_fp16
+from . import _strict
+
+Weight = torch.Tensor | None
 
 
 @mil_op("batch_norm")
@@ -13,22 +22,32 @@ def batch_norm(node: Node) -> Kernel:
     """gamma (x - mean) / sqrt(variance + epsilon) + beta, one value per channel (the second dimension)."""
     epsilon = node.const("epsilon", 1e-5)
 
-    def run(
-        x: torch.Tensor,
-        mean: torch.Tensor,
-        variance: torch.Tensor,
-        gamma: torch.Tensor | None,
-        beta: torch.Tensor | None,
-    ) -> torch.Tensor:
+    shape = (-1, *[1] * (node.rank("x") - 2))
+
+    def run(x: torch.Tensor, mean: torch.Tensor, variance: torch.Tensor, gamma: Weight, beta: Weight) -> torch.Tensor:
         return F.batch_norm(x, mean, variance, gamma, beta, eps=epsilon)
 
-    return node.kernel(run, "x", "mean", "variance", "gamma", "beta")
+    def chain(x: torch.Tensor, mean: torch.Tensor, variance: torch.Tensor, gamma: Weight, beta: Weight) -> torch.Tensor:
+        centred = round_fp16(x - mean.reshape(shape))
+        return _strict.affine(_strict.standardized(centred, variance.reshape(shape), epsilon), gamma, beta, shape)
+
+    keys = ("x", "mean", "variance", "gamma", "beta")
+    return node.kernel(chain, *keys, exact=True) if node.decomposes else node.kernel(run, *keys)
 
 
 @mil_op("instance_norm")
 def instance_norm(node: Node) -> Kernel:
     """Like batch_norm with each sample's and channel's own statistics."""
     epsilon = node.const("epsilon", 1e-5)
+    rank = node.rank("x")
+
+    def chain(x: torch.Tensor, gamma: Weight, beta: Weight) -> torch.Tensor:
+        return _strict.affine(
+            _strict.normalized(x, list(range(2, rank)), epsilon), gamma, beta, (-1, *[1] * (rank - 2))
+        )
+
+    if node.decomposes:
+        return node.kernel(chain, "x", "gamma", "beta", exact=True)
     return node.kernel(
         lambda x, gamma, beta: F.instance_norm(x, None, None, gamma, beta, eps=epsilon), "x", "gamma", "beta"
     )
@@ -45,15 +64,21 @@ def layer_norm(node: Node) -> Kernel:
     if len(normalized) != len(axes):
         raise Unsupported("normalized sizes known only at run time")
 
-    def trailing(x: torch.Tensor, gamma: torch.Tensor | None, beta: torch.Tensor | None) -> torch.Tensor:
+    def chain(x: torch.Tensor, gamma: Weight, beta: Weight) -> torch.Tensor:
+        shape = [x.shape[axis] if axis in axes else 1 for axis in range(rank)]
+        return _strict.affine(_strict.normalized(x, axes, epsilon), gamma, beta, shape)
+
+    def trailing(x: torch.Tensor, gamma: Weight, beta: Weight) -> torch.Tensor:
         return F.layer_norm(x, normalized, gamma, beta, epsilon)
 
-    def general(x: torch.Tensor, gamma: torch.Tensor | None, beta: torch.Tensor | None) -> torch.Tensor:
+    def general(x: torch.Tensor, gamma: Weight, beta: Weight) -> torch.Tensor:
         kept = [axis for axis in range(rank) if axis not in axes]
         order = kept + axes
         result = trailing(x.permute(order), gamma, beta)
         return result.permute([order.index(axis) for axis in range(rank)])
 
+    if node.decomposes:
+        return node.kernel(chain, "x", "gamma", "beta", exact=True)
     run = trailing if axes == list(range(rank - len(axes), rank)) else general
     return node.kernel(run, "x", "gamma", "beta")
 
@@ -62,6 +87,8 @@ def layer_norm(node: Node) -> Kernel:
 def l2_norm(node: Node) -> Kernel:
     """x / sqrt(sum of squares over the last three dimensions + epsilon)."""
     epsilon = node.const("epsilon", 1e-6)
+    if node.decomposes:
+        return node.kernel(lambda x: _strict.l2_normalized(x, [-3, -2, -1], epsilon), "x", exact=True)
     return node.kernel(lambda x: x / torch.sqrt(x.square().sum((-3, -2, -1), keepdim=True) + epsilon), "x")
 
 
@@ -70,4 +97,7 @@ def local_response_norm(node: Node) -> Kernel:
     """x / (k + alpha / size * sum of squares over `size` neighbouring channels) ** beta."""
     size, alpha = node.const("size"), node.const("alpha", 1e-4)
     beta, k = node.const("beta", 0.75), node.const("k", 1.0)
+    if node.decomposes:
+        chain = partial(_strict.local_response_normalized, size=size, alpha=alpha, beta=beta, k=k)
+        return node.kernel(chain, "x", exact=True)
     return node.kernel(lambda x: F.local_response_norm(x, size, alpha, beta, k), "x")

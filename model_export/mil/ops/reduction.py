@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 
 from ..registry import Kernel, Node, mil_op
+from . import _strict
 
 
 def _prod(x: torch.Tensor, axes: list[int], keep: bool) -> torch.Tensor:
@@ -15,8 +16,10 @@ def _prod(x: torch.Tensor, axes: list[int], keep: bool) -> torch.Tensor:
     return x
 
 
+Reduction = Callable[[torch.Tensor, list[int], bool], torch.Tensor]
+
 # type: (function of the tensor, the axes and whether to keep them, whether fp16 operands give fp16 results exactly)
-_REDUCTIONS: dict[str, tuple[Callable[[torch.Tensor, list[int], bool], torch.Tensor], bool]] = {
+_REDUCTIONS: dict[str, tuple[Reduction, bool]] = {
     "reduce_sum": (torch.sum, False),
     "reduce_mean": (torch.mean, False),
     "reduce_max": (torch.amax, True),
@@ -29,10 +32,19 @@ _REDUCTIONS: dict[str, tuple[Callable[[torch.Tensor, list[int], bool], torch.Ten
     "reduce_sum_square": (lambda x, axes, keep: x.square().sum(axes, keep), False),
 }
 
+_CHAINS: dict[str, Reduction] = {
+    "reduce_l2_norm": _strict.l2_norm,
+    "reduce_log_sum": _strict.log_sum,
+    "reduce_log_sum_exp": _strict.log_sum_exp,
+    "reduce_sum_square": _strict.sum_square,
+}
+
 
 @mil_op(*_REDUCTIONS)
 def reduction(node: Node) -> Kernel:
     function, exact = _REDUCTIONS[node.operation.type]
+    if node.decomposes and node.operation.type in _CHAINS:
+        function, exact = _CHAINS[node.operation.type], True
     axes = node.const("axes", list(range(node.rank("x"))))
     keep = node.const("keep_dims", False)
     return node.kernel(lambda x: function(x, axes, keep).to(x.dtype), "x", exact=exact)

@@ -6,13 +6,16 @@ import torch
 import torch.nn.functional as F
 
 from ..registry import Kernel, Node, mil_op
+from . import _strict
 
 
 @mil_op("scaled_dot_product_attention", since="CoreML8")
 def scaled_dot_product_attention(node: Node) -> Kernel:
-    """softmax(query key^T / sqrt(E) + mask) value; computed in float32 and rounded once after."""
+    """softmax(query key^T / sqrt(E) + mask) value; computed in float32 and rounded once after, but for strict-fp16."""
 
     def run(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         return F.scaled_dot_product_attention(query, key, value, mask)
 
+    if node.decomposes:
+        return node.kernel(_strict.attention, "query", "key", "value", "attn_mask", exact=True)
     return node.kernel(run, "query", "key", "value", "attn_mask")

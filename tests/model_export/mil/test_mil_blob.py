@@ -10,7 +10,7 @@ from coremltools.libmilstoragepython import _BlobStorageWriter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model_export.mil.blob import WeightFile
+from model_export.mil.blob import WeightFile, unpack
 from model_export.mil.program import MILError, TensorType
 
 # MIL name -> (the writer's method, the NumPy type it takes, smallest and largest value)
@@ -123,3 +123,11 @@ def test_the_file_is_never_written(weight_file: Path) -> None:
     tensor = WeightFile(weight_file).read(64, TensorType("fp32", (40,)))
     tensor.zero_()
     assert weight_file.read_bytes() == before
+
+
+@pytest.mark.parametrize("count", [4, 9, 17])
+def test_packed_values_of_another_count_are_refused(count: int) -> None:
+    packed = np.arange(6, dtype=np.uint8)
+    assert len(unpack(packed, "uint3", 16)) == 16
+    with pytest.raises(ValueError, match="6 bytes for"):
+        unpack(packed, "uint3", count)
