@@ -4,16 +4,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 from PIL import Image
 
-from fastvlm import demo
+from fastvlm import demo, pictures
 from fastvlm.errors import UserError
 from fastvlm.preprocessing import open_image
 
 LIMIT = 40  # demo questions; the whole held-out set is 500
 PROMPT = "Describe the image."
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm")
 _DRAWN = 4  # pictures for a checkpoint that was not trained on them: their answers say little, their features all
 
 
@@ -37,7 +35,7 @@ def choose(checkpoint: Path, images: Path | None, limit: int) -> list["Picture |
     if limit < 1:
         raise UserError(f"--limit: got {limit}, expected 1 or more: nothing compared is no comparison")
     chosen: list[Picture | Path] = [*(_demo(limit) if knows_demo(checkpoint) else _drawn(min(limit, _DRAWN)))]
-    return [*chosen, *_files(images)[:limit]] if images else chosen
+    return [*chosen, *pictures.files(images)[:limit]] if images else chosen
 
 
 def knows_demo(checkpoint: Path) -> bool:
@@ -71,17 +69,5 @@ def _demo(count: int) -> Iterator[Picture]:
 
 
 def _drawn(count: int) -> Iterator[Picture]:
-    rng = np.random.default_rng(0)
-    for number in range(count):
-        yield Picture(f"drawn {number}", demo.draw_scene(rng, demo.make_scene(rng)), PROMPT, None, "drawn")
-
-
-def _files(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        raise UserError(f"--images {folder}: not a folder: expected one with pictures in it")
-    files = sorted(
-        path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
-    )
-    if not files:
-        raise UserError(f"--images {folder}: no pictures: expected files ending in {', '.join(SUFFIXES)}")
-    return files
+    for number, image in enumerate(pictures.drawn(count)):
+        yield Picture(f"drawn {number}", image, PROMPT, None, "drawn")

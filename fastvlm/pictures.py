@@ -1,0 +1,46 @@
+"""Pictures to measure on: the user's folder, or drawn ones and noise for whoever has none."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from fastvlm import demo
+from fastvlm.errors import UserError
+from fastvlm.preprocessing import Preprocessor, open_image
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm")
+_DRAWN = 2  # built-in pictures beside the noise, which has every frequency
+
+
+def files(folder: Path, flag: str = "--images") -> list[Path]:
+    """The picture files of a folder, by name, unopened. Raises UserError, which names `flag`, where there are none."""
+    if not folder.is_dir():
+        raise UserError(f"{flag} {folder}: not a folder: expected one with pictures in it")
+    found = sorted(
+        path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
+    )
+    if not found:
+        raise UserError(f"{flag} {folder}: no pictures: expected files ending in {', '.join(SUFFIXES)}")
+    return found
+
+
+def drawn(count: int) -> Iterator[Image.Image]:
+    """The first `count` of an endless series of drawn scenes, always the same."""
+    rng = np.random.default_rng(0)
+    for _ in range(count):
+        yield demo.draw_scene(rng, demo.make_scene(rng))
+
+
+def pixels(preprocessor: Preprocessor, image_size: int, chosen: list[Path] | None = None) -> Iterator[np.ndarray]:
+    """Pixel values (1, 3, S, S) float32, S = image_size, of the files, one at a time; None: drawn scenes, then noise."""
+    prepare = replace(preprocessor, image_size=image_size)
+    if chosen is not None:
+        for path in chosen:
+            yield prepare(open_image(path))
+        return
+    for image in drawn(_DRAWN):
+        yield prepare(image)
+    yield np.random.default_rng(0).random((1, 3, image_size, image_size), dtype=np.float32)
