@@ -61,6 +61,9 @@ def _add_parity(subparsers: Any) -> None:
         default="auto",
         help="what runs the language model (default: MLX on a Mac, else PyTorch)",
     )
+    parser.add_argument(
+        "--resolution", type=int, metavar="PIXELS", help="one that was exported (default: the artefact's native one)"
+    )
     add_common(parser)
     parser.set_defaults(run=run_parity)
 
@@ -76,6 +79,7 @@ def run_parity(args: argparse.Namespace) -> dict[str, Any]:
         result = parity.compare(
             args.reference, args.candidate, args.images, args.limit,
             report=page, advance=advance, vision=args.vision, llm=args.llm, command=command,
+            resolution=args.resolution,
         )  # fmt: skip
     if not args.json:
         print_parity(result)

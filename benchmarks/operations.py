@@ -1,7 +1,8 @@
 """Where a saved program leaves its reference: the package run operation by operation, in lockstep with another run.
 
 Two comparisons. *Rounding*: each operation as typed against the same operation of the same program in float32.
-*Layers*: each convolution and linear layer of the program, in order, against the PyTorch layer that it came from.
+*Layers*: each convolution and linear layer of the program, in order, against the PyTorch layer that it came from (a
+linear layer may have become a 1 x 1 convolution).
 Nothing is kept: a pair of values is compared as soon as both are there.
 """
 
@@ -15,11 +16,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from timm.models.fastvit import Attention
 from torch import nn
 
 from benchmarks.metrics import snr_db
 from fastvlm.errors import CheckFailed
 from model_export import contract, mil
+from model_export.fp16 import layer_exponents
 
 _LAYERS: dict[type[nn.Module], str] = {nn.Conv2d: "conv", nn.Linear: "linear"}
 
@@ -84,9 +87,11 @@ def lockstep(run: Callable[[Emit], Any]) -> Iterator[Value]:
         thread.join()
 
 
-def program_values(package: Path, pixels: np.ndarray, compute: str) -> Callable[[Emit], Any]:
+def program_values(
+    package: Path, pixels: np.ndarray, compute: str, function: str | None = None
+) -> Callable[[Emit], Any]:
     """A run of the package in the MIL executor; pixels (1, 3, S, S) float32, `compute` "as-typed" or "float32"."""
-    executor = mil.load(package, compute=compute)
+    executor = mil.load(package, compute=compute, function_name=function)
 
     def run(emit: Emit) -> None:
         def watch(operation: mil.Operation, outputs: Mapping[str, torch.Tensor]) -> None:
@@ -105,14 +110,38 @@ def _floats(operation: mil.Operation, outputs: Mapping[str, torch.Tensor]) -> It
             yield Value(name, operation.type, value.numpy(), name in half)
 
 
-def layer_values(encoder: nn.Module, pixels: np.ndarray) -> Callable[[Emit], Any]:
-    """A run of a folded PyTorch encoder that emits the output of each convolution and linear layer."""
+def layer_scales(encoder: nn.Module, fp16: Mapping[str, Any] | None) -> dict[str, np.ndarray]:
+    """By what the export multiplied each layer's output, (channels,): powers of two for float16's sake (`fp16` is what the
+    manifest says of them), and the attention's 1 / sqrt(head size) in its queries. `encoder` is the folded one."""
+    layers = {name: layer for name, layer in encoder.named_modules() if type(layer) in _LAYERS}
+    exponents = dict.fromkeys(layers, 0)
+    if fp16:
+        exponents = layer_exponents(layers, fp16["stage_exponents"], fp16["branch_exponents"])
+    scales = {name: np.full(len(layer.weight), 2.0 ** exponents[name], np.float32) for name, layer in layers.items()}  # type: ignore[arg-type]
+    for name, module in encoder.named_modules():
+        if isinstance(module, Attention):
+            scales[f"{name}.qkv"][: module.proj.in_features] *= module.scale
+    return scales
+
+
+def layer_values(
+    encoder: nn.Module, pixels: np.ndarray, scales: Mapping[str, np.ndarray] | None = None
+) -> Callable[[Emit], Any]:
+    """A run of a folded PyTorch encoder that emits the output of each convolution and linear layer, channels first, times
+    its `scales`."""
+
+    def emitter(emit: Emit, name: str, kind: str) -> Callable[[Any, Any, torch.Tensor], None]:
+        def hook(_: Any, __: Any, output: torch.Tensor) -> None:
+            values = output.numpy().swapaxes(1, -1) if kind == "linear" and output.ndim == 3 else output.numpy()
+            if scales:
+                values = values * scales[name].reshape(-1, *[1] * (values.ndim - 2))
+            emit(Value(name, kind, values))
+
+        return hook
 
     def run(emit: Emit) -> None:
         handles = [
-            layer.register_forward_hook(
-                lambda _, __, output, name=name, kind=kind: emit(Value(name, kind, output.numpy()))
-            )
+            layer.register_forward_hook(emitter(emit, name, kind))
             for name, layer in encoder.named_modules()
             if (kind := _LAYERS.get(type(layer)))
         ]
@@ -126,9 +155,9 @@ def layer_values(encoder: nn.Module, pixels: np.ndarray) -> Callable[[Emit], Any
     return run
 
 
-def rounding_errors(package: Path, pixels: np.ndarray) -> tuple[list[Error], str]:
+def rounding_errors(package: Path, pixels: np.ndarray, function: str | None = None) -> tuple[list[Error], str]:
     """SNR of every operation as typed against float32; and the precision that the program computes in."""
-    typed, exact = (lockstep(program_values(package, pixels, compute)) for compute in ("as-typed", "float32"))
+    typed, exact = (lockstep(program_values(package, pixels, compute, function)) for compute in ("as-typed", "float32"))
     errors, half = [], False
     for index, (value, reference) in enumerate(zip(typed, exact, strict=True)):
         half |= value.half
@@ -136,15 +165,22 @@ def rounding_errors(package: Path, pixels: np.ndarray) -> tuple[list[Error], str
     return errors, "float16" if half else "float32"
 
 
-def layer_errors(package: Path, encoder: nn.Module, pixels: np.ndarray) -> list[Error]:
-    """SNR of each convolution and linear layer of the program as typed against the folded PyTorch encoder's.
+def layer_errors(
+    package: Path,
+    encoder: nn.Module,
+    pixels: np.ndarray,
+    function: str | None = None,
+    scales: Mapping[str, np.ndarray] | None = None,
+) -> list[Error]:
+    """SNR of each convolution and linear layer of the program as typed against the folded PyTorch encoder's, which are
+    multiplied by `scales` (see `layer_scales`) first.
 
     Raises CheckFailed when the program's layers are not the encoder's, one to one and in order.
     """
     errors: list[Error] = []
-    layers = lockstep(layer_values(encoder, pixels))
-    for value, layer in zip_longest(_numbered_layers(package, pixels), layers):
-        if value is None or layer is None or value[1].type != layer.type or value[1].array.size != layer.array.size:
+    layers = lockstep(layer_values(encoder, pixels, scales))
+    for value, layer in zip_longest(_numbered_layers(package, pixels, function), layers):
+        if value is None or layer is None or value[1].array.size != layer.array.size:
             got = "nothing more" if value is None else f"{value[1].type} {value[1].name} {list(value[1].array.shape)}"
             expected = "nothing more" if layer is None else f"{layer.type} {layer.name} {list(layer.array.shape)}"
             raise CheckFailed(
@@ -157,8 +193,8 @@ def layer_errors(package: Path, encoder: nn.Module, pixels: np.ndarray) -> list[
     return errors
 
 
-def _numbered_layers(package: Path, pixels: np.ndarray) -> Iterator[tuple[int, Value]]:
-    for index, value in enumerate(lockstep(program_values(package, pixels, "as-typed"))):
+def _numbered_layers(package: Path, pixels: np.ndarray, function: str | None) -> Iterator[tuple[int, Value]]:
+    for index, value in enumerate(lockstep(program_values(package, pixels, "as-typed", function))):
         if value.type in _LAYERS.values():
             yield index, value
 

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from benchmarks import environment, metrics, pictures, tolerances
-from benchmarks.operations import Error, layer_errors, rounding_errors
+from benchmarks.operations import Error, layer_errors, layer_scales, rounding_errors
 from benchmarks.pictures import LIMIT, Picture
 from fastvlm.errors import CheckFailed, UserError
 from fastvlm.surface import FastVLM
@@ -71,13 +71,15 @@ def compare(
     llm: str = "auto",
     command: str | None = None,
     name: str | None = None,
+    resolution: int | None = None,
 ) -> dict[str, Any]:
     """Compare an artefact with the checkpoint that it should be. Returns a JSON-able document (keys: `document`).
 
     `reference` is a checkpoint folder, run by PyTorch in float32 at the artefact's resolution; `candidate` an artefact
     folder, its halves run by `vision` and `llm` as in `model_export.runtime.load`. `images` is a folder of the user's
     pictures. `advance()` is called once a picture (`steps` says how many). `report` is where the HTML page goes,
-    `command` its origin, `name` what it calls the candidate (default: the folder's name).
+    `command` its origin, `name` what it calls the candidate (default: the folder's name). `resolution` is one of the
+    artefact's (default: its native one).
 
     Raises UserError for folders or pictures that cannot be used, CheckFailed where both sides' arrays differ in shape.
     A broken tolerance is no exception: "passed" is False.
@@ -88,11 +90,11 @@ def compare(
     checkpoint, artefact = Path(reference), Path(candidate)
     chosen = pictures.choose(checkpoint, Path(images) if images else None, limit)
     pictures.check(chosen)
-    actual = runtime.load(artefact, vision=vision, llm=llm)
+    actual = runtime.load(artefact, vision=vision, llm=llm, resolution=resolution)
     expected = at_size(fastvlm.load(checkpoint), actual.image_size)
     _check_comparable(expected, actual)
     first = next(pictures.opened(chosen[:1]))
-    operations = compare_operations(checkpoint, artefact / contract.PACKAGE, expected.preprocess(first.image))
+    operations = compare_operations(checkpoint, artefact, expected.preprocess(first.image), resolution)
     rows, thumbnails = [], []
     for picture in pictures.opened(chosen):
         rows.append(compare_picture(expected, actual, picture))
@@ -140,7 +142,9 @@ def _check_comparable(expected: FastVLM, actual: FastVLM) -> None:
         )
 
 
-def compare_operations(checkpoint: Path, package: Path, pixels: np.ndarray) -> dict[str, Any]:
+def compare_operations(
+    checkpoint: Path, artefact: Path, pixels: np.ndarray, resolution: int | None = None
+) -> dict[str, Any]:
     """The package operation by operation on one picture (1, 3, S, S), in the MIL executor whatever else runs it.
 
     {"precision", "rounding": [...], "layers": [...], "fault"}: lists of `operations.Error` as dictionaries in execution
@@ -149,13 +153,17 @@ def compare_operations(checkpoint: Path, package: Path, pixels: np.ndarray) -> d
     from fastvlm.checkpoint import open_checkpoint
     from fastvlm.model import encoder
     from fastvlm.reparam import fold
+    from model_export.artefact import read_manifest
+    from model_export.runtime import function_for
 
-    rounding, precision = rounding_errors(package, pixels)
+    manifest = read_manifest(artefact)
+    package, function = artefact / contract.PACKAGE, function_for(manifest, artefact, resolution)
+    rounding, precision = rounding_errors(package, pixels, function)
     folded = fold(encoder(open_checkpoint(checkpoint)))
     layers: list[Error] = []
     fault = None
     try:
-        layers = layer_errors(package, folded, pixels)
+        layers = layer_errors(package, folded, pixels, function, layer_scales(folded, manifest["vision"].get("fp16")))
     except CheckFailed as error:
         fault = str(error)
     return {"precision": precision, "rounding": _listed(rounding), "layers": _listed(layers), "fault": fault}

@@ -10,6 +10,8 @@ from fastvlm.cli import Parser, add_common, log, progress, run
 from fastvlm.errors import UserError
 from model_export import config as configuration
 from model_export import contract
+from model_export.audit import add_audit
+from model_export.ranges_report import add_ranges
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -28,6 +30,8 @@ def build_parser() -> argparse.ArgumentParser:
     verify.add_argument("--model", required=True, type=Path, metavar="ARTEFACT")
     verify.set_defaults(run=run_verify)
     _add_generate(verbs.add_parser("generate", help="answer a question, from the artefact's bytes alone"))
+    add_ranges(verbs)
+    add_audit(verbs)
     for choice in verbs.choices.values():
         add_common(choice)
     return parser
@@ -54,7 +58,32 @@ def _add_export(parser: argparse.ArgumentParser, parts: tuple[str, ...]) -> None
             ("--compute-units", configuration.COMPUTE_UNITS, default.compute_units),
             ("--minimum-deployment-target", configuration.DEPLOYMENT_TARGETS, default.minimum_deployment_target),
         ):
-            parser.add_argument(flag, default=initial, metavar="NAME", help=f"{_listed(values)} (default: %(default)s)")
+            shown = initial or f"{configuration.DEFAULT_TARGET}, or what the rest needs"
+            parser.add_argument(flag, default=initial, metavar="NAME", help=f"{_listed(values)} (default: {shown})")
+        parser.add_argument(
+            "--resolutions",
+            type=int,
+            nargs="+",
+            default=(),
+            metavar="PIXELS",
+            help="further picture sizes, each a function encode_PIXELS of the one package, weights stored once (iOS18)",
+        )
+        parser.add_argument(
+            "--vision-quant",
+            default=default.vision_quant,
+            metavar="FORM",
+            help="compressed encoder weights: palette4, palette6-g16, int8, ..., or a .json of layer globs"
+            " (default: %(default)s)",
+        )
+        parser.add_argument(
+            "--min-snr", type=float, metavar="DB", help="the smallest encoder that keeps this signal-to-noise ratio"
+        )
+        parser.add_argument(
+            "--calibration-images",
+            type=Path,
+            metavar="FOLDER",
+            help="pictures on which float16's powers of two are chosen (default: drawn ones)",
+        )
     parser.add_argument("--image-size", type=int, metavar="PIXELS", help="per side (default: the checkpoint's own)")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing artefact by a whole new one")
     parser.add_argument("--dry-run", action="store_true", help="say what would be written, write nothing")
@@ -69,6 +98,9 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image-file", action="append", metavar="FILE", help="a picture (repeatable)")
     parser.add_argument("--prompt", required=True)
     parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
+    parser.add_argument(
+        "--resolution", type=int, metavar="PIXELS", help="one that was exported (default: the native one)"
+    )
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
     parser.add_argument("--top_p", "--top-p", type=float, default=None, metavar="P")
     parser.add_argument("--seed", type=int, default=None, help="for --temperature above 0")
@@ -126,14 +158,14 @@ def _parity(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def run_inspect(args: argparse.Namespace) -> dict[str, Any]:
-    from model_export import artefact, vision
+    from model_export import artefact, package
 
     if args.model.suffix == ".mlpackage":
-        document: dict[str, Any] = {"package": vision.describe_package(args.model)}
+        document: dict[str, Any] = {"package": package.describe_package(args.model)}
     else:
         document = artefact.read_manifest(args.model)
         if (args.model / contract.PACKAGE).exists():
-            document["package"] = vision.describe_package(args.model / contract.PACKAGE)
+            document["package"] = package.describe_package(args.model / contract.PACKAGE)
     for name, entry in document.get("files", {}).items():
         print(f"{_size(entry['size']):>12}  {name}")
     for key in ("parts", "config", "image"):
@@ -169,7 +201,7 @@ def run_generate(args: argparse.Namespace) -> dict[str, Any]:
 
     if args.max_new_tokens < 1:
         raise UserError(f"--max-new-tokens: got {args.max_new_tokens}, expected 1 or more")
-    model = runtime.load(args.model, vision=args.vision, llm=args.llm)
+    model = runtime.load(args.model, vision=args.vision, llm=args.llm, resolution=args.resolution)
     for part, name in model.runners.items():
         log(f"{part}: {name}")
     images = args.image_file or []

@@ -5,11 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from fastvlm.errors import UserError
+from model_export import compress
 from model_export.contract import LAYOUTS, PATCH_SIZE
 
-PRECISIONS = ("float16", "float32")
+PRECISIONS = ("float16", "mixed", "float32")
 COMPUTE_UNITS = ("CPU_AND_NE", "CPU_AND_GPU", "CPU_ONLY", "ALL")
 DEPLOYMENT_TARGETS = ("iOS15", "iOS16", "iOS17", "iOS18")
+DEFAULT_TARGET = "iOS17"
 # What can run an artefact's halves; "auto" is Core ML and MLX on a Mac, the executor and PyTorch elsewhere.
 VISION_RUNNERS = ("auto", "coreml", "executor")
 LLM_RUNNERS = ("auto", "mlx", "torch")
@@ -22,6 +24,11 @@ class ExportConfig:
     """One export. `image_size` (pixels per side) None is the checkpoint's own; `quant` is a recipe's name or file;
     `layout` is whose language-model folder it is: the demo app's (and mlx-lm's), or mlx-vlm's.
 
+    `resolutions` are further sizes, each a function of the package. `minimum_deployment_target` None is
+    DEFAULT_TARGET, or whatever newer one the rest needs. `calibration_images` is a folder of pictures on which float16's
+    powers of two are chosen; None are drawn ones. `vision_quant` compresses the encoder (see `compress.load`);
+    `min_snr` (dB) looks for the smallest one that keeps it.
+
     `compute_units` is a load-time choice in Core ML: the package cannot hold it, so the manifest and the package's
     user-defined metadata record it, and `model_export.runtime` loads with it.
 
@@ -33,24 +40,59 @@ class ExportConfig:
     quant: str = "fp16"
     compute_precision: str = "float16"
     compute_units: str = "CPU_AND_NE"
-    minimum_deployment_target: str = "iOS17"
+    minimum_deployment_target: str | None = None
     image_size: int | None = None
+    resolutions: tuple[int, ...] = ()
+    calibration_images: Path | None = None
+    vision_quant: str = compress.NONE
+    min_snr: float | None = None
     layout: str = "app"
     overwrite: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "checkpoint", Path(self.checkpoint))
         object.__setattr__(self, "output_dir", Path(self.output_dir))
+        object.__setattr__(self, "resolutions", tuple(self.resolutions or ()))
         faults = [*self._unknown_values(), *self._contradictions(), *self._paths()]
+        if not faults:
+            faults = self._target_faults()
         if faults:
             raise UserError("; ".join(faults))
+
+    @property
+    def newer_target(self) -> dict[str, str]:
+        """What needs a newer deployment target than DEFAULT_TARGET: why -> which."""
+        needs = {f"--vision-quant {form}": target for form, target in self.compression.targets.items()}
+        if self.min_snr is not None and self.minimum_deployment_target is None:
+            needs["the forms that --min-snr chooses among"] = "iOS18"
+        if self.resolutions:
+            needs["several functions in one package"] = "iOS18"
+        return {why: target for why, target in needs.items() if target > DEFAULT_TARGET or self._stated_before(target)}
+
+    def _stated_before(self, target: str) -> bool:
+        stated = self.minimum_deployment_target
+        return stated in DEPLOYMENT_TARGETS and DEPLOYMENT_TARGETS.index(stated) < DEPLOYMENT_TARGETS.index(target)
+
+    @property
+    def compression(self) -> compress.VisionQuant:
+        """What `vision_quant` says."""
+        return compress.load(self.vision_quant)
+
+    @property
+    def deployment_target(self) -> str:
+        """The target that is written: as asked for, or else the oldest, from DEFAULT_TARGET on, that can hold it all."""
+        return self.minimum_deployment_target or max([DEFAULT_TARGET, *self.newer_target.values()])
 
     def document(self) -> dict[str, Any]:
         """What decides the artefact's bytes, for its manifest: no paths, nothing of the machine."""
         kept = asdict(self)
-        for key in ("checkpoint", "output_dir", "overwrite"):
+        for key in ("checkpoint", "output_dir", "overwrite", "calibration_images"):
             del kept[key]
-        return kept
+        kept |= {
+            "vision_quant": self.compression.to_json() if self.vision_quant.endswith(".json") else self.vision_quant
+        }
+        kept |= {"minimum_deployment_target": self.deployment_target, "resolutions": list(self.resolutions)}
+        return kept | ({"newer_target": self.newer_target} if self.newer_target else {})
 
     def _unknown_values(self) -> list[str]:
         legal = {
@@ -62,17 +104,48 @@ class ExportConfig:
         faults = [
             f"{_flag(name)}: got {getattr(self, name)!r}, expected one of {', '.join(values)}"
             for name, values in legal.items()
-            if getattr(self, name) not in values
+            if getattr(self, name) not in values and (name, getattr(self, name)) != ("minimum_deployment_target", None)
         ]
-        size = self.image_size
-        whole = isinstance(size, int) and not isinstance(size, bool)
-        if size is not None and not (whole and PATCH_SIZE <= size <= MAX_IMAGE_SIZE and size % PATCH_SIZE == 0):
-            faults.append(
-                f"--image-size: got {size!r}, expected a multiple of {PATCH_SIZE} from {PATCH_SIZE} to {MAX_IMAGE_SIZE}"
-            )
+        sizes = [("--image-size", self.image_size)] if self.image_size is not None else []
+        for flag, size in [*sizes, *(("--resolutions", size) for size in self.resolutions)]:
+            whole = isinstance(size, int) and not isinstance(size, bool)
+            if not (whole and PATCH_SIZE <= size <= MAX_IMAGE_SIZE and size % PATCH_SIZE == 0):
+                faults.append(
+                    f"{flag}: got {size!r}, expected a multiple of {PATCH_SIZE} from {PATCH_SIZE} to {MAX_IMAGE_SIZE}"
+                )
         return faults
 
+    def _target_faults(self) -> list[str]:
+        stated = self.minimum_deployment_target
+        return [
+            f"--minimum-deployment-target {stated}: too old for {why}, new in {needed}:"
+            f" ask for {needed}, or leave the flag out"
+            for why, needed in self.newer_target.items()
+            if self._stated_before(needed)
+        ]
+
     def _contradictions(self) -> list[str]:
+        return [*self._precision_faults(), *self._compression_faults()]
+
+    def _compression_faults(self) -> list[str]:
+        asked = {"--vision-quant": self.vision_quant != compress.NONE, "--min-snr": self.min_snr is not None}
+        faults = []
+        if all(asked.values()):
+            faults.append("--vision-quant and --min-snr: one says the form of each layer, the other looks for it")
+        if self.compute_precision == "float32" and any(asked.values()):
+            flag = next(flag for flag, given in asked.items() if given)
+            faults.append(
+                f"{flag} with --compute-precision float32: compressed weights are float16; use float16 or mixed"
+            )
+        if self.min_snr is not None and not 0 < self.min_snr < 100:
+            faults.append(f"--min-snr: got {self.min_snr:g}, expected decibels between 0 and 100")
+        try:
+            self.compression
+        except UserError as error:
+            faults.append(str(error))
+        return faults
+
+    def _precision_faults(self) -> list[str]:
         if self.compute_precision == "float32" and self.compute_units == "CPU_AND_NE":
             return [
                 "--compute-precision float32 with --compute-units CPU_AND_NE: the Neural Engine has no float32, so"

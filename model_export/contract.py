@@ -4,6 +4,7 @@ Source: apple/ml-fastvlm `app/FastVLM/FastVLM.swift` (its `Codable` structs, `@M
 Anything that differs from this is a crash in the app at run time.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 # Files of an artefact. Xcode names the model's Swift class after the package, and the app uses a class `fastvithd`.
@@ -73,6 +74,20 @@ PREPROCESSOR_REQUIRED: dict[str, type] = {
     "crop_size.width": int,
     "crop_size.height": int,
 }
+
+
+# The function that runs when none is named; a package of several resolutions has one for each besides.
+MAIN = "main"
+
+
+def function_name(image_size: int) -> str:
+    """The function for pictures of S x S pixels in a package of several resolutions."""
+    return f"encode_{image_size}"
+
+
+def functions(native: int, resolutions: Sequence[int] = ()) -> dict[str, int]:
+    """Function -> side of its pictures in pixels: `main` alone, or `main` at the native one and one a resolution."""
+    return {MAIN: native} | {function_name(size): size for size in sorted({*resolutions, native}) if resolutions}
 
 
 def tokens_per_image(image_size: int) -> int:

@@ -2,26 +2,26 @@
 
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fastvlm import naming
+from fastvlm import naming, pictures
 from fastvlm.checkpoint import Checkpoint, open_checkpoint
 from fastvlm.cli import log, progress
 from fastvlm.errors import CheckFailed, UserError
 from fastvlm.preprocessing import Preprocessor, read_preprocessor
 from fastvlm.staging import staged
 from model_export import artefact, contract, llm, tokenizer
-from model_export.config import ExportConfig
+from model_export.config import DEFAULT_TARGET, ExportConfig
 from model_export.vision import PackageNotes, export_vision
 from quantization.recipe import Recipe, load_recipe
 
 PARTS = ("vision", "llm")
 # What the folded encoder's weights take for each parameter; biases and constants are noise beside them.
-_BYTES_PER_WEIGHT = {"float16": 2, "float32": 4}
+_BYTES_PER_WEIGHT = {"float16": 2, "mixed": 4, "float32": 4}
 _SPARE_BYTES = 64 << 20  # tokenizer, configurations, manifest
 Parity = Callable[[Path], Mapping[str, Any]]
 
@@ -35,6 +35,7 @@ class Plan:
     checkpoint: Checkpoint
     recipe: Recipe
     preprocessor: Preprocessor
+    calibration: list[Path] | None
     sizes: dict[str, int]
 
     def document(self) -> dict[str, Any]:
@@ -61,14 +62,18 @@ def plan(config: ExportConfig, parts: tuple[str, ...] = PARTS) -> Plan:
     if config.image_size:
         checkpoint = replace(checkpoint, image_size=config.image_size)
         preprocessor = replace(preprocessor, image_size=config.image_size)
+    calibration = config.calibration_images and pictures.files(config.calibration_images, "--calibration-images")
+    for why, target in config.newer_target.items():
+        if config.deployment_target != DEFAULT_TARGET:
+            log(f"deployment target {config.deployment_target}: {why}, new in {target}")
     sizes: dict[str, int] = {}
     if "vision" in parts:
         weights = sum(info.size for name, info in checkpoint.tensors.items() if name.startswith(naming.VISION))
         sizes[contract.PACKAGE] = weights * _BYTES_PER_WEIGHT[config.compute_precision]
     if "llm" in parts:
         sizes[contract.WEIGHTS_GLOB] = llm.planned_bytes(checkpoint, recipe, config.layout)
-    _check_space(config.output_dir, sizes)
-    return Plan(config, parts, checkpoint, recipe, preprocessor, sizes)
+    _check_space(config.output_dir, sizes, copies=len(config.resolutions))
+    return Plan(config, parts, checkpoint, recipe, preprocessor, calibration or None, sizes)
 
 
 def export(plan: Plan, parity: Parity | None = None) -> dict[str, Any]:
@@ -130,14 +135,25 @@ def _write_parts(plan: Plan, folder: Path, sources: dict[str, Any], seconds: dic
     if "vision" in plan.parts:
         with _stage("vision encoder", seconds), progress("vision encoder: fold, trace, convert"):
             notes = PackageNotes(strategy, sources["sha256"])
-            document["vision"] = export_vision(checkpoint, config, folder / contract.PACKAGE, notes)
+            document["vision"] = export_vision(
+                checkpoint,
+                config,
+                folder / contract.PACKAGE,
+                lambda size: pictures.pixels(preprocessor, size, plan.calibration),
+                notes,
+            )
         changes.append(
             "The vision encoder's branches and normalizations are folded into convolutions; it is stored as a Core ML"
-            f" program in {config.compute_precision} for {checkpoint.image_size} x {checkpoint.image_size} pixels."
+            f" program in {config.compute_precision} for pictures of {_listed(document['vision']['resolutions'])} pixels"
+            + (", its weights compressed." if "compression" in document["vision"] else ".")
         )
     tokenizer.write_processors(folder, checkpoint.image_size, strategy, preprocessor.mean, preprocessor.std)
     document["licences"] = artefact.carry_licences(checkpoint.path, folder, changes)
     return document
+
+
+def _listed(sizes: Sequence[int]) -> str:
+    return " and ".join(f"{size} x {size}" for size in sizes)
 
 
 def _rounded(value: Any) -> Any:
@@ -168,9 +184,9 @@ def _total_bytes(checkpoint: Checkpoint) -> int:
     return sum(path.stat().st_size for path in checkpoint.files)
 
 
-def _check_space(target: Path, sizes: Mapping[str, int]) -> None:
-    """coremltools writes the encoder's weights twice before one copy goes."""
-    needed = sum(sizes.values()) + sizes.get(contract.PACKAGE, 0) + _SPARE_BYTES
+def _check_space(target: Path, sizes: Mapping[str, int], copies: int) -> None:
+    """coremltools writes the encoder's weights twice before one copy goes, and once for each of several functions."""
+    needed = sum(sizes.values()) + (1 + copies) * sizes.get(contract.PACKAGE, 0) + _SPARE_BYTES
     parent = next(folder for folder in target.expanduser().resolve().parents if folder.exists())
     free = shutil.disk_usage(parent).free
     if free < needed:

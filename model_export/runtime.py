@@ -1,6 +1,7 @@
 """Run an artefact from its own bytes: Core ML and MLX on a Mac; elsewhere the MIL executor and PyTorch."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,22 @@ from model_export.config import LLM_RUNNERS, VISION_RUNNERS
 from model_export.coreml import coremltools
 
 
-def load(artefact: str | Path, vision: str = "auto", llm: str = "auto", compute: str = "as-typed") -> FastVLM:
+def load(
+    artefact: str | Path,
+    vision: str = "auto",
+    llm: str = "auto",
+    compute: str = "as-typed",
+    resolution: int | None = None,
+) -> FastVLM:
     """The artefact as a `fastvlm.surface.FastVLM` (see there for methods, shapes and units).
 
     `vision`: "coreml" (macOS only), or "executor", which computes the saved program in PyTorch by the policy `compute`:
     "as-typed" rounds to the program's float16 after every operation, "float32" does not. `llm`: "mlx" or "torch".
-    "auto" is Core ML and MLX on a Mac, the executor and PyTorch elsewhere; each part's `.name` says what runs it.
+    "strict-fp16" rounds inside composite operations as well. "auto" is Core ML and MLX on a Mac, the executor and
+    PyTorch elsewhere; each part's `.name` says what runs it. `resolution` is the side of the pictures in pixels, one of
+    those that the encoder was exported for; None is its native one.
 
-    Raises UserError for an artefact that is not whole, or a runner that does not exist here.
+    Raises UserError for an artefact that is not whole, a runner that does not exist here, or another resolution.
     """
     folder = Path(artefact).expanduser()
     if vision not in VISION_RUNNERS or llm not in LLM_RUNNERS:
@@ -41,11 +50,12 @@ def load(artefact: str | Path, vision: str = "auto", llm: str = "auto", compute:
     use_coreml = vision == "coreml" or (vision == "auto" and on_mac)
     use_mlx = llm == "mlx" or (llm == "auto" and on_mac)
     config = language.read_config(folder)
-    encoder = CoreMLVision(folder, document) if use_coreml else ExecutorVision(folder, compute)
+    function = function_for(document, folder, resolution)
+    encoder = CoreMLVision(folder, document, function) if use_coreml else ExecutorVision(folder, compute, function)
     speaker, projector = language.mlx_language(folder) if use_mlx else language.torch_language(folder)
-    image_token = config["image_token_index"]
+    image_token, preprocessor = config["image_token_index"], read_preprocessor(folder)
     return FastVLM(
-        preprocessor=read_preprocessor(folder),
+        preprocessor=preprocessor if resolution is None else replace(preprocessor, image_size=resolution),
         tokenizer=layouts.load_tokenizer(folder, image_token),
         image_token_id=image_token,
         vision=encoder,
@@ -54,12 +64,23 @@ def load(artefact: str | Path, vision: str = "auto", llm: str = "auto", compute:
     )
 
 
+def function_for(document: dict[str, Any], folder: Path, resolution: int | None) -> str | None:
+    """The package's function for a resolution; None is the one that runs when none is named. UserError for another."""
+    held = document["vision"]["resolutions"]
+    if resolution is not None and resolution not in held:
+        raise UserError(
+            f"--resolution {resolution}: {folder} was exported for {', '.join(map(str, held))}:"
+            " choose one of them, or export with --resolutions"
+        )
+    return None if resolution is None or len(held) == 1 else contract.function_name(resolution)
+
+
 class ExecutorVision:
     """The saved Core ML program, computed by the MIL executor."""
 
-    def __init__(self, folder: Path, compute: str = "as-typed") -> None:
+    def __init__(self, folder: Path, compute: str = "as-typed", function: str | None = None) -> None:
         try:
-            self.executor = mil.load(folder / contract.PACKAGE, compute=compute)
+            self.executor = mil.load(folder / contract.PACKAGE, compute=compute, function_name=function)
         except mil.MILError as error:
             raise UserError(f"{folder / contract.PACKAGE}: {error}") from error
         self.name = f"MIL executor ({compute})"
@@ -75,11 +96,13 @@ class ExecutorVision:
 class CoreMLVision:
     """The saved Core ML program, run by Core ML with the compute units that the export recorded."""
 
-    def __init__(self, folder: Path, document: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, document: dict[str, Any], function: str | None = None) -> None:
         ct = coremltools()
-        units = document["config"]["compute_units"]
+        units, package = document["config"]["compute_units"], str(folder / contract.PACKAGE)
         try:
-            self.model = ct.models.MLModel(str(folder / contract.PACKAGE), compute_units=getattr(ct.ComputeUnit, units))
+            self.model = ct.models.MLModel(
+                package, compute_units=getattr(ct.ComputeUnit, units), function_name=function
+            )
         except (RuntimeError, ValueError) as error:
             raise UserError(f"{folder / contract.PACKAGE}: Core ML refuses it ({error})") from error
         self.name = f"Core ML ({units})"

@@ -1,47 +1,47 @@
-"""The vision encoder: folded, exported by torch.export, and saved as a Core ML package whose bytes repeat."""
+"""The vision encoder: folded, made channel-first and range-safe, exported by torch.export, saved as a Core ML package.
+
+The same input gives the same bytes.
+"""
 
 import gc
-import json
+import shutil
 import tempfile
-import uuid
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from fastvlm import naming
 from fastvlm.checkpoint import Checkpoint
+from fastvlm.cli import log
 from fastvlm.dtypes import DTYPES
-from fastvlm.errors import CheckFailed, UserError
+from fastvlm.errors import CheckFailed
 from fastvlm.model import encoder
 from fastvlm.reparam import FOLD_TOLERANCE, fold_and_prove
-from model_export import contract
+from model_export import compress, contract, fp16, ranges, sensitivity
+from model_export.channel_first import Encoder, channel_first
 from model_export.config import ExportConfig
 from model_export.coreml import coremltools, quiet_conversion
+from model_export.mil import read_package
+from model_export.operation_costs import Graph, cost_of, is_float32
+from model_export.package import METADATA, check_package, finish_package
+from quantization.compression import Compressed, Compression
 
-# Where an .mlpackage keeps its program and its weights; as coremltools writes them and Xcode reads them.
-_ITEMS = {
-    "model.mlmodel": ("com.apple.CoreML/model.mlmodel", "CoreML Model Specification"),
-    "weights": ("com.apple.CoreML/weights", "CoreML Model Weights"),
-}
-SPECIFICATION = Path("Data/com.apple.CoreML/model.mlmodel")
-WEIGHTS = Path("Data/com.apple.CoreML/weights/weight.bin")
-_NAMESPACE = uuid.uuid5(uuid.NAMESPACE_URL, "https://github.com/apple/ml-fastvlm#mlpackage")
-_PRECISION_OF = {"float16": "FLOAT16", "float32": "FLOAT32"}
-_METADATA = "fastvlm."
 # Of coremltools' default passes those that change this graph at any target (measured), and those that any graph needs.
-# Each of the other 70 costs a walk through, and a validation of, the whole program: together a quarter of the time.
+# Each of the others costs a walk through, and a validation of, the whole program: together a quarter of the time.
 _PASSES = {
     "common::dead_code_elimination",
     "common::cast_optimization",
     "common::const_elimination",
     "common::const_deduplication",
     "common::noop_elimination",
+    "common::fuse_layernorm_or_instancenorm",
+    "common::fuse_transpose_matmul",
     "common::remove_redundant_ops",
     "common::update_output_dtypes",
     "common::sanitize_input_output_names",
@@ -49,6 +49,7 @@ _PASSES = {
     "common::add_fp16_cast",
     "common::topological_reorder",
 }
+Pictures = Callable[[int], Iterable[np.ndarray]]  # pixels (1, 3, S, S) float32 for a side of S pixels
 
 
 @dataclass(frozen=True)
@@ -61,45 +62,49 @@ class PackageNotes:
     version: str = "1"
 
 
-class _Encoder(nn.Module):
-    """FastViT's feature map (1, C, S/64, S/64) as the contract has it: (1, N, C), rows first."""
-
-    def __init__(self, fastvit: nn.Module) -> None:
-        super().__init__()
-        self.fastvit = fastvit
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        features = self.fastvit.forward_features(images)  # type: ignore[operator]
-        return features.flatten(2).transpose(1, 2)
-
-
 def export_vision(
-    checkpoint: Checkpoint, config: ExportConfig, target: Path, notes: PackageNotes | None = None
+    checkpoint: Checkpoint,
+    config: ExportConfig,
+    target: Path,
+    pictures: Pictures,
+    notes: PackageNotes | None = None,
 ) -> dict[str, Any]:
     """Write the checkpoint's encoder as the .mlpackage `target`, which must not exist; return facts for the manifest.
 
-    The fold is proved in float64 on the way, and the saved program is read back and held to the contract. Temporary
-    files stay in the folder of `target`. The same input gives the same bytes.
+    The fold is proved in float64 on the way; float16's powers of two are chosen on `pictures`; the saved program is read
+    back and held to the contract. Temporary files stay in the folder of `target`.
 
-    Raises CheckFailed when the fold or the saved program is not what it should be, UserError for unusable weights.
+    Raises CheckFailed when the fold or the saved program is not what it should be, or float16 cannot hold the encoder's
+    values; UserError for unusable weights.
     """
-    image_size = config.image_size or checkpoint.image_size
+    native = config.image_size or checkpoint.image_size
+    sizes = contract.functions(native, config.resolutions)
     notes = notes or PackageNotes(checkpoint.image_strategy)
-    folded, errors = _folded_encoder(checkpoint)
-    program = _graph(folded, image_size)
-    channels = _output_channels(program)
-    del folded
-    with _temporary_files_in(target.parent):
-        _convert(program, config, image_size, target)
-    del program
-    finish_package(target, _description(config, image_size, channels, notes))
-    facts = check_package(target, image_size, channels, config.compute_precision)
+    fastvit, errors = folded_encoder(checkpoint)
+    facts: dict[str, Any] = {}
+    if config.compute_precision != "float32":
+        facts["fp16"] = make_range_safe(fastvit, config.compute_precision, sorted(set(sizes.values())), pictures)
+    channel_first(fastvit)
+    shapes = {name: weight.shape for name, weight in compress.weights(fastvit).items()}
+    assignment = compress.assign(config.compression, shapes)
+
+    def write(forms: Mapping[str, Compression], package: Path) -> dict[str, Any]:
+        return _write(fastvit, config, sizes, forms, package, pictures, notes)
+
+    with _temporary_folder(target.parent) as folder:
+        if config.min_snr is not None:
+            assignment, found = sensitivity.search(fastvit, config, pictures, write, folder)
+            facts["sensitivity"] = found
+        written = write(assignment.forms, folder / target.name)
+        (folder / target.name).rename(target)
+    if assignment.forms or assignment.wide:
+        facts["compression"] = _compression(shapes, assignment)
     worst = max(errors.values())
     return {
         "package": target.name,
-        "image_size": image_size,
-        "tokens_per_image": contract.tokens_per_image(image_size),
-        "channels": channels,
+        "image_size": native,
+        "resolutions": sorted(set(sizes.values())),
+        "tokens_per_image": contract.tokens_per_image(native),
         # The exact figure depends on the number of threads; the power of ten above it does not.
         "fold": {
             "compared_outputs": len(errors),
@@ -107,10 +112,75 @@ def export_vision(
             "tolerance": FOLD_TOLERANCE,
         },
         **facts,
+        **written,
     }
 
 
-def _folded_encoder(checkpoint: Checkpoint) -> tuple[nn.Module, dict[str, float]]:
+def _write(
+    fastvit: nn.Module,
+    config: ExportConfig,
+    sizes: Mapping[str, int],
+    forms: Mapping[str, Compression],
+    target: Path,
+    pictures: Pictures,
+    notes: PackageNotes,
+) -> dict[str, Any]:
+    """Convert a prepared encoder at every size, weights in these forms, and check what was written."""
+    stored = compress.compressed(fastvit, forms)
+    wide: set[str] = set()
+    parts = {size: target.with_name(f"{size}.mlpackage") for size in sorted(set(sizes.values()))}
+    for size, part in parts.items():
+        program = graph(fastvit, size)
+        channels = _output_channels(program)
+        kept = _out_of_range(program, config, pictures(size))
+        _convert(program, config, size, part, kept, stored)
+        wide |= kept
+        del program
+    if len(sizes) > 1:
+        _merge({name: parts[size] for name, size in sizes.items()}, target)
+        for part in parts.values():
+            shutil.rmtree(part)
+    else:
+        parts[sizes[contract.MAIN]].rename(target)
+    finish_package(target, _description(config, sizes, channels, notes))
+    facts = check_package(target, sizes, channels, None if config.compute_precision == "float32" else wide)
+    return {"channels": channels, **facts, **({"mixed": _cost_of_float32(target)} if wide else {})}
+
+
+def _compression(shapes: Mapping[str, tuple[int, ...]], assignment: compress.Assignment) -> dict[str, Any]:
+    """What the manifest says of compressed weights; said in a line, too."""
+    small, full = compress.size_of(shapes, assignment.forms), compress.size_of(shapes, {})
+    log(
+        f"compressed: {len(assignment.forms)} of {len(shapes)} layers, weights {small / 1e6:,.1f} MB instead of"
+        f" {full / 1e6:,.1f}; {len(assignment.wide)} stay float16, export.json says why"
+    )
+    return {
+        "forms": {name: form.name for name, form in assignment.forms.items()},
+        "wide": dict(assignment.wide),
+        "weight_bytes": small,
+        "float16_weight_bytes": full,
+    }
+
+
+def _cost_of_float32(package: Path) -> dict[str, Any]:
+    """What mixed precision costs, of the default function; said in a line, too.
+
+    {operations, mac_share: of all multiply-accumulates, extra_weight_bytes}.
+    """
+    program = read_package(package)
+    found = Graph(program.functions[program.default_function])
+    wide = [one for one in found.operations if one.type != "cast" and is_float32(one)]
+    macs = sum(cost_of(found, one).macs or 0 for one in found.operations)
+    share = sum(cost_of(found, one).macs or 0 for one in wide) / max(macs, 1)
+    extra = sum(size for one in wide for _, size in found.weights(one).values()) // 2
+    log(
+        f"mixed: {len(wide)} operations stay float32, off the Neural Engine: {share:.1%} of the multiply-accumulates,"
+        f" weights {extra / 1e6:,.1f} MB larger"
+    )
+    return {"operations": len(wide), "mac_share": float(f"{share:.4g}"), "extra_weight_bytes": extra}
+
+
+def folded_encoder(checkpoint: Checkpoint) -> tuple[nn.Module, dict[str, float]]:
     """The folded float32 encoder and the fold's errors. Loaded as it is stored: half the memory, nothing rounded."""
     stored = {info.dtype for name, info in checkpoint.tensors.items() if name.startswith(naming.VISION)} & DTYPES.keys()
     original = encoder(checkpoint, dtype=stored.pop() if len(stored) == 1 else "float32")
@@ -118,11 +188,53 @@ def _folded_encoder(checkpoint: Checkpoint) -> tuple[nn.Module, dict[str, float]
     return folded.requires_grad_(False), errors
 
 
-def _graph(folded: nn.Module, image_size: int) -> torch.export.ExportedProgram:
+def make_range_safe(fastvit: nn.Module, precision: str, sizes: Iterable[int], pictures: Pictures) -> dict[str, Any]:
+    """Rescale a folded encoder for float16, in place (see `model_export.fp16`); returns what the manifest says of it.
+
+    Raises CheckFailed when `precision` is "float16" and a value that no power of two reaches overflows it.
+    """
+    found = ranges.measure_modules(fastvit, (pixels for size in sizes for pixels in pictures(size)))
+    exponents = fp16.stream_exponents(fastvit, found)
+    before, after = fp16.hottest(fastvit, found, [0] * len(exponents)), fp16.hottest(fastvit, found, exponents)
+    fp16.rescale(fastvit, exponents)
+    lifted = fp16.lift_small_weights(fastvit, found, exponents)
+    if any(exponents):
+        log(f"float16: stages carry x / 2^k, k = {exponents}: headroom {before.headroom:.3g}x -> {after.headroom:.3g}x")
+    if precision == "float16" and after.headroom < fp16.UNREACHED_HEADROOM:
+        text = f"{after.name} reaches {after.largest:.4g}, where no power of two helps; float16 ends at 65504"
+        if after.headroom <= 1:
+            raise CheckFailed(f"float16: {text}: export with --compute-precision mixed")
+        log(f"warning: float16: {text}: consider --compute-precision mixed")
+    return {
+        "stage_exponents": exponents,
+        "branch_exponents": lifted,
+        "headroom": {
+            moment: {"least": _rounded(one.headroom), "at": one.name, "squares": _rounded(one.square_headroom)}
+            for moment, one in (("before", before), ("after", after))
+        },
+    }
+
+
+def graph(fastvit: nn.Module, image_size: int) -> torch.export.ExportedProgram:
     """The core-ATen graph. Gradients off: with them the conversion peaks at 7 GB instead of 2 (1024 x 1024)."""
     example = (torch.zeros(contract.input_shape(image_size)),)
     with torch.no_grad(), quiet_conversion():
-        return torch.export.export(_Encoder(folded).eval(), example).run_decompositions({})
+        return torch.export.export(Encoder(fastvit).eval(), example).run_decompositions({})
+
+
+def _rounded(value: float | None) -> float | None:
+    """Three digits: the rest depends on the number of threads, and the manifest must not."""
+    return None if value is None else float(f"{value:.3g}")
+
+
+def _out_of_range(
+    program: torch.export.ExportedProgram, config: ExportConfig, pixels: Iterable[np.ndarray]
+) -> set[str]:
+    """Names of the operations that mixed precision keeps in float32."""
+    if config.compute_precision != "mixed":
+        return set()
+    measured = {one.name: one.largest for one in ranges.measure_graph(program, pixels)}
+    return fp16.out_of_range(program.graph, measured)
 
 
 def _output_channels(program: torch.export.ExportedProgram) -> int:
@@ -130,137 +242,80 @@ def _output_channels(program: torch.export.ExportedProgram) -> int:
     return int(output.meta["val"].shape[-1])
 
 
-def _convert(program: torch.export.ExportedProgram, config: ExportConfig, image_size: int, target: Path) -> None:
+def _convert(
+    program: torch.export.ExportedProgram,
+    config: ExportConfig,
+    image_size: int,
+    target: Path,
+    float32: set[str],
+    stored: Mapping[str, Compressed],
+) -> None:
     ct = coremltools()
-    import numpy as np
-
     passes = ct.PassPipeline()
     passes.remove_passes(set(passes.passes) - _PASSES)
+    precision = ct.precision.FLOAT32
+    if config.compute_precision != "float32":
+        precision = ct.transform.FP16ComputePrecision(op_selector=lambda operation: operation.name not in float32)
+    common = {
+        "minimum_deployment_target": getattr(ct.target, config.deployment_target),
+        "compute_units": getattr(ct.ComputeUnit, config.compute_units),
+        "skip_model_load": True,  # on a Mac it would compile the model here, for nothing
+    }
     with torch.no_grad(), quiet_conversion():
-        ct.convert(
+        converted = ct.convert(
             program,
             inputs=[ct.TensorType(name=contract.INPUT, shape=contract.input_shape(image_size), dtype=np.float32)],
             outputs=[ct.TensorType(name=contract.OUTPUT, dtype=np.float32)],
-            convert_to="mlprogram",
-            compute_precision=getattr(ct.precision, _PRECISION_OF[config.compute_precision]),
-            compute_units=getattr(ct.ComputeUnit, config.compute_units),
-            minimum_deployment_target=getattr(ct.target, config.minimum_deployment_target),
+            convert_to="milinternal",
+            compute_precision=precision,
             pass_pipeline=passes,
+            **common,
+        )
+        compress.store(converted, stored, config.deployment_target)
+        ct.convert(
+            converted,
+            source="milinternal",
+            convert_to="mlprogram",
+            pass_pipeline=ct.PassPipeline.EMPTY,
             package_dir=str(target),
-            skip_model_load=True,  # on a Mac it would compile the model here, for nothing
+            **common,
         )
 
 
-def _description(config: ExportConfig, image_size: int, channels: int, notes: PackageNotes) -> dict[str, str]:
-    tokens = contract.tokens_per_image(image_size)
+def _merge(parts: Mapping[str, Path], target: Path) -> None:
+    """One package of several functions from packages of one; equal weights are stored once."""
+    ct = coremltools()
+    description = ct.utils.MultiFunctionDescriptor()
+    for function, part in parts.items():
+        description.add_function(str(part), "main", function)
+    description.default_function_name = contract.MAIN
+    with quiet_conversion():
+        ct.utils.save_multifunction(description, str(target))
+
+
+def _description(config: ExportConfig, sizes: Mapping[str, int], channels: int, notes: PackageNotes) -> dict[str, str]:
+    native = sizes[contract.MAIN]
+    texts = {}
+    for function, size in sizes.items():
+        at = f"{function}." if len(sizes) > 1 else ""
+        texts[at + contract.INPUT] = (
+            f"RGB picture, (1, 3, {size}, {size}), planes first, values in [0, 1], prepared by"
+            f" image_strategy {notes.image_strategy}"
+        )
+        tokens = contract.tokens_per_image(size)
+        texts[at + contract.OUTPUT] = f"Image features before the projector, (1, {tokens}, {channels}), row by row"
     return {
-        "short_description": f"FastVLM vision encoder: {image_size} x {image_size} pixels to {tokens} image tokens",
+        "short_description": f"FastVLM vision encoder: {native} x {native} pixels to"
+        f" {contract.tokens_per_image(native)} image tokens",
         "author": "Exported by the FastVLM on-device toolchain",
         "licence": notes.licence,
         "version": notes.version,
-        contract.INPUT: f"RGB picture, (1, 3, {image_size}, {image_size}), planes first, values in [0, 1], prepared by"
-        f" image_strategy {notes.image_strategy}",
-        contract.OUTPUT: f"Image features before the projector, (1, {tokens}, {channels}), row by row",
-        _METADATA + "source_sha256": notes.source,
-        _METADATA + "image_size": str(image_size),
-        _METADATA + "image_strategy": notes.image_strategy,
-        _METADATA + "compute_units": config.compute_units,
+        **texts,
+        METADATA + "source_sha256": notes.source,
+        METADATA + "image_size": str(native),
+        METADATA + "image_strategy": notes.image_strategy,
+        METADATA + "compute_units": config.compute_units,
     }
-
-
-def finish_package(package: Path, description: Mapping[str, str]) -> None:
-    """Describe the package that coremltools wrote, and make its bytes a function of its content.
-
-    coremltools writes today's date, random identifiers in Manifest.json, and protobuf maps in hash order. Here the date
-    goes, identifiers become UUIDs of the items' names, and the program is serialized with ordered maps.
-    """
-    spec = _read_specification(package)
-    metadata = spec.description.metadata
-    metadata.shortDescription = description["short_description"]
-    metadata.author, metadata.license = description["author"], description["licence"]
-    metadata.versionString = description["version"]
-    for feature in (*spec.description.input, *spec.description.output):
-        feature.shortDescription = description.get(feature.name, "")
-    metadata.userDefined.pop("com.github.apple.coremltools.conversion_date", None)
-    metadata.userDefined.update({key: text for key, text in description.items() if key.startswith(_METADATA) and text})
-    (package / SPECIFICATION).write_bytes(spec.SerializeToString(deterministic=True))
-
-    author = "com.apple.CoreML"
-    entries = {
-        str(uuid.uuid5(_NAMESPACE, path)): {"author": author, "description": text, "name": name, "path": path}
-        for name, (path, text) in _ITEMS.items()
-    }
-    root = str(uuid.uuid5(_NAMESPACE, _ITEMS["model.mlmodel"][0]))
-    manifest = {"fileFormatVersion": "1.0.0", "itemInfoEntries": entries, "rootModelIdentifier": root}
-    (package / "Manifest.json").write_text(json.dumps(manifest, indent=4, sort_keys=True) + "\n")
-
-
-def describe_package(package: Path) -> dict[str, Any]:
-    """What is in an .mlpackage, from its bytes: interface, opset, histogram of operations, dtypes of values, metadata.
-
-    Raises UserError when it is not an ML program.
-    """
-    spec = _read_specification(package)
-    if spec.WhichOneof("Type") != "mlProgram" or "main" not in spec.mlProgram.functions:
-        raise UserError(f"{package}: is not an ML program with a function `main`: nothing that this project wrote")
-    function = spec.mlProgram.functions["main"]
-    operations = function.block_specializations[function.opset].operations
-    computed = [operation for operation in operations if operation.type != "const"]
-    return {
-        "inputs": {feature.name: _feature(feature) for feature in spec.description.input},
-        "outputs": {feature.name: _feature(feature) for feature in spec.description.output},
-        "specification_version": spec.specificationVersion,
-        "opset": function.opset,
-        "operations": dict(sorted(Counter(operation.type for operation in computed).items())),
-        "value_dtypes": dict(sorted(Counter(_dtype(operation.outputs[0]) for operation in computed).items())),
-        "metadata": dict(sorted(spec.description.metadata.userDefined.items())),
-    }
-
-
-def check_package(package: Path, image_size: int, channels: int, precision: str) -> dict[str, Any]:
-    """Hold a saved package to the contract and return the facts about it. Raises CheckFailed with every difference.
-
-    In a float16 program only the cast that makes the output is float32: coremltools silently leaves an operation whose
-    weights do not fit float16 in float32, which takes it off the Neural Engine.
-    """
-    facts = describe_package(package)
-    shapes = {"inputs": contract.input_shape(image_size), "outputs": contract.output_shape(image_size, channels)}
-    names = {"inputs": contract.INPUT, "outputs": contract.OUTPUT}
-    expected = {side: {names[side]: (contract.IO_DTYPE, shape)} for side, shape in shapes.items()}
-    faults = [
-        f"{side}: got {facts[side]}, expected {wanted}" for side, wanted in expected.items() if facts[side] != wanted
-    ]
-    wide = facts["value_dtypes"].get("float32", 0)
-    if precision == "float16" and wide > 1:
-        faults.append(f"{wide - 1} operations are float32 in a float16 program: their weights do not fit float16")
-    if precision == "float32" and facts["value_dtypes"].get("float16"):
-        faults.append(f"{facts['value_dtypes']['float16']} operations are float16 in a float32 program")
-    if faults:
-        raise CheckFailed(f"{package.name} is not what the app expects: {'; '.join(faults)}")
-    return {key: facts[key] for key in ("specification_version", "opset", "operations", "value_dtypes")}
-
-
-def _read_specification(package: Path) -> Any:
-    """The Model protobuf of a package; its weights stay where they are."""
-    path = package / SPECIFICATION
-    spec = coremltools().proto.Model_pb2.Model()
-    try:
-        spec.ParseFromString(path.read_bytes())
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}): not a whole .mlpackage") from error
-    except Exception as error:  # protobuf's DecodeError, which differs between its backends
-        raise UserError(f"{path}: is not a Core ML specification ({error}): export again") from error
-    return spec
-
-
-def _feature(feature: Any) -> tuple[str, tuple[int, ...]]:
-    array = feature.type.multiArrayType
-    return array.ArrayDataType.Name(array.dataType).lower(), tuple(array.shape)
-
-
-def _dtype(value: Any) -> str:
-    tensor = value.type.tensorType
-    return str(tensor.DESCRIPTOR.fields_by_name["dataType"].enum_type.values_by_number[tensor.dataType].name.lower())
 
 
 def _power_of_ten_above(error: float) -> float:
@@ -272,12 +327,13 @@ def _power_of_ten_above(error: float) -> float:
 
 
 @contextmanager
-def _temporary_files_in(folder: Path) -> Iterator[None]:
-    """coremltools writes the weights to a temporary folder first: keep that where a killed run is cleaned up."""
+def _temporary_folder(parent: Path) -> Iterator[Path]:
+    """A folder for parts, in `parent`; coremltools' own temporary files go there too, where a killed run is cleaned up."""
     before = tempfile.tempdir
-    tempfile.tempdir = str(folder)
-    try:
-        yield
-        gc.collect()  # its TemporaryDirectory goes with the last reference
-    finally:
-        tempfile.tempdir = before
+    with tempfile.TemporaryDirectory(prefix=".parts.", dir=parent) as folder:
+        tempfile.tempdir = folder
+        try:
+            yield Path(folder)
+            gc.collect()  # coremltools' TemporaryDirectory goes with the last reference
+        finally:
+            tempfile.tempdir = before

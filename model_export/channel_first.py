@@ -1,0 +1,93 @@
+"""The folded encoder as a graph for the Neural Engine: channels first, rank 4, 1 x 1 convolutions, one LayerNorm each.
+
+Done on the torch module, before the trace; each change keeps the function (tests: float64, 1e-12).
+
+| change | instead of | source |
+|---|---|---|
+| q, k, v and the projection are 1 x 1 convolutions on (1, C, H, W) | linear layers on (1, N, C) between two transposes | \
+Apple, "Deploying Transformers on the Apple Neural Engine", principle 1 (data format); apple/ml-ane-transformers |
+| heads are split on the channel axis of (1, 3 heads, C / heads, N), and both products are `matmul` with a transpose flag \
+| a reshape to rank 5, a permute and three squeezes | the same, principle 3 (fewer memory copies) |
+| LayerNorm over axis 1: its elementary operations, which coremltools fuses to one `layer_norm` with axes [1] | a \
+transpose to channels last and back | coremltools' `fuse_layernorm_or_instancenorm`, pattern of ml-ane-transformers |
+| its gamma and beta, and the 1 / sqrt(C / heads) of the attention, go into the 1 x 1 convolution after it | two \
+constants and a multiplication | linear algebra |
+| squeeze-and-excite by a mean over both axes (as timm has it) | `avg_pool` with the picture's height and width as its \
+kernel, as Apple's export has it | coremltools' `reduce_mean`: one operation at every resolution |
+"""
+
+import torch
+from timm.models.fastvit import Attention, AttentionBlock
+from torch import Tensor, nn
+
+
+class ChannelNorm(nn.Module):
+    """(x - mean) / sqrt(variance + eps) over the channels of (B, C, H, W), without gamma and beta.
+
+    Written as the pattern that coremltools turns into one `layer_norm` (see the module's table).
+    """
+
+    def __init__(self, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        centred = x - x.mean(1, keepdim=True)
+        return centred * torch.rsqrt((centred * centred).mean(1, keepdim=True) + self.eps)
+
+
+class ChannelAttention(nn.Module):
+    """timm's `Attention` after `norm`'s gamma and beta, on (B, C, H, W) throughout."""
+
+    def __init__(self, attention: Attention, norm: nn.LayerNorm) -> None:
+        super().__init__()
+        channels = attention.qkv.in_features
+        self.heads, self.head_dim = attention.num_heads, attention.head_dim
+        weight = attention.qkv.weight.detach()
+        bias = weight @ norm.bias.detach()
+        if attention.qkv.bias is not None:
+            bias = bias + attention.qkv.bias.detach()
+        scale = torch.ones(3 * channels, dtype=weight.dtype)
+        scale[:channels] = attention.scale
+        self.qkv = _pointwise(weight * norm.weight.detach() * scale[:, None], bias * scale)
+        self.proj = _pointwise(attention.proj.weight.detach(), attention.proj.bias.detach())
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, channels, height, width = x.shape
+        heads = self.qkv(x).reshape(batch, 3 * self.heads, self.head_dim, height * width)
+        q, k, v = heads.split(self.heads, dim=1)
+        weights = (q.transpose(2, 3) @ k).softmax(-1)
+        mixed = v @ weights.transpose(2, 3)
+        return self.proj(mixed.reshape(batch, channels, height, width))
+
+
+class Encoder(nn.Module):
+    """FastViT's feature map (1, C, S/64, S/64) as the contract has it: (1, N, C), rows first."""
+
+    def __init__(self, fastvit: nn.Module) -> None:
+        super().__init__()
+        self.fastvit = fastvit
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.fastvit.forward_features(images).flatten(2).transpose(1, 2)  # type: ignore[operator]
+
+
+def channel_first(folded: nn.Module) -> nn.Module:
+    """Rewrite the attention blocks of a folded FastViT (see `fastvlm.reparam.fold`) in place, and return it.
+
+    The feature map stays the same: (B, 3, S, S) -> (B, C, S/64, S/64). Module names stay timm's.
+    """
+    for block in folded.modules():
+        if isinstance(block, AttentionBlock):
+            assert isinstance(block.norm, nn.LayerNorm)
+            block.token_mixer = ChannelAttention(block.token_mixer, block.norm)  # type: ignore[assignment]
+            block.norm = ChannelNorm(block.norm.eps)
+    return folded
+
+
+def _pointwise(weight: Tensor, bias: Tensor) -> nn.Conv2d:
+    """A linear layer (O, I) as a 1 x 1 convolution."""
+    convolution = nn.Conv2d(weight.shape[1], weight.shape[0], 1, device="meta")
+    convolution.weight = nn.Parameter(weight[:, :, None, None], requires_grad=False)
+    convolution.bias = nn.Parameter(bias, requires_grad=False)
+    return convolution
