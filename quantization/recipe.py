@@ -103,13 +103,14 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
 
 def _read(path: Path) -> Recipe:
     try:
-        document = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_refuse_repeats)
+        document = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=refuse_repeats)
     except (OSError, ValueError) as error:
         raise UserError(f"recipe {path}: not readable as JSON ({error})") from None
     return recipe_from_json(document, where=f"recipe {path}")
 
 
-def _refuse_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def refuse_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For `json.loads(object_pairs_hook=...)`: raise ValueError for a key given twice."""
     repeated = {key for key, _ in pairs if sum(key == other for other, _ in pairs) > 1}
     if repeated:
         raise ValueError(f"key {', '.join(sorted(repeated))} given twice")
