@@ -12,7 +12,6 @@ from fastvlm.errors import UserError
 from fastvlm.preprocessing import Preprocessor, open_image
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm")
-_DRAWN = 2  # built-in pictures beside the noise, which has every frequency
 
 
 def files(folder: Path, flag: str = "--images") -> list[Path]:
@@ -35,12 +34,11 @@ def drawn(count: int) -> Iterator[Image.Image]:
 
 
 def pixels(preprocessor: Preprocessor, image_size: int, chosen: list[Path] | None = None) -> Iterator[np.ndarray]:
-    """Pixel values (1, 3, S, S) float32, S = image_size, of the files, one at a time; None: drawn scenes, then noise."""
+    """Pixels (1, 3, S, S) float32, S = image_size, of the files, one at a time; None: a drawn scene, then noise."""
     prepare = replace(preprocessor, image_size=image_size)
     if chosen is not None:
         for path in chosen:
             yield prepare(open_image(path))
         return
-    for image in drawn(_DRAWN):
-        yield prepare(image)
+    yield prepare(next(drawn(1)))
     yield np.random.default_rng(0).random((1, 3, image_size, image_size), dtype=np.float32)

@@ -11,6 +11,7 @@ from fastvlm.errors import UserError
 from model_export import config as configuration
 from model_export import contract
 from model_export.audit import add_audit
+from model_export.mac import add_mac
 from model_export.ranges_report import add_ranges
 
 
@@ -32,6 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_generate(verbs.add_parser("generate", help="answer a question, from the artefact's bytes alone"))
     add_ranges(verbs)
     add_audit(verbs)
+    add_mac(verbs)
     for choice in verbs.choices.values():
         add_common(choice)
     return parser

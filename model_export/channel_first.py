@@ -1,19 +1,7 @@
 """The folded encoder as a graph for the Neural Engine: channels first, rank 4, 1 x 1 convolutions, one LayerNorm each.
 
-Done on the torch module, before the trace; each change keeps the function (tests: float64, 1e-12).
-
-| change | instead of | source |
-|---|---|---|
-| q, k, v and the projection are 1 x 1 convolutions on (1, C, H, W) | linear layers on (1, N, C) between two transposes | \
-Apple, "Deploying Transformers on the Apple Neural Engine", principle 1 (data format); apple/ml-ane-transformers |
-| heads are split on the channel axis of (1, 3 heads, C / heads, N), and both products are `matmul` with a transpose flag \
-| a reshape to rank 5, a permute and three squeezes | the same, principle 3 (fewer memory copies) |
-| LayerNorm over axis 1: its elementary operations, which coremltools fuses to one `layer_norm` with axes [1] | a \
-transpose to channels last and back | coremltools' `fuse_layernorm_or_instancenorm`, pattern of ml-ane-transformers |
-| its gamma and beta, and the 1 / sqrt(C / heads) of the attention, go into the 1 x 1 convolution after it | two \
-constants and a multiplication | linear algebra |
-| squeeze-and-excite by a mean over both axes (as timm has it) | `avg_pool` with the picture's height and width as its \
-kernel, as Apple's export has it | coremltools' `reduce_mean`: one operation at every resolution |
+Done on the torch module, before the trace; each change keeps the function (tests: float64, 1e-12). Which change
+replaces what, its source and its effect: docs/NEURAL_ENGINE.md.
 """
 
 import torch

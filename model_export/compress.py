@@ -6,7 +6,7 @@ decodes it when it loads, or on the fly.
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ NONE = "fp16"  # the name of leaving weights as they are
 # A weight below this share of the encoder's bytes stays wide: it saves nothing, and the small ones (depthwise kernels,
 # the stem) are the ones that cost most.
 _WORTHWHILE = 1e-4
+_CAST = "_to_fp16"  # what coremltools appends to the name of a constant that it casts
 
 
 @dataclass(frozen=True)
@@ -62,16 +63,21 @@ def load(text: str) -> VisionQuant:
         if text not in COMPRESSIONS:
             raise UserError(f"--vision-quant {text}: expected {NONE}, {', '.join(COMPRESSIONS)}, or a .json file")
         return VisionQuant(text, (("*", parse(text)),))
+    if not Path(text).is_file():
+        raise UserError(f"--vision-quant {text}: no such file")
     try:
         document = json.loads(Path(text).read_text(encoding="utf-8"), object_pairs_hook=refuse_repeats)
     except (OSError, ValueError) as error:
         raise UserError(f"--vision-quant {text}: not readable as JSON ({error})") from None
     if not isinstance(document, dict) or not document:
-        raise UserError(f'--vision-quant {text}: expected an object such as {{"stages.4.*": "palette4-g16"}}')
-    known = {NONE, *COMPRESSIONS}
+        raise UserError(
+            f"--vision-quant {text}: expected globs over layer names and forms, such as"
+            f' {{"stages.4.*": "palette4-g16", "*": "int8"}}'
+        )
+    known = (NONE, *COMPRESSIONS)
     unknown = [f"{pattern}: {form!r}" for pattern, form in document.items() if form not in known]
     if unknown:
-        raise UserError(f"--vision-quant {text}: {'; '.join(unknown)}: expected one of {', '.join(sorted(known))}")
+        raise UserError(f"--vision-quant {text}: {'; '.join(unknown)}: expected one of {', '.join(known)}")
     return VisionQuant(
         Path(text).stem, tuple((glob, COMPRESSIONS[form] if form != NONE else None) for glob, form in document.items())
     )
@@ -87,18 +93,21 @@ def weights(fastvit: nn.Module) -> dict[str, np.ndarray]:
 
 
 def assign(quant: VisionQuant, shapes: Mapping[str, tuple[int, ...]]) -> Assignment:
-    """Resolve the rules for layers of these shapes. Raises UserError with every pattern that matches no layer."""
+    """Resolve the rules for layers of these shapes; without rules, nothing is compressed and nothing has a reason.
+
+    Raises UserError with every pattern that matches no layer.
+    """
     unused = [glob for glob, _ in quant.rules if not any(fnmatchcase(name, glob) for name in shapes)]
     if unused:
         raise UserError(
             f"--vision-quant {quant.name}: matches no layer: {', '.join(unused)}; a layer is {next(iter(shapes))}"
         )
     forms, wide = {}, {}
-    for name, shape in shapes.items():
-        form = next((form for glob, form in quant.rules if fnmatchcase(name, glob)), None)
+    for name, shape in shapes.items() if quant.rules else ():
+        glob, form = next((rule for rule in quant.rules if fnmatchcase(name, rule[0])), (None, None))
         if form is None:
-            continue
-        if fault := fault_of(shape, form, shapes):
+            wide[name] = "no rule matches it" if glob is None else f"the rule {glob} says so"
+        elif fault := fault_of(shape, form, shapes):
             wide[name] = fault
         else:
             forms[name] = form
@@ -121,15 +130,25 @@ def size_of(shapes: Mapping[str, tuple[int, ...]], forms: Mapping[str, Compressi
 
 
 def compressed(fastvit: nn.Module, forms: Mapping[str, Compression]) -> dict[str, Compressed]:
-    """Each layer's weight in its form."""
+    """Each layer's weight in its form. Raises CheckFailed with every one that float16 cannot hold."""
     found = weights(fastvit)
+    check_finite({name: found[name] for name in forms})
     return {name: compress(found[name], form) for name, form in forms.items()}
 
 
-def store(program: Any, stored: Mapping[str, Compressed], target: str) -> None:
-    """Put constexpr operations in the place of convolution weights of a coremltools program (in its own form), in place.
+def check_finite(found: Mapping[str, np.ndarray]) -> None:
+    """Raise CheckFailed with every layer whose weights overflowed float16."""
+    if infinite := [name for name, weight in found.items() if not np.isfinite(weight).all()]:
+        raise CheckFailed(f"weights do not fit float16, compressed or not: {', '.join(infinite)}")
 
-    `stored` by layer name; `target` is the program's deployment target. Raises CheckFailed when a weight isn't there.
+
+def store(program: Any, stored: Mapping[str, Compressed], target: str) -> None:
+    """Put constexpr operations in the place of convolution weights of a coremltools program, in place.
+
+    `stored` by layer name; `target` is the program's deployment target. Where mixed precision keeps a layer in float32,
+    tables and scales are widened, so that the weight is decoded to float32.
+
+    Raises CheckFailed when a weight isn't there.
     """
     coremltools()
     from coremltools.converters.mil.mil import Builder
@@ -137,17 +156,23 @@ def store(program: Any, stored: Mapping[str, Compressed], target: str) -> None:
 
     block = program.functions["main"]
     consts = {operation.name: operation for operation in block.operations if operation.op_type == "const"}
-    missing = [name for name in stored if constant_name(name) not in consts]
-    if missing:
-        raise CheckFailed(f"compressed weights with no place in the program: {', '.join(missing)}")
+    # A weight that stays float32 has no cast behind it, which would have renamed it.
+    found = {
+        name: consts.get(constant_name(name)) or consts.get(constant_name(name).removesuffix(_CAST)) for name in stored
+    }
+    if missing := [name for name, const in found.items() if const is None]:
+        raise CheckFailed(
+            f"compressed weights with no place in the program: {', '.join(missing)}: coremltools merges layers of equal"
+            f" weights; say {NONE} for them in a .json for --vision-quant"
+        )
     with block:
         for name, weight in stored.items():
-            old = consts[constant_name(name)]
+            old = found[name]
             # coremltools asks every operation where in the source it came from: where the weight did.
             origin = [ScopeInfo(source=source, data=data[:1]) for source, data in old.scopes.items()]
             with Builder.scope(*origin):
                 new_name = f"{old.name}_{weight.scheme.name.replace('-', '_')}"
-                new = _decoder(Builder, weight, target, before=old, name=new_name)
+                new = _decoder(Builder, _typed(weight, old.outputs[0].val.dtype), target, before=old, name=new_name)
             if new.shape != old.outputs[0].shape or new.dtype != old.outputs[0].dtype:
                 raise CheckFailed(f"{name}: decodes to {new.dtype} {new.shape}, was {old.outputs[0].shape}")
             block.replace_uses_of_var_after_op(
@@ -158,7 +183,15 @@ def store(program: Any, stored: Mapping[str, Compressed], target: str) -> None:
 
 def constant_name(layer: str) -> str:
     """What coremltools calls a layer's float16 weight: torch.export's name of the parameter, and a suffix."""
-    return f"p_fastvit_{layer.replace('.', '_')}_weight_to_fp16"
+    return f"p_fastvit_{layer.replace('.', '_')}_weight{_CAST}"
+
+
+def _typed(weight: Compressed, dtype: np.dtype) -> Compressed:
+    """The same with tables and scales of another type: what the weight is decoded to."""
+    stored = weight.stored
+    tables = {"lut": stored.lut.astype(dtype)} if isinstance(stored, Palette) else {}
+    scale = None if stored.scale is None else stored.scale.astype(dtype)
+    return replace(weight, stored=replace(stored, scale=scale, **tables))
 
 
 def _decoder(builder: Any, weight: Compressed, target: str, before: Any, name: str) -> Any:

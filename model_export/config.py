@@ -25,9 +25,9 @@ class ExportConfig:
     `layout` is whose language-model folder it is: the demo app's (and mlx-lm's), or mlx-vlm's.
 
     `resolutions` are further sizes, each a function of the package. `minimum_deployment_target` None is
-    DEFAULT_TARGET, or whatever newer one the rest needs. `calibration_images` is a folder of pictures on which float16's
-    powers of two are chosen; None are drawn ones. `vision_quant` compresses the encoder (see `compress.load`);
-    `min_snr` (dB) looks for the smallest one that keeps it.
+    DEFAULT_TARGET, or whatever newer one the rest needs. `calibration_images` is a folder of pictures on which
+    float16's powers of two are chosen; None are drawn ones. `vision_quant` compresses the encoder (see
+    `compress.load`); `min_snr` (dB) looks for the smallest one that keeps it.
 
     `compute_units` is a load-time choice in Core ML: the package cannot hold it, so the manifest and the package's
     user-defined metadata record it, and `model_export.runtime` loads with it.
@@ -80,7 +80,7 @@ class ExportConfig:
 
     @property
     def deployment_target(self) -> str:
-        """The target that is written: as asked for, or else the oldest, from DEFAULT_TARGET on, that can hold it all."""
+        """The target that is written: as asked for, or else the oldest from DEFAULT_TARGET on that can hold it all."""
         return self.minimum_deployment_target or max([DEFAULT_TARGET, *self.newer_target.values()])
 
     def document(self) -> dict[str, Any]:
@@ -140,7 +140,7 @@ class ExportConfig:
         if self.min_snr is not None and not 0 < self.min_snr < 100:
             faults.append(f"--min-snr: got {self.min_snr:g}, expected decibels between 0 and 100")
         try:
-            self.compression
+            compress.load(self.vision_quant)
         except UserError as error:
             faults.append(str(error))
         return faults

@@ -144,7 +144,7 @@ def _write_parts(plan: Plan, folder: Path, sources: dict[str, Any], seconds: dic
             )
         changes.append(
             "The vision encoder's branches and normalizations are folded into convolutions; it is stored as a Core ML"
-            f" program in {config.compute_precision} for pictures of {_listed(document['vision']['resolutions'])} pixels"
+            f" program in {config.compute_precision} for {_listed(document['vision']['resolutions'])} pixels"
             + (", its weights compressed." if "compression" in document["vision"] else ".")
         )
     tokenizer.write_processors(folder, checkpoint.image_size, strategy, preprocessor.mean, preprocessor.std)

@@ -113,7 +113,7 @@ def rescale(fastvit: nn.Module, exponents: Sequence[int]) -> nn.Module:
 
 
 def lift_small_weights(fastvit: nn.Module, ranges: Mapping[str, Measured], exponents: Sequence[int]) -> dict[str, int]:
-    """Keep the weights of branches out of float16's subnormals, in place: multiply them by 2^m and what follows by 2^-m.
+    """Keep a branch's weights out of float16's subnormals, in place: multiply them by 2^m and what follows by 2^-m.
 
     A folded layer scale, a stage's 2^-k and a stream that is large by itself make them small. Only where rounding the
     weight to float16 would cost more than it should (`_WEIGHT_SNR_DB`), and only as far as the values keep their

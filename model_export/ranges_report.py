@@ -40,7 +40,7 @@ def add_ranges(verbs: Any) -> argparse.ArgumentParser:
     what.add_argument("--checkpoint", type=Path, metavar="FOLDER", help="a checkpoint: its folded encoder in PyTorch")
     what.add_argument("--model", type=Path, metavar="PATH", help="an artefact, or an .mlpackage: its saved program")
     parser.add_argument("--function", metavar="NAME", help="of a package with several (default: the package's own)")
-    parser.add_argument("--images", type=Path, metavar="FOLDER", help="pictures (default: drawn scenes and noise)")
+    parser.add_argument("--images", type=Path, metavar="FOLDER", help="pictures (default: a drawn scene and noise)")
     parser.add_argument("--image-size", type=int, metavar="PIXELS", help="per side (default: the checkpoint's own)")
     parser.add_argument("--limit", type=int, metavar="N", help="pictures at most (default: all)")
     parser.add_argument("--top", type=int, default=TOP, metavar="N", help="rows of the table (default: %(default)s)")
@@ -162,7 +162,7 @@ def _pictures(args: argparse.Namespace, preprocessor: "Preprocessor") -> tuple[s
     if args.images is None:
         built_in = list(pictures.pixels(preprocessor, size))
         drawn = built_in[: args.limit]
-        text = f"{len(drawn)} of {len(built_in)} built-in pictures (drawn scenes, then noise)"
+        text = f"{len(drawn)} of {len(built_in)} built-in pictures (a drawn scene, then noise)"
         return text, len(drawn), drawn
     every = pictures.files(args.images)
     chosen, faults = every[: args.limit], []

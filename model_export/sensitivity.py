@@ -1,14 +1,17 @@
-"""The smallest encoder that keeps a signal-to-noise ratio: each layer's sensitivity measured, then bytes against noise.
+"""The smallest encoder that keeps a signal-to-noise ratio: each layer's sensitivity, then bytes against noise.
 
-A layer's sensitivity to a form is the noise in the encoder's features when its weight alone is in that form, relative to
-the features' power, mean over the pictures. Noise of different layers adds (their errors are independent), so a choice
-for all layers is an allocation; what it really keeps is measured on the written package, and the budget corrected.
+A layer's sensitivity to a form is the noise in the encoder's features when its weight alone is in that form, relative
+to the features' power, mean over the pictures. Noise of different layers adds (their errors are independent), so a
+choice for all layers is an allocation; what it really keeps is measured on the written package, and the budget
+corrected.
 """
 
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +27,28 @@ from model_export.config import DEPLOYMENT_TARGETS, ExportConfig
 from quantization.compression import COMPRESSIONS, Compression, allocate, nbytes
 from quantization.compression import compress as compress_weight
 
-# What is tried on each layer: from nearly free to smallest. 8-bit palettes of groups are larger than int8 and no better.
+# What is tried on each layer, from nearly free to smallest. 8-bit palettes of groups are larger than int8, no better.
 CANDIDATES = ("palette8", "int8", "palette6", "palette6-g16", "palette4", "palette4-g16", "int4-b32")
 # Sensitivities are relative, and hardly depend on the resolution; measuring at 1024 would take 16 times as long.
 MEASURED_AT = 256
-_ROUNDS = 5  # packages written until one keeps the ratio
+_ROUNDS = 5  # packages written to come close to the ratio; more only where none of them keeps it
 _CLOSE_ENOUGH_DB = 0.25  # above it; more bytes are not worth another package
+_BELOW = 0.98  # of what was too much
+_LEAST_ADDED = 1e-3  # of the budget: bounds what a round that added next to nothing makes of the next one's
 
 Noise = dict[str, dict[str, float]]  # layer -> form -> noise power relative to the features'
 Write = Callable[[Mapping[str, Compression], Path], Any]
+Options = Mapping[str, Mapping[str, tuple[int, float]]]  # layer -> form, `compress.NONE` among them -> (bytes, noise)
+
+
+@dataclass(frozen=True)
+class _Round:
+    """One choice: layer -> form, bytes of the weights, and the relative noise power predicted and measured."""
+
+    chosen: dict[str, str]
+    size: int
+    predicted: float
+    noise: float
 
 
 def search(
@@ -43,11 +59,20 @@ def search(
     `write(forms, package)` writes a package; temporary ones go into `folder`. Sensitivities are kept in the file
     `OUTPUT_DIR.sensitivity.json`, so that an interrupted search goes on, and the next one (another ratio) is quick.
 
-    Raises UserError when float16 alone does not keep the ratio.
+    Raises UserError when float16 alone does not keep the ratio, or the deployment target has no compressed weights;
+    CheckFailed when weights do not fit float16.
     """
     assert config.min_snr is not None
-    shapes = {name: weight.shape for name, weight in compress.weights(fastvit).items()}
     legal = [COMPRESSIONS[name] for name in CANDIDATES if _legal(COMPRESSIONS[name], config.deployment_target)]
+    if not legal:
+        raise UserError(
+            f"--min-snr with --minimum-deployment-target {config.deployment_target}, which has no compressed weights:"
+            f" ask for {min(form.target for form in COMPRESSIONS.values())}, or leave the flag out"
+        )
+    found = compress.weights(fastvit)
+    compress.check_finite(found)
+    shapes = {name: weight.shape for name, weight in found.items()}
+    del found
     candidates = {
         name: [form for form in legal if compress.fault_of(shape, form, shapes) is None]
         for name, shape in shapes.items()
@@ -60,35 +85,70 @@ def search(
         | {form.name: (nbytes(shape, form), noise[name][form.name]) for form in candidates[name]}
         for name, shape in shapes.items()
     }
-    allowed = 10 ** (-config.min_snr / 10)
-    check = _Check(fastvit, pictures, write, folder)
-    base = check({})
+    chosen, facts = fit(layers, config.min_snr, _Check(fastvit, pictures, write, folder))
+    wide = {
+        name: _why(layers[name], [compress.fault_of(shape, form, shapes) for form in legal])
+        for name, shape in shapes.items()
+        if name not in chosen
+    }
+    return Assignment(chosen, wide), {"measured_at": small[0].shape[-1], **facts}
+
+
+def fit(
+    layers: Options, asked: float, check: Callable[[Mapping[str, Compression]], float]
+) -> tuple[dict[str, Compression], dict[str, Any]]:
+    """The smallest choice of forms that `check` finds to keep `asked` dB, and facts for the manifest.
+
+    `check(forms)` is the relative noise power of the whole; of `{}` it is float16's own. Every round's budget is
+    corrected by what the last choice really added, against what was predicted. Where `_ROUNDS` rounds all failed, each
+    further one halves the budget, down to float16 itself.
+
+    Raises UserError when float16 alone does not keep it.
+    """
+    allowed, base = 10 ** (-asked / 10), check({})
     if base > allowed:
         raise UserError(
-            f"--min-snr {config.min_snr:g}: float16 alone keeps {_decibels(base):.1f} dB on these pictures: ask for less"
+            f"--min-snr {asked:g}: float16 alone keeps {_decibels(base):.1f} dB on these pictures: ask for less"
         )
-    budget, best, rounds = allowed - base, dict[str, str](), []
-    got = base
-    for _ in range(_ROUNDS):
-        chosen = {name: form for name, form in allocate(layers, budget).items() if form != compress.NONE}
-        got = check({name: COMPRESSIONS[form] for name, form in chosen.items()})
-        rounds.append({"predicted": _decibels(base + budget), "measured": _decibels(got)})
-        log(f"--min-snr: {len(chosen)} of {len(shapes)} layers compressed: {_decibels(got):.2f} dB")
-        if got <= allowed:
-            best = chosen
-            if _decibels(got) - config.min_snr <= _CLOSE_ENOUGH_DB:
-                break
-        # What the layers really add, against what was predicted, corrects the budget.
-        budget *= (allowed - base) / max(got - base, 1e-30) * (0.98 if got > allowed else 1.0)
-    forms = {name: COMPRESSIONS[form] for name, form in best.items()}
-    wide = {name: _why(name, candidates, layers) for name in shapes if name not in forms}
-    facts = {
-        "asked_db": config.min_snr,
+    budget, too_much = allowed - base, float("inf")
+    rounds: list[_Round] = []
+    while len(rounds) < _ROUNDS or not any(one.noise <= allowed for one in rounds):
+        chosen = allocate(layers, min(budget, _BELOW * too_much))
+        if any(one.chosen == chosen for one in rounds):
+            break
+        forms = _forms(chosen)
+        predicted = sum(layers[name][form][1] for name, form in chosen.items())
+        size = sum(layers[name][form][0] for name, form in chosen.items())
+        noise = check(forms) if forms else base
+        rounds.append(_Round(chosen, size, base + predicted, noise))
+        log(
+            f"--min-snr {asked:g}: {len(forms)} of {len(layers)} layers compressed, {size / 1e6:,.1f} MB:"
+            f" {_decibels(noise):.2f} dB{'' if noise <= allowed else ', too little'}"
+        )
+        if noise > allowed:
+            too_much = predicted
+            budget = predicted * ((allowed - base) / (noise - base) if len(rounds) < _ROUNDS else 0.5)
+        elif _decibels(noise) - asked <= _CLOSE_ENOUGH_DB:
+            break
+        else:
+            budget *= (allowed - base) / max(noise - base, _LEAST_ADDED * (allowed - base))
+    best = min((one for one in rounds if one.noise <= allowed), key=lambda one: one.size, default=None)
+    if best is None or not _forms(best.chosen):
+        log(f"warning: --min-snr {asked:g}: only float16 keeps it: no layer is compressed")
+    return _forms(best.chosen) if best else {}, {
+        "asked_db": asked,
         "float16_db": round(_decibels(base), 2),
-        "measured_at": MEASURED_AT,
-        "rounds": [{key: round(value, 2) for key, value in one.items()} for one in rounds],
+        "kept_db": round(_decibels(best.noise if best else base), 2),
+        "rounds": [
+            {"weight_bytes": one.size, "predicted_db": round(_decibels(one.predicted), 2)}
+            | {"measured_db": round(_decibels(one.noise), 2)}
+            for one in rounds
+        ],
     }
-    return Assignment(forms, wide), facts
+
+
+def _forms(chosen: Mapping[str, str]) -> dict[str, Compression]:
+    return {name: COMPRESSIONS[form] for name, form in chosen.items() if form != compress.NONE}
 
 
 def measure(
@@ -107,20 +167,17 @@ def measure(
     todo = [
         (name, form) for name, forms in candidates.items() for form in forms if form.name not in known.get(name, {})
     ]
-    layers = dict(fastvit.named_modules())
-    with torch.inference_mode(), progress("sensitivity (layers x forms)", len(todo)) as advance:
-        runs = _Tails(fastvit, pixels) if todo else None
-        for position, (name, form) in enumerate(todo):
-            assert runs is not None
-            weight = layers[name].weight
-            original = weight.detach().clone()
-            small = compress_weight(original.half().numpy(), form)
-            weight.data.copy_(torch.from_numpy(small.decode().astype(np.float32)))
-            known.setdefault(name, {})[form.name] = runs.noise(name)
-            weight.data.copy_(original)
-            advance()
-            if cache is not None and (position + 1 == len(todo) or todo[position + 1][0] != name):
-                _save(cache, key, known)
+    total = sum(map(len, candidates.values()))
+    if len(todo) < total:
+        log(f"{cache}: {total - len(todo)} of {total} sensitivities were measured before")
+    if todo:
+        with torch.inference_mode(), progress("sensitivity (layers x forms)", len(todo)) as advance:
+            runs = _Tails(fastvit, pixels)
+            for position, (name, form) in enumerate(todo):
+                known.setdefault(name, {})[form.name] = runs.noise_of(name, form)
+                advance()
+                if cache is not None and (position + 1 == len(todo) or todo[position + 1][0] != name):
+                    _save(cache, key, known)
     return {name: {form.name: known[name][form.name] for form in forms} for name, forms in candidates.items()}
 
 
@@ -128,13 +185,25 @@ class _Tails:
     """Runs the encoder from the stage that changed: what enters each stage is kept for every picture."""
 
     def __init__(self, fastvit: nn.Module, pixels: Sequence[np.ndarray]) -> None:
+        self.layers: dict[str, Any] = dict(fastvit.named_modules())
         self.steps = [fastvit.stem, *fastvit.stages, fastvit.final_conv]  # type: ignore[misc]
         self.entering = [[torch.from_numpy(array).contiguous(memory_format=torch.channels_last)] for array in pixels]
         for values in self.entering:
             for step in self.steps:
                 values.append(step(values[-1]))  # type: ignore[operator]
 
-    def noise(self, layer: str) -> float:
+    def noise_of(self, layer: str, form: Compression) -> float:
+        """Relative noise power of the features when one layer's weight is in this form; the weight is put back."""
+        weight = self.layers[layer].weight
+        original = weight.detach().clone()
+        small = compress_weight(original.half().numpy(), form)
+        try:
+            weight.data.copy_(torch.from_numpy(small.decode().astype(np.float32)))
+            return self._noise(layer)
+        finally:
+            weight.data.copy_(original)
+
+    def _noise(self, layer: str) -> float:
         """Relative noise power of the features now, against those of the unchanged encoder; mean over the pictures."""
         part = layer.split(".")
         first = {"stem": 0, "stages": 1 + int(part[1]) if part[0] == "stages" else 0}.get(part[0], len(self.steps) - 1)
@@ -155,8 +224,6 @@ class _Check:
         self.fastvit, self.pictures = fastvit, pictures
 
     def __call__(self, forms: Mapping[str, Compression]) -> float:
-        import shutil
-
         self.write(forms, self.package)
         executor = mil.load(self.package)
         size = executor.inputs[contract.INPUT].shape[-1]
@@ -177,12 +244,13 @@ def _legal(form: Compression, target: str) -> bool:
     return DEPLOYMENT_TARGETS.index(form.target) <= DEPLOYMENT_TARGETS.index(target)
 
 
-def _why(name: str, candidates: Mapping[str, Sequence[Compression]], layers: Mapping[str, Any]) -> str:
-    if not candidates[name]:
-        return "too few weights to be worth a form, or none that its shape allows"
-    least = min(candidates[name], key=lambda form: layers[name][form.name][1])
-    noise = layers[name][least.name][1]
-    return f"even {least.name} costs more noise ({_decibels(noise):.1f} dB alone) than its bytes are worth"
+def _why(options: Mapping[str, tuple[int, float]], faults: Sequence[str | None]) -> str:
+    """Why a layer stayed float16; `faults` are those of each form for its shape."""
+    noises = {form: noise for form, (_, noise) in options.items() if form != compress.NONE}
+    if not noises:
+        return "; ".join(dict.fromkeys(fault for fault in faults if fault))
+    least = min(noises, key=lambda form: noises[form])
+    return f"even {least} costs more noise ({_decibels(noises[least]):.1f} dB alone) than its bytes are worth"
 
 
 def _decibels(noise: float) -> float:
@@ -206,12 +274,18 @@ def _read(cache: Path | None, key: str) -> Noise:
         return {}
     try:
         document = json.loads(cache.read_text(encoding="utf-8"))
-        if document["key"] == key:
-            return dict(document["noise"])
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    log(f"{cache}: of another encoder or other pictures: measured anew")
-    return {}
+        if document["key"] != key:
+            log(f"{cache}: of another encoder or other pictures: measured anew")
+            return {}
+        noise = {
+            layer: {form: float(value) for form, value in forms.items()} for layer, forms in document["noise"].items()
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        noise = None
+    if noise is None or not all(0 <= value < float("inf") for forms in noise.values() for value in forms.values()):
+        log(f"{cache}: damaged: measured anew")
+        return {}
+    return noise
 
 
 def _save(cache: Path, key: str, noise: Noise) -> None:

@@ -28,6 +28,7 @@ from model_export.channel_first import Encoder, channel_first
 from model_export.config import ExportConfig
 from model_export.coreml import coremltools, quiet_conversion
 from model_export.mil import read_package
+from model_export.mil.allocator import kept_buffers
 from model_export.operation_costs import Graph, cost_of, is_float32
 from model_export.package import METADATA, check_package, finish_package
 from quantization.compression import Compressed, Compression
@@ -71,8 +72,8 @@ def export_vision(
 ) -> dict[str, Any]:
     """Write the checkpoint's encoder as the .mlpackage `target`, which must not exist; return facts for the manifest.
 
-    The fold is proved in float64 on the way; float16's powers of two are chosen on `pictures`; the saved program is read
-    back and held to the contract. Temporary files stay in the folder of `target`.
+    The fold is proved in float64 on the way; float16's powers of two are chosen on `pictures`; the saved program is
+    read back and held to the contract. Temporary files stay in the folder of `target`.
 
     Raises CheckFailed when the fold or the saved program is not what it should be, or float16 cannot hold the encoder's
     values; UserError for unusable weights.
@@ -193,7 +194,9 @@ def make_range_safe(fastvit: nn.Module, precision: str, sizes: Iterable[int], pi
 
     Raises CheckFailed when `precision` is "float16" and a value that no power of two reaches overflows it.
     """
-    found = ranges.measure_modules(fastvit, (pixels for size in sizes for pixels in pictures(size)))
+    with kept_buffers():
+        found = ranges.measure_modules(fastvit, (pixels for size in sizes for pixels in pictures(size)))
+    gc.collect()  # the hooks' closures: they hold activations
     exponents = fp16.stream_exponents(fastvit, found)
     before, after = fp16.hottest(fastvit, found, [0] * len(exponents)), fp16.hottest(fastvit, found, exponents)
     fp16.rescale(fastvit, exponents)
@@ -328,7 +331,7 @@ def _power_of_ten_above(error: float) -> float:
 
 @contextmanager
 def _temporary_folder(parent: Path) -> Iterator[Path]:
-    """A folder for parts, in `parent`; coremltools' own temporary files go there too, where a killed run is cleaned up."""
+    """A folder for parts, in `parent`; coremltools' temporary files go there too: a killed run is cleaned up there."""
     before = tempfile.tempdir
     with tempfile.TemporaryDirectory(prefix=".parts.", dir=parent) as folder:
         tempfile.tempdir = folder
