@@ -2,6 +2,8 @@
 
 import argparse
 import sys
+from collections import Counter
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -173,6 +175,9 @@ def run_inspect(args: argparse.Namespace) -> dict[str, Any]:
     for key in ("parts", "config", "image"):
         if key in document:
             print(f"{key}: {_flat(document[key])}")
+    if "vision" in document:
+        for line in _vision_lines(document["vision"]):
+            print(f"vision: {line}")
     if "llm" in document:
         language = document["llm"]
         stored = f"recipe {language['recipe']['name']}, {language['bits_per_weight']} bits a weight"
@@ -182,6 +187,25 @@ def run_inspect(args: argparse.Namespace) -> dict[str, Any]:
     if "parity" in document:
         print(f"parity: {document['parity'].get('verdict')}")
     return document
+
+
+def _vision_lines(vision: dict[str, Any]) -> Iterator[str]:
+    """What the manifest says of the encoder, beside what its package says itself."""
+    yield f"{_flat(vision['resolutions'])} pixels, {vision['channels']} channels"
+    if fp16 := vision.get("fp16"):
+        headroom = fp16["headroom"]
+        yield (
+            f"stages carry x / 2^k, k = {_flat(fp16['stage_exponents'])}: least headroom to 65504"
+            f" {headroom['before']['least']}x before, {headroom['after']['least']}x now"
+        )
+    if small := vision.get("compression"):
+        forms = _flat(dict(Counter(small["forms"].values()).most_common()))
+        yield (
+            f"weights {_size(small['weight_bytes'])} instead of {_size(small['float16_weight_bytes'])}:"
+            f" {forms}, float16 {len(small['wide'])}"
+        )
+    if mixed := vision.get("mixed"):
+        yield f"{mixed['operations']} operations in float32, {mixed['mac_share']:.1%} of the multiply-accumulates"
 
 
 def run_verify(args: argparse.Namespace) -> dict[str, Any]:

@@ -69,7 +69,7 @@ def plan(config: ExportConfig, parts: tuple[str, ...] = PARTS) -> Plan:
     sizes: dict[str, int] = {}
     if "vision" in parts:
         weights = sum(info.size for name, info in checkpoint.tensors.items() if name.startswith(naming.VISION))
-        sizes[contract.PACKAGE] = weights * _BYTES_PER_WEIGHT[config.compute_precision]
+        sizes[contract.PACKAGE] = int(weights * _BYTES_PER_WEIGHT[config.compute_precision] * _share_kept(config))
     if "llm" in parts:
         sizes[contract.WEIGHTS_GLOB] = llm.planned_bytes(checkpoint, recipe, config.layout)
     _check_space(config.output_dir, sizes, copies=len(config.resolutions))
@@ -182,6 +182,13 @@ def _signature(checkpoint: Checkpoint) -> list[tuple[str, int, int]]:
 
 def _total_bytes(checkpoint: Checkpoint) -> int:
     return sum(path.stat().st_size for path in checkpoint.files)
+
+
+def _share_kept(config: ExportConfig) -> float:
+    """Of float16's bytes, about: what one form for all layers leaves; 1 where each layer has its own."""
+    rules = config.compression.rules
+    form = rules[0][1] if len(rules) == 1 and rules[0][0] == "*" else None
+    return form.bits / 16 if form else 1.0
 
 
 def _check_space(target: Path, sizes: Mapping[str, int], copies: int) -> None:

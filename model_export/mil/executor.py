@@ -39,6 +39,9 @@ class MILExecutor:
         self.program = program
         self.function = program.functions[name]
         self.policy = POLICIES[compute]
+        if others := self.function.other_features:
+            listed = ", ".join(f"{key!r} is of type {kind}" for key, kind in others.items())
+            raise MILError(f"{program.path}: function {name!r}: {listed}: expected multi-arrays")
         self.inputs = _checked_types(program, self.function)
         self._plan = make_plan(program, self.function, self.policy)
         self.outputs = self._checked_outputs()

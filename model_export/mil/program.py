@@ -6,7 +6,7 @@ The shapes follow coremltools' `mlmodel/format/MIL.proto`: program > function > 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -81,7 +81,10 @@ class Block:
 
 @dataclass(frozen=True)
 class Function:
-    """A function in the opset that it selects, with the inputs and outputs that the model description promises."""
+    """A function in the opset that it selects, with the inputs and outputs that the model description promises.
+
+    `described_*` have the multi-arrays; `other_features` what the description says of the rest (pictures, dictionaries).
+    """
 
     name: str
     opset: str
@@ -89,6 +92,7 @@ class Function:
     block: Block
     described_inputs: Mapping[str, TensorType]
     described_outputs: Mapping[str, TensorType]
+    other_features: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

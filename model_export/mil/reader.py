@@ -115,15 +115,19 @@ class _Reader:
             opset=message.opset,
             inputs=tuple(self.named_type(item) for item in message.inputs),
             block=self.block(message.block_specializations[message.opset]),
-            described_inputs={item.name: self.feature(item) for item in description.input},
-            described_outputs={item.name: self.feature(item) for item in description.output},
+            described_inputs={item.name: self.feature(item) for item in description.input if _is_array(item)},
+            described_outputs={item.name: self.feature(item) for item in description.output if _is_array(item)},
+            other_features={
+                item.name: item.type.WhichOneof("Type") or "no known type"
+                for item in (*description.input, *description.output)
+                if not _is_array(item)
+            },
         )
 
     def feature(self, feature: Any) -> TensorType:
-        kind = feature.type.WhichOneof("Type")
         array = feature.type.multiArrayType
-        if kind != "multiArrayType" or array.dataType not in _ARRAY_TYPES:
-            raise MILError(f"{self.package}: {feature.name!r} is a {kind}, expected a multi-array of a known type")
+        if array.dataType not in _ARRAY_TYPES:
+            raise MILError(f"{self.package}: {feature.name!r} is a multi-array of unknown type {array.dataType}")
         flexible = array.WhichOneof("ShapeFlexibility") is not None
         shape = (None,) * len(array.shape) if flexible else tuple(array.shape)
         return TensorType(_ARRAY_TYPES[array.dataType], shape)
@@ -197,6 +201,10 @@ class _Reader:
         if tensor.numel() != count:
             raise MILError(f"{self.package}: an immediate value holds {tensor.numel()} elements, expected {type}")
         return tensor.reshape(shape)
+
+
+def _is_array(feature: Any) -> bool:
+    return feature.type.WhichOneof("Type") == "multiArrayType"
 
 
 def _is_tensor(value: Any) -> bool:

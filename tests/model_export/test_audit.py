@@ -509,3 +509,16 @@ def test_exit_codes_text_and_json(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert run("audit", str(tmp_path / "none.mlpackage")) == 2
     errors = capsys.readouterr().err.splitlines()
     assert len(errors) == 2 and "no function 'other'; it has main" in errors[0] and "no such package" in errors[1]
+
+
+def test_a_package_with_a_picture_as_input_is_audited_but_not_executed(tmp_path: Path) -> None:
+    @mb.program(input_specs=[mb.TensorSpec(shape=(1, 3, 64, 64))])
+    def program(image: Any) -> Any:
+        return mb.squeeze(x=mb.relu(x=image), axes=[0])
+
+    image = ct.ImageType(name="image", shape=(1, 3, 64, 64))
+    model = ct.convert(program, inputs=[image], convert_to="mlprogram", skip_model_load=True)
+    model.save(str(tmp_path / "image.mlpackage"))
+    assert found(audit(tmp_path / "image.mlpackage")) == {"squeeze": 1}
+    with pytest.raises(mil.MILError, match="'image' is of type imageType: expected multi-arrays"):
+        mil.load(tmp_path / "image.mlpackage")
