@@ -9,7 +9,7 @@ READY    = $(VENV)/.ready
 EXTRA   ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup export parity verify demo bench-export test lint clean
+.PHONY: help setup export parity verify audit ranges demo bench-export test lint clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,6 +32,12 @@ parity: $(READY) ## Compare ARTEFACT with MODEL and write the report page
 
 verify: $(READY) ## Check every file of ARTEFACT against its manifest
 	@$(RUN) model_export verify --model "$(ARTEFACT)" $(EXTRA)
+
+audit: $(READY) ## Check ARTEFACT's encoder against the rules for the Neural Engine
+	@$(RUN) model_export audit "$(ARTEFACT)/fastvithd.mlpackage" $(EXTRA)
+
+ranges: $(READY) ## How near MODEL's encoder comes to float16's end, operation by operation, with a plot
+	@$(RUN) model_export ranges --checkpoint "$(MODEL)" --plot build/ranges.png $(EXTRA)
 
 demo: $(READY) ## Draw pictures, ask the demo checkpoint, show the answers
 	@$(RUN) fastvlm demo $(EXTRA)

@@ -83,7 +83,7 @@ class Block:
 class Function:
     """A function in the opset that it selects, with the inputs and outputs that the model description promises.
 
-    `described_*` have the multi-arrays; `other_features` what the description says of the rest (pictures, dictionaries).
+    `described_*` have the multi-arrays; `other_features` the kind of the rest (pictures, dictionaries) by name.
     """
 
     name: str
