@@ -9,7 +9,7 @@ READY    = $(VENV)/.ready
 EXTRA   ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup export parity verify audit ranges demo bench-export test lint clean
+.PHONY: help setup export parity verify audit ranges demo bench-export bench-encoder test lint clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -44,6 +44,9 @@ demo: $(READY) ## Draw pictures, ask the demo checkpoint, show the answers
 
 bench-export: $(READY) ## Measure the export, the executor and the answers against their bars
 	@$(RUN) benchmarks export $(EXTRA)
+
+bench-encoder: $(READY) ## Measure range, graph, resolutions and compression of the encoder against their bars
+	@$(RUN) benchmarks encoder $(EXTRA)
 
 lint: $(READY) ## Format, lint and type checks
 	@$(VENV)/bin/ruff format --check --quiet .

@@ -1,4 +1,4 @@
-"""`python -m benchmarks parity | export`."""
+"""`python -m benchmarks parity | export | encoder`."""
 
 import argparse
 import shlex
@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import environment, export
+from benchmarks import encoder, environment, export
 from benchmarks.pictures import LIMIT
 from fastvlm.cli import Parser, add_common, log, progress, run
 from model_export.config import LLM_RUNNERS, VISION_RUNNERS
@@ -24,6 +24,7 @@ def build_parser() -> argparse.ArgumentParser:
     subparsers = parser.add_subparsers(required=True, metavar="VERB")
     _add_parity(subparsers)
     export.add_parser(subparsers)
+    encoder.add_parser(subparsers)
     return parser
 
 

@@ -111,8 +111,9 @@ def _floats(operation: mil.Operation, outputs: Mapping[str, torch.Tensor]) -> It
 
 
 def layer_scales(encoder: nn.Module, fp16: Mapping[str, Any] | None) -> dict[str, np.ndarray]:
-    """By what the export multiplied each layer's output, (channels,): powers of two for float16's sake (`fp16` is what the
-    manifest says of them), and the attention's 1 / sqrt(head size) in its queries. `encoder` is the folded one."""
+    """By what the export multiplied each layer's output, (channels,): powers of two for float16's sake, and the
+    attention's 1 / sqrt(head size) in its queries. `encoder` is the folded one, `fp16` what the manifest says of it.
+    """
     layers = {name: layer for name, layer in encoder.named_modules() if type(layer) in _LAYERS}
     exponents = dict.fromkeys(layers, 0)
     if fp16:
@@ -127,8 +128,9 @@ def layer_scales(encoder: nn.Module, fp16: Mapping[str, Any] | None) -> dict[str
 def layer_values(
     encoder: nn.Module, pixels: np.ndarray, scales: Mapping[str, np.ndarray] | None = None
 ) -> Callable[[Emit], Any]:
-    """A run of a folded PyTorch encoder that emits the output of each convolution and linear layer, channels first, times
-    its `scales`."""
+    """A run of a folded PyTorch encoder that emits the output of each convolution and linear layer, channels first,
+    times its `scales`.
+    """
 
     def emitter(emit: Emit, name: str, kind: str) -> Callable[[Any, Any, torch.Tensor], None]:
         def hook(_: Any, __: Any, output: torch.Tensor) -> None:

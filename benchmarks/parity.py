@@ -160,6 +160,8 @@ def compare_operations(
     package, function = artefact / contract.PACKAGE, function_for(manifest, artefact, resolution)
     rounding, precision = rounding_errors(package, pixels, function)
     folded = fold(encoder(open_checkpoint(checkpoint)))
+    if manifest["vision"].get("compression", {}).get("forms"):
+        precision = "compressed"
     layers: list[Error] = []
     fault = None
     try:
@@ -262,7 +264,8 @@ def document(rows: list[Row], operations: dict[str, Any], family: str, sides: di
     """
     if not rows or not operations["rounding"]:
         raise CheckFailed("parity: nothing was compared: no picture, or a program without operations")
-    limits = tolerances.for_encoder(operations["precision"]) | tolerances.for_language(family)
+    precision = operations["precision"]
+    limits = tolerances.for_encoder(precision) | tolerances.for_language(family, precision)
     judged = {
         name: tolerances.judge(limits[name], value) | {"label": LABELS[name]}
         for name, value in _figures(rows, operations).items()

@@ -1,6 +1,7 @@
-"""The steps of `benchmarks export` that need the models: `python -m benchmarks.steps NAME PATH...`, a process each.
+"""The steps of `benchmarks export` that need the models: `python -m benchmarks.steps NAME ARGUMENT...`, a process each.
 
-The last line of stdout is one JSON document: figures by the keys of `benchmarks.export.BARS`.
+Arguments are text: paths first. The last line of stdout is one JSON document: figures by the keys of
+`benchmarks.export.BARS`.
 """
 
 import json
@@ -16,7 +17,7 @@ from fastvlm.cli import progress, quiet_libraries
 ROUNDS = 5  # timed runs of each side, interleaved, after one warm-up
 
 
-def synthetic(target: Path) -> dict[str, float]:
+def synthetic(target: str) -> dict[str, float]:
     """Write the random checkpoint of the real shape."""
     from fastvlm.synthetic import write_checkpoint
 
@@ -24,13 +25,13 @@ def synthetic(target: Path) -> dict[str, float]:
     return {}
 
 
-def plain_export(checkpoint: Path, target: Path) -> dict[str, float]:
+def plain_export(checkpoint: str, target: str, image_size: str = "1024") -> dict[str, float]:
     """What a script by hand does: timm's encoder, `torch.jit.trace`, `ct.convert`; nobody turns gradients off."""
     import torch
 
     from model_export.coreml import coremltools, quiet_conversion
 
-    ct, model, pixels = coremltools(), _plain_encoder(checkpoint), torch.rand(1, 3, 1024, 1024)
+    ct, model, pixels = coremltools(), plain_encoder(checkpoint), torch.rand(1, 3, int(image_size), int(image_size))
     model.requires_grad_(True)
     model.forward = model.forward_features
     with quiet_conversion():
@@ -41,17 +42,17 @@ def plain_export(checkpoint: Path, target: Path) -> dict[str, float]:
             minimum_deployment_target=ct.target.iOS17,
             skip_model_load=True,
         )
-    package.save(str(target))
+    package.save(target)
     return {}
 
 
-def executor(checkpoint: Path, package: Path) -> dict[str, float]:
+def executor(checkpoint: str, package: str) -> dict[str, float]:
     """Medians of interleaved runs of the plain module and of the executor in both policies, same threads; ratios."""
     import torch
 
     from model_export import contract, mil
 
-    plain, pixels = _plain_encoder(checkpoint), torch.rand(1, 3, 1024, 1024, generator=torch.Generator().manual_seed(0))
+    plain, pixels = plain_encoder(checkpoint), torch.rand(1, 3, 1024, 1024, generator=torch.Generator().manual_seed(0))
     inputs = {contract.INPUT: pixels.numpy()}
     programs = {
         "executor_float32": mil.load(package, compute="float32"),
@@ -77,7 +78,7 @@ def executor(checkpoint: Path, package: Path) -> dict[str, float]:
     return {f"{name}_median": seconds for name, seconds in medians.items()} | ratios
 
 
-def encoder_parity(checkpoint: Path, half: Path, single: Path) -> dict[str, float]:
+def encoder_parity(checkpoint: str, half: str, single: str) -> dict[str, float]:
     """SNR in dB of the saved real-shape packages, run by the executor as typed, against the plain PyTorch module."""
     import torch
 
@@ -89,7 +90,7 @@ def encoder_parity(checkpoint: Path, half: Path, single: Path) -> dict[str, floa
     picture = next(demo.questions(1)).image
     pixels = read_preprocessor(checkpoint)(picture)
     with torch.inference_mode():
-        features = _plain_encoder(checkpoint).forward_features(torch.from_numpy(pixels))
+        features = plain_encoder(checkpoint).forward_features(torch.from_numpy(pixels))
     expected = features.flatten(2).transpose(1, 2).numpy()
     figures = {}
     for key, package in (("snr_typed", half), ("snr_float32", single)):
@@ -98,7 +99,7 @@ def encoder_parity(checkpoint: Path, half: Path, single: Path) -> dict[str, floa
     return figures
 
 
-def answers(checkpoint: Path, *artefacts: Path) -> dict[str, float]:
+def answers(checkpoint: str, *artefacts: str) -> dict[str, float]:
     """Greedy answers to the 500 held-out questions: PyTorch over the checkpoint, then each artefact (demo-RECIPE)."""
     import fastvlm
     from fastvlm import demo
@@ -106,7 +107,7 @@ def answers(checkpoint: Path, *artefacts: Path) -> dict[str, float]:
 
     asked = list(demo.questions(500))
     models = {"reference": fastvlm.load(checkpoint)} | {
-        path.name.removeprefix("demo-"): runtime.load(path) for path in artefacts
+        Path(path).name.removeprefix("demo-"): runtime.load(path) for path in artefacts
     }
     given: dict[str, list[str]] = {}
     with progress("asking", len(asked) * len(models)) as advance:
@@ -116,15 +117,16 @@ def answers(checkpoint: Path, *artefacts: Path) -> dict[str, float]:
                 given[name].append(model.generate(question.question, question.image, max_new_tokens=64).strip())
                 advance()
     truth = [question.answer for question in asked]
-    same = {f"answers_{name}": _share(given[name], given["reference"]) for name in given if name != "reference"}
-    return same | {f"exact_{name}": _share(answers, truth) for name, answers in given.items()}
+    same = {f"answers_{name}": share(given[name], given["reference"]) for name in given if name != "reference"}
+    return same | {f"exact_{name}": share(answers, truth) for name, answers in given.items()}
 
 
-def _share(answers: list[str], wanted: list[str]) -> float:
+def share(answers: list[str], wanted: list[str]) -> float:
+    """The share of answers that are as wanted, word for word."""
     return sum(a == b for a, b in zip(answers, wanted, strict=True)) / len(wanted)
 
 
-def _plain_encoder(checkpoint: Path) -> Any:
+def plain_encoder(checkpoint: str) -> Any:
     """timm's encoder as it is loaded, in float32 and PyTorch's default memory format."""
     from fastvlm.checkpoint import open_checkpoint
     from fastvlm.model import encoder
@@ -138,4 +140,4 @@ STEPS: dict[str, Callable[..., dict[str, float]]] = {
 
 if __name__ == "__main__":
     quiet_libraries()
-    print(json.dumps(STEPS[sys.argv[1]](*map(Path, sys.argv[2:]))))
+    print(json.dumps(STEPS[sys.argv[1]](*sys.argv[2:])))

@@ -1,14 +1,15 @@
 """The one table of tolerances: what each figure must reach, for which kind of artefact, and why.
 
-An encoder figure depends on the precision its program computes in ("float16", "float32"); the figures behind it on the
-artefact's weakest weights ("fp16", "bf16", "int8", "int4"). A bound of None means reported, not judged.
+An encoder figure depends on the precision its program computes in ("float16", "float32"), or on its weights being
+"compressed"; the figures behind it on the artefact's weakest weights ("fp16", "bf16", "int8", "int4"). A bound of None
+means reported, not judged: what a compressed encoder costs was the user's choice, and everything behind it inherits it.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-PRECISIONS = ("float16", "float32")
+PRECISIONS = ("float16", "float32", "compressed")
 FAMILIES = ("fp16", "bf16", "int8", "int4")
 
 
@@ -33,20 +34,20 @@ class _Row:
 
 # metric -> its row. A bound names the precision or family that it is for.
 _ENCODER = {
-    "preprocessing": _Row("<=", "", {"float16": 0.0, "float32": 0.0},
+    "preprocessing": _Row("<=", "", {"float16": 0.0, "float32": 0.0, "compressed": 0.0},
         "both sides make pixels by the same contract: any difference is a wrong crop, padding or normalisation"),
-    "operation_snr": _Row(">=", "dB", {"float16": 40.0, "float32": 100.0},
+    "operation_snr": _Row(">=", "dB", {"float16": 40.0, "float32": 100.0, "compressed": 40.0},
         "a healthy operation adds rounding noise only; 10 dB under the encoder's bound because a difference of two"
         " near values may lose a digit that later layers never see"),
-    "layer_snr": _Row(">=", "dB", {"float16": 40.0, "float32": 90.0},
+    "layer_snr": _Row(">=", "dB", {"float16": 40.0, "float32": 90.0, "compressed": None},
         "each convolution and linear layer of the saved program against the PyTorch layer that it came from; 10 dB"
         " under the whole encoder's bound, as above"),
-    "encoder_snr": _Row(">=", "dB", {"float16": 50.0, "float32": 100.0},
+    "encoder_snr": _Row(">=", "dB", {"float16": 50.0, "float32": 100.0, "compressed": None},
         "fp16 rounds each value by up to 2^-11 (66 dB), and some 200 roundings in a row leave 50-60 dB; float32 sums in"
         " another order differ by 1e-6 (120 dB); a wrong weight, branch or padding costs far more"),
-    "encoder_cosine": _Row(">=", "", {"float16": 0.99999, "float32": 1 - 1e-10},
+    "encoder_cosine": _Row(">=", "", {"float16": 0.99999, "float32": 1 - 1e-10, "compressed": None},
         "what 50 dB (100 dB) of noise leaves of the direction, sqrt(1 - 10^(-SNR/10)), with half a digit to spare"),
-    "encoder_max_abs": _Row("<=", "of the largest feature", {"float16": 0.02, "float32": 1e-4},
+    "encoder_max_abs": _Row("<=", "of the largest feature", {"float16": 0.02, "float32": 1e-4, "compressed": None},
         "one wrong value among thousands hides in a mean; rounding noise of the SNR above peaks at 5-6 sigma"),
 }  # fmt: skip
 _LANGUAGE = {
@@ -71,9 +72,10 @@ def for_encoder(precision: str) -> dict[str, Tolerance]:
     return _column(_ENCODER, precision, PRECISIONS)
 
 
-def for_language(family: str) -> dict[str, Tolerance]:
+def for_language(family: str, precision: str = "float16") -> dict[str, Tolerance]:
     """Tolerances behind the encoder for the family of the artefact's weakest weights. Raises KeyError for another."""
-    return _column(_LANGUAGE, family, FAMILIES)
+    found = _column(_LANGUAGE, family, FAMILIES)
+    return {name: replace(one, bound=None) for name, one in found.items()} if precision == "compressed" else found
 
 
 def _column(rows: dict[str, _Row], column: str, known: tuple[str, ...]) -> dict[str, Tolerance]:

@@ -47,15 +47,26 @@ def build(
     return _frozen(model)
 
 
+def folded_skeleton(checkpoint: Checkpoint) -> nn.Module:
+    """The vision tower in folded form on the meta device, whatever the checkpoint's form is: names and shapes."""
+    return _fastvit(checkpoint, inference_mode=True)
+
+
 def encoder(checkpoint: Checkpoint, dtype: str | torch.dtype = torch.float32) -> nn.Module:
     """Only the vision tower, timm's FastVit: `forward_features` takes (B,3,S,S) in 0..1 and gives (B,C,S/64,S/64)."""
+    model = _fastvit(checkpoint)
+    _load(model, checkpoint, naming.VISION, _dtype(dtype), torch.device("cpu"))
+    return _frozen(model)
+
+
+def _fastvit(checkpoint: Checkpoint, **changed: Any) -> nn.Module:
     import timm
 
     vision: Any = checkpoint.hf_config.vision_config
     with torch.device("meta"):
-        model = timm.create_model(vision.architecture, pretrained=False, num_classes=0, **vision.model_args)
-    _load(model, checkpoint, naming.VISION, _dtype(dtype), torch.device("cpu"))
-    return _frozen(model)
+        return timm.create_model(
+            vision.architecture, pretrained=False, num_classes=0, **{**vision.model_args, **changed}
+        )
 
 
 def _dtype(dtype: str | torch.dtype) -> torch.dtype:

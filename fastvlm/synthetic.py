@@ -9,9 +9,10 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,7 @@ _TINY_VISION = {"layers": [1, 1, 2, 1, 1], "embed_dims": [8, 16, 32, 64, 128]}
 # Published sizes: Qwen/Qwen2-{0.5B,1.5B,7B} config.json, which apple/FastVLM-* keep.
 SHAPES = {
     "tiny": Shape(64, 2, 4, 2, 128, 576, False, 128, _TINY_VISION, published_ids=False),
+    "encoder": Shape(64, 2, 4, 2, 128, 576, False, published_ids=False),  # the real encoder, the tiny language model
     "0.5b": Shape(896, 24, 14, 2, 4864, 151936, True),
     "1.5b": Shape(1536, 28, 12, 2, 8960, 151936, True),
     "7b": Shape(3584, 28, 28, 4, 18944, 152064, False),
@@ -69,11 +71,20 @@ def write_checkpoint(
     tied: bool | None = None,
     seed: int = 0,
     image_size: int | None = None,
+    stream_scale: Mapping[int, float] | None = None,
+    attention_scale: float = 1.0,
+    low_pass: bool = False,
 ) -> Path:
     """Write a complete checkpoint folder (weights, config, tokenizer, processor files) and return its path.
 
     `shape` is a key of SHAPES, `layout` one of LAYOUTS, `form` one of FORMS; `tied` None takes the published value, and
     a tied checkpoint has no `lm_head.weight`. The same (shape, form, dtype, seed) is the same model in both layouts.
+    `stream_scale` {stage: F} lets the residual streams of attention stages (3 and 4) be F times as large while every
+    branch, and what leaves the stage, stays as it is but for LayerNorm's eps; folded form, and not in float16, whose
+    range the divided weights leave. `attention_scale` multiplies what every attention adds to its stream: over random
+    weights it is nearly uniform and adds little, so that an encoder whose LayerNorms are lost still comes to 21 dB.
+    `low_pass` gives depthwise kernels a mean, as trained ones have, and rounds all values to float16, as published ones
+    are, before they are scaled: white noise, which rounding is, is then averaged on its way, and weights are exact.
     UserError if `path` exists or an argument is unknown.
     """
     target, sizes = Path(path), SHAPES.get(shape)
@@ -83,6 +94,8 @@ def write_checkpoint(
         )
     if target.exists():
         raise UserError(f"write_checkpoint: {target} exists; choose another path or remove it")
+    if stream_scale and (form != "folded" or dtype == "float16"):
+        raise UserError(f"write_checkpoint: stream_scale with form {form}, dtype {dtype}: expected folded, not float16")
     tied = sizes.tied if tied is None else tied
     config = _config(sizes, layout, form, dtype, tied, image_size or sizes.image_size)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -90,7 +103,9 @@ def write_checkpoint(
     try:
         (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         synthetic_tokenizer.write(staging, layout, sizes.published_ids, image_size or sizes.image_size)
-        _write_weights(staging, _expected(config, layout, form, tied), layout, dtype, shards, seed)
+        expected = _expected(config, layout, form, tied)
+        factors = _factors(expected, stream_scale or {}, attention_scale)
+        _write_weights(staging, expected, layout, dtype, shards, seed, factors, low_pass)
         staging.chmod(0o755)
         os.rename(staging, target)
     except BaseException:
@@ -170,8 +185,37 @@ def _expected(config: dict[str, Any], layout: str, form: str, tied: bool) -> dic
     return {name: tuple(tensor.shape) for name, tensor in state.items() if not (tied and name == naming.LM_HEAD)}
 
 
+def _factors(
+    expected: Mapping[str, tuple[int, ...]], stream_scale: Mapping[int, float], attention_scale: float
+) -> dict[str, float]:
+    """Tensor -> factor. A stage's stream starts at its position encoding; layer scales end the branches that add to it;
+    the branches' LayerNorms don't see its scale, their convolutions and the layer after the stage do."""
+    factors = {name: attention_scale for name in expected if name.endswith(".layer_scale_1.gamma")}
+    for stage, scale in stream_scale.items():
+        at = rf"stages\.{stage}\."
+        written = rf"{at}(pos_emb\.reparam_conv\.(weight|bias)|blocks\.\d+\.layer_scale_[12]\.gamma)"
+        last = not any(f"stages.{stage + 1}." in name for name in expected)
+        after = "final_conv" if last else rf"stages\.{stage + 1}\.downsample\.proj\.0"
+        read = rf"{at}blocks\.\d+\.mlp\.conv\.conv\.weight|{after}\.reparam_conv\.weight"
+        if not any(re.search(written, name) for name in expected):
+            raise UserError(f"write_checkpoint: stream_scale {stage}: a stage without attention and position encoding")
+        for name in expected:
+            if re.search(written, name):
+                factors[name] = factors.get(name, 1.0) * scale
+            elif re.search(read, name):
+                factors[name] = factors.get(name, 1.0) / scale
+    return factors
+
+
 def _write_weights(
-    folder: Path, expected: dict[str, tuple[int, ...]], layout: str, dtype: str, shards: int, seed: int
+    folder: Path,
+    expected: dict[str, tuple[int, ...]],
+    layout: str,
+    dtype: str,
+    shards: int,
+    seed: int,
+    factors: Mapping[str, float],
+    low_pass: bool,
 ) -> None:
     total = sum(math.prod(shape) for shape in expected.values())
     parts: list[dict[str, tuple[int, ...]]] = [{} for _ in range(shards)]
@@ -183,14 +227,22 @@ def _write_weights(
     weight_map = {}
     for number, part in enumerate(parts, 1):
         file = "model.safetensors" if shards == 1 else f"model-{number:05d}-of-{shards:05d}.safetensors"
-        _write_safetensors(folder / file, part, source, dtype, seed)
+        _write_safetensors(folder / file, part, source, dtype, seed, factors, low_pass)
         weight_map.update({source(name): file for name in part})
     if shards > 1:
         index = {"metadata": {"total_size": total * torch_dtype(dtype).itemsize}, "weight_map": weight_map}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _write_safetensors(path: Path, part: dict[str, tuple[int, ...]], source: Any, dtype: str, seed: int) -> None:
+def _write_safetensors(
+    path: Path,
+    part: dict[str, tuple[int, ...]],
+    source: Any,
+    dtype: str,
+    seed: int,
+    factors: Mapping[str, float],
+    low_pass: bool,
+) -> None:
     """The safetensors format: 8 bytes of header length, a JSON header, the data (huggingface.co/docs/safetensors)."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     position = 0
@@ -209,6 +261,10 @@ def _write_safetensors(path: Path, part: dict[str, tuple[int, ...]], source: Any
         file.write(len(encoded).to_bytes(8, "little") + encoded)
         for name, shape in part.items():
             for chunk in _values(name, shape, seed):
+                if low_pass:
+                    chunk = _with_mean(chunk, name, shape).half().float() if chunk.is_floating_point() else chunk
+                if name in factors:
+                    chunk *= factors[name]
                 kind = chunk.dtype if chunk.dtype == torch.int64 else torch_dtype(dtype)
                 file.write(chunk.to(kind).view(torch.uint8).numpy().data)
 
@@ -232,6 +288,18 @@ def _values(name: str, shape: tuple[int, ...], seed: int) -> Iterator[torch.Tens
             area = shape[2] * shape[3]
             values.view(-1, area)[:, area // 2] += 1.0
         yield values
+
+
+def _with_mean(values: torch.Tensor, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """Depthwise kernels (but those that hold a skip) with a mean of two standard deviations, by the sign of the first
+    tap, and their response to an even picture as it was."""
+    mixes = len(shape) == 4 and shape[1] == 1 and shape[2] > 1 and name.startswith(naming.VISION)
+    if not mixes or ".token_mixer." in name or ".pos_emb." in name:
+        return values
+    area = shape[2] * shape[3]
+    kernels = values.view(-1, area)
+    deviation = _rule(name, shape)[2]
+    return ((kernels + 2 * deviation * kernels[:, :1].sign()) / math.sqrt(1 + 4 * area)).flatten()
 
 
 def _rule(name: str, shape: tuple[int, ...]) -> tuple[str, float, float, bool]:

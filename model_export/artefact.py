@@ -14,7 +14,7 @@ from fastvlm.checkpoint import Checkpoint
 from fastvlm.errors import UserError
 from model_export import contract
 
-FORMAT, FORMAT_VERSION = "fastvlm-artefact", 1
+FORMAT, FORMAT_VERSION = "fastvlm-artefact", 2  # 2: several functions, powers of two, a channel-first encoder
 _PACKAGES = ("torch", "timm", "transformers", "tokenizers", "safetensors", "coremltools", "numpy")
 _SELF = "manifest_sha256"
 _CHUNK = 1 << 22

@@ -92,6 +92,15 @@ def weights(fastvit: nn.Module) -> dict[str, np.ndarray]:
     }
 
 
+def layer_shapes(fastvit: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Layer name -> shape of its weight as a convolution, of a folded encoder (also on the meta device)."""
+    return {
+        name: (*layer.weight.shape, *[1] * (4 - layer.weight.ndim))
+        for name, layer in fastvit.named_modules()
+        if isinstance(layer, (nn.Conv2d, nn.Linear))
+    }
+
+
 def assign(quant: VisionQuant, shapes: Mapping[str, tuple[int, ...]]) -> Assignment:
     """Resolve the rules for layers of these shapes; without rules, nothing is compressed and nothing has a reason.
 
@@ -158,9 +167,12 @@ def store(program: Any, stored: Mapping[str, Compressed], target: str) -> None:
     consts = {operation.name: operation for operation in block.operations if operation.op_type == "const"}
     # A weight that stays float32 has no cast behind it, which would have renamed it.
     found = {
-        name: consts.get(constant_name(name)) or consts.get(constant_name(name).removesuffix(_CAST)) for name in stored
+        name: consts[key]
+        for name in stored
+        for key in (constant_name(name).removesuffix(_CAST), constant_name(name))
+        if key in consts
     }
-    if missing := [name for name, const in found.items() if const is None]:
+    if missing := [name for name in stored if name not in found]:
         raise CheckFailed(
             f"compressed weights with no place in the program: {', '.join(missing)}: coremltools merges layers of equal"
             f" weights; say {NONE} for them in a .json for --vision-quant"
@@ -186,12 +198,13 @@ def constant_name(layer: str) -> str:
     return f"p_fastvit_{layer.replace('.', '_')}_weight{_CAST}"
 
 
-def _typed(weight: Compressed, dtype: np.dtype) -> Compressed:
+def _typed(weight: Compressed, dtype: Any) -> Compressed:
     """The same with tables and scales of another type: what the weight is decoded to."""
     stored = weight.stored
-    tables = {"lut": stored.lut.astype(dtype)} if isinstance(stored, Palette) else {}
+    if not isinstance(stored, Palette):
+        return replace(weight, stored=replace(stored, scale=stored.scale.astype(dtype)))
     scale = None if stored.scale is None else stored.scale.astype(dtype)
-    return replace(weight, stored=replace(stored, scale=scale, **tables))
+    return replace(weight, stored=replace(stored, lut=stored.lut.astype(dtype), scale=scale))
 
 
 def _decoder(builder: Any, weight: Compressed, target: str, before: Any, name: str) -> Any:

@@ -137,6 +137,10 @@ class ExportConfig:
             faults.append(
                 f"{flag} with --compute-precision float32: compressed weights are float16; use float16 or mixed"
             )
+        if asked["--min-snr"] and self.minimum_deployment_target == "iOS15":
+            faults.append(
+                "--min-snr with --minimum-deployment-target iOS15, which has no compressed weights: ask for iOS16"
+            )
         if self.min_snr is not None and not 0 < self.min_snr < 100:
             faults.append(f"--min-snr: got {self.min_snr:g}, expected decibels between 0 and 100")
         try:

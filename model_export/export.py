@@ -12,9 +12,10 @@ from fastvlm import naming, pictures
 from fastvlm.checkpoint import Checkpoint, open_checkpoint
 from fastvlm.cli import log, progress
 from fastvlm.errors import CheckFailed, UserError
+from fastvlm.model import folded_skeleton
 from fastvlm.preprocessing import Preprocessor, read_preprocessor
 from fastvlm.staging import staged
-from model_export import artefact, contract, llm, tokenizer
+from model_export import artefact, compress, contract, llm, tokenizer
 from model_export.config import DEFAULT_TARGET, ExportConfig
 from model_export.vision import PackageNotes, export_vision
 from quantization.recipe import Recipe, load_recipe
@@ -69,7 +70,10 @@ def plan(config: ExportConfig, parts: tuple[str, ...] = PARTS) -> Plan:
     sizes: dict[str, int] = {}
     if "vision" in parts:
         weights = sum(info.size for name, info in checkpoint.tensors.items() if name.startswith(naming.VISION))
-        sizes[contract.PACKAGE] = int(weights * _BYTES_PER_WEIGHT[config.compute_precision] * _share_kept(config))
+        sizes[contract.PACKAGE] = weights * _BYTES_PER_WEIGHT[config.compute_precision]
+        if config.vision_quant != compress.NONE:
+            shapes = compress.layer_shapes(folded_skeleton(checkpoint))
+            sizes[contract.PACKAGE] = compress.size_of(shapes, compress.assign(config.compression, shapes).forms)
     if "llm" in parts:
         sizes[contract.WEIGHTS_GLOB] = llm.planned_bytes(checkpoint, recipe, config.layout)
     _check_space(config.output_dir, sizes, copies=len(config.resolutions))
@@ -145,7 +149,7 @@ def _write_parts(plan: Plan, folder: Path, sources: dict[str, Any], seconds: dic
         changes.append(
             "The vision encoder's branches and normalizations are folded into convolutions; it is stored as a Core ML"
             f" program in {config.compute_precision} for {_listed(document['vision']['resolutions'])} pixels"
-            + (", its weights compressed." if "compression" in document["vision"] else ".")
+            + (", its weights compressed." if document["vision"].get("compression", {}).get("forms") else ".")
         )
     tokenizer.write_processors(folder, checkpoint.image_size, strategy, preprocessor.mean, preprocessor.std)
     document["licences"] = artefact.carry_licences(checkpoint.path, folder, changes)
@@ -182,13 +186,6 @@ def _signature(checkpoint: Checkpoint) -> list[tuple[str, int, int]]:
 
 def _total_bytes(checkpoint: Checkpoint) -> int:
     return sum(path.stat().st_size for path in checkpoint.files)
-
-
-def _share_kept(config: ExportConfig) -> float:
-    """Of float16's bytes, about: what one form for all layers leaves; 1 where each layer has its own."""
-    rules = config.compression.rules
-    form = rules[0][1] if len(rules) == 1 and rules[0][0] == "*" else None
-    return form.bits / 16 if form else 1.0
 
 
 def _check_space(target: Path, sizes: Mapping[str, int], copies: int) -> None:

@@ -152,9 +152,16 @@ def hottest(fastvit: nn.Module, ranges: Mapping[str, Measured], exponents: Seque
         for i, block in enumerate(stage.blocks):
             if _attends(block):
                 square = max(square, (ranges[f"stages.{number}.blocks.{i}.norm"].square or 0.0) * 4.0**-k)
-    leaves = {name for name, module in fastvit.named_modules() if not any(module.children())}
+    # A LayerNorm's output is left out: the exported one has no gamma, and stays under the root of its channels.
+    leaves = {
+        name
+        for name, module in fastvit.named_modules()
+        if not any(module.children()) and not isinstance(module, nn.LayerNorm)
+    }
     values = {
-        name: found.largest * scale.get(name, 1.0) for name, found in ranges.items() if name in leaves or name in scale
+        name: found.largest * scale.get(name, 1.0)
+        for name, found in ranges.items()
+        if name in leaves or name in scale or name.endswith(":scores")
     }
     name = max(values, key=values.__getitem__)
     return Hottest(name, values[name], square)

@@ -64,7 +64,8 @@ def compare(package: Path, program: mil.Program, predict: Predict) -> list[dict[
     with progress("Core ML (functions x units)", len(program.functions) * len(UNITS)) as advance:
         for function in sorted(program.functions):
             executor = mil.MILExecutor(program, "float32", function)
-            pixels = np.random.default_rng(0).random(executor.inputs[contract.INPUT].shape, dtype=np.float32)
+            shape = [size or 1 for size in executor.inputs[contract.INPUT].shape]
+            pixels = np.random.default_rng(0).random(shape, dtype=np.float32)
             expected = executor.predict({contract.INPUT: pixels})[contract.OUTPUT]
             for unit in UNITS:
                 found = _judge(expected, lambda: predict(function, unit, pixels))  # noqa: B023

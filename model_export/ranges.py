@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from timm.layers import LayerNorm2d
-from timm.models.fastvit import AttentionBlock
+from timm.models.fastvit import Attention, AttentionBlock
 from torch import fx, nn
 
 from fastvlm.checkpoint import Checkpoint
@@ -137,9 +137,10 @@ def measure_modules(encoder: nn.Module, pixels: Iterable[np.ndarray]) -> dict[st
     """The output of every module of a folded timm FastViT, by module name in order of execution.
 
     pixels: arrays (1, 3, S, S) float32. Layers have the name that timm gives them (`stages.3.blocks.0.mlp.fc2`), a
-    block or a stage is what leaves it, and `stages.3.blocks.0.mlp:input` is an attention block's stream between its
-    two branches, which no module puts out. A LayerNorm has the largest square of its input. Shares of subnormals are
-    not measured: this is an encoding and one look at each value a picture (5 % of the time at 1024 x 1024).
+    block or a stage is what leaves it. `stages.3.blocks.0.mlp:input` is an attention block's stream between its two
+    branches, `stages.3.blocks.0.token_mixer:scores` what its softmax gets: no module puts them out. A LayerNorm has the
+    largest square of its input. Shares of subnormals are not measured: this is an encoding and one look at each value
+    a picture (5 % of the time at 1024 x 1024).
 
     Raises UserError for values that are not finite in float32, and for no pixels at all.
     """
@@ -161,10 +162,18 @@ def measure_modules(encoder: nn.Module, pixels: Iterable[np.ndarray]) -> dict[st
     def before(name: str, module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
         see(f"{name}:input", module, inputs[0])
 
+    def scores(name: str, attention: Attention, layer: nn.Module, _: object, output: torch.Tensor) -> None:
+        heads = output.unflatten(-1, (3, attention.num_heads, attention.head_dim)).movedim(1, -2)
+        for head in range(attention.num_heads):  # one at a time: all together take 100 MB at 1024 x 1024
+            q, k = (heads[:, part, head] for part in (0, 1))
+            see(name, layer, q * attention.scale @ k.mT)
+
     handles = []
     for name, module in encoder.named_modules():
         if name and not isinstance(module, (nn.Identity, nn.Dropout)):
             handles.append(module.register_forward_hook(partial(after, name)))
+        if isinstance(module, Attention):
+            handles.append(module.qkv.register_forward_hook(partial(scores, f"{name}:scores", module)))
         if isinstance(module, AttentionBlock):
             handles.append(module.mlp.register_forward_pre_hook(partial(before, f"{name}.mlp")))
     try:

@@ -69,14 +69,19 @@ def search(
             f"--min-snr with --minimum-deployment-target {config.deployment_target}, which has no compressed weights:"
             f" ask for {min(form.target for form in COMPRESSIONS.values())}, or leave the flag out"
         )
-    found = compress.weights(fastvit)
-    compress.check_finite(found)
-    shapes = {name: weight.shape for name, weight in found.items()}
-    del found
+    compress.check_finite(compress.weights(fastvit))
+    shapes = compress.layer_shapes(fastvit)
     candidates = {
         name: [form for form in legal if compress.fault_of(shape, form, shapes) is None]
         for name, shape in shapes.items()
     }
+    check = _Check(fastvit, pictures, write, folder)
+    base = check({})
+    if base > 10 ** (-config.min_snr / 10):
+        raise UserError(
+            f"--min-snr {config.min_snr:g}: float16 alone keeps {_decibels(base):.1f} dB on these pictures:"
+            " ask for less"
+        )
     small = list(pictures(min(MEASURED_AT, config.image_size or MEASURED_AT)))
     cache = config.output_dir.with_name(config.output_dir.name + ".sensitivity.json")
     noise = measure(fastvit, candidates, small, cache)
@@ -85,7 +90,7 @@ def search(
         | {form.name: (nbytes(shape, form), noise[name][form.name]) for form in candidates[name]}
         for name, shape in shapes.items()
     }
-    chosen, facts = fit(layers, config.min_snr, _Check(fastvit, pictures, write, folder))
+    chosen, facts = fit(layers, config.min_snr, base, check)
     wide = {
         name: _why(layers[name], [compress.fault_of(shape, form, shapes) for form in legal])
         for name, shape in shapes.items()
@@ -95,44 +100,39 @@ def search(
 
 
 def fit(
-    layers: Options, asked: float, check: Callable[[Mapping[str, Compression]], float]
+    layers: Options, asked: float, base: float, check: Callable[[Mapping[str, Compression]], float]
 ) -> tuple[dict[str, Compression], dict[str, Any]]:
     """The smallest choice of forms that `check` finds to keep `asked` dB, and facts for the manifest.
 
-    `check(forms)` is the relative noise power of the whole; of `{}` it is float16's own. Every round's budget is
-    corrected by what the last choice really added, against what was predicted. Where `_ROUNDS` rounds all failed, each
-    further one halves the budget, down to float16 itself.
-
-    Raises UserError when float16 alone does not keep it.
+    `check(forms)` is the relative noise power of the whole; `base` that of float16 alone, which keeps `asked`. Every
+    round's budget is corrected by what the last choice really added, against what was predicted. Where `_ROUNDS` rounds
+    all failed, each further one halves the budget, down to float16 itself.
     """
-    allowed, base = 10 ** (-asked / 10), check({})
-    if base > allowed:
-        raise UserError(
-            f"--min-snr {asked:g}: float16 alone keeps {_decibels(base):.1f} dB on these pictures: ask for less"
-        )
+    allowed = 10 ** (-asked / 10)
     budget, too_much = allowed - base, float("inf")
     rounds: list[_Round] = []
-    while len(rounds) < _ROUNDS or not any(one.noise <= allowed for one in rounds):
+    best: _Round | None = None
+    while best is None or len(rounds) < _ROUNDS:
         chosen = allocate(layers, min(budget, _BELOW * too_much))
-        if any(one.chosen == chosen for one in rounds):
-            break
+        size = sum(layers[name][form][0] for name, form in chosen.items())
+        if (best is not None and size >= best.size) or any(one.chosen == chosen for one in rounds):
+            break  # nothing to gain
         forms = _forms(chosen)
         predicted = sum(layers[name][form][1] for name, form in chosen.items())
-        size = sum(layers[name][form][0] for name, form in chosen.items())
         noise = check(forms) if forms else base
         rounds.append(_Round(chosen, size, base + predicted, noise))
         log(
-            f"--min-snr {asked:g}: {len(forms)} of {len(layers)} layers compressed, {size / 1e6:,.1f} MB:"
+            f"--min-snr {asked:g}: {len(forms)} of {len(layers)} layers compressed, {size / 1e6:,.2f} MB:"
             f" {_decibels(noise):.2f} dB{'' if noise <= allowed else ', too little'}"
         )
         if noise > allowed:
             too_much = predicted
             budget = predicted * ((allowed - base) / (noise - base) if len(rounds) < _ROUNDS else 0.5)
-        elif _decibels(noise) - asked <= _CLOSE_ENOUGH_DB:
+            continue
+        best = rounds[-1]
+        if _decibels(noise) - asked <= _CLOSE_ENOUGH_DB:
             break
-        else:
-            budget *= (allowed - base) / max(noise - base, _LEAST_ADDED * (allowed - base))
-    best = min((one for one in rounds if one.noise <= allowed), key=lambda one: one.size, default=None)
+        budget *= (allowed - base) / max(noise - base, _LEAST_ADDED * (allowed - base))
     if best is None or not _forms(best.chosen):
         log(f"warning: --min-snr {asked:g}: only float16 keeps it: no layer is compressed")
     return _forms(best.chosen) if best else {}, {
@@ -168,8 +168,8 @@ def measure(
         (name, form) for name, forms in candidates.items() for form in forms if form.name not in known.get(name, {})
     ]
     total = sum(map(len, candidates.values()))
-    if len(todo) < total:
-        log(f"{cache}: {total - len(todo)} of {total} sensitivities were measured before")
+    if cache is not None:
+        log(f"{cache}: {total - len(todo)} of {total} sensitivities are known; an interrupted run goes on from there")
     if todo:
         with torch.inference_mode(), progress("sensitivity (layers x forms)", len(todo)) as advance:
             runs = _Tails(fastvit, pixels)

@@ -86,17 +86,17 @@ def export_vision(
     if config.compute_precision != "float32":
         facts["fp16"] = make_range_safe(fastvit, config.compute_precision, sorted(set(sizes.values())), pictures)
     channel_first(fastvit)
-    shapes = {name: weight.shape for name, weight in compress.weights(fastvit).items()}
+    shapes = compress.layer_shapes(fastvit)
     assignment = compress.assign(config.compression, shapes)
 
-    def write(forms: Mapping[str, Compression], package: Path) -> dict[str, Any]:
-        return _write(fastvit, config, sizes, forms, package, pictures, notes)
+    def write_native(forms: Mapping[str, Compression], package: Path) -> None:
+        _write(fastvit, config, contract.functions(native), forms, package, pictures, notes)
 
     with _temporary_folder(target.parent) as folder:
         if config.min_snr is not None:
-            assignment, found = sensitivity.search(fastvit, config, pictures, write, folder)
+            assignment, found = sensitivity.search(fastvit, config, pictures, write_native, folder)
             facts["sensitivity"] = found
-        written = write(assignment.forms, folder / target.name)
+        written = _write(fastvit, config, sizes, assignment.forms, folder / target.name, pictures, notes)
         (folder / target.name).rename(target)
     if assignment.forms or assignment.wide:
         facts["compression"] = _compression(shapes, assignment)
@@ -128,14 +128,14 @@ def _write(
 ) -> dict[str, Any]:
     """Convert a prepared encoder at every size, weights in these forms, and check what was written."""
     stored = compress.compressed(fastvit, forms)
-    wide: set[str] = set()
     parts = {size: target.with_name(f"{size}.mlpackage") for size in sorted(set(sizes.values()))}
+    wide: set[str] = set()  # the same operations in every function: their weights are stored once
+    if config.compute_precision == "mixed":
+        wide = wide.union(*(_out_of_range(graph(fastvit, size), pictures(size)) for size in parts))
     for size, part in parts.items():
         program = graph(fastvit, size)
         channels = _output_channels(program)
-        kept = _out_of_range(program, config, pictures(size))
-        _convert(program, config, size, part, kept, stored)
-        wide |= kept
+        _convert(program, config, size, part, wide, stored)
         del program
     if len(sizes) > 1:
         _merge({name: parts[size] for name, size in sizes.items()}, target)
@@ -173,7 +173,7 @@ def _cost_of_float32(package: Path) -> dict[str, Any]:
     wide = [one for one in found.operations if one.type != "cast" and is_float32(one)]
     macs = sum(cost_of(found, one).macs or 0 for one in found.operations)
     share = sum(cost_of(found, one).macs or 0 for one in wide) / max(macs, 1)
-    extra = sum(size for one in wide for _, size in found.weights(one).values()) // 2
+    extra = sum(size // 2 for one in wide for kind, size in found.weights(one).values() if kind == "fp32")
     log(
         f"mixed: {len(wide)} operations stay float32, off the Neural Engine: {share:.1%} of the multiply-accumulates,"
         f" weights {extra / 1e6:,.1f} MB larger"
@@ -230,12 +230,8 @@ def _rounded(value: float | None) -> float | None:
     return None if value is None else float(f"{value:.3g}")
 
 
-def _out_of_range(
-    program: torch.export.ExportedProgram, config: ExportConfig, pixels: Iterable[np.ndarray]
-) -> set[str]:
+def _out_of_range(program: torch.export.ExportedProgram, pixels: Iterable[np.ndarray]) -> set[str]:
     """Names of the operations that mixed precision keeps in float32."""
-    if config.compute_precision != "mixed":
-        return set()
     measured = {one.name: one.largest for one in ranges.measure_graph(program, pixels)}
     return fp16.out_of_range(program.graph, measured)
 
@@ -255,7 +251,9 @@ def _convert(
 ) -> None:
     ct = coremltools()
     passes = ct.PassPipeline()
-    passes.remove_passes(set(passes.passes) - _PASSES)
+    # Equal weights of two layers would become one constant, which neither layer's form could find.
+    kept = _PASSES - {"common::const_deduplication"} if stored else _PASSES
+    passes.remove_passes(set(passes.passes) - kept)
     precision = ct.precision.FLOAT32
     if config.compute_precision != "float32":
         precision = ct.transform.FP16ComputePrecision(op_selector=lambda operation: operation.name not in float32)

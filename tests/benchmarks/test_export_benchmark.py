@@ -1,10 +1,11 @@
-"""The measuring of processes, the bars, and the table of `benchmarks export`."""
+"""The measuring of processes, the bars and their table, and the sections of `benchmarks export`."""
 
+import math
 import sys
 
 import pytest
 
-from benchmarks import environment, export, steps
+from benchmarks import environment, export, steps, suite
 from benchmarks.measure import measure
 
 
@@ -38,7 +39,21 @@ def test_exit_codes_come_through(code, expected):
     ],
 )
 def test_bars(key, value, passed):
-    assert export._judge(export.BARS[key], value)["passed"] is passed
+    assert suite.judge(export.BARS[key], value)["passed"] is passed
+
+
+@pytest.mark.parametrize(
+    ("value", "passed"), [(9.9, True), (10.0, False), (float("-inf"), True), (float("inf"), False)]
+)
+def test_a_bar_from_below(value, passed):
+    found = suite.judge(suite.Bar("naive", "<", 10, "dB"), value)
+    assert found["passed"] is passed
+    assert found["value"] == (value if math.isfinite(value) else None)  # JSON has no infinity
+
+
+def test_a_figure_just_beyond_its_bar_does_not_look_as_if_on_it():
+    assert suite.judge(suite.Bar("error", "<=", 1, "x"), 1.00025)["value"] == 1.00025
+    assert suite.judge(suite.Bar("error", "<=", 2, "x"), 1.00025)["value"] == 1.0
 
 
 def test_every_section_reports_bars_and_every_step_exists(tmp_path, monkeypatch):
@@ -52,9 +67,10 @@ def test_every_section_reports_bars_and_every_step_exists(tmp_path, monkeypatch)
             (export.Path(command[command.index("--output-dir") + 1]) / "x.mlpackage").mkdir(parents=True)
         return type("Done", (), {"seconds": 2.0, "peak_gb": 1.0, "returncode": 0, "stdout": "{}\n"})()
 
-    monkeypatch.setattr(export, "_run", run)
+    monkeypatch.setattr(export, "run_step", run)
+    monkeypatch.setattr(suite, "run_step", run)
     figures = {}
-    for section in export.SECTIONS.values():
+    for section in export.SUITE.sections.values():
         figures |= section(tmp_path, tmp_path / "work")
     assert set(figures) <= set(export.BARS)
     assert figures["encoder_peak_ratio"] == 1.0
@@ -63,11 +79,14 @@ def test_every_section_reports_bars_and_every_step_exists(tmp_path, monkeypatch)
 
 def test_the_table(capsys):
     figures = {
-        key: export._judge(export.BARS[key], 0.8)
+        key: suite.judge(export.BARS[key], 0.8)
         for key in ("executor_float32_ratio", "executor_typed_ratio", "answers_int4")
     }
-    export.print_table({"figures": figures, "environment": environment.describe(), "load_before": environment.load()})
+    figures["broken"] = suite.judge(suite.Bar("broken", ">=", 1, "dB"), float("-inf"))
+    machine = {"environment": environment.describe(), "load_before": environment.load()}
+    suite.print_table("export", {"figures": figures, **machine})
     printed = capsys.readouterr().out
+    assert "not finite" in printed
     assert "≤ 0.7" in printed and "✓" in printed and "✗" in printed
     assert environment.describe()["cpu"] in printed
 

@@ -76,7 +76,7 @@ def pixels():
 def as_program(monkeypatch, net, extra=()):
     """Let a PyTorch module stand for the saved program."""
 
-    def program_values(package, pixels, compute):
+    def program_values(package, pixels, compute, function):
         rounded = (lambda x: x.astype(np.float16).astype(np.float32)) if compute == "as-typed" else np.asarray
         inner = operations.layer_values(copy.deepcopy(net), pixels)
 

@@ -15,11 +15,12 @@ from typing import Any
 import pytest
 
 import fastvlm
+from fastvlm import pictures
 from fastvlm.checkpoint import open_checkpoint
 from fastvlm.cli import run
 from fastvlm.errors import CheckFailed, UserError
 from fastvlm.preprocessing import read_preprocessor
-from model_export import contract, vision
+from model_export import contract, package, vision
 from model_export.__main__ import build_parser
 from model_export.artefact import read_manifest, verify
 from model_export.config import COMPUTE_UNITS, DEPLOYMENT_TARGETS, PRECISIONS, ExportConfig
@@ -37,7 +38,7 @@ def hashes(folder: Path) -> dict[str, str]:
 def quick_vision(monkeypatch: pytest.MonkeyPatch, tiny_artefact: Path) -> None:
     """The vision stage replaced by a copy of what it made before, for tests of everything around it."""
 
-    def copy(checkpoint: Any, config: ExportConfig, target: Path, notes: Any) -> dict[str, Any]:
+    def copy(checkpoint: Any, config: ExportConfig, target: Path, pictures: Any, notes: Any) -> dict[str, Any]:
         shutil.copytree(tiny_artefact / contract.PACKAGE, target)
         return read_manifest(tiny_artefact)["vision"]
 
@@ -58,7 +59,7 @@ def test_every_legal_setting_is_accepted(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ({"compute_precision": "fp16"}, "float16, float32"),
+        ({"compute_precision": "fp16"}, "float16, mixed, float32"),
         ({"compute_units": "NE"}, "CPU_AND_NE, CPU_AND_GPU, CPU_ONLY, ALL"),
         ({"minimum_deployment_target": "iOS14"}, "iOS15, iOS16, iOS17, iOS18"),
         ({"layout": "gguf"}, "app, mlx-vlm"),
@@ -211,7 +212,7 @@ def test_another_checkpoint_gives_other_bytes(
     export(plan(ExportConfig(make_checkpoint(form="training", dtype="float16", seed=1), target)))
     ours, other = hashes(tiny_artefact), hashes(target)
     changed = {name for name in ours if ours[name] != other[name]}
-    assert {contract.MANIFEST, f"{contract.PACKAGE}/{vision.WEIGHTS.as_posix()}", "model.safetensors"} <= changed
+    assert {contract.MANIFEST, f"{contract.PACKAGE}/{package.WEIGHTS.as_posix()}", "model.safetensors"} <= changed
 
 
 def test_rounding_keeps_what_threads_do_not_change() -> None:
@@ -351,12 +352,12 @@ def test_verify_and_inspect(tiny_artefact: Path, tmp_path: Path, capsys: pytest.
     assert "files as they were exported" in capsys.readouterr().out
     assert run(build_parser, ["inspect", "--model", str(tiny_artefact), "--json"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert any("conv 38" in line for line in lines)
+    assert any("conv 42" in line for line in lines)
     assert json.loads(lines[-1])["package"]["opset"] == "CoreML7"
     assert run(build_parser, ["inspect", "--model", str(tiny_artefact / contract.PACKAGE)]) == 0
     capsys.readouterr()
     copied = shutil.copytree(tiny_artefact, tmp_path / "copy")
-    path = copied / contract.PACKAGE / vision.WEIGHTS
+    path = copied / contract.PACKAGE / package.WEIGHTS
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
@@ -402,5 +403,11 @@ def test_nothing_is_left_in_the_temporary_folder(
         seen.extend(os.listdir(tmp_path / "temporary"))
 
     monkeypatch.setattr(vision, "_convert", watch)
-    vision.export_vision(open_checkpoint(tiny_checkpoint), config, tmp_path / contract.PACKAGE)
+    prepare = read_preprocessor(tiny_checkpoint)
+    vision.export_vision(
+        open_checkpoint(tiny_checkpoint),
+        config,
+        tmp_path / contract.PACKAGE,
+        lambda size: pictures.pixels(prepare, size),
+    )
     assert seen == [] and os.listdir(tmp_path / "temporary") == []

@@ -5,33 +5,42 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from fastvlm.checkpoint import open_checkpoint
+from fastvlm import pictures
+from fastvlm.checkpoint import Checkpoint, open_checkpoint
 from fastvlm.errors import CheckFailed, UserError
 from fastvlm.model import encoder
+from fastvlm.preprocessing import read_preprocessor
 from model_export import contract, mil, vision
 from model_export.artefact import read_manifest
 from model_export.config import ExportConfig
 from model_export.coreml import coremltools
-from model_export.vision import (
-    SPECIFICATION,
-    WEIGHTS,
-    PackageNotes,
-    _power_of_ten_above,
-    check_package,
-    describe_package,
-    export_vision,
-    finish_package,
-)
+from model_export.package import SPECIFICATION, WEIGHTS, check_package, describe_package, finish_package
+from model_export.vision import PackageNotes, Pictures, _power_of_ten_above, export_vision
 
 
 @pytest.fixture(scope="module")
 def pixels() -> np.ndarray:
     return np.random.default_rng(3).random((1, 3, 128, 128), dtype=np.float32)
+
+
+def drawn(checkpoint: Checkpoint) -> Pictures:
+    """What an export without `--calibration-images` measures on."""
+    return lambda size: pictures.pixels(read_preprocessor(checkpoint.path), size)
+
+
+def exported(
+    folder: Path, target: Path, notes: PackageNotes | None = None, output: Path | None = None, **settings: Any
+) -> dict[str, Any]:
+    """`export_vision` of a checkpoint folder to the package `target`."""
+    checkpoint = open_checkpoint(folder)
+    config = ExportConfig(folder, output or target.with_name("out"), **settings)
+    return export_vision(checkpoint, config, target, drawn(checkpoint), notes)
 
 
 @pytest.fixture(scope="module")
@@ -104,8 +113,7 @@ def test_one_flipped_weight_byte_shows(
 def test_every_deployment_target(
     tiny_checkpoint: Path, pixels: np.ndarray, expected: np.ndarray, tmp_path: Path, target: str, specification: int
 ) -> None:
-    config = ExportConfig(tiny_checkpoint, tmp_path / "out", minimum_deployment_target=target)
-    facts = export_vision(open_checkpoint(tiny_checkpoint), config, tmp_path / contract.PACKAGE)
+    facts = exported(tiny_checkpoint, tmp_path / contract.PACKAGE, minimum_deployment_target=target)
     assert facts["specification_version"] == specification
     assert facts["fold"]["relative_error_below"] <= facts["fold"]["tolerance"]
     assert snr_db(expected, computed(tmp_path / contract.PACKAGE, pixels)) >= 50
@@ -115,14 +123,14 @@ def test_float32_program_and_other_image_size(
     tiny_checkpoint: Path, pixels: np.ndarray, expected: np.ndarray, tmp_path: Path
 ) -> None:
     settings = {"compute_precision": "float32", "compute_units": "CPU_AND_GPU"}
-    config = ExportConfig(tiny_checkpoint, tmp_path / "out", **settings)
-    export_vision(open_checkpoint(tiny_checkpoint), config, tmp_path / contract.PACKAGE)
+    facts = exported(tiny_checkpoint, tmp_path / contract.PACKAGE, **settings)
+    assert "fp16" not in facts and set(facts["value_dtypes"]) == {"float32"}
     assert snr_db(expected, computed(tmp_path / contract.PACKAGE, pixels, "float32")) >= 100
     with pytest.raises(CheckFailed, match="float32 in a float16 program"):
-        check_package(tmp_path / contract.PACKAGE, 128, 256, "float16")
+        check_package(tmp_path / contract.PACKAGE, {"main": 128}, 256)
+    check_package(tmp_path / contract.PACKAGE, {"main": 128}, 256, None)
 
-    config = ExportConfig(tiny_checkpoint, tmp_path / "out", image_size=192)
-    facts = export_vision(open_checkpoint(tiny_checkpoint), config, tmp_path / "small.mlpackage")
+    facts = exported(tiny_checkpoint, tmp_path / "small.mlpackage", image_size=192)
     assert facts["tokens_per_image"] == 9
     assert describe_package(tmp_path / "small.mlpackage")["inputs"]["images"] == ("float32", (1, 3, 192, 192))
     assert {path.name for path in tmp_path.iterdir()} == {contract.PACKAGE, "small.mlpackage"}  # nothing temporary left
@@ -131,7 +139,18 @@ def test_float32_program_and_other_image_size(
 @pytest.mark.parametrize(("size", "channels", "what"), [(192, 256, "inputs"), (128, 255, "outputs")])
 def test_other_interface_is_refused(tiny_artefact: Path, size: int, channels: int, what: str) -> None:
     with pytest.raises(CheckFailed, match=what):
-        check_package(tiny_artefact / contract.PACKAGE, size, channels, "float16")
+        check_package(tiny_artefact / contract.PACKAGE, {"main": size}, channels)
+
+
+def test_other_functions_or_precision_are_refused(tiny_artefact: Path) -> None:
+    package = tiny_artefact / contract.PACKAGE
+    check_package(package, {"main": 128}, 256)
+    with pytest.raises(CheckFailed, match=r"functions: got \['main'\], expected \['encode_128', 'main'\]"):
+        check_package(package, {"main": 128, "encode_128": 128}, 256)
+    with pytest.raises(CheckFailed, match="operations are float16 in a float32 program"):
+        check_package(package, {"main": 128}, 256, None)
+    with pytest.raises(CheckFailed, match=r"functions: .*; .*inputs: .*; .*outputs: "):  # every fault at once
+        check_package(package, {"main": 192, "other": 128}, 256)
 
 
 def test_damaged_or_foreign_package_is_refused(tiny_artefact: Path, tmp_path: Path) -> None:
@@ -172,14 +191,17 @@ def test_weight_that_does_not_fit_float16_is_named(tiny_checkpoint: Path, tmp_pa
 
     folder = shutil.copytree(tiny_checkpoint, tmp_path / "model")
     tensors = load_file(folder / "model.safetensors")
-    name = f"{naming.VISION}stages.0.blocks.0.mlp.fc2.weight"
-    source = open_checkpoint(folder).tensors[name].source
+    stored = open_checkpoint(folder).tensors
+    mlp = {
+        name: stored[f"{naming.VISION}stages.0.blocks.0.mlp.{name}"].source
+        for name in ("fc1.weight", "fc1.bias", "fc2.weight")
+    }
     tensors = {key: value.float() for key, value in tensors.items()}
-    tensors[source][0, 0] = 1e7
+    tensors[mlp["fc1.weight"]][0] = tensors[mlp["fc1.bias"]][0] = 0  # what the large weight multiplies
+    tensors[mlp["fc2.weight"]][0, 0] = 1e7
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    config = ExportConfig(folder, tmp_path / "out")
     with pytest.raises(CheckFailed, match="float32 in a float16 program"):
-        export_vision(open_checkpoint(folder), config, tmp_path / contract.PACKAGE, PackageNotes("pad"))
+        exported(folder, tmp_path / contract.PACKAGE, PackageNotes("pad"))
 
 
 def test_broken_fold_is_not_exported(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,9 +210,7 @@ def test_broken_fold_is_not_exported(tiny_checkpoint: Path, tmp_path: Path, monk
     correct = fastvlm.reparam._fold_layer_scale
     monkeypatch.setattr(fastvlm.reparam, "_fold_layer_scale", lambda *args: None)
     with pytest.raises(CheckFailed):
-        export_vision(
-            open_checkpoint(tiny_checkpoint), ExportConfig(tiny_checkpoint, tmp_path), tmp_path / "a.mlpackage"
-        )
+        exported(tiny_checkpoint, tmp_path / "a.mlpackage", output=tmp_path)
     assert correct is not fastvlm.reparam._fold_layer_scale and not (tmp_path / "a.mlpackage").exists()
 
 
@@ -199,9 +219,7 @@ def test_shortened_pipeline_gives_coremltools_own_program(
 ) -> None:
     monkeypatch.setattr(vision, "_PASSES", set(coremltools().PassPipeline().passes))
     notes = PackageNotes("center_crop", read_manifest(tiny_artefact)["sources"]["sha256"])
-    export_vision(
-        open_checkpoint(tiny_checkpoint), ExportConfig(tiny_checkpoint, tmp_path), tmp_path / "full.mlpackage", notes
-    )
+    exported(tiny_checkpoint, tmp_path / "full.mlpackage", notes, tmp_path)
     for name in (SPECIFICATION, WEIGHTS):
         assert (tmp_path / "full.mlpackage" / name).read_bytes() == (
             tiny_artefact / contract.PACKAGE / name

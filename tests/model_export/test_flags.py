@@ -1,0 +1,177 @@
+"""The encoder's flags on the command line: every refusal is one line and exit 2, --dry-run, the same bytes again."""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from fastvlm.cli import run
+from fastvlm.errors import UserError
+from model_export import contract
+from model_export.__main__ import build_parser
+from model_export.artefact import read_manifest, verify
+from model_export.config import ExportConfig
+
+
+def call(*arguments: object) -> int:
+    try:
+        return run(build_parser, [str(argument) for argument in arguments])
+    except SystemExit as stopped:  # argparse's way
+        return int(str(stopped.code))
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What flags can point at: folders of pictures, of none, of damaged ones, and rules for compression."""
+    folder = tmp_path_factory.mktemp("folders")
+    for name in ("pictures", "empty", "damaged"):
+        (folder / name).mkdir()
+    for index, mode in enumerate(("L", "RGB")):
+        Image.linear_gradient("L").convert(mode).rotate(90 * index).save(folder / "pictures" / f"{index}.png")
+    (folder / "empty" / "notes.txt").write_text("no picture")
+    (folder / "damaged" / "a.png").write_bytes(b"not a picture")
+    for name, text in {
+        "rules": '{"stages.4.*": "palette4", "*": "int8"}',
+        "grouped": '{"*": "palette4-g16"}',
+        "unknown": '{"*": "palette5"}',
+        "twice": '{"*": "int8", "*": "palette4"}',
+        "list": "[]",
+        "nothing": "{}",
+        "broken": "{",
+        "stranger": '{"layers.*": "int8"}',
+    }.items():
+        (folder / f"{name}.json").write_text(text)
+    return folder
+
+
+TARGET = "--minimum-deployment-target"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--compute-precision", "fp16"], "--compute-precision: got 'fp16', expected one of float16, mixed, float32"),
+        (["--compute-precision", "float32"], "the Neural Engine has no float32"),
+        (["--vision-quant", "palette5"], "--vision-quant palette5: expected fp16, "),
+        (["--vision-quant", ""], "--vision-quant"),
+        (["--vision-quant", "{at}/none.json"], "--vision-quant {at}/none.json: "),
+        (["--vision-quant", "{at}/broken.json"], "not readable as JSON"),
+        (["--vision-quant", "{at}/twice.json"], "twice.json"),
+        (["--vision-quant", "{at}/list.json"], "json: expected "),
+        (["--vision-quant", "{at}/nothing.json"], "json: expected "),
+        (["--vision-quant", "{at}/unknown.json"], "*: 'palette5': expected one of"),
+        (["--vision-quant", "int8", "--compute-precision", "float32", "--compute-units", "CPU_ONLY"], "are float16"),
+        (["--vision-quant", "palette4-g16", TARGET, "iOS17"], "too old for --vision-quant palette4-g16, new in iOS18"),
+        (["--vision-quant", "{at}/grouped.json", TARGET, "iOS17"], "too old for --vision-quant palette4-g16"),
+        (["--vision-quant", "palette4", TARGET, "iOS15"], "too old for --vision-quant palette4, new in iOS16"),
+        (["--min-snr", "0"], "--min-snr: got 0, expected decibels between 0 and 100"),
+        (["--min-snr", "-3"], "--min-snr: got -3, expected decibels"),
+        (["--min-snr", "nan"], "--min-snr: got nan, expected decibels"),
+        (["--min-snr", "inf"], "--min-snr: got inf, expected decibels"),
+        (["--min-snr", "high"], "--min-snr"),
+        (["--min-snr", "30", "--vision-quant", "int8"], "--vision-quant and --min-snr: one says"),
+        (["--min-snr", "30", "--compute-precision", "float32", "--compute-units", "ALL"], "--min-snr with"),
+        (["--calibration-images", "{at}/none"], "--calibration-images {at}/none: not a folder"),
+        (["--calibration-images", "{at}/rules.json"], "not a folder"),
+        (["--calibration-images", "{at}/empty"], "--calibration-images {at}/empty: no pictures"),
+        (["--resolutions", "65"], "--resolutions: got 65, expected a multiple of 64"),
+        (["--resolutions", "256", TARGET, "iOS16"], "too old for several functions in one package, new in iOS18"),
+    ],
+)
+@pytest.mark.parametrize("more", [[], ["--dry-run"]])
+def test_refusals_are_one_line_and_exit_2(
+    tiny_checkpoint: Path, tmp_path: Path, folders: Path, capsys: pytest.CaptureFixture[str],
+    flags: list[str], message: str, more: list[str],
+) -> None:  # fmt: skip
+    given = [flag.format(at=folders) for flag in flags]
+    assert call("vision", "--checkpoint", tiny_checkpoint, "--output-dir", tmp_path / "made", *given, *more) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and message.replace("{at}", str(folders)) in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_damaged_picture_is_named_and_nothing_is_left(
+    tiny_checkpoint: Path, tmp_path: Path, folders: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Files are opened when they are needed, and not before."""
+    command = ["vision", "--checkpoint", tiny_checkpoint, "--output-dir", tmp_path / "made"]
+    assert call(*command, "--calibration-images", folders / "damaged") == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ") and "a.png" in error and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("more", [[], ["--dry-run"]])
+def test_pattern_without_a_layer_is_refused(
+    tiny_checkpoint: Path, tmp_path: Path, folders: Path, capsys: pytest.CaptureFixture[str],
+    more: list[str],
+) -> None:  # fmt: skip
+    command = ["vision", "--checkpoint", tiny_checkpoint, "--output-dir", tmp_path / "made"]
+    assert call(*command, "--vision-quant", folders / "stranger.json", *more) == 2
+    assert "matches no layer: layers.*" in capsys.readouterr().err.splitlines()[-1]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_faults_of_all_flags_come_at_once(tmp_path: Path) -> None:
+    with pytest.raises(UserError) as error:
+        ExportConfig(
+            tmp_path, tmp_path, compute_precision="half", resolutions=(1, 2), vision_quant="x", min_snr=-1.0
+        )  # fmt: skip
+    for flag in ("--compute-precision", "--resolutions: got 1", "--resolutions: got 2", "--vision-quant x", "--min-snr",
+                 "--output-dir"):  # fmt: skip
+        assert flag in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("flags", "target"),
+    [
+        ([], "iOS17"),
+        (["--compute-precision", "mixed"], "iOS17"),
+        (["--calibration-images", "{at}/pictures"], "iOS17"),
+        (["--resolutions", "64", "192"], "iOS18"),
+        (["--vision-quant", "palette4"], "iOS17"),
+        (["--vision-quant", "{at}/rules.json"], "iOS17"),
+        (["--vision-quant", "int4-b32"], "iOS18"),
+        (["--min-snr", "30"], "iOS18"),
+        (["--min-snr", "30", TARGET, "iOS16"], "iOS16"),
+        (["--vision-quant", "palette4", TARGET, "iOS16"], "iOS16"),
+    ],
+)
+def test_dry_run_says_what_would_be_and_writes_nothing(
+    tiny_checkpoint: Path, tmp_path: Path, folders: Path, capsys: pytest.CaptureFixture[str],
+    flags: list[str], target: str,
+) -> None:  # fmt: skip
+    given = [flag.format(at=folders) for flag in flags]
+    command = ["vision", "--checkpoint", tiny_checkpoint, "--output-dir", tmp_path / "made", *given]
+    assert call(*command, "--dry-run", "--json") == 0
+    captured = capsys.readouterr()
+    document = json.loads(captured.out.splitlines()[-1])
+    assert document["config"]["minimum_deployment_target"] == target
+    raised = document["config"].get("newer_target", {})
+    assert bool(raised) == (target == "iOS18") == ("deployment target iOS18: " in captured.err)
+    assert document["estimated_bytes"][contract.PACKAGE] > 0
+    assert str(folders) not in json.dumps(document["config"])  # where the user's files lie is nobody's business
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_same_flags_give_the_same_bytes(tiny_checkpoint: Path, tmp_path: Path, folders: Path) -> None:
+    """All that go together, and a checkpoint, a folder of pictures and rules that lie elsewhere."""
+    moved = shutil.copytree(folders, tmp_path / "moved")
+    source = shutil.copytree(tiny_checkpoint, tmp_path / "source")
+    results = []
+    for number, (at, checkpoint) in enumerate(((folders, tiny_checkpoint), (moved, source))):
+        target = tmp_path / f"{number}"
+        flags = ["--compute-precision", "mixed", "--vision-quant", at / "rules.json"]
+        flags += ["--calibration-images", at / "pictures"]
+        assert call("vision", "--checkpoint", checkpoint, "--output-dir", target, *flags) == 0
+        assert verify(target) == []
+        results.append({
+            path.relative_to(target).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in target.rglob("*") if path.is_file()
+        })  # fmt: skip
+    assert results[0] == results[1]
+    forms = read_manifest(tmp_path / "0")["vision"]["compression"]["forms"]
+    assert set(forms.values()) == {"palette4", "int8"} and forms["stages.4.blocks.0.mlp.fc1"] == "palette4"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1", "moved", "source"]
