@@ -1,10 +1,11 @@
 """The curve of `python -m benchmarks encoder`: what a compressed encoder weighs, against what it keeps."""
 
 import io
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from fastvlm.staging import write_file
 
 _INK, _SOFT, _LINE = "#1d1d1f", "#6e6e73", "#d2d2d7"
 # Family of forms -> colour, marker.
@@ -51,13 +52,7 @@ def write_plot(encoders: Mapping[str, Mapping[str, float]], target: Path, title:
             _label(axes, encoders, key, factor)
         content = io.BytesIO()
         figure.savefig(content, format="png", metadata={"Software": None})
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        partial.write_bytes(content.getvalue())
-        os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_file(target, content.getvalue())
 
 
 def family(name: str) -> str:

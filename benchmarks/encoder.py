@@ -59,8 +59,8 @@ def _range_bars() -> dict[str, Bar]:
 
 
 def _graph_bars() -> dict[str, Bar]:
-    # Ours has 14 moves: each of six attentions needs two reshapes (the depthwise convolution before it is over the grid, the
-    # softmax over the list of positions), and the contract's (1, N, C) a reshape and a transpose.
+    # Ours has 14 moves: each of six attentions needs two reshapes (the depthwise convolution before it is over the
+    # grid, the softmax over the list of positions), and the contract's (1, N, C) a reshape and a transpose.
     bars: dict[str, Bar] = {}
     for size in SIZES:
         bars |= {

@@ -52,15 +52,7 @@ def opened(chosen: list["Picture | Path"]) -> Iterator[Picture]:
 
 def check(chosen: list["Picture | Path"]) -> None:
     """Open every file once before the work starts. Raises UserError naming all that are no usable pictures."""
-    faults = []
-    for one in chosen:
-        if isinstance(one, Path):
-            try:
-                open_image(one)
-            except UserError as error:
-                faults.append(str(error))
-    if faults:
-        raise UserError("; ".join(faults))
+    pictures.check(one for one in chosen if isinstance(one, Path))
 
 
 def _demo(count: int) -> Iterator[Picture]:

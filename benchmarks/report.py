@@ -2,7 +2,6 @@
 
 import base64
 import io
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from PIL import Image
 
 from benchmarks import environment
 from benchmarks.plot import error_plot
+from fastvlm.staging import write_file
 
 _TEMPLATES = Path(__file__).parent / "templates"
 SOURCES = {"demo": "questions of the demo set", "drawn": "drawn pictures", "yours": "pictures of yours"}
@@ -20,13 +20,7 @@ SOURCES = {"demo": "questions of the demo set", "drawn": "drawn pictures", "your
 
 def write(path: Path, result: dict[str, Any], thumbnails: Sequence[Image.Image], command: str | None = None) -> None:
     """Write the page of `parity.document`'s `result` to `path`, atomically; one thumbnail for each of its rows."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staged = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        staged.write_text(render(result, thumbnails, command), encoding="utf-8")
-        os.replace(staged, path)
-    finally:
-        staged.unlink(missing_ok=True)
+    write_file(path, render(result, thumbnails, command).encode())
 
 
 def render(result: dict[str, Any], thumbnails: Sequence[Image.Image], command: str | None = None) -> str:

@@ -3,7 +3,6 @@
 import argparse
 import base64
 import io
-import os
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from rich.table import Table
 from fastvlm import demo
 from fastvlm.cli import add_common, log, progress
 from fastvlm.errors import UserError
+from fastvlm.staging import write_file
 
 PASS_MARK = 0.95  # of the held-out questions, for a checkpoint that is trained anew
 
@@ -110,10 +110,8 @@ def _write_page(rows: list, right: int, model: Any, model_path: str, folder: Pat
     text = environment.get_template("demo.html").render(
         cards=cards, right=right, model=model_path, runner=model.language.name
     )
-    folder.mkdir(parents=True, exist_ok=True)
-    page, staged = folder / "index.html", folder / ".index.html.partial"
-    staged.write_text(text, encoding="utf-8")
-    os.replace(staged, page)
+    page = folder / "index.html"
+    write_file(page, text.encode())
     return page
 
 

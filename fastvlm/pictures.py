@@ -1,6 +1,6 @@
 """Pictures to measure on: the user's folder, or drawn ones and noise for whoever has none."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +24,18 @@ def files(folder: Path, flag: str = "--images") -> list[Path]:
     if not found:
         raise UserError(f"{flag} {folder}: no pictures: expected files ending in {', '.join(SUFFIXES)}")
     return found
+
+
+def check(chosen: Iterable[Path]) -> None:
+    """Open every file once before the work starts. Raises UserError naming all that are no usable pictures."""
+    faults = []
+    for path in chosen:
+        try:
+            open_image(path)
+        except UserError as error:
+            faults.append(str(error))
+    if faults:
+        raise UserError("; ".join(faults))
 
 
 def drawn(count: int) -> Iterator[Image.Image]:

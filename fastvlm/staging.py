@@ -43,6 +43,17 @@ def staged(target: Path, replace: bool = False) -> Iterator[Path]:
         os.close(lock)
 
 
+def write_file(target: Path, content: bytes) -> None:
+    """Write a file whole or not at all; makes its folder."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    try:
+        partial.write_bytes(content)
+        os.replace(partial, target)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def clean(target: Path) -> None:
     """Remove what dead runs left beside `target`, and undo the first half of a replacement that stopped half-way."""
     for path in sorted(target.parent.glob(f".{_escaped(target.name)}.replaced-*")):

@@ -1,11 +1,11 @@
 """The plot of `python -m model_export ranges`: every operation's largest value against float16's limit."""
 
 import io
-import os
 import re
 from pathlib import Path
 from typing import Any
 
+from fastvlm.staging import write_file
 from model_export.fp16 import HEADROOM, LARGEST
 from model_export.ranges import Range
 from model_export.ranges_report import computing, times
@@ -33,13 +33,7 @@ def write_plot(ranges: list[Range], target: Path, title: str) -> None:
         kind = target.suffix.lower().removeprefix(".")
         metadata: dict[str, Any] = {"Date": None, "Creator": None} if kind == "svg" else {"Software": None}
         figure.savefig(content, format=kind, metadata=metadata)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        partial.write_bytes(content.getvalue())
-        os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_file(target, content.getvalue())
 
 
 def _draw(figure: Any, ranges: list[Range], title: str) -> None:

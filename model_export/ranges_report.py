@@ -156,7 +156,6 @@ def _pictures(args: argparse.Namespace, preprocessor: "Preprocessor") -> tuple[s
     Raises UserError for a folder without pictures, and naming all files that are no usable pictures.
     """
     from fastvlm import pictures
-    from fastvlm.preprocessing import open_image
 
     size = preprocessor.image_size
     if args.images is None:
@@ -165,14 +164,8 @@ def _pictures(args: argparse.Namespace, preprocessor: "Preprocessor") -> tuple[s
         text = f"{len(drawn)} of {len(built_in)} built-in pictures (a drawn scene, then noise)"
         return text, len(drawn), drawn
     every = pictures.files(args.images)
-    chosen, faults = every[: args.limit], []
-    for path in chosen:
-        try:
-            open_image(path)
-        except UserError as error:
-            faults.append(str(error))
-    if faults:
-        raise UserError("; ".join(faults))
+    chosen = every[: args.limit]
+    pictures.check(chosen)
     text = f"{len(chosen)} of {len(every)} pictures in {args.images}"
     return text, len(chosen), pictures.pixels(preprocessor, size, chosen)
 

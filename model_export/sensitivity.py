@@ -8,7 +8,6 @@ corrected.
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,13 +20,14 @@ from torch import nn
 
 from fastvlm.cli import log, progress
 from fastvlm.errors import UserError
+from fastvlm.staging import write_file
 from model_export import compress, contract, mil
 from model_export.compress import Assignment
 from model_export.config import DEPLOYMENT_TARGETS, ExportConfig
 from quantization.compression import COMPRESSIONS, Compression, allocate, nbytes
 from quantization.compression import compress as compress_weight
 
-# What is tried on each layer, from nearly free to smallest. 8-bit palettes of groups are larger than int8, no better.
+# What is tried on each layer, from nearly free to smallest. 8-bit palettes of groups would take minutes to cluster.
 CANDIDATES = ("palette8", "int8", "palette6", "palette6-g16", "palette4", "palette4-g16", "int4-b32")
 # Sensitivities are relative, and hardly depend on the resolution; measuring at 1024 would take 16 times as long.
 MEASURED_AT = 256
@@ -289,7 +289,4 @@ def _read(cache: Path | None, key: str) -> Noise:
 
 
 def _save(cache: Path, key: str, noise: Noise) -> None:
-    cache.parent.mkdir(parents=True, exist_ok=True)
-    staging = cache.with_name(f".{cache.name}.{os.getpid()}")
-    staging.write_text(json.dumps({"key": key, "noise": noise}, indent=1), encoding="utf-8")
-    os.replace(staging, cache)
+    write_file(cache, json.dumps({"key": key, "noise": noise}, indent=1).encode())

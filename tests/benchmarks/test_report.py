@@ -121,7 +121,7 @@ def test_writing_replaces_in_one_piece(tmp_path, monkeypatch, reference, candida
     report.write(path, result, [shown[0].image])
     before = path.read_text()
     assert [file.name for file in path.parent.iterdir()] == ["index.html"]
-    monkeypatch.setattr(report.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         report.write(path, result, [shown[0].image])
     assert path.read_text() == before
