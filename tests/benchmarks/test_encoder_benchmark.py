@@ -61,7 +61,7 @@ def export(tmp_path_factory: pytest.TempPathFactory) -> Export:
 @pytest.mark.slow
 def test_hot_streams_and_the_ordinary_one(tiny):
     figures = encoder._ranges(tiny, tiny / "work")
-    assert figures["reached_3e5_128"] == pytest.approx(3e5, rel=1e-3)
+    assert 3e5 / 1.42 < figures["reached_3e5_128"] < 3e5 * 1.42  # the nearest power of two
     assert figures["strict_3e5_128"] > 45
     assert figures["naive_3e5_128"] < 10  # the negative control of ours: the same streams without a power of two
     assert figures["typed_ordinary_128"] > 50

@@ -181,6 +181,14 @@ def test_layer_names(text: str, name: str | None) -> None:
 # -- modules, for the export ------------------------------------------------------------------------------------------
 
 
+def scores_of(qkv: np.ndarray, head: int = 32) -> np.ndarray:
+    """q k^T / sqrt(head) of all heads, from (N, 3 C): queries first, then keys, heads of 32 channels side by side."""
+    channels = qkv.shape[1] // 3
+    starts = range(0, channels, head)
+    products = [qkv[:, i : i + head] @ qkv[:, channels + i : channels + i + head].T for i in starts]
+    return np.stack(products) / np.sqrt(head)
+
+
 def test_modules_hold_what_float64_says(
     modules: dict[str, Range], truth: dict[str, np.ndarray], fastvit: nn.Module
 ) -> None:
@@ -188,7 +196,10 @@ def test_modules_hold_what_float64_says(
     blocks = {f"stages.{stage}.blocks.{i}" for stage in range(5) for i in range(len(fastvit.stages[stage].blocks))}
     assert leaves | blocks <= modules.keys()
     for name, found in modules.items():
-        expected = truth[name.removesuffix(":input") + ("<" if name.endswith(":input") else "")]
+        if name.endswith(":scores"):
+            expected = scores_of(truth[name.removesuffix(":scores") + ".qkv"][0])
+        else:
+            expected = truth[name.removesuffix(":input") + ("<" if name.endswith(":input") else "")]
         assert found.largest == pytest.approx(np.abs(expected).max(), rel=1e-4), name
     norms = {name: found.square for name, found in modules.items() if found.square}
     assert norms.keys() == {"stages.3.blocks.0.norm", "stages.4.blocks.0.norm"}
@@ -455,7 +466,7 @@ def test_verb_on_a_hot_checkpoint(capsys: pytest.CaptureFixture[str], hot_checkp
     *_, verdict, plot, last = out.splitlines()
     document = json.loads(last)
     assert document["verdict"] == verdict and "overflow" in verdict and str(tmp_path) in plot
-    assert "PyTorch, the folded graph in float32, 128 x 128, 1 of 3 built-in pictures" in out
+    assert "PyTorch, the folded graph in float32, 128 x 128, 1 of 2 built-in pictures" in out
     table = [line for line in out.splitlines() if line.startswith("│")]
     assert len(table) == 3 and "stages.4.blocks.0.norm" in table[0] and "stages.4" in table[1]
     operations = document["operations"]
