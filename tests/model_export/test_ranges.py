@@ -197,7 +197,7 @@ def test_modules_hold_what_float64_says(
     assert leaves | blocks <= modules.keys()
     for name, found in modules.items():
         if name.endswith(":scores"):
-            expected = scores_of(truth[name.removesuffix(":scores") + ".qkv"][0])
+            expected = np.stack([scores_of(one[0]) for one in truth[name.removesuffix(":scores") + ".qkv"]])
         else:
             expected = truth[name.removesuffix(":input") + ("<" if name.endswith(":input") else "")]
         assert found.largest == pytest.approx(np.abs(expected).max(), rel=1e-4), name
