@@ -45,7 +45,7 @@ def check_target(target: Path, overwrite: bool) -> None:
     if not overwrite:
         raise UserError(f"--output-dir {target}: exists: choose another, or replace it with --overwrite")
     try:
-        listed = _listed_files(read_manifest(target))
+        listed = _listed_files(read_manifest(target, older=True))
     except UserError as error:
         raise UserError(f"--output-dir {target}: what it holds is unknown, remove it yourself: {error}") from error
     extra = [name for name in _extra(target, listed) if Path(name).name != ".DS_Store"]
@@ -124,8 +124,8 @@ def write_manifest(folder: Path, document: Mapping[str, Any]) -> dict[str, Any]:
     return complete
 
 
-def read_manifest(artefact: Path) -> dict[str, Any]:
-    """The artefact's export.json. Raises UserError when there is none that this version can read."""
+def read_manifest(artefact: Path, older: bool = False) -> dict[str, Any]:
+    """The artefact's export.json; with `older`, of any format up to ours. Raises UserError when there is none to read."""
     path = artefact / contract.MANIFEST
     if not artefact.is_dir():
         raise UserError(f"{artefact}: no such folder: expected an exported artefact")
@@ -137,8 +137,8 @@ def read_manifest(artefact: Path) -> dict[str, Any]:
         raise UserError(f"{path}: is not JSON ({error}): export again") from None
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise UserError(f"{path}: is not the manifest of an artefact (no format {FORMAT!r})")
-    if document.get("format_version") != FORMAT_VERSION:
-        got = document.get("format_version")
+    got = document.get("format_version")
+    if got != FORMAT_VERSION and not (older and got in range(1, FORMAT_VERSION)):
         raise UserError(f"{path}: format version {got!r}, expected {FORMAT_VERSION}: export again")
     files = document.get("files")
     if not isinstance(files, dict) or not all(_is_entry(name, entry) for name, entry in files.items()):

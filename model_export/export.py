@@ -146,6 +146,9 @@ def _write_parts(plan: Plan, folder: Path, sources: dict[str, Any], seconds: dic
                 lambda size: pictures.pixels(preprocessor, size, plan.calibration),
                 notes,
             )
+            if "fp16" in document["vision"]:
+                found = plan.calibration
+                document["vision"]["fp16"]["pictures"] = f"{len(found)} given" if found else "a drawn one and noise"
         changes.append(
             "The vision encoder's branches and normalizations are folded into convolutions; it is stored as a Core ML"
             f" program in {config.compute_precision} for {_listed(document['vision']['resolutions'])} pixels"

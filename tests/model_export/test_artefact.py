@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -291,3 +292,14 @@ def test_without_a_licence_the_notice_says_research_only(tmp_path: Path) -> None
     (tmp_path / "source" / "LICENSE").write_bytes(b"x" * (artefact._LICENCE_BYTES + 1))
     with pytest.raises(UserError, match="too large"):
         carry_licences(tmp_path / "source", tmp_path, [])
+
+
+def test_an_artefact_of_an_older_format_can_be_replaced_but_not_read(tiny_artefact: Path, tmp_path: Path) -> None:
+    older = shutil.copytree(tiny_artefact, tmp_path / "older")
+    artefact.write_manifest(older, artefact.read_manifest(older) | {"format_version": 1})
+    artefact.check_target(older, overwrite=True)
+    with pytest.raises(UserError, match="export again"):
+        artefact.read_manifest(older)
+    (older / "mine.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"mine\.txt"):  # the control: what no export wrote is still not deleted
+        artefact.check_target(older, overwrite=True)
