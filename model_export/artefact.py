@@ -125,7 +125,7 @@ def write_manifest(folder: Path, document: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_manifest(artefact: Path, older: bool = False) -> dict[str, Any]:
-    """The artefact's export.json; with `older`, of any format up to ours. Raises UserError when there is none to read."""
+    """The artefact's export.json; with `older`, of any format up to ours. Raises UserError when it cannot be read."""
     path = artefact / contract.MANIFEST
     if not artefact.is_dir():
         raise UserError(f"{artefact}: no such folder: expected an exported artefact")
