@@ -271,7 +271,7 @@ def sizes(checkpoint: str, package: str) -> dict[str, Any]:
     from quantization.compression import COMPRESSIONS
 
     encoder = _prepared(checkpoint)
-    shapes = {name: weight.shape for name, weight in compress.weights(encoder).items()}
+    shapes = compress.layer_shapes(encoder)
     found = {
         name: compress.size_of(shapes, compress.assign(compress.load(name), shapes).forms) for name in COMPRESSIONS
     }

@@ -12,7 +12,6 @@ from fastvlm.cli import Parser, add_common, log, progress, run
 from fastvlm.errors import UserError
 from model_export import config as configuration
 from model_export import contract
-from model_export.audit import add_audit
 from model_export.mac import add_mac
 from model_export.ranges_report import add_ranges
 
@@ -34,7 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
     verify.set_defaults(run=run_verify)
     _add_generate(verbs.add_parser("generate", help="answer a question, from the artefact's bytes alone"))
     add_ranges(verbs)
-    add_audit(verbs)
+    _add_audit(verbs)
     add_mac(verbs)
     for choice in verbs.choices.values():
         add_common(choice)
@@ -115,6 +114,14 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
         "--llm", default="auto", metavar="RUNNER", help=f"{_listed(configuration.LLM_RUNNERS)} (default: auto)"
     )
     parser.set_defaults(run=run_generate)
+
+
+def _add_audit(verbs: Any) -> None:
+    text = "check an .mlpackage for the Neural Engine: findings with remedies, operations, costs"
+    parser = verbs.add_parser("audit", help=text, description=text)
+    parser.add_argument("package", type=Path, metavar="PACKAGE", help="an .mlpackage")
+    parser.add_argument("--function", metavar="NAME", help="only this function (default: all)")
+    parser.set_defaults(run=run_audit)
 
 
 def run_export(parts: tuple[str, ...], args: argparse.Namespace) -> dict[str, Any]:
@@ -220,6 +227,16 @@ def run_verify(args: argparse.Namespace) -> dict[str, Any]:
     verdict = f"{len(findings)} findings" if findings else f"{len(document['files'])} files as they were exported"
     print(f"{args.model}: {verdict}")
     return {"passed": not findings, "findings": findings}
+
+
+def run_audit(args: argparse.Namespace) -> dict[str, Any]:
+    """Print the audit and the compute plan; the document's "passed" makes the exit code."""
+    from model_export import audit, compute_plan
+
+    document = audit.audit(args.package, args.function)
+    document["compute_plan"] = compute_plan.read(args.package, args.function)
+    print("\n".join(audit.lines(document)))
+    return document
 
 
 def run_generate(args: argparse.Namespace) -> dict[str, Any]:

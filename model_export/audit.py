@@ -5,7 +5,6 @@ A static check of any .mlpackage, ours or anyone's, from its saved bytes, on any
 operation is the compute plan's to say, on a Mac.
 """
 
-import argparse
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,24 +18,6 @@ from model_export.operation_costs import Cost, Graph, cost_of, padded_size_of, s
 # Operations that compute nothing; each count is shown, also when it is 0.
 DATA_MOVEMENT = ("transpose", "reshape", "squeeze", "expand_dims", "slice", "split", "concat", "gather")
 _COSTLIEST = 10
-
-
-def add_audit(verbs: Any) -> argparse.ArgumentParser:
-    """Add the verb `audit` to the sub-parsers of `python -m model_export`."""
-    text = "check an .mlpackage for the Neural Engine: findings with remedies, operations, costs"
-    parser: argparse.ArgumentParser = verbs.add_parser("audit", help=text, description=text)
-    parser.add_argument("package", type=Path, metavar="PACKAGE", help="an .mlpackage")
-    parser.add_argument("--function", metavar="NAME", help="only this function (default: all)")
-    parser.set_defaults(run=run_audit)
-    return parser
-
-
-def run_audit(args: argparse.Namespace) -> dict[str, Any]:
-    """Print the audit and the compute plan; the document's "passed" makes the exit code."""
-    document = audit(args.package, args.function)
-    document["compute_plan"] = compute_plan.read(args.package, args.function)
-    print("\n".join(lines(document)))
-    return document
 
 
 def audit(package: Path, function: str | None = None) -> dict[str, Any]:

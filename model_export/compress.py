@@ -9,16 +9,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from torch import nn
 
 from fastvlm.errors import CheckFailed, UserError
 from model_export.coreml import coremltools
-from quantization.compression import COMPRESSIONS, Compressed, Compression, applies, compress, nbytes, parse
+from quantization.compression import COMPRESSIONS, Compressed, Compression, applies, compress, nbytes
 from quantization.palettes import Palette
-from quantization.recipe import refuse_repeats
+
+if TYPE_CHECKING:
+    from torch import nn  # read by `config`, so by every command: torch is imported where it is needed
 
 NONE = "fp16"  # the name of leaving weights as they are
 # A weight below this share of the encoder's bytes stays wide: it saves nothing, and the small ones (depthwise kernels,
@@ -62,9 +63,11 @@ def load(text: str) -> VisionQuant:
     if not text.endswith(".json"):
         if text not in COMPRESSIONS:
             raise UserError(f"--vision-quant {text}: expected {NONE}, {', '.join(COMPRESSIONS)}, or a .json file")
-        return VisionQuant(text, (("*", parse(text)),))
+        return VisionQuant(text, (("*", COMPRESSIONS[text]),))
     if not Path(text).is_file():
         raise UserError(f"--vision-quant {text}: no such file")
+    from quantization.recipe import refuse_repeats
+
     try:
         document = json.loads(Path(text).read_text(encoding="utf-8"), object_pairs_hook=refuse_repeats)
     except (OSError, ValueError) as error:
@@ -83,17 +86,21 @@ def load(text: str) -> VisionQuant:
     )
 
 
-def weights(fastvit: nn.Module) -> dict[str, np.ndarray]:
+def weights(fastvit: "nn.Module") -> dict[str, np.ndarray]:
     """Layer name -> float16 weight (O, I, kh, kw) of every convolution of a prepared encoder (see `vision`)."""
-    return {
-        name: layer.weight.detach().half().numpy()
-        for name, layer in fastvit.named_modules()
-        if isinstance(layer, nn.Conv2d)
-    }
+    from torch import nn
+
+    return {name: _half(layer) for name, layer in fastvit.named_modules() if isinstance(layer, nn.Conv2d)}
 
 
-def layer_shapes(fastvit: nn.Module) -> dict[str, tuple[int, ...]]:
+def _half(layer: Any) -> np.ndarray:
+    return layer.weight.detach().half().numpy()
+
+
+def layer_shapes(fastvit: "nn.Module") -> dict[str, tuple[int, ...]]:
     """Layer name -> shape of its weight as a convolution, of a folded encoder (also on the meta device)."""
+    from torch import nn
+
     return {
         name: (*layer.weight.shape, *[1] * (4 - layer.weight.ndim))
         for name, layer in fastvit.named_modules()
@@ -138,10 +145,10 @@ def size_of(shapes: Mapping[str, tuple[int, ...]], forms: Mapping[str, Compressi
     )
 
 
-def compressed(fastvit: nn.Module, forms: Mapping[str, Compression]) -> dict[str, Compressed]:
+def compressed(fastvit: "nn.Module", forms: Mapping[str, Compression]) -> dict[str, Compressed]:
     """Each layer's weight in its form. Raises CheckFailed with every one that float16 cannot hold."""
-    found = weights(fastvit)
-    check_finite({name: found[name] for name in forms})
+    found = {name: _half(fastvit.get_submodule(name)) for name in forms}
+    check_finite(found)
     return {name: compress(found[name], form) for name, form in forms.items()}
 
 
@@ -173,10 +180,7 @@ def store(program: Any, stored: Mapping[str, Compressed], target: str) -> None:
         if key in consts
     }
     if missing := [name for name in stored if name not in found]:
-        raise CheckFailed(
-            f"compressed weights with no place in the program: {', '.join(missing)}: coremltools merges layers of equal"
-            f" weights; say {NONE} for them in a .json for --vision-quant"
-        )
+        raise CheckFailed(f"compressed weights with no place in the program: {', '.join(missing)}")
     with block:
         for name, weight in stored.items():
             old = found[name]

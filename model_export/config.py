@@ -108,11 +108,7 @@ class ExportConfig:
         ]
         sizes = [("--image-size", self.image_size)] if self.image_size is not None else []
         for flag, size in [*sizes, *(("--resolutions", size) for size in self.resolutions)]:
-            whole = isinstance(size, int) and not isinstance(size, bool)
-            if not (whole and PATCH_SIZE <= size <= MAX_IMAGE_SIZE and size % PATCH_SIZE == 0):
-                faults.append(
-                    f"{flag}: got {size!r}, expected a multiple of {PATCH_SIZE} from {PATCH_SIZE} to {MAX_IMAGE_SIZE}"
-                )
+            faults += size_faults(flag, size)
         return faults
 
     def _target_faults(self) -> list[str]:
@@ -164,6 +160,14 @@ class ExportConfig:
         if target in source.parents:
             return [f"--output-dir {self.output_dir}: holds the checkpoint; choose another"]
         return []
+
+
+def size_faults(flag: str, size: Any) -> list[str]:
+    """What is wrong with a flag's picture size in pixels per side."""
+    whole = isinstance(size, int) and not isinstance(size, bool)
+    if whole and PATCH_SIZE <= size <= MAX_IMAGE_SIZE and size % PATCH_SIZE == 0:
+        return []
+    return [f"{flag}: got {size!r}, expected a multiple of {PATCH_SIZE} from {PATCH_SIZE} to {MAX_IMAGE_SIZE}"]
 
 
 def _flag(name: str) -> str:

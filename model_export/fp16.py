@@ -242,8 +242,7 @@ def _lift(weight: torch.Tensor, largest: float) -> int:
     if power == 0 or largest == 0 or error <= power * 10 ** (-_WEIGHT_SNR_DB / 10):
         return 0
     rms = math.sqrt(power / values.numel())
-    wanted = math.ceil(
-        math.log2(2**10 * SMALLEST_NORMAL / rms)
-    )  # a typical weight a thousand times the smallest normal
+    # A typical weight becomes a thousand times the smallest normal.
+    wanted = math.ceil(math.log2(2**10 * SMALLEST_NORMAL / rms))
     room = math.floor(math.log2(LARGEST / HEADROOM / largest))
     return max(0, min(wanted, room))

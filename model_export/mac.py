@@ -4,14 +4,17 @@ import argparse
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fastvlm.cli import log, progress
 from fastvlm.errors import UserError
-from model_export import contract, mil
+from model_export import contract
 from model_export.coreml import coremltools
+
+if TYPE_CHECKING:
+    from model_export import mil
 
 UNITS = ("CPU_ONLY", "CPU_AND_GPU", "CPU_AND_NE")
 # The pessimist's float16 (`strict-fp16`) keeps 45 dB of the graph in float32 on checkpoints that need rescaling: an
@@ -36,6 +39,8 @@ def add_mac(verbs: Any) -> None:
 
 def run_mac(args: argparse.Namespace) -> dict[str, Any]:
     """Print each check with its outcome; the document's "passed" makes the exit code (a skip is no failure)."""
+    from model_export import mil
+
     package = args.model if args.model.suffix == ".mlpackage" else args.model / contract.PACKAGE
     try:
         program = mil.read_package(package)
@@ -58,8 +63,10 @@ def run_mac(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def compare(package: Path, program: mil.Program, predict: Predict) -> list[dict[str, Any]]:
+def compare(package: Path, program: "mil.Program", predict: Predict) -> list[dict[str, Any]]:
     """Each function on each compute unit: {function, unit, snr_db or None, fault or None, passed}."""
+    from model_export import mil
+
     checks = []
     with progress("Core ML (functions x units)", len(program.functions) * len(UNITS)) as advance:
         for function in sorted(program.functions):
@@ -75,6 +82,8 @@ def compare(package: Path, program: mil.Program, predict: Predict) -> list[dict[
 
 
 def _judge(expected: np.ndarray, predict: Callable[[], np.ndarray]) -> Mapping[str, Any]:
+    from model_export.sensitivity import decibels, relative_noise
+
     try:
         actual = predict()
     except (RuntimeError, ValueError) as error:
@@ -82,8 +91,7 @@ def _judge(expected: np.ndarray, predict: Callable[[], np.ndarray]) -> Mapping[s
     if actual.shape != expected.shape or not np.isfinite(actual).all():
         what = "NaN or infinity" if actual.shape == expected.shape else f"shape {actual.shape}, not {expected.shape}"
         return {"snr_db": None, "fault": f"gives {what}", "passed": False}
-    noise = float(np.square(actual.astype(np.float64) - expected).sum())
-    snr = float(10 * np.log10(np.square(expected.astype(np.float64)).sum() / noise)) if noise else float("inf")
+    snr = decibels(relative_noise(expected, actual))
     return {"snr_db": snr, "fault": None, "passed": snr >= LEAST_SNR_DB}
 
 

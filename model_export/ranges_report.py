@@ -15,7 +15,7 @@ from rich.table import Table
 from fastvlm.cli import progress
 from fastvlm.errors import UserError
 from model_export import contract
-from model_export.config import MAX_IMAGE_SIZE
+from model_export.config import size_faults
 
 if TYPE_CHECKING:
     import numpy as np
@@ -78,10 +78,9 @@ def _check(args: argparse.Namespace) -> None:
         for flag, value in (("limit", args.limit), ("top", args.top))
         if value is not None and value < 1
     ]
-    size, patch = args.image_size, contract.PATCH_SIZE
-    if size is not None and not (patch <= size <= MAX_IMAGE_SIZE and size % patch == 0):
-        faults.append(f"--image-size: got {size}, expected a multiple of {patch} from {patch} to {MAX_IMAGE_SIZE}")
-    if args.model is not None and size is not None:
+    if args.image_size is not None:
+        faults += size_faults("--image-size", args.image_size)
+    if args.model is not None and args.image_size is not None:
         faults.append("--image-size: a package has its own: choose a --function, or measure the --checkpoint")
     if args.checkpoint is not None and args.function is not None:
         faults.append("--function: a checkpoint has none: it goes with --model")

@@ -79,8 +79,7 @@ def search(
     base = check({})
     if base > 10 ** (-config.min_snr / 10):
         raise UserError(
-            f"--min-snr {config.min_snr:g}: float16 alone keeps {_decibels(base):.1f} dB on these pictures:"
-            " ask for less"
+            f"--min-snr {config.min_snr:g}: float16 alone keeps {decibels(base):.1f} dB on these pictures: ask for less"
         )
     small = list(pictures(min(MEASURED_AT, config.image_size or MEASURED_AT)))
     cache = config.output_dir.with_name(config.output_dir.name + ".sensitivity.json")
@@ -123,25 +122,25 @@ def fit(
         rounds.append(_Round(chosen, size, base + predicted, noise))
         log(
             f"--min-snr {asked:g}: {len(forms)} of {len(layers)} layers compressed, {size / 1e6:,.2f} MB:"
-            f" {_decibels(noise):.2f} dB{'' if noise <= allowed else ', too little'}"
+            f" {decibels(noise):.2f} dB{'' if noise <= allowed else ', too little'}"
         )
         if noise > allowed:
             too_much = predicted
             budget = predicted * ((allowed - base) / (noise - base) if len(rounds) < _ROUNDS else 0.5)
             continue
         best = rounds[-1]
-        if _decibels(noise) - asked <= _CLOSE_ENOUGH_DB:
+        if decibels(noise) - asked <= _CLOSE_ENOUGH_DB:
             break
         budget *= (allowed - base) / max(noise - base, _LEAST_ADDED * (allowed - base))
     if best is None or not _forms(best.chosen):
         log(f"warning: --min-snr {asked:g}: only float16 keeps it: no layer is compressed")
     return _forms(best.chosen) if best else {}, {
         "asked_db": asked,
-        "float16_db": round(_decibels(base), 2),
-        "kept_db": round(_decibels(best.noise if best else base), 2),
+        "float16_db": round(decibels(base), 2),
+        "kept_db": round(decibels(best.noise if best else base), 2),
         "rounds": [
-            {"weight_bytes": one.size, "predicted_db": round(_decibels(one.predicted), 2)}
-            | {"measured_db": round(_decibels(one.noise), 2)}
+            {"weight_bytes": one.size, "predicted_db": round(decibels(one.predicted), 2)}
+            | {"measured_db": round(decibels(one.noise), 2)}
             for one in rounds
         ],
     }
@@ -222,22 +221,27 @@ class _Check:
     def __init__(self, fastvit: nn.Module, pictures: Callable[[int], Any], write: Write, folder: Path) -> None:
         self.write, self.package = write, folder / "check.mlpackage"
         self.fastvit, self.pictures = fastvit, pictures
+        self.features: list[np.ndarray] = []  # the float32 encoder's, of each picture: the same in every round
 
     def __call__(self, forms: Mapping[str, Compression]) -> float:
         self.write(forms, self.package)
         executor = mil.load(self.package)
         size = executor.inputs[contract.INPUT].shape[-1]
         assert size is not None
-        powers = []
-        for pixels in self.pictures(size):
-            with torch.inference_mode():
-                features = self.fastvit.forward_features(torch.from_numpy(pixels))  # type: ignore[operator]
-            expected = features.flatten(2).transpose(1, 2).numpy().astype(np.float64)
-            actual = executor.predict({contract.INPUT: pixels})[contract.OUTPUT]
-            powers.append(float(((actual - expected) ** 2).sum() / (expected**2).sum()))
+        if not self.features:
+            self.features = [self._expected(pixels) for pixels in self.pictures(size)]
+        noise = max(
+            relative_noise(expected, executor.predict({contract.INPUT: pixels})[contract.OUTPUT])
+            for pixels, expected in zip(self.pictures(size), self.features)
+        )
         del executor
         shutil.rmtree(self.package)
-        return max(powers)
+        return noise
+
+    def _expected(self, pixels: np.ndarray) -> np.ndarray:
+        with torch.inference_mode():
+            features = self.fastvit.forward_features(torch.from_numpy(pixels))  # type: ignore[operator]
+        return features.flatten(2).transpose(1, 2).numpy()
 
 
 def _legal(form: Compression, target: str) -> bool:
@@ -250,10 +254,17 @@ def _why(options: Mapping[str, tuple[int, float]], faults: Sequence[str | None])
     if not noises:
         return "; ".join(dict.fromkeys(fault for fault in faults if fault))
     least = min(noises, key=lambda form: noises[form])
-    return f"even {least} costs more noise ({_decibels(noises[least]):.1f} dB alone) than its bytes are worth"
+    return f"even {least} costs more noise ({decibels(noises[least]):.1f} dB alone) than its bytes are worth"
 
 
-def _decibels(noise: float) -> float:
+def relative_noise(expected: np.ndarray, actual: np.ndarray) -> float:
+    """Power of the difference over that of `expected`, in float64."""
+    expected = expected.astype(np.float64)
+    return float(((actual - expected) ** 2).sum() / (expected**2).sum())
+
+
+def decibels(noise: float) -> float:
+    """A relative noise power as a signal-to-noise ratio."""
     return float("inf") if noise == 0 else float(-10 * np.log10(noise))
 
 

@@ -21,7 +21,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from fastvlm import cli
 from fastvlm.errors import UserError
 from model_export import audit_rules, mil, operation_costs
-from model_export.audit import add_audit, audit, audit_program
+from model_export.__main__ import build_parser
+from model_export.audit import audit, audit_program
 from model_export.mil.program import BlobRef, Block, Constant, Function, NamedType, Operation, Program, TensorType
 
 logging.getLogger("coremltools").setLevel(logging.ERROR)
@@ -483,12 +484,7 @@ def test_sizes_that_numpy_does_not_have() -> None:
 
 
 def run(*argv: str) -> int:
-    def parser() -> cli.Parser:
-        top = cli.Parser(prog="model_export")
-        cli.add_common(add_audit(top.add_subparsers(required=True, parser_class=cli.Parser)))
-        return top
-
-    return cli.run(parser, argv)
+    return cli.run(build_parser, argv)
 
 
 def test_exit_codes_text_and_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
