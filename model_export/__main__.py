@@ -75,8 +75,8 @@ def _add_export(parser: argparse.ArgumentParser, parts: tuple[str, ...]) -> None
             "--vision-quant",
             default=default.vision_quant,
             metavar="FORM",
-            help="compressed encoder weights: palette4, palette6-g16, int8, ..., or a .json of layer globs"
-            " (default: %(default)s)",
+            help="compressed encoder weights: palette4, palette6-g16, int8, ..., or a recipe's .json with rules for"
+            " vision_encoder.* (default: what --quant says, or %(default)s)",
         )
         parser.add_argument(
             "--min-snr", type=float, metavar="DB", help="the smallest encoder that keeps this signal-to-noise ratio"

@@ -4,11 +4,9 @@ A form is one of `quantization.compression`. The program keeps a `constexpr_*` o
 decodes it when it loads, or on the fly.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,6 +20,7 @@ if TYPE_CHECKING:
     from torch import nn  # read by `config`, so by every command: torch is imported where it is needed
 
 NONE = "fp16"  # the name of leaving weights as they are
+FORMS = (NONE, *COMPRESSIONS)
 # A weight below this share of the encoder's bytes stays wide: it saves nothing, and the small ones (depthwise kernels,
 # the stem) are the ones that cost most.
 _WORTHWHILE = 1e-4
@@ -41,7 +40,7 @@ class VisionQuant:
         return {form.name: form.target for _, form in self.rules if form is not None}
 
     def to_json(self) -> dict[str, str]:
-        """Pattern -> form, as `load` reads it."""
+        """Pattern -> form."""
         return {pattern: form.name if form else NONE for pattern, form in self.rules}
 
 
@@ -54,7 +53,7 @@ class Assignment:
 
 
 def load(text: str) -> VisionQuant:
-    """A form's name, for all layers; `fp16`; or a .json file {glob over layer names: form's name}, first match first.
+    """A form's name, for all layers; `fp16`; or a recipe's .json file, of which the encoder's rules count here.
 
     Raises UserError with every fault.
     """
@@ -62,27 +61,26 @@ def load(text: str) -> VisionQuant:
         return VisionQuant(NONE)
     if not text.endswith(".json"):
         if text not in COMPRESSIONS:
-            raise UserError(f"--vision-quant {text}: expected {NONE}, {', '.join(COMPRESSIONS)}, or a .json file")
+            raise UserError(
+                f"--vision-quant {text}: expected {NONE}, {', '.join(COMPRESSIONS)}, or a recipe's .json file"
+            )
         return VisionQuant(text, (("*", COMPRESSIONS[text]),))
-    if not Path(text).is_file():
-        raise UserError(f"--vision-quant {text}: no such file")
-    from quantization.recipe import refuse_repeats
-
-    try:
-        document = json.loads(Path(text).read_text(encoding="utf-8"), object_pairs_hook=refuse_repeats)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--vision-quant {text}: not readable as JSON ({error})") from None
-    if not isinstance(document, dict) or not document:
+    found = of_recipe(text)
+    if not found.rules:
         raise UserError(
-            f"--vision-quant {text}: expected globs over layer names and forms, such as"
-            f' {{"stages.4.*": "palette4-g16", "*": "int8"}}'
+            f"--vision-quant {text}: the recipe has no rule for the encoder: expected patterns vision_encoder.*"
         )
-    known = (NONE, *COMPRESSIONS)
-    unknown = [f"{pattern}: {form!r}" for pattern, form in document.items() if form not in known]
-    if unknown:
-        raise UserError(f"--vision-quant {text}: {'; '.join(unknown)}: expected one of {', '.join(known)}")
+    return found
+
+
+def of_recipe(text: str) -> VisionQuant:
+    """What a recipe (its name or .json file) says of the encoder. Raises UserError with every fault."""
+    from quantization.recipe import load_recipe
+
+    recipe = load_recipe(text)
+    forms = {name: COMPRESSIONS.get(name) for _, name in recipe.vision}
     return VisionQuant(
-        Path(text).stem, tuple((glob, COMPRESSIONS[form] if form != NONE else None) for glob, form in document.items())
+        recipe.name if recipe.vision else NONE, tuple((glob, forms[name]) for glob, name in recipe.vision)
     )
 
 

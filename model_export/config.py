@@ -27,7 +27,7 @@ class ExportConfig:
     `resolutions` are further sizes, each a function of the package. `minimum_deployment_target` None is
     DEFAULT_TARGET, or whatever newer one the rest needs. `calibration_images` is a folder of pictures on which
     float16's powers of two are chosen; None are drawn ones. `vision_quant` compresses the encoder (see
-    `compress.load`); `min_snr` (dB) looks for the smallest one that keeps it.
+    `compress.load`) unless `quant` does; `min_snr` (dB) looks for the smallest one that keeps it.
 
     `compute_units` is a load-time choice in Core ML: the package cannot hold it, so the manifest and the package's
     user-defined metadata record it, and `model_export.runtime` loads with it.
@@ -75,8 +75,10 @@ class ExportConfig:
 
     @property
     def compression(self) -> compress.VisionQuant:
-        """What `vision_quant` says."""
-        return compress.load(self.vision_quant)
+        """What `vision_quant` says of the encoder, or else the recipe."""
+        return (
+            compress.load(self.vision_quant) if self.vision_quant != compress.NONE else compress.of_recipe(self.quant)
+        )
 
     @property
     def deployment_target(self) -> str:
@@ -88,9 +90,8 @@ class ExportConfig:
         kept = asdict(self)
         for key in ("checkpoint", "output_dir", "overwrite", "calibration_images"):
             del kept[key]
-        kept |= {
-            "vision_quant": self.compression.to_json() if self.vision_quant.endswith(".json") else self.vision_quant
-        }
+        if self.vision_quant not in compress.FORMS or (self.vision_quant == compress.NONE and self.compression.rules):
+            kept["vision_quant"] = self.compression.to_json()
         kept |= {"minimum_deployment_target": self.deployment_target, "resolutions": list(self.resolutions)}
         return kept | ({"newer_target": self.newer_target} if self.newer_target else {})
 
@@ -141,6 +142,9 @@ class ExportConfig:
             faults.append(f"--min-snr: got {self.min_snr:g}, expected decibels between 0 and 100")
         try:
             compress.load(self.vision_quant)
+            if compress.of_recipe(self.quant).rules and any(asked.values()):
+                flag = next(flag for flag, given in asked.items() if given)
+                faults.append(f"{flag} and --quant {self.quant}: the recipe has rules for the encoder: leave one out")
         except UserError as error:
             faults.append(str(error))
         return faults

@@ -18,7 +18,7 @@ from fastvlm.dtypes import dtype_name, torch_dtype
 from fastvlm.errors import UserError
 from fastvlm.surface import Sampler, TorchLanguage, TorchProjector
 from model_export import contract
-from quantization import affine
+from quantization import affine, floating
 
 
 class StoredTensors:
@@ -38,37 +38,57 @@ class StoredTensors:
 
     def names(self) -> set[str]:
         """The weights' names, without the `.scales` and `.biases` that belong to quantized ones."""
-        extra = {f"{module}.{part}" for module in self._modules() for part in ("scales", "biases")}
+        extra = {f"{module}.{part}" for module in self._modules() for part in self._parts(module)}
         return set(self._files) - extra
 
     def _modules(self) -> list[str]:
         return [name.removesuffix(".scales") for name in self._files if name.endswith(".scales")]
+
+    def scheme(self, module: str) -> dict[str, Any]:
+        """config.json's entry for a quantized module, with its mode. UserError if it is none that runs here."""
+        scheme = self.quantization.get(module, self.quantization)
+        modes = ("affine", *floating.FORMATS)
+        if not isinstance(scheme, dict) or scheme.get("mode", "affine") not in modes:
+            raise UserError(
+                f"{self.folder}: {module}: quantization {scheme!r} is not one that runs here ({', '.join(modes)})"
+            )
+        return {"mode": "affine"} | {key: scheme[key] for key in ("group_size", "bits", "mode") if key in scheme}
+
+    def _parts(self, module: str) -> tuple[str, ...]:
+        """What is stored of a quantized module beside its weight."""
+        return ("scales", "biases") if self.scheme(module)["mode"] == "affine" else ("scales",)
 
     def read(self, name: str) -> Tensor:
         """The weight's values in the dtype that MLX gives them. UserError if its parts contradict each other."""
         module = name.removesuffix(".weight")
         if f"{module}.scales" not in self._files:
             return self._get(name)
-        scheme = self.quantization.get(module, self.quantization)
-        if not isinstance(scheme, dict) or scheme.get("mode", "affine") != "affine":
-            raise UserError(f"{self.folder}: {module}: quantization {scheme!r} is not one that runs here (affine)")
         try:
-            packed, scales, biases = (self._get(f"{module}.{part}") for part in ("weight", "scales", "biases"))
-            return affine.dequantize(packed, scales, biases, scheme["bits"], scheme["group_size"])
+            return self._dequantized(module, self.scheme(module))
         except (KeyError, ValueError) as error:
             raise UserError(f"{self.folder}: {module}: unusable quantized weight ({error}); export again") from None
+
+    def _dequantized(self, module: str, scheme: dict[str, Any]) -> Tensor:
+        mode, bits, group_size = scheme["mode"], scheme["bits"], scheme["group_size"]
+        packed, scales = self._get(f"{module}.weight"), self._get(f"{module}.scales")
+        if mode == "affine":
+            return affine.dequantize(packed, scales, self._get(f"{module}.biases"), bits, group_size)
+        form = floating.FORMATS[mode]
+        if (bits, group_size) != (form.bits, form.group_size):
+            raise ValueError(f"{mode} has {form.bits} bits in groups of {form.group_size}")
+        return floating.dequantize(packed, scales, mode, torch.bfloat16)  # MLX's default, and exact
 
     def _get(self, name: str) -> Tensor:
         return self._files[name].get_tensor(name)
 
     @property
     def label(self) -> str:
-        """What is stored, in a word or two: "int4", "mixed int4/int8", "float16"."""
-        entries = [self.quantization.get(module, self.quantization) for module in self._modules()]
-        bits = sorted({entry["bits"] for entry in entries})
-        if not bits:
+        """What is stored, in a word or two: "int4", "mixed int4/int8", "mxfp4", "float16"."""
+        schemes = [self.scheme(module) for module in self._modules()]
+        kinds = sorted({f"int{one['bits']}" if one["mode"] == "affine" else one["mode"] for one in schemes})
+        if not kinds:
             return dtype_name(self._get("language_model.model.norm.weight").dtype)
-        return ("mixed " if len(bits) > 1 else "") + "/".join(f"int{b}" for b in bits)
+        return ("mixed " if len(kinds) > 1 else "") + "/".join(kinds)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -196,8 +216,7 @@ class MlxLanguage:
             embeds = self.embed(np.array([[token]]))
 
     def _hidden(self, embeds: np.ndarray, cache: Any) -> Any:
-        table = self.text.model.embed_tokens
-        dtype = table.scales.dtype if "scales" in table else table.weight.dtype  # as the app, which merges into this
+        dtype = self.text.model.embed_tokens(_to_mlx(np.zeros((1, 1), np.int32))).dtype  # what the app merges into
         return self.text.model(None, cache, _to_mlx(embeds).astype(dtype))
 
     def _head(self, hidden: Any) -> Any:
@@ -220,8 +239,7 @@ class MlxProjector:
             own = {name.removeprefix(key): value for name, value in weights.items() if name.startswith(key)}
             linear: Any = mlx_nn.Linear(1, 1)
             if "scales" in own:
-                entry = stored.quantization.get(key[:-1], stored.quantization)
-                linear = mlx_nn.QuantizedLinear(128, 1, group_size=entry["group_size"], bits=entry["bits"])
+                linear = mlx_nn.QuantizedLinear(128, 1, **stored.scheme(key[:-1]))
             linear.update(own)
             self.layers.append(linear)
         self.gelu = mlx_nn.GELU()

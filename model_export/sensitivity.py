@@ -24,7 +24,8 @@ from fastvlm.staging import write_file
 from model_export import compress, contract, mil
 from model_export.compress import Assignment
 from model_export.config import DEPLOYMENT_TARGETS, ExportConfig
-from quantization.compression import COMPRESSIONS, Compression, allocate, nbytes
+from quantization.allocation import allocate
+from quantization.compression import COMPRESSIONS, Compression, nbytes
 from quantization.compression import compress as compress_weight
 
 # What is tried on each layer, from nearly free to smallest. 8-bit palettes of groups would take minutes to cluster.

@@ -42,14 +42,14 @@ def quantize(weight: Tensor, bits: int, group_size: int) -> tuple[Tensor, Tensor
     for start in range(0, rows, step):
         part = slice(start, start + step)
         groups = weight[part].to(torch.float32).reshape(-1, columns // group_size, group_size)
-        scale, bias = _scale_and_bias(groups, 2**bits - 1)
+        scale, bias = scale_and_bias(groups, 2**bits - 1)
         q = (groups - bias.unsqueeze(-1)).div_(scale.unsqueeze(-1)).round_().clamp_(0, 2**bits - 1)
-        packed[part] = _pack(q.to(torch.uint8).reshape(-1, columns), bits)
+        packed[part] = pack(q.to(torch.uint8).reshape(-1, columns), bits)
         scales[part], biases[part] = scale, bias
     return packed.view(torch.uint32), scales, biases
 
 
-def _scale_and_bias(groups: Tensor, bins: int) -> tuple[Tensor, Tensor]:
+def scale_and_bias(groups: Tensor, bins: int) -> tuple[Tensor, Tensor]:
     """The scale and bias of each group: the edge of larger magnitude is representable exactly, and so is zero."""
     low, high = groups.amin(-1), groups.amax(-1)  # nine times as fast as aminmax along a short dimension
     from_low = low.abs() > high.abs()
@@ -61,7 +61,7 @@ def _scale_and_bias(groups: Tensor, bins: int) -> tuple[Tensor, Tensor]:
     return torch.where(at_zero, scale, edge / steps), edge.masked_fill(at_zero, 0.0)
 
 
-def _pack(q: Tensor, bits: int) -> Tensor:
+def pack(q: Tensor, bits: int) -> Tensor:
     """Values (R, I) uint8 to a little-endian bit stream (R, I*bits/8) uint8, the first value in the lowest bits."""
     rows = q.shape[0]
     if bits == 8:
@@ -77,8 +77,8 @@ def _pack(q: Tensor, bits: int) -> Tensor:
     return words.view(torch.uint8)[..., :bits].reshape(rows, -1)
 
 
-def _unpack(packed: Tensor, bits: int) -> Tensor:
-    """The inverse of `_pack`: (R, I*bits/8) uint8 to (R, I) uint8."""
+def unpack(packed: Tensor, bits: int) -> Tensor:
+    """The inverse of `pack`: (R, I*bits/8) uint8 to (R, I) uint8."""
     rows = packed.shape[0]
     if 8 % bits == 0:
         return ((packed.unsqueeze(-1) >> (torch.arange(8 // bits, dtype=torch.uint8) * bits)) & (2**bits - 1)).view(
@@ -114,7 +114,7 @@ def dequantize(packed: Tensor, scales: Tensor, biases: Tensor, bits: int, group_
     step = max(1, _CHUNK // columns)
     for start in range(0, rows, step):
         part = slice(start, start + step)
-        q = _unpack(stream[part], bits).view(-1, columns // group_size, group_size).to(scales.dtype)
+        q = unpack(stream[part], bits).view(-1, columns // group_size, group_size).to(scales.dtype)
         q.mul_(scales[part].unsqueeze(-1)).add_(biases[part].unsqueeze(-1))
         out[part] = q.view(-1, columns)
     return out

@@ -1,12 +1,10 @@
-"""The forms in which an encoder's weights are stored: named schemes, their sizes, and which layer gets which.
+"""The forms in which an encoder's weights are stored: named schemes and their sizes.
 
 Palettes are `quantization.palettes`. The linear forms are symmetric integers with an fp16 scale: int8 for each output
 channel (`constexpr_affine_dequantize`), int4 for blocks along the input axis (`constexpr_blockwise_shift_scale`).
 """
 
-import itertools
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -188,76 +186,3 @@ def _codes(values: NDArray[np.float32], scale: NDArray[np.float16], bits: int) -
     codes = values / scale.astype(np.float32)[:, None]
     np.rint(codes, out=codes)
     return np.clip(codes, -(2 ** (bits - 1)), 2 ** (bits - 1) - 1, out=codes)
-
-
-def allocate(layers: Mapping[str, Mapping[str, tuple[int, float]]], budget_noise: float) -> dict[str, str]:
-    """Which scheme each layer gets so that the bytes are few and the summed noise power stays within the budget.
-
-    layers: layer -> scheme -> (bytes, noise power). Give every layer its wide form too, with noise 0. Noise of
-    different layers adds, as that of independent errors does. Steps along each layer's convex hull are taken by bytes
-    saved for noise added; what then remains of the budget goes to the single changes that save most. The result is
-    less than one layer's step above the fewest bytes. Raises UserError when even the least noise is too much.
-    """
-    wrong = [f"{layer} {options}" for layer, options in layers.items() if not _usable(options)]
-    if wrong:
-        raise ValueError(f"cannot allocate: expected scheme -> (bytes, finite noise >= 0), got {'; '.join(wrong)}")
-    chosen, steps = {}, []
-    for layer, options in layers.items():
-        hull = _hull(options)
-        chosen[layer] = hull[0]
-        for number, (a, b) in enumerate(itertools.pairwise(hull)):
-            steps.append((_slope(options[a], options[b]), layer, number, b))
-    if _noise(layers, chosen) > budget_noise:
-        raise UserError(
-            f"the least noise of {len(layers)} layers is {_noise(layers, chosen):.4g}, "
-            f"more than the budget {budget_noise:.4g}: allow more, or wider forms"
-        )
-    stopped = set()
-    for _, layer, _, scheme in sorted(steps, key=lambda step: (-step[0], step[1], step[2])):
-        if layer not in stopped and _noise(layers, chosen | {layer: scheme}) <= budget_noise:
-            chosen[layer] = scheme
-        else:
-            stopped.add(layer)
-    while change := _best_change(layers, chosen, budget_noise):
-        chosen.update([change])
-    return chosen
-
-
-def _usable(options: Mapping[str, tuple[int, float]]) -> bool:
-    return bool(options) and all(math.isfinite(noise) and noise >= 0 for _, noise in options.values())
-
-
-def _noise(layers: Mapping[str, Mapping[str, tuple[int, float]]], chosen: Mapping[str, str]) -> float:
-    return math.fsum(layers[layer][scheme][1] for layer, scheme in chosen.items())
-
-
-def _slope(a: tuple[int, float], b: tuple[int, float]) -> float:
-    """Bytes saved for the noise added from a to b."""
-    return (a[0] - b[0]) / (b[1] - a[1])
-
-
-def _hull(options: Mapping[str, tuple[int, float]]) -> list[str]:
-    """The options on the lower convex hull of bytes over noise, from the least noise to the fewest bytes."""
-    hull: list[str] = []
-    for name in sorted(options, key=lambda name: (options[name][1], options[name][0], name)):
-        if hull and options[name][0] >= options[hull[-1]][0]:
-            continue
-        while len(hull) > 1 and _slope(options[hull[-1]], options[name]) >= _slope(
-            options[hull[-2]], options[hull[-1]]
-        ):
-            hull.pop()
-        hull.append(name)
-    return hull
-
-
-def _best_change(
-    layers: Mapping[str, Mapping[str, tuple[int, float]]], chosen: Mapping[str, str], budget_noise: float
-) -> tuple[str, str] | None:
-    """The one layer's change that saves most bytes within the budget, or None."""
-    spare, best, change = budget_noise - _noise(layers, chosen), 0, None
-    for layer, options in layers.items():
-        size, noise = options[chosen[layer]]
-        for name, (smaller, louder) in options.items():
-            if size - smaller > best and louder - noise <= spare:
-                best, change = size - smaller, (layer, name)
-    return change

@@ -3,13 +3,17 @@
 A new scheme is a new class in `MODES`; nothing else asks which scheme it has.
 """
 
+import json
+import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
-from quantization import affine
+from quantization import affine, floating
+from quantization.compression import COMPRESSIONS
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -40,6 +44,10 @@ class Scheme(Protocol):
         """The parts of some rows (already in `dtype`) of a weight."""
         ...
 
+    def decode(self, parts: Mapping[str, Tensor]) -> Tensor:
+        """The values, in `dtype`, that MLX computes with."""
+        ...
+
     def mlx(self) -> dict[str, Any] | None:
         """The entry for config.json's `quantization` block, or None if the weight is not quantized."""
         ...
@@ -64,6 +72,9 @@ class Cast:
 
     def encode(self, rows: Tensor) -> dict[str, Tensor]:
         return {"weight": rows}
+
+    def decode(self, parts: Mapping[str, Tensor]) -> Tensor:
+        return parts["weight"]
 
     def mlx(self) -> dict[str, Any] | None:
         return None
@@ -110,16 +121,120 @@ class Affine:
         packed, scales, biases = affine.quantize(rows, self.bits, self.group_size)
         return {"weight": packed, "scales": scales, "biases": biases}
 
+    def decode(self, parts: Mapping[str, Tensor]) -> Tensor:
+        return affine.dequantize(parts["weight"], parts["scales"], parts["biases"], self.bits, self.group_size)
+
     def mlx(self) -> dict[str, Any] | None:
         # "affine" is every loader's default mode; mlx-swift-examples 2.21 knows only these two keys
         return {"group_size": self.group_size, "bits": self.bits}
 
 
-MODES: dict[str, type[Cast] | type[Affine]] = {"cast": Cast, "affine": Affine}
+@dataclass(frozen=True)
+class Floating:
+    """One of MLX's floating-point modes; `dtype` is that of the values before rounding. There are no biases."""
+
+    dtype: str
+
+    MODE: ClassVar[str]
+    LEGAL: ClassVar[dict[str, tuple[Any, ...]]] = {"dtype": tuple(DTYPES)}
+
+    @property
+    def form(self) -> floating.Format:
+        """What the mode fixes."""
+        return floating.FORMATS[self.MODE]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"mode": self.MODE, "dtype": self.dtype}
+
+    def fault(self, shape: tuple[int, ...]) -> str | None:
+        if len(shape) != 2:
+            return f"{self.MODE} takes matrices, got {len(shape)} dimension(s)"
+        if shape[1] % self.form.group_size:
+            return f"rows of {shape[1]} do not divide into {self.MODE}'s groups of {self.form.group_size}"
+        return None
+
+    def parts(self, shape: tuple[int, ...]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        rows, columns = shape
+        return {
+            "weight": (torch.uint32, (rows, columns * self.form.bits // 32)),
+            "scales": (torch.uint8, (rows, columns // self.form.group_size)),
+        }
+
+    def encode(self, rows: Tensor) -> dict[str, Tensor]:
+        packed, scales = floating.quantize(rows, self.MODE)
+        return {"weight": packed, "scales": scales}
+
+    def decode(self, parts: Mapping[str, Tensor]) -> Tensor:
+        return floating.dequantize(parts["weight"], parts["scales"], self.MODE, DTYPES[self.dtype])
+
+    def mlx(self) -> dict[str, Any] | None:
+        return {"group_size": self.form.group_size, "bits": self.form.bits, "mode": self.MODE}
+
+
+class Mxfp4(Floating):
+    MODE = "mxfp4"
+
+
+class Mxfp8(Floating):
+    MODE = "mxfp8"
+
+
+class Nvfp4(Floating):
+    MODE = "nvfp4"
+
+
+@dataclass(frozen=True)
+class CoreML:
+    """A layer of the Core ML encoder in one of `quantization.compression`'s forms; the MLX folder has nothing of it."""
+
+    form: str
+
+    LEGAL: ClassVar[dict[str, tuple[Any, ...]]] = {"form": ("fp16", *COMPRESSIONS)}
+
+    @property
+    def dtype(self) -> str:
+        return "float16"
+
+    def to_json(self) -> dict[str, Any]:
+        return {"mode": "coreml", "form": self.form}
+
+    def fault(self, shape: tuple[int, ...]) -> str | None:
+        return "a Core ML form is for the vision encoder's layers"
+
+    def parts(self, shape: tuple[int, ...]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        return {}
+
+    def encode(self, rows: Tensor) -> dict[str, Tensor]:
+        return {}
+
+    def decode(self, parts: Mapping[str, Tensor]) -> Tensor:
+        raise ValueError("a Core ML form has no parts in the MLX folder")
+
+    def mlx(self) -> dict[str, Any] | None:
+        return None
+
+
+MODES: dict[str, type[Cast] | type[Affine] | type[Floating] | type[CoreML]] = {
+    "cast": Cast,
+    "affine": Affine,
+    "mxfp4": Mxfp4,
+    "mxfp8": Mxfp8,
+    "nvfp4": Nvfp4,
+    "coreml": CoreML,
+}
+
+
+def nbytes(scheme: Scheme, shape: tuple[int, ...]) -> int:
+    """What a weight of this shape takes when it is stored."""
+    return sum(dtype.itemsize * math.prod(size) for dtype, size in scheme.parts(shape).values())
 
 
 def legal_combinations() -> str:
     """What a recipe may say, in a line."""
-    dtypes = "|".join(DTYPES)
-    bits, groups = "|".join(map(str, affine.BITS)), "|".join(map(str, affine.GROUP_SIZES))
-    return f'{{"dtype": {dtypes}}} or {{"mode": "affine", "bits": {bits}, "group_size": {groups}, "dtype": {dtypes}}}'
+    modes: dict[tuple[str, ...], list[str]] = {}  # settings -> the modes that have them
+    for mode, kind in MODES.items():
+        settings = tuple(f'"{key}": {"|".join(map(str, legal))}' for key, legal in kind.LEGAL.items())
+        modes.setdefault(settings, []).append(mode)
+    return " or ".join(
+        f'{{"mode": {"|".join(map(json.dumps, same))}, {", ".join(settings)}}}' for settings, same in modes.items()
+    )

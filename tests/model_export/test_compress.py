@@ -59,9 +59,18 @@ def call(*arguments: Any) -> tuple[int, str]:
 
 
 def rules_file(folder: Path, rules: Any) -> Path:
+    """A recipe with rules {glob over the encoder's layers: form} (text is written as it is)."""
     path = folder / "rules.json"
-    path.write_text(rules if isinstance(rules, str) else json.dumps(rules))
+    path.write_text(rules if isinstance(rules, str) else json.dumps(encoder_recipe(rules)))
     return path
+
+
+def encoder_recipe(rules: dict[str, Any]) -> dict[str, Any]:
+    schemes = [
+        {"pattern": f"vision_encoder.{glob}", "scheme": {"mode": "coreml", "form": form}}
+        for glob, form in rules.items()
+    ]
+    return {"name": "rules", "version": 2, "rules": [*schemes, {"pattern": "*", "scheme": {"dtype": "float16"}}]}
 
 
 def packaged(checkpoint: Path, target: Path, **settings: Any) -> tuple[Path, dict[str, Any]]:
@@ -449,11 +458,11 @@ def test_older_targets_are_refused_in_one_line(tiny_checkpoint: Path, tmp_path: 
     [
         (
             {"*": "palette5", "a": 3, "b": ["int8"], "c": None},
-            r"\*: 'palette5'; a: 3; b: \['int8'\]; c: None: expected",
+            r"rule 1: scheme: form 'palette5' is not one of fp16, .*rule 2: .*rule 3: .*rule 4: ",
         ),
-        ('{"*": "int8", "*": "fp16"}', r"key \* given twice"),
-        ("[]", "expected globs over layer names and forms"),
-        ("{}", "expected globs over layer names and forms"),
+        ('{"name": "a", "name": "b"}', r"key name given twice"),
+        ("[]", "expected an object with name, version, rules"),
+        ({}, r"the recipe has no rule for the encoder: expected patterns vision_encoder\.\*"),
         ("{", "not readable as JSON"),
         ("\ud800", "not readable as JSON"),
         (None, "no such file"),

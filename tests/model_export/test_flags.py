@@ -34,17 +34,28 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "empty" / "notes.txt").write_text("no picture")
     (folder / "damaged" / "a.png").write_bytes(b"not a picture")
     for name, text in {
-        "rules": '{"stages.4.*": "palette4", "*": "int8"}',
-        "grouped": '{"*": "palette4-g16"}',
-        "unknown": '{"*": "palette5"}',
-        "twice": '{"*": "int8", "*": "palette4"}',
+        "rules": recipe({"stages.4.*": "palette4", "*": "int8"}),
+        "grouped": recipe({"*": "palette4-g16"}),
+        "unknown": recipe({"*": "palette5"}),
+        "twice": '{"name": "a", "name": "b"}',
         "list": "[]",
-        "nothing": "{}",
+        "nothing": recipe({}),
         "broken": "{",
-        "stranger": '{"layers.*": "int8"}',
+        "stranger": recipe({"layers.*": "int8"}),
     }.items():
         (folder / f"{name}.json").write_text(text)
     return folder
+
+
+def recipe(rules: dict[str, str]) -> str:
+    """A recipe with rules {glob over the encoder's layers: form}."""
+    schemes = [
+        {"pattern": f"vision_encoder.{glob}", "scheme": {"mode": "coreml", "form": form}}
+        for glob, form in rules.items()
+    ]
+    return json.dumps(
+        {"name": "mine", "version": 2, "rules": [*schemes, {"pattern": "*", "scheme": {"dtype": "float16"}}]}
+    )
 
 
 TARGET = "--minimum-deployment-target"
@@ -57,12 +68,12 @@ TARGET = "--minimum-deployment-target"
         (["--compute-precision", "float32"], "the Neural Engine has no float32"),
         (["--vision-quant", "palette5"], "--vision-quant palette5: expected fp16, "),
         (["--vision-quant", ""], "--vision-quant"),
-        (["--vision-quant", "{at}/none.json"], "--vision-quant {at}/none.json: "),
+        (["--vision-quant", "{at}/none.json"], "recipe {at}/none.json: no such file"),
         (["--vision-quant", "{at}/broken.json"], "not readable as JSON"),
         (["--vision-quant", "{at}/twice.json"], "twice.json"),
         (["--vision-quant", "{at}/list.json"], "json: expected "),
-        (["--vision-quant", "{at}/nothing.json"], "json: expected "),
-        (["--vision-quant", "{at}/unknown.json"], "*: 'palette5': expected one of"),
+        (["--vision-quant", "{at}/nothing.json"], "nothing.json: the recipe has no rule for the encoder"),
+        (["--vision-quant", "{at}/unknown.json"], "form 'palette5' is not one of"),
         (["--vision-quant", "int8", "--compute-precision", "float32", "--compute-units", "CPU_ONLY"], "are float16"),
         (["--vision-quant", "palette4-g16", TARGET, "iOS17"], "too old for --vision-quant palette4-g16, new in iOS18"),
         (["--vision-quant", "{at}/grouped.json", TARGET, "iOS17"], "too old for --vision-quant palette4-g16"),
@@ -122,6 +133,17 @@ def test_faults_of_all_flags_come_at_once(tmp_path: Path) -> None:
     for flag in ("--compute-precision", "--resolutions: got 1", "--resolutions: got 2", "--vision-quant x", "--min-snr",
                  "--output-dir"):  # fmt: skip
         assert flag in str(error.value)
+
+
+def test_a_recipe_says_how_the_encoder_is_stored(tmp_path: Path, folders: Path) -> None:
+    paths, grouped = (tmp_path / "in", tmp_path / "out"), str(folders / "grouped.json")
+    config = ExportConfig(*paths, quant=grouped)
+    assert config.compression == ExportConfig(*paths, vision_quant=grouped).compression
+    assert config.deployment_target == "iOS18" and config.document()["vision_quant"] == {"*": "palette4-g16"}
+    assert ExportConfig(*paths, quant="int4").document()["vision_quant"] == "fp16"
+    for other in ({"vision_quant": "int8"}, {"min_snr": 30.0}):
+        with pytest.raises(UserError, match=r"and --quant .*grouped.json: the recipe has rules for the encoder"):
+            ExportConfig(*paths, quant=grouped, **other)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from quantization.recipe import Recipe, load_recipe, recipe_from_json
 NAMES = ("fp16", "bf16", "int8", "int4")
 # Largest difference of logits, relative to the largest logit. MLX rounds activations to the stored type where PyTorch
 # keeps float32: a few units of that type's precision (2^-11, 2^-8) over two layers. In float32 both only reorder sums.
-TOLERANCE = {"fp16": 5e-3, "bf16": 4e-2, "int8": 2e-2, "int4": 2e-2, "float32": 1e-5, "mixed": 1e-5}
+TOLERANCE = {"fp16": 5e-3, "bf16": 4e-2, "int8": 2e-2, "int4": 2e-2, "float32": 1e-5, "mixed": 1e-5, "floats": 1e-5}
 RNG = np.random.default_rng(5)
 IDS, FEATURES = RNG.integers(0, 500, (1, 30)), RNG.standard_normal((1, 4, 256)).astype(np.float32)
 
@@ -33,15 +33,31 @@ def mixed() -> Recipe:
     rules = [("*self_attn.?_proj.weight", scheme(6, 32)), ("*mlp.*_proj.weight", scheme(4, 64)),
              ("*embed_tokens.weight", scheme(8, 64)), ("multi_modal_projector.linear_0.weight", scheme(5, 128)),
              ("*", {"dtype": "float32"})]  # fmt: skip
-    return recipe_from_json({"name": "mixed", "version": 1, "rules": [{"pattern": p, "scheme": s} for p, s in rules]})
+    return recipe_from_json({"name": "mixed", "version": 2, "rules": [{"pattern": p, "scheme": s} for p, s in rules]})
+
+
+def floats() -> Recipe:
+    """The three floating-point modes, an affine width, and a projector in one of them, in float32."""
+
+    def scheme(mode: str, **more: int) -> dict:
+        return {"mode": mode, "dtype": "float32", **more}
+
+    rules = [("*self_attn.?_proj.weight", scheme("mxfp8")), ("*mlp.down_proj.weight", scheme("nvfp4")),
+             ("*mlp.*_proj.weight", scheme("mxfp4")), ("*embed_tokens.weight", scheme("mxfp8")),
+             ("*lm_head.weight", scheme("affine", bits=5, group_size=64)),
+             ("multi_modal_projector.linear_0.weight", scheme("nvfp4")),
+             ("multi_modal_projector.linear_2.weight", scheme("mxfp4")), ("*", scheme("cast"))]  # fmt: skip
+    return recipe_from_json({"name": "floats", "version": 2, "rules": [{"pattern": p, "scheme": s} for p, s in rules]})
 
 
 def recipe_of(name: str) -> Recipe:
     if name == "mixed":
         return mixed()
+    if name == "floats":
+        return floats()
     if name == "float32":
         rules = [{"pattern": "*", "scheme": {"dtype": "float32"}}]
-        return recipe_from_json({"name": name, "version": 1, "rules": rules})
+        return recipe_from_json({"name": name, "version": 2, "rules": rules})
     return load_recipe(name)
 
 
@@ -64,7 +80,7 @@ def relative(got: np.ndarray, expected: np.ndarray) -> float:
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize("name", [*NAMES, "float32", "mixed"])
+@pytest.mark.parametrize("name", [*NAMES, "float32", "mixed", "floats"])
 def test_pytorch_computes_what_mlx_computes(name, tied, artefact):
     folder = artefact(name, tied)
     (ours, projector), (theirs, their_projector) = torch_language(folder), mlx_language(folder)
@@ -78,7 +94,7 @@ def test_pytorch_computes_what_mlx_computes(name, tied, artefact):
         assert list(ours.stream(embeds, 12)) == list(theirs.stream(embeds, 12))
 
 
-@pytest.mark.parametrize("name", [*NAMES, "mixed"])
+@pytest.mark.parametrize("name", [*NAMES, "mixed", "floats"])
 def test_values_are_mlxs_bit_for_bit(name, artefact):
     folder = artefact(name)
     stored = StoredTensors(folder)
@@ -89,8 +105,8 @@ def test_values_are_mlxs_bit_for_bit(name, artefact):
         expected = weights[key]
         if f"{module}.scales" in weights:
             entry = stored.quantization.get(module, stored.quantization)
-            parts = (weights[key], weights[f"{module}.scales"], weights[f"{module}.biases"])
-            expected = mx.dequantize(*parts, entry["group_size"], entry["bits"])
+            parts = (weights[key], weights[f"{module}.scales"], weights.get(f"{module}.biases"))
+            expected = mx.dequantize(*parts, entry["group_size"], entry["bits"], entry.get("mode", "affine"))
         ours = stored.read(key).contiguous().view(torch.uint8).numpy().tobytes()
         assert ours == np.array(expected.view(mx.uint8)).tobytes(), key
 
@@ -132,6 +148,7 @@ def test_names_say_what_runs(artefact):
     assert names["int4"] == f"PyTorch {release} CPU float32 over MLX int4 tensors"
     assert names["bf16"].endswith("over MLX bfloat16 tensors")
     assert names["mixed"].endswith("over MLX mixed int4/int5/int6/int8 tensors")
+    assert StoredTensors(artefact("floats")).label == "mixed int5/mxfp4/mxfp8/nvfp4"
     language, projector = mlx_language(artefact("int8"))
     assert language.name == projector.name and language.name.startswith("MLX 0.")
     assert torch_language(artefact("int8"), "bfloat16")[0].name.split()[3] == "bfloat16"
@@ -187,13 +204,25 @@ def test_wrong_tensors_are_listed_all_at_once(artefact, tmp_path):
 @pytest.mark.parametrize(
     ("entry", "match"),
     [({"group_size": 64, "bits": 8}, "unusable quantized weight"), ({"bits": 4}, "unusable quantized weight"),
-     ({"group_size": 32, "bits": 4, "mode": "mxfp4"}, "not one that runs here"), (None, "unusable quantized weight")],
+     ({"group_size": 32, "bits": 4, "mode": "mxfp6"}, "not one that runs here"), (None, "unusable quantized weight"),
+     ({"group_size": 32, "bits": 4, "mode": "mxfp4"}, "unusable quantized weight")],
 )  # fmt: skip
 def test_a_config_that_contradicts_the_weights(entry, match, artefact, tmp_path):
     shutil.copytree(artefact("int4"), tmp_path / "out")
     path = tmp_path / "out/config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization": entry}))
     with pytest.raises(UserError, match=match):
+        torch_language(tmp_path / "out")
+
+
+def test_floating_point_settings_that_mlx_does_not_have(artefact, tmp_path):
+    shutil.copytree(artefact("floats"), tmp_path / "out")
+    path = tmp_path / "out/config.json"
+    config = json.loads(path.read_text())
+    entry = {"group_size": 64, "bits": 8, "mode": "mxfp8"}
+    config["quantization"] |= {"language_model.model.embed_tokens": entry}
+    path.write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"embed_tokens: unusable quantized weight \(mxfp8 has 8 bits in groups of 32"):
         torch_language(tmp_path / "out")
 
 

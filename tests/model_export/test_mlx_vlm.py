@@ -24,7 +24,7 @@ from model_export.llm import export_llm
 from quantization.recipe import load_recipe, recipe_from_json
 
 PYTHON = os.environ.get("FASTVLM_MLX_VLM_PYTHON") or (sys.executable if importlib.util.find_spec("mlx_vlm") else "")
-FLOAT32 = {"name": "float32", "version": 1, "rules": [{"pattern": "*", "scheme": {"dtype": "float32"}}]}
+FLOAT32 = {"name": "float32", "version": 2, "rules": [{"pattern": "*", "scheme": {"dtype": "float32"}}]}
 RUN = """
 import sys, numpy as np, mlx.core as mx
 from mlx_vlm.utils import load

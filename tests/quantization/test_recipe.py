@@ -7,7 +7,7 @@ import pytest
 
 from fastvlm.errors import UserError
 from quantization import affine
-from quantization.recipe import load_recipe, named_recipes, recipe_from_json
+from quantization.recipe import Budget, Layers, load_recipe, named_recipes, recipe_from_json
 from quantization.schemes import Affine, Cast
 
 LAYER = "language_model.model.layers.0.mlp.up_proj.weight"
@@ -15,23 +15,23 @@ INT4 = {"mode": "affine", "bits": 4, "group_size": 64, "dtype": "float16"}
 
 
 def recipe(*rules, **keys):
-    return recipe_from_json({"name": "mine", "version": 1, "rules": list(rules)} | keys)
+    return recipe_from_json({"name": "mine", "version": 2, "rules": list(rules)} | keys)
 
 
 def test_named_recipes():
     recipes = named_recipes()
-    assert set(recipes) == {"fp16", "bf16", "int8", "int4"}
+    assert {"fp16", "bf16", "int8", "int4"} <= set(recipes)
     for name, named in recipes.items():
         assert named.name == name and named.description
         assert load_recipe(name) == named
     for name, bits in (("int8", 8), ("int4", 4)):
         quantized = Affine(bits, 64, "float16")
-        assert recipes[name].scheme(LAYER) == quantized
-        assert recipes[name].scheme("language_model.model.embed_tokens.weight") == quantized
-        assert recipes[name].scheme("language_model.lm_head.weight") == quantized
-        assert recipes[name].scheme("multi_modal_projector.linear_0.weight") == Cast("float16")
-        assert recipes[name].scheme("language_model.model.layers.0.self_attn.q_proj.bias") == Cast("float16")
-        assert recipes[name].scheme("language_model.model.norm.weight") == Cast("float16")
+        assert recipes[name].choices(LAYER) == (quantized,)
+        assert recipes[name].choices("language_model.model.embed_tokens.weight") == (quantized,)
+        assert recipes[name].choices("language_model.lm_head.weight") == (quantized,)
+        assert recipes[name].choices("multi_modal_projector.linear_0.weight") == (Cast("float16"),)
+        assert recipes[name].choices("language_model.model.layers.0.self_attn.q_proj.bias") == (Cast("float16"),)
+        assert recipes[name].choices("language_model.model.norm.weight") == (Cast("float16"),)
 
 
 def test_json_round_trip(tmp_path):
@@ -43,28 +43,28 @@ def test_json_round_trip(tmp_path):
 
 def test_first_rule_wins():
     mixed = recipe({"pattern": "*.0.*", "scheme": {"dtype": "float32"}}, {"pattern": "*", "scheme": INT4})
-    assert mixed.scheme(LAYER) == Cast("float32")
-    assert mixed.scheme(LAYER.replace(".0.", ".1.")) == Affine(4, 64, "float16")
+    assert mixed.choices(LAYER) == (Cast("float32"),)
+    assert mixed.choices(LAYER.replace(".0.", ".1.")) == (Affine(4, 64, "float16"),)
 
 
 def test_all_faults_at_once_with_the_legal_combinations():
     with pytest.raises(UserError) as error:
         recipe_from_json({
-            "name": "", "version": 2, "author": "me",
+            "name": "", "version": 1, "author": "me",
             "rules": [
                 {"pattern": "*", "scheme": {"mode": "affine", "bits": 7, "group_size": 48, "dtype": "float16"}},
                 {"pattern": "", "scheme": {"dtype": "int8"}},
-                {"pattern": "*", "scheme": {"mode": "nvfp4"}, "because": "x"},
+                {"pattern": "*", "scheme": {"mode": "fp7"}, "because": "x"},
                 {"pattern": "*", "scheme": {"mode": "affine", "bits": True, "group_size": 64.0, "scale": 1}},
                 "*",
             ],
         })  # fmt: skip
     message = str(error.value)
     for part in (
-        "unknown key 'author'", "name: expected", "version: expected 1, got 2",
+        "unknown key 'author'", "name: expected", "version: expected 2, got 1",
         "rule 1: scheme: bits 7 is not one of 2, 3, 4, 5, 6, 8, group_size 48 is not one of 32, 64, 128",
         "rule 2: pattern", "dtype 'int8' is not one of float16, bfloat16, float32",
-        "rule 3: unknown key 'because'", "unknown mode 'nvfp4'",
+        "rule 3: unknown key 'because'", "unknown mode 'fp7'",
         "rule 4: scheme: unknown key 'scale', bits True is not one of", "group_size 64.0 is not one of",
         "dtype is missing", "rule 5: expected an object",
         '{"mode": "affine", "bits": 2|3|4|5|6|8, "group_size": 32|64|128',
@@ -73,7 +73,7 @@ def test_all_faults_at_once_with_the_legal_combinations():
     assert "\n" not in message
 
 
-@pytest.mark.parametrize("document", [[], "int4", None, {"name": "x", "version": 1, "rules": []}])
+@pytest.mark.parametrize("document", [[], "int4", None, {"name": "x", "version": 2, "rules": []}])
 def test_what_is_no_recipe(document):
     with pytest.raises(UserError, match="rules"):
         recipe_from_json(document)
@@ -82,15 +82,15 @@ def test_what_is_no_recipe(document):
 def test_files_that_cannot_be_read(tmp_path):
     broken, twice = tmp_path / "broken.json", tmp_path / "twice.json"
     broken.write_text("{")
-    twice.write_text('{"name": "x", "name": "y", "version": 1, "rules": []}')
+    twice.write_text('{"name": "x", "name": "y", "version": 2, "rules": []}')
     with pytest.raises(UserError, match="not readable as JSON"):
         load_recipe(broken)
     with pytest.raises(UserError, match="name given twice"):
         load_recipe(twice)
     with pytest.raises(UserError, match="no such file"):
         load_recipe(tmp_path / "absent.json")
-    with pytest.raises(UserError, match="unknown recipe 'int5': expected bf16, fp16, int4, int8"):
-        load_recipe("int5")
+    with pytest.raises(UserError, match="unknown recipe 'int7': expected bf16, "):
+        load_recipe("int7")
 
 
 def test_plan_lists_every_weight_that_does_not_fit():
@@ -122,3 +122,105 @@ def test_the_table_of_legal_combinations_is_what_mlx_runs():
                 continue
             legal.add((bits, group))
     assert legal == {(bits, group) for bits in affine.BITS for group in affine.GROUP_SIZES}
+
+
+def test_layers_of_a_rule():
+    """The very layers that mlx-lm's mixed predicates give more bits."""
+    chosen = Layers(first=0.125, last=0.125, every=3)
+    for count in (4, 24, 28):
+        for index in range(count):
+            more = index < count // 8 or index >= 7 * count // 8 or (index - count // 8) % 3 == 2
+            assert ((index, count) in chosen) == more
+    mine = recipe(
+        {"pattern": "*.up_proj.weight", "layers": {"last": 0.5}, "scheme": {"dtype": "float32"}},
+        {"pattern": "*", "scheme": {"dtype": "float16"}},
+    )
+    plan = mine.plan({LAYER.replace(".0.", f".{i}."): (8, 64) for i in range(4)} | {"a.up_proj.weight": (8, 64)})
+    assert [scheme.dtype for scheme in plan.values()] == ["float16"] * 2 + ["float32"] * 2 + ["float16"]
+    assert recipe_from_json(mine.to_json()) == mine
+
+
+INT8 = INT4 | {"bits": 8}
+ALL = {"pattern": "*", "scheme": {"dtype": "float16"}}
+
+
+def test_choices_and_a_budget():
+    rules = [{"pattern": "*_proj.weight", "choices": [INT4, INT8, INT4 | {"group_size": 128}]}, ALL]
+    mine, shapes = recipe(*rules, budget={"bits_per_weight": 4.5}), {LAYER: (8, 192), "norm": (8,)}
+    assert recipe_from_json(mine.to_json()) == mine and mine.budget.limit(1600) == 900
+    assert [s.bits for s in mine.options(shapes)[LAYER]] == [4, 8]  # rows of 192 have no groups of 128
+    with pytest.raises(UserError, match="leaves the schemes open: say how large, as in fit:400MB"):
+        mine.plan(shapes)
+    decided = mine.decided({LAYER: Affine(8, 64, "float16")})
+    assert decided.budget is None and decided.plan(shapes)[LAYER].bits == 8
+    assert recipe_from_json(decided.to_json()) == decided
+
+
+def test_a_size_in_the_name():
+    assert load_recipe("fit:400MB").budget == Budget(bytes=400_000_000)
+    assert load_recipe("fit:1.5GB").budget == Budget(bytes=1_500_000_000)
+    assert (
+        load_recipe("fit:4.5bpw").budget == Budget(bits_per_weight=4.5)
+        and load_recipe("fit:4.5bpw").name == "fit:4.5bpw"
+    )
+    for text in ("fit:", "fit:400", "fit:0MB", "fit:-1GB", "fit:1e3MB", "fit:400MB:400MB"):
+        with pytest.raises(UserError, match="expected one such as 400MB"):
+            load_recipe(text)
+    with pytest.raises(UserError, match="int4 takes no size"):
+        load_recipe("int4:400MB")
+
+
+@pytest.mark.parametrize(
+    ("keys", "rule", "message"),
+    [
+        ({"method": "magic"}, {}, "method: expected one of rtn, awq, gptq, dwq, got 'magic'"),
+        ({"budget": {"bytes": 4}}, {}, "budget: no rule offers choices to spend it on"),
+        ({"budget": {"bytes": 0}}, {"scheme": None, "choices": [INT4, INT8]}, "budget: expected"),
+        ({"budget": {"bytes": 4, "bits_per_weight": 1}}, {}, "budget: expected"),
+        ({"method": "awq"}, {"scheme": None, "choices": [INT4, INT8]}, "method awq takes one scheme"),
+        ({}, {"choices": [INT4, INT8]}, "rule 1: has both scheme and choices"),
+        ({}, {"scheme": None, "choices": [INT4]}, "choices: expected a list of at least two schemes"),
+        ({}, {"layers": {"first": 2}}, "rule 1: layers: expected"),
+        ({}, {"layers": {}}, "rule 1: layers: expected"),
+        ({}, {"layers": {"every": True}}, "rule 1: layers: expected"),
+        ({}, {"layers": {"second": 1}}, "rule 1: layers: expected"),
+        ({}, {"scheme": {"mode": "coreml", "form": "int8"}}, 'rule 1: mode "coreml" is for patterns that begin'),
+        ({}, {"pattern": "vision_encoder.*"}, 'rule 1: mode "coreml" is for patterns that begin'),
+        (
+            {},
+            {"pattern": "vision_encoder.*", "scheme": {"mode": "coreml", "form": "jpeg"}},
+            "form 'jpeg' is not one of",
+        ),
+    ],
+)
+def test_faults_of_what_is_new(keys, rule, message):
+    first = {key: value for key, value in ({"pattern": "*", "scheme": INT4} | rule).items() if value is not None}
+    with pytest.raises(UserError) as error:
+        recipe(first, ALL, **keys)
+    assert message in str(error.value)
+
+
+def test_methods_take_what_mlx_lm_takes():
+    shapes = {LAYER: (8, 64), LAYER.replace("up", "down"): (8, 64), "norm": (8,)}
+    up, down, rest = {"pattern": "*up_proj.weight"}, {"pattern": "*down_proj.weight"}, ALL
+    assert recipe(up | {"scheme": INT4}, down | {"scheme": INT4}, rest, method="gptq").plan(shapes)
+    for schemes, method, message in (
+        ((INT4, INT8), "awq", "method awq takes one affine scheme for all decoder matrices, got 2 schemes"),
+        ((INT4, {"dtype": "float16"}), "gptq", "got 2 schemes"),
+        ((INT4 | {"bits": 3},) * 2, "gptq", "method gptq takes 2, 4, 8 bits, got 3"),
+        ((INT8,) * 2, "dwq", "below 8 bits: the recipe has none"),
+    ):
+        mine = recipe(up | {"scheme": schemes[0]}, down | {"scheme": schemes[1]}, rest, method=method)
+        with pytest.raises(UserError, match=message):
+            mine.plan(shapes)
+
+
+def test_the_encoders_rules():
+    mine = recipe(
+        {"pattern": "vision_encoder.stages.4.*", "scheme": {"mode": "coreml", "form": "palette4-g16"}},
+        {"pattern": "vision_encoder.*", "scheme": {"mode": "coreml", "form": "int8"}},
+        ALL,
+    )
+    assert mine.vision == (("stages.4.*", "palette4-g16"), ("*", "int8"))
+    assert mine.plan({LAYER: (8, 64)}) == {LAYER: Cast("float16")}  # the MLX folder has nothing of it
+    assert recipe_from_json(mine.to_json()) == mine

@@ -1,0 +1,233 @@
+"""`python -m quantization recipes`: what the recipes are, how large they make the published models, what loads them."""
+
+import argparse
+import math
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+if TYPE_CHECKING:  # torch is imported where a verb needs it
+    from fastvlm.synthetic import Shape
+    from quantization.recipe import Recipe, Rule
+    from quantization.schemes import Scheme
+
+SIZES = {"0.5b": "0.5B", "1.5b": "1.5B", "7b": "7B"}  # fastvlm.synthetic.SHAPES -> as Apple calls them
+ENCODER = "the Core ML encoder adds 245 MB in float16, 123 in int8, 62 in palette4-g16"  # of 125M weights, README
+_ELSEWHERE = ("language_model.lm_head.weight", "vision_tower.")  # what a rule may be about though it isn't listed here
+
+
+@dataclass(frozen=True)
+class Loader:
+    """What reads an artefact's folder, and of what settings. mixed: more than one, by entries for single modules."""
+
+    name: str
+    source: str
+    bits: tuple[int, ...]  # affine
+    modes: tuple[str, ...]
+    mixed: bool
+
+    def reads(self, settings: Collection[tuple[str, int, int]]) -> bool:
+        """Whether it loads weights of these (mode, bits, group size)."""
+        return (self.mixed or len(settings) < 2) and all(
+            mode in self.modes and (mode != "affine" or bits in self.bits) for mode, bits, _ in settings
+        )
+
+
+_BITS = (2, 3, 4, 5, 6, 8)
+_OLD_BITS = (2, 3, 4, 6, 8)  # mlx before 0.26 has no kernels for 5 (mlx/backend/metal/kernels/quantized.metal)
+_MODES = ("affine", "mxfp4", "mxfp8", "nvfp4")
+# Read in the sources of these versions in November 2026; mlx-lm and mlx-vlm were run on Linux, the app was not.
+LOADERS = (
+    Loader("mlx-lm", "0.32.2, mlx 0.32.4", _BITS, _MODES, True),
+    Loader("mlx-vlm", "0.7.10, mlx 0.32.4, for --layout mlx-vlm", _BITS, _MODES, True),
+    # its project file names no version but a least one, and it builds with these alone (ml-fastvlm issue 39)
+    Loader("demo app", "as published: mlx-swift-examples 2.21.2, mlx 0.21.0", _OLD_BITS, ("affine",), False),
+    Loader(
+        "app 2.25", "ml-fastvlm pull request 59: mlx-swift-examples 2.25.7, mlx 0.25.1", _OLD_BITS, ("affine",), True
+    ),
+    Loader("app 3.31", "ml-fastvlm pull request 78: mlx-swift-lm 3.31.4, mlx 0.31.1", _BITS, _MODES, True),
+)
+
+
+def add_recipes(verbs: Any) -> None:
+    """The verb `recipes`."""
+    text = "the recipes, what the published models become by them, and what loads the result"
+    parser = verbs.add_parser("recipes", help=text, description=text)
+    parser.add_argument(
+        "recipe", nargs="*", metavar="RECIPE", help="a name, a name with a size (fit:400MB), or a .json: its rules, too"
+    )
+    parser.set_defaults(run=run_recipes)
+
+
+def run_recipes(args: argparse.Namespace) -> dict[str, Any]:
+    """All named recipes in a table, or some with their rules. UserError for what is no recipe."""
+    from quantization.recipe import load_recipe, named_recipes
+
+    recipes = [load_recipe(name) for name in args.recipe] or list(named_recipes().values())
+    rows = [describe(recipe) for recipe in recipes]
+    console = Console(highlight=False)
+    console.width = max(console.width, 180) if not console.is_terminal else console.width
+    console.print(_table(rows if args.recipe else sorted(rows, key=_smallest)))
+    console.print(f"Sizes are of the language model and the projector; {ENCODER}.")
+    for loader in LOADERS:
+        console.print(f"{loader.name}: {loader.source}", markup=False)
+    if args.recipe:
+        for recipe, row in zip(recipes, rows, strict=True):
+            _print_rules(console, recipe, row)
+    return {"recipes": rows, "loaders": {loader.name: loader.source for loader in LOADERS}}
+
+
+def describe(recipe: "Recipe") -> dict[str, Any]:
+    """A recipe with its sizes and loaders.
+
+    `sizes`: for each published model {"bytes", "bits_per_weight"}; {"least", "most"} where it leaves choices open;
+    {"fault"} where it doesn't fit. A budget is its own size.
+    """
+    from fastvlm.errors import UserError
+    from fastvlm.synthetic import SHAPES
+
+    sizes, settings = {}, set()
+    for key, name in SIZES.items():
+        try:
+            sizes[name], found = _size(recipe, weight_shapes(SHAPES[key]))
+            settings |= found
+        except UserError as error:
+            sizes[name] = {"fault": str(error)}
+    fits = any("fault" not in size for size in sizes.values())
+    return {
+        **recipe.to_json(),
+        "method": recipe.method,
+        "sizes": sizes,
+        "loads_in": [loader.name for loader in LOADERS if fits and loader.reads(settings)],
+    }
+
+
+def weight_shapes(shape: "Shape") -> dict[str, tuple[int, ...]]:
+    """The artefact's weights (without an encoder) of a model of this shape: name -> shape."""
+    hidden, inner = shape.hidden, shape.intermediate
+    shared = hidden // shape.heads * shape.kv_heads
+    matrices = {
+        "self_attn.q_proj": (hidden, hidden),
+        "self_attn.k_proj": (shared, hidden),
+        "self_attn.v_proj": (shared, hidden),
+        "self_attn.o_proj": (hidden, hidden),
+        "mlp.gate_proj": (inner, hidden),
+        "mlp.up_proj": (inner, hidden),
+        "mlp.down_proj": (hidden, inner),
+    }
+    found: dict[str, tuple[int, ...]] = {"language_model.model.embed_tokens.weight": (shape.vocab, hidden)}
+    for layer in range(shape.layers):
+        prefix = f"language_model.model.layers.{layer}."
+        found |= {f"{prefix}{norm}_layernorm.weight": (hidden,) for norm in ("input", "post_attention")}
+        found |= {f"{prefix}{name}.weight": size for name, size in matrices.items()}
+        found |= {f"{prefix}self_attn.{one}_proj.bias": matrices[f"self_attn.{one}_proj"][:1] for one in "qkv"}
+    found["language_model.model.norm.weight"] = (hidden,)
+    if not shape.tied:
+        found["language_model.lm_head.weight"] = (shape.vocab, hidden)
+    for layer, columns in ((0, shape.vision_width), (2, hidden)):
+        found[f"multi_modal_projector.linear_{layer}.weight"] = (hidden, columns)
+        found[f"multi_modal_projector.linear_{layer}.bias"] = (hidden,)
+    return found
+
+
+def _size(recipe: "Recipe", shapes: dict[str, tuple[int, ...]]) -> tuple[dict[str, Any], set[tuple[str, int, int]]]:
+    """One model's size, and the settings that MLX will read. UserError where the recipe doesn't fit it."""
+    from fastvlm.errors import UserError
+    from quantization.schemes import nbytes
+
+    options = recipe.options(shapes, _ELSEWHERE)
+    parameters = sum(map(math.prod, shapes.values()))
+    sizes = {name: [nbytes(scheme, shapes[name]) for scheme in schemes] for name, schemes in options.items()}
+    least, most = (sum(edge(each) for each in sizes.values()) for edge in (min, max))
+    size: dict[str, Any] = {"least": least, "most": most}
+    if recipe.budget:
+        limit = recipe.budget.limit(parameters)
+        if limit < least:
+            raise UserError(f"at least {human(least)} ({8 * least / parameters:.2f} bits per weight)")
+        size |= _figures(min(limit, most), parameters)
+    elif least == most:
+        recipe.plan(shapes, _ELSEWHERE)  # what its method cannot store
+        size = _figures(least, parameters)
+    return size, _settings(scheme for schemes in options.values() for scheme in schemes)
+
+
+def _figures(size: int, parameters: int) -> dict[str, Any]:
+    return {"bytes": size, "bits_per_weight": round(8 * size / parameters, 2)}
+
+
+def _settings(schemes: Iterable["Scheme"]) -> set[tuple[str, int, int]]:
+    entries = [scheme.mlx() for scheme in schemes]
+    return {(entry.get("mode", "affine"), entry["bits"], entry["group_size"]) for entry in entries if entry}
+
+
+def human(size: int) -> str:
+    """Megabytes or gigabytes, three digits."""
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
+
+
+def _smallest(row: dict[str, Any]) -> float:
+    """Its size for the smallest model; recipes without one are last."""
+    return float(row["sizes"][SIZES["0.5b"]].get("bytes", math.inf))
+
+
+def _cell(size: dict[str, Any]) -> str:
+    if "fault" in size:
+        return "[red]doesn't fit[/]"
+    return human(size["bytes"]) if "bytes" in size else f"{human(size['least'])} to {human(size['most'])}"
+
+
+def _table(rows: list[dict[str, Any]]) -> Table:
+    table = Table(title="recipes", title_justify="left")
+    table.add_column("recipe", no_wrap=True)
+    table.add_column("bits per weight", justify="right")
+    for name in SIZES.values():
+        table.add_column(name, justify="right")
+    for column in ("method", "loads in", "what it is"):
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        sizes = row["sizes"].values()
+        bits = sorted({f"{size['bits_per_weight']:.1f}" for size in sizes if "bytes" in size}, key=float)
+        table.add_row(
+            escape(row["name"]),
+            " to ".join(dict.fromkeys((bits[0], bits[-1]))) if bits else "",
+            *map(_cell, sizes),
+            row["method"],
+            ", ".join(row["loads_in"]) if len(row["loads_in"]) < len(LOADERS) else "all",
+            escape(row["description"]),
+        )
+    return table
+
+
+def _print_rules(console: Console, recipe: "Recipe", row: dict[str, Any]) -> None:
+    table = Table(title=f"\n{recipe.name}, the first rule that matches decides", title_justify="left")
+    for column in ("weights", "become", "because"):
+        table.add_column(column, overflow="fold")
+    for rule in recipe.rules:
+        table.add_row(escape(rule.pattern + _layers(rule)), " or ".join(map(_said, rule.choices)), escape(rule.why))
+    console.print(table)
+    for name, size in row["sizes"].items():
+        if "fault" in size:
+            console.print(f"{name}: {size['fault']}", markup=False)
+
+
+def _layers(rule: "Rule") -> str:
+    """Which layers a rule is about, where not all."""
+    if rule.layers is None:
+        return ""
+    edges = (("first", rule.layers.first), ("last", rule.layers.last))
+    said = [f"the {edge} {Fraction(part).limit_denominator(100)} of the layers" for edge, part in edges if part]
+    said += [f"1 in {rule.layers.every} of those between"] if rule.layers.every else []
+    return f" ({', '.join(said)})"
+
+
+def _said(scheme: "Scheme") -> str:
+    """A scheme in a few words."""
+    document = scheme.to_json()
+    if document.get("mode") == "affine":
+        return f"{document['bits']} bit/{document['group_size']}"
+    return str(document.get("form") or document.get("mode") or document["dtype"])
