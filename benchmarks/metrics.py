@@ -95,15 +95,36 @@ def kl_divergence(reference: Any, candidate: Any) -> float:
     """Kullback-Leibler divergence in nats, mean over positions: Σ_v p (log p − log q), with p and q the softmax of
     reference and candidate logits (..., V). 0 for equal logits (and any shift of a row), +inf if anything isn't finite.
     """
+    return float(np.mean(kl_positions(reference, candidate)))
+
+
+def kl_positions(reference: Any, candidate: Any) -> np.ndarray:
+    """The divergence of `kl_divergence` at each position: logits (..., V) -> (positions,) float64."""
     a, b = _pair(reference, candidate)
     a, b = a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1])
     if not _finite(a, b):
-        return math.inf
-    total = 0.0
+        return np.full(len(a), math.inf)
+    found = np.empty(len(a))
     for start in range(0, len(a), _POSITIONS_AT_ONCE):
-        p, q = log_softmax(a[start : start + _POSITIONS_AT_ONCE]), log_softmax(b[start : start + _POSITIONS_AT_ONCE])
-        total += float(np.sum(np.exp(p) * (p - q)))
-    return max(0.0, total / len(a))  # rounding can leave −1e-17
+        part = slice(start, start + _POSITIONS_AT_ONCE)
+        p, q = log_softmax(a[part]), log_softmax(b[part])
+        found[part] = np.sum(np.exp(p) * (p - q), axis=-1)
+    return np.maximum(found, 0.0)  # rounding can leave −1e-17
+
+
+def negative_log_likelihood(logits: Any, tokens: Any) -> np.ndarray:
+    """−log p(token) in nats at each position, p the softmax of logits (T, V), tokens (T,) -> (T,) float64.
+
+    The exponential of its mean over a text is the perplexity.
+    """
+    x, chosen = np.asarray(logits), np.asarray(tokens)
+    if len(x) != len(chosen) or len(x) == 0:
+        raise ValueError(f"cannot score {len(chosen)} tokens by {len(x)} positions")
+    found = np.empty(len(x))
+    for start in range(0, len(x), _POSITIONS_AT_ONCE):
+        part = slice(start, start + _POSITIONS_AT_ONCE)
+        found[part] = -np.take_along_axis(log_softmax(x[part]), chosen[part, None], axis=-1)[:, 0]
+    return found
 
 
 def top1_agreement(reference: Any, candidate: Any) -> float:

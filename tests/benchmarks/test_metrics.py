@@ -4,9 +4,11 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
+from torch.nn.functional import cross_entropy
 
 from benchmarks import metrics
 
@@ -85,6 +87,22 @@ def test_kl_is_the_written_out_sum(pair):
     assert got >= 0
     assert got == pytest.approx(slow_kl(*pair), abs=1e-9, rel=1e-9)
     assert metrics.kl_divergence(pair[0], pair[0] + 5) == pytest.approx(0, abs=1e-5)  # a shift is the same distribution
+
+
+@settings(max_examples=30)
+@given(logit_pairs, st.lists(st.integers(0, 6), min_size=3, max_size=3))
+def test_likelihoods_are_torchs_cross_entropy(pair, tokens):
+    expected = cross_entropy(torch.from_numpy(pair[0]).double(), torch.tensor(tokens), reduction="none")
+    np.testing.assert_allclose(metrics.negative_log_likelihood(pair[0], tokens), expected, atol=1e-9)
+
+
+def test_likelihoods_of_many_positions_and_of_none():
+    logits, tokens = np.random.default_rng(2).normal(size=(50, 9)), np.arange(50) % 9
+    expected = cross_entropy(torch.from_numpy(logits), torch.from_numpy(tokens), reduction="none")
+    np.testing.assert_allclose(metrics.negative_log_likelihood(logits, tokens), expected)
+    for bad in (logits[:0], logits[:3]):
+        with pytest.raises(ValueError, match="cannot score"):
+            metrics.negative_log_likelihood(bad, tokens[:2] if len(bad) else [])
 
 
 def test_kl_of_many_positions_is_their_mean():
