@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import encoder, environment, export
+from benchmarks import encoder, environment, export, quantization
 from benchmarks.pictures import LIMIT
 from fastvlm.cli import Parser, add_common, log, progress, run
 from model_export.config import LLM_RUNNERS, VISION_RUNNERS
@@ -25,6 +25,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_parity(subparsers)
     export.add_parser(subparsers)
     encoder.add_parser(subparsers)
+    quantization.add_parser(subparsers)
     return parser
 
 

@@ -19,9 +19,9 @@ from rich.table import Table
 
 from benchmarks import environment, text_model
 from benchmarks.measure import measure
-from benchmarks.pictures import knows_demo
 from fastvlm import conversations
 from fastvlm.cli import log, one_line, progress, quiet_libraries
+from fastvlm.demo import knows_demo
 from fastvlm.errors import CheckFailed, UserError
 from model_export import contract
 from model_export.config import LLM_RUNNERS, VISION_RUNNERS

@@ -235,14 +235,17 @@ def _divergence(
 
 
 def weight_family(artefact: Path) -> str:
-    """One of `tolerances.FAMILIES`: the fewest bits among the artefact's weights, by its config.json and tensors."""
+    """The coarsest of `tolerances.FAMILIES` among the artefact's weights, by its config.json and tensors."""
     from safetensors import safe_open
 
     config = json.loads((artefact / contract.CONFIG).read_text(encoding="utf-8"))
     quantization = config.get("quantization")
     if quantization:
-        own = [value["bits"] for value in quantization.values() if isinstance(value, dict)]
-        family = f"int{min([quantization['bits'], *own])}"
+        entries = [quantization, *(value for value in quantization.values() if isinstance(value, dict))]
+        names = {
+            f"int{entry['bits']}" if entry.get("mode", "affine") == "affine" else entry["mode"] for entry in entries
+        }
+        family = next((name for name in reversed(tolerances.FAMILIES) if name in names), " and ".join(sorted(names)))
     else:
         kinds = set()
         for file in sorted(artefact.glob(contract.WEIGHTS_GLOB)):

@@ -34,14 +34,8 @@ def choose(checkpoint: Path, images: Path | None, limit: int) -> list["Picture |
     """
     if limit < 1:
         raise UserError(f"--limit: got {limit}, expected 1 or more: nothing compared is no comparison")
-    chosen: list[Picture | Path] = [*(_demo(limit) if knows_demo(checkpoint) else _drawn(min(limit, _DRAWN)))]
+    chosen: list[Picture | Path] = [*(_demo(limit) if demo.knows_demo(checkpoint) else _drawn(min(limit, _DRAWN)))]
     return [*chosen, *pictures.files(images)[:limit]] if images else chosen
-
-
-def knows_demo(checkpoint: Path) -> bool:
-    """Whether the checkpoint speaks the demo's language: its tokenizer is the demo checkpoint's, byte for byte."""
-    mine, demos = checkpoint / "tokenizer.json", demo.CHECKPOINT / "tokenizer.json"
-    return mine.is_file() and demos.is_file() and mine.read_bytes() == demos.read_bytes()
 
 
 def opened(chosen: list["Picture | Path"]) -> Iterator[Picture]:

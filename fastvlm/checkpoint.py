@@ -224,11 +224,10 @@ def _compare(
     complete: bool,
     faults: list[Fault],
 ) -> None:
-    """Names and shapes against Transformers' own class."""
-    from fastvlm.model import skeleton
+    """Names and shapes against those of Transformers' own class."""
+    from fastvlm.model import shapes
 
-    state = skeleton(hf_config).state_dict()
-    expected = {name: tuple(t.shape) for name, t in state.items() if not naming.is_ignored(name)}
+    expected = shapes(hf_config)
     if tied and naming.LM_HEAD not in tensors:
         expected.pop(naming.LM_HEAD)
     missing = sorted(set(expected) - set(tensors))

@@ -10,7 +10,16 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
 from fastvlm.errors import CheckFailed, UserError
 
@@ -88,8 +97,11 @@ def log(message: str) -> None:
 
 
 @contextmanager
-def progress(description: str, total: float | None = None) -> Iterator[Callable[..., None]]:
-    """Show progress on stderr; yields `advance(n=1)`. Without a terminal it prints one line at the start."""
+def progress(description: str, total: float | None = None, sized: bool = False) -> Iterator[Callable[..., None]]:
+    """Show progress on stderr; yields `advance(n=1)`. Without a terminal it prints one line at the start.
+
+    `sized`: what advances is bytes, and their rate is shown.
+    """
     console = Console(stderr=True)
     if not console.is_terminal:
         log(f"{description} …")
@@ -98,7 +110,7 @@ def progress(description: str, total: float | None = None) -> Iterator[Callable[
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
-        MofNCompleteColumn(),
+        *((DownloadColumn(), TransferSpeedColumn()) if sized else (MofNCompleteColumn(),)),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )

@@ -51,6 +51,12 @@ class _Thing:
         return f"{self.colour} {self.shape}"
 
 
+def knows_demo(checkpoint: Path) -> bool:
+    """Whether the checkpoint speaks the demo's language: its tokenizer is the demo checkpoint's, byte for byte."""
+    mine, demos = checkpoint / "tokenizer.json", CHECKPOINT / "tokenizer.json"
+    return mine.is_file() and demos.is_file() and mine.read_bytes() == demos.read_bytes()
+
+
 def questions(count: int, seed: int = 0, split: str = "test") -> Iterator[Question]:
     """Yield `count` questions, the kinds of `KINDS` in turn, each about a picture of its own.
 

@@ -95,7 +95,7 @@ def hf_config_of(config: dict[str, Any], layout: str, form: str, tied: bool) -> 
 
     Raises whatever Transformers raises for values it refuses.
     """
-    from transformers import FastVlmConfig, Qwen2Config, TimmWrapperConfig
+    from transformers import FastVlmConfig, PreTrainedConfig, Qwen2Config
 
     args = {key: value for key, value in _model_args(config, layout).items() if key in _MODEL_ARGS}
     args = {key: tuple(value) if isinstance(value, list) else value for key, value in args.items()}
@@ -111,7 +111,8 @@ def hf_config_of(config: dict[str, Any], layout: str, form: str, tied: bool) -> 
     fields = {key: text[key] for key in _QWEN2_FIELDS if key in text}
     pixels = image_size_of(config, layout)
     return FastVlmConfig(
-        vision_config=TimmWrapperConfig(**vision),
+        # what TimmWrapperConfig holds; importing that costs timm, torchvision and 3 s, and only a model needs it
+        vision_config=PreTrainedConfig(**vision),
         text_config=Qwen2Config(**fields, tie_word_embeddings=tied),
         image_token_index=config.get("image_token_index", config.get("image_token_id", TRANSFORMERS_IMAGE_ID)),
         image_seq_length=(pixels // STRIDE) ** 2 if pixels else config.get("image_seq_length", 256),

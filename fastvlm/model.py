@@ -1,6 +1,8 @@
 """Build Transformers' FastVLM, or its encoder alone, from a checkpoint: strictly, weights in memory once."""
 
 import copy
+import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,10 +18,58 @@ if TYPE_CHECKING:
 
 def skeleton(config: "FastVlmConfig") -> "FastVlmForConditionalGeneration":
     """The model on the meta device: names and shapes, no memory."""
-    from transformers import FastVlmForConditionalGeneration
+    from transformers import FastVlmForConditionalGeneration, TimmWrapperConfig
 
+    config = copy.deepcopy(config)
+    vision: Any = config.vision_config
+    fields = ("architecture", "do_pooling", "global_pool", "num_labels", "hidden_size", "model_args")
+    config.vision_config = TimmWrapperConfig(**{name: getattr(vision, name) for name in fields})
     with torch.device("meta"):
         return FastVlmForConditionalGeneration(config)
+
+
+def shapes(config: "FastVlmConfig") -> dict[str, tuple[int, ...]]:
+    """Name -> shape of `skeleton`'s state, but for what inference ignores.
+
+    For the published vision tower without Transformers' and timm's models, whose imports cost 3 s and 0.2 GB.
+    """
+    vision: Any = config.vision_config
+    if set(vision.model_args) - {"inference_mode"}:
+        state = skeleton(config).state_dict()
+        return {name: tuple(tensor.shape) for name, tensor in state.items() if not naming.is_ignored(name)}
+    table = json.loads(Path(__file__).with_name("fastvithd.json").read_text(encoding="utf-8"))
+    tower = table["folded" if vision.model_args.get("inference_mode") else "training"]
+    return {naming.VISION + name: tuple(shape) for name, shape in tower.items()} | _language_shapes(config)
+
+
+def _language_shapes(config: "FastVlmConfig") -> dict[str, tuple[int, ...]]:
+    text: Any = config.text_config
+    vision: Any = config.vision_config
+    hidden, inner = text.hidden_size, text.intermediate_size
+    head = getattr(text, "head_dim", None) or hidden // text.num_attention_heads
+    queries, keys = text.num_attention_heads * head, text.num_key_value_heads * head
+    found: dict[str, tuple[int, ...]] = {
+        naming.EMBEDDINGS: (text.vocab_size, hidden),
+        naming.LANGUAGE + "norm.weight": (hidden,),
+        naming.LM_HEAD: (text.vocab_size, hidden),
+        naming.PROJECTOR + "linear_1.weight": (hidden, vision.hidden_size),
+        naming.PROJECTOR + "linear_2.weight": (hidden, hidden),
+    }
+    if config.multimodal_projector_bias:
+        found |= {f"{naming.PROJECTOR}linear_{number}.bias": (hidden,) for number in (1, 2)}
+    layer: dict[str, tuple[int, ...]] = {
+        "input_layernorm.weight": (hidden,),
+        "post_attention_layernorm.weight": (hidden,),
+        "self_attn.o_proj.weight": (hidden, queries),
+        "mlp.gate_proj.weight": (inner, hidden),
+        "mlp.up_proj.weight": (inner, hidden),
+        "mlp.down_proj.weight": (hidden, inner),
+    }
+    for name, rows in (("q", queries), ("k", keys), ("v", keys)):
+        layer |= {f"self_attn.{name}_proj.weight": (rows, hidden), f"self_attn.{name}_proj.bias": (rows,)}
+    for number in range(text.num_hidden_layers):
+        found |= {f"{naming.LANGUAGE}layers.{number}.{name}": shape for name, shape in layer.items()}
+    return found
 
 
 def build(
@@ -57,6 +107,11 @@ def encoder(checkpoint: Checkpoint, dtype: str | torch.dtype = torch.float32) ->
     model = _fastvit(checkpoint)
     _load(model, checkpoint, naming.VISION, _dtype(dtype), torch.device("cpu"))
     return _frozen(model)
+
+
+def tower(checkpoint: Checkpoint) -> nn.Module:
+    """The vision tower in the checkpoint's form on the meta device."""
+    return _fastvit(checkpoint)
 
 
 def _fastvit(checkpoint: Checkpoint, **changed: Any) -> nn.Module:

@@ -1,6 +1,6 @@
 """Pictures to measure on: the user's folder, or drawn ones and noise for whoever has none."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -45,12 +45,14 @@ def drawn(count: int) -> Iterator[Image.Image]:
         yield demo.draw_scene(rng, demo.make_scene(rng))
 
 
-def pixels(preprocessor: Preprocessor, image_size: int, chosen: list[Path] | None = None) -> Iterator[np.ndarray]:
-    """Pixels (1, 3, S, S) float32, S = image_size, of the files, one at a time; None: a drawn scene, then noise."""
+def pixels(
+    preprocessor: Preprocessor, image_size: int, chosen: Iterable[Callable[[], Image.Image]] | None = None
+) -> Iterator[np.ndarray]:
+    """Pixels (1, 3, S, S) float32, S = image_size, of pictures, one at a time; None: a drawn scene, then noise."""
     prepare = replace(preprocessor, image_size=image_size)
     if chosen is not None:
-        for path in chosen:
-            yield prepare(open_image(path))
+        for image in chosen:
+            yield prepare(image())
         return
     yield prepare(next(drawn(1)))
     yield np.random.default_rng(0).random((1, 3, image_size, image_size), dtype=np.float32)

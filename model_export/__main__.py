@@ -46,7 +46,10 @@ def _add_export(parser: argparse.ArgumentParser, parts: tuple[str, ...]) -> None
     parser.add_argument("--output-dir", required=True, type=Path, metavar="FOLDER", help="the artefact")
     if "llm" in parts:
         parser.add_argument(
-            "--quant", default=default.quant, metavar="RECIPE", help="a recipe: name or .json (default: %(default)s)"
+            "--quant",
+            default=default.quant,
+            metavar="RECIPE",
+            help="a recipe: name, name with a size, .json (default: %(default)s)",
         )
     if parts == ("llm",):
         parser.add_argument(
@@ -81,12 +84,13 @@ def _add_export(parser: argparse.ArgumentParser, parts: tuple[str, ...]) -> None
         parser.add_argument(
             "--min-snr", type=float, metavar="DB", help="the smallest encoder that keeps this signal-to-noise ratio"
         )
-        parser.add_argument(
-            "--calibration-images",
-            type=Path,
-            metavar="FOLDER",
-            help="pictures on which float16's powers of two are chosen (default: drawn ones)",
-        )
+    parser.add_argument(
+        "--calibration-data",
+        type=Path,
+        metavar="PATH",
+        help="a folder of pictures, or LLaVA-format .json or .jsonl: for float16's powers of two, and for recipes that"
+        " calibrate (default: drawn pictures)",
+    )
     parser.add_argument("--image-size", type=int, metavar="PIXELS", help="per side (default: the checkpoint's own)")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing artefact by a whole new one")
     parser.add_argument("--dry-run", action="store_true", help="say what would be written, write nothing")

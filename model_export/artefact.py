@@ -103,7 +103,7 @@ def hash_files(
     folder: Path, names: Iterable[str], advance: Callable[[int], Any] | None = None
 ) -> dict[str, dict[str, Any]]:
     """{name: {"sha256", "size"}} of files in `folder`, sorted by name. `advance(n)` after every n bytes."""
-    return {name: _hash(folder / name, advance) for name in sorted(names)}
+    return {name: hash_file(folder / name, advance) for name in sorted(names)}
 
 
 def files_in(folder: Path) -> list[str]:
@@ -112,12 +112,16 @@ def files_in(folder: Path) -> list[str]:
     return sorted(name for path in paths if (name := path.relative_to(folder).as_posix()) != contract.MANIFEST)
 
 
-def write_manifest(folder: Path, document: Mapping[str, Any]) -> dict[str, Any]:
+def write_manifest(
+    folder: Path, document: Mapping[str, Any], known: Mapping[str, Mapping[str, Any]] | None = None
+) -> dict[str, Any]:
     """Write export.json: `document` and the sha256 and size of every file in `folder`. Returns what was written.
 
-    The bytes are canonical JSON with a hash of themselves, so that a change to the manifest shows, too.
+    The bytes are canonical JSON with a hash of themselves, so that a change to the manifest shows, too. What is `known`
+    of files as `hash_files` has it is taken as it is.
     """
-    files = document.get("files") or hash_files(folder, files_in(folder))
+    known, names = dict(known or {}), files_in(folder)
+    files = document.get("files") or known | hash_files(folder, set(names) - set(known))
     complete = {"format": FORMAT, "format_version": FORMAT_VERSION, **document, "files": files}
     complete[_SELF] = _self_hash(complete)
     (folder / contract.MANIFEST).write_bytes(_canonical(complete))
@@ -159,7 +163,7 @@ def verify(artefact: Path, advance: Callable[[int], Any] | None = None) -> list[
     findings += _missing_or_resized(artefact, document["files"])
     flagged = {finding.split(": ")[0] for finding in findings}
     for name, entry in document["files"].items():
-        if name not in flagged and _hash(artefact / name, advance)["sha256"] != entry["sha256"]:
+        if name not in flagged and hash_file(artefact / name, advance)["sha256"] != entry["sha256"]:
             findings.append(f"{name}: changed: its sha256 is not that of the export")
     findings += [f"{name}: extra: not written by the export" for name in _extra(artefact, _listed_files(document))]
     return sorted(findings)
@@ -203,7 +207,8 @@ def _is_entry(name: str, entry: Any) -> bool:
     return inside and sized
 
 
-def _hash(path: Path, advance: Callable[[int], Any] | None) -> dict[str, Any]:
+def hash_file(path: Path, advance: Callable[[int], Any] | None = None) -> dict[str, Any]:
+    """The file's sha256 and size. `advance(n)` after every n bytes."""
     digest, size = hashlib.sha256(), 0
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK):

@@ -25,9 +25,10 @@ class ExportConfig:
     `layout` is whose language-model folder it is: the demo app's (and mlx-lm's), or mlx-vlm's.
 
     `resolutions` are further sizes, each a function of the package. `minimum_deployment_target` None is
-    DEFAULT_TARGET, or whatever newer one the rest needs. `calibration_images` is a folder of pictures on which
-    float16's powers of two are chosen; None are drawn ones. `vision_quant` compresses the encoder (see
-    `compress.load`) unless `quant` does; `min_snr` (dB) looks for the smallest one that keeps it.
+    DEFAULT_TARGET, or whatever newer one the rest needs. `calibration_data` is what `conversations.load` reads: its
+    pictures choose float16's powers of two, its questions calibrate the language model; None are drawn ones.
+    `vision_quant` compresses the encoder (see `compress.load`) unless `quant` does; `min_snr` (dB) looks for the
+    smallest one that keeps it.
 
     `compute_units` is a load-time choice in Core ML: the package cannot hold it, so the manifest and the package's
     user-defined metadata record it, and `model_export.runtime` loads with it.
@@ -43,7 +44,7 @@ class ExportConfig:
     minimum_deployment_target: str | None = None
     image_size: int | None = None
     resolutions: tuple[int, ...] = ()
-    calibration_images: Path | None = None
+    calibration_data: Path | None = None
     vision_quant: str = compress.NONE
     min_snr: float | None = None
     layout: str = "app"
@@ -88,7 +89,7 @@ class ExportConfig:
     def document(self) -> dict[str, Any]:
         """What decides the artefact's bytes, for its manifest: no paths, nothing of the machine."""
         kept = asdict(self)
-        for key in ("checkpoint", "output_dir", "overwrite", "calibration_images"):
+        for key in ("checkpoint", "output_dir", "overwrite", "calibration_data"):
             del kept[key]
         if self.vision_quant not in compress.FORMS or (self.vision_quant == compress.NONE and self.compression.rules):
             kept["vision_quant"] = self.compression.to_json()

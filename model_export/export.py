@@ -1,28 +1,30 @@
 """From a checkpoint to an artefact: the stages of `python -m model_export all`, `vision` and `llm`."""
 
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fastvlm import naming, pictures
+from fastvlm import conversations, naming, pictures
 from fastvlm.checkpoint import Checkpoint, open_checkpoint
 from fastvlm.cli import log, progress
 from fastvlm.errors import CheckFailed, UserError
-from fastvlm.model import folded_skeleton
 from fastvlm.preprocessing import Preprocessor, read_preprocessor
 from fastvlm.staging import staged
-from model_export import artefact, compress, contract, llm, tokenizer
+from model_export import artefact, compress, contract, llm, resume, tokenizer
 from model_export.config import DEFAULT_TARGET, ExportConfig
-from model_export.vision import PackageNotes, export_vision
+from quantization.calibrated import needed
 from quantization.recipe import Recipe, load_recipe
 
 PARTS = ("vision", "llm")
 # What the folded encoder's weights take for each parameter; biases and constants are noise beside them.
 _BYTES_PER_WEIGHT = {"float16": 2, "mixed": 4, "float32": 4}
+CALIBRATION_SAMPLES = 256  # questions at most that something is calibrated on
 _SPARE_BYTES = 64 << 20  # tokenizer, configurations, manifest
 Parity = Callable[[Path], Mapping[str, Any]]
 
@@ -36,7 +38,7 @@ class Plan:
     checkpoint: Checkpoint
     recipe: Recipe
     preprocessor: Preprocessor
-    calibration: list[Path] | None
+    calibration: list[conversations.Sample] | None
     sizes: dict[str, int]
 
     def document(self) -> dict[str, Any]:
@@ -63,7 +65,7 @@ def plan(config: ExportConfig, parts: tuple[str, ...] = PARTS) -> Plan:
     if config.image_size:
         checkpoint = replace(checkpoint, image_size=config.image_size)
         preprocessor = replace(preprocessor, image_size=config.image_size)
-    calibration = config.calibration_images and pictures.files(config.calibration_images, "--calibration-images")
+    calibration = _calibration(config, recipe, parts)
     for why, target in config.newer_target.items():
         if config.deployment_target != DEFAULT_TARGET:
             log(f"deployment target {config.deployment_target}: {why}, new in {target}")
@@ -71,13 +73,15 @@ def plan(config: ExportConfig, parts: tuple[str, ...] = PARTS) -> Plan:
     if "vision" in parts:
         weights = sum(info.size for name, info in checkpoint.tensors.items() if name.startswith(naming.VISION))
         sizes[contract.PACKAGE] = weights * _BYTES_PER_WEIGHT[config.compute_precision]
-        if config.vision_quant != compress.NONE:
+        if config.compression.rules:
+            from fastvlm.model import folded_skeleton
+
             shapes = compress.layer_shapes(folded_skeleton(checkpoint))
             sizes[contract.PACKAGE] = compress.size_of(shapes, compress.assign(config.compression, shapes).forms)
     if "llm" in parts:
         sizes[contract.WEIGHTS_GLOB] = llm.planned_bytes(checkpoint, recipe, config.layout)
     _check_space(config.output_dir, sizes, copies=len(config.resolutions))
-    return Plan(config, parts, checkpoint, recipe, preprocessor, calibration or None, sizes)
+    return Plan(config, parts, checkpoint, recipe, preprocessor, calibration, sizes)
 
 
 def export(plan: Plan, parity: Parity | None = None) -> dict[str, Any]:
@@ -93,14 +97,13 @@ def export(plan: Plan, parity: Parity | None = None) -> dict[str, Any]:
         log(f"warning: {warning}")
     before = _signature(checkpoint)
     with (
-        _stage("hash the checkpoint", seconds),
-        progress("hash the checkpoint (MB)", _total_bytes(checkpoint) / 1e6) as advance,
+        resume.kept(config.output_dir, _resume_key(plan, before)) as kept,
+        _hashed(checkpoint) as sources,
+        staged(config.output_dir, replace=config.overwrite) as folder,
     ):
-        sources = artefact.sources(checkpoint, lambda n: advance(n / 1e6))
-    with staged(config.output_dir, replace=config.overwrite) as folder:
-        document = _write_parts(plan, folder, sources, seconds)
+        document = _write_parts(plan, folder, sources, kept, seconds)
         with _stage("hash the artefact", seconds):
-            document = artefact.write_manifest(folder, document)
+            document = artefact.write_manifest(folder, document, kept.hashes)
         if parity is not None:
             with _stage("parity", seconds):
                 result = _rounded(dict(parity(folder)))
@@ -112,13 +115,47 @@ def export(plan: Plan, parity: Parity | None = None) -> dict[str, Any]:
     return {**document, "output_dir": str(config.output_dir), "seconds": seconds}
 
 
-def _write_parts(plan: Plan, folder: Path, sources: dict[str, Any], seconds: dict[str, float]) -> dict[str, Any]:
+def _resume_key(plan: Plan, signature: list[tuple[str, int, int, int]]) -> dict[str, Any]:
+    """Whatever the language model's files are made from: another key, and an interrupted run is not taken up."""
+    return {
+        "checkpoint": signature,
+        "recipe": plan.recipe.to_json(),
+        "layout": plan.config.layout,
+        "shard_bytes": llm.SHARD_BYTES,
+        "format_version": artefact.FORMAT_VERSION,
+        "versions": artefact.versions(),
+    }
+
+
+@contextmanager
+def _hashed(checkpoint: Checkpoint) -> Iterator[Callable[[], dict[str, Any]]]:
+    """Hash the checkpoint beside the other work; yields what waits for the result (`artefact.sources`)."""
+    stop = threading.Event()
+
+    def advance(count: int) -> None:
+        if stop.is_set():
+            raise InterruptedError("the export has ended")
+
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(artefact.sources, checkpoint, advance)
+        try:
+            yield future.result
+        finally:
+            stop.set()
+
+
+def _write_parts(
+    plan: Plan,
+    folder: Path,
+    sources: Callable[[], dict[str, Any]],
+    kept: resume.Kept,
+    seconds: dict[str, float],
+) -> dict[str, Any]:
     """All files of the artefact but its manifest; returns what the manifest says about them."""
     config, checkpoint, preprocessor = plan.config, plan.checkpoint, plan.preprocessor
     strategy = preprocessor.image_strategy
     document: dict[str, Any] = {
         "parts": list(plan.parts),
-        "sources": sources,
         "versions": artefact.versions(),
         "config": config.document(),
         "image": {
@@ -127,36 +164,89 @@ def _write_parts(plan: Plan, folder: Path, sources: dict[str, Any], seconds: dic
             "tokens_per_image": contract.tokens_per_image(checkpoint.image_size),
         },
     }
-    changes = []
-    if "llm" in plan.parts:
-        with (
-            _stage("language model", seconds),
-            progress("language model (million weights)", llm.language_parameters(checkpoint) / 1e6) as advance,
-        ):
-            document["llm"] = llm.export_llm(checkpoint, plan.recipe, folder, lambda n: advance(n / 1e6), config.layout)
-        tokenizer.write_tokenizer(checkpoint, folder)
-        changes.append(f"The language model and the projector are stored for MLX by recipe {plan.recipe.name}.")
+    changes = {}
+    calibrated = needed(plan.recipe)
+    if "llm" in plan.parts and not calibrated:
+        document["llm"], changes["llm"] = _write_language(plan, folder, kept, seconds)
+    with _stage("hash the checkpoint", seconds):  # what is left of it
+        document["sources"] = sources()
     if "vision" in plan.parts:
-        with _stage("vision encoder", seconds), progress("vision encoder: fold, trace, convert"):
-            notes = PackageNotes(strategy, sources["sha256"])
-            document["vision"] = export_vision(
-                checkpoint,
-                config,
-                folder / contract.PACKAGE,
-                lambda size: pictures.pixels(preprocessor, size, plan.calibration),
-                notes,
-            )
-            if "fp16" in document["vision"]:
-                found = plan.calibration
-                document["vision"]["fp16"]["pictures"] = f"{len(found)} given" if found else "a drawn one and noise"
-        changes.append(
-            "The vision encoder's branches and normalizations are folded into convolutions; it is stored as a Core ML"
-            f" program in {config.compute_precision} for {_listed(document['vision']['resolutions'])} pixels"
-            + (", its weights compressed." if document["vision"].get("compression", {}).get("forms") else ".")
-        )
+        notes = (strategy, document["sources"]["sha256"])
+        document["vision"], changes["vision"] = _write_encoder(plan, folder, notes, seconds)
+    if "llm" in plan.parts and calibrated:  # on what the exported encoder gives
+        document["llm"], changes["llm"] = _write_language(plan, folder, kept, seconds)
     tokenizer.write_processors(folder, checkpoint.image_size, strategy, preprocessor.mean, preprocessor.std)
-    document["licences"] = artefact.carry_licences(checkpoint.path, folder, changes)
+    document["licences"] = artefact.carry_licences(checkpoint.path, folder, [changes[part] for part in sorted(changes)])
     return document
+
+
+def _write_language(
+    plan: Plan, folder: Path, kept: resume.Kept, seconds: dict[str, float]
+) -> tuple[dict[str, Any], str]:
+    """The language model's files; returns the manifest's facts and a sentence for the NOTICE."""
+    config, checkpoint, recipe = plan.config, plan.checkpoint, plan.recipe
+    ready: Mapping[str, Mapping[str, Any]] = {}
+    facts: dict[str, Any] = {}
+    if needed(recipe):
+        from model_export.calibrate import calibrate
+
+        with _stage("calibration", seconds):
+            found = calibrate(
+                checkpoint,
+                recipe,
+                plan.preprocessor,
+                plan.calibration,
+                folder if "vision" in plan.parts else None,
+            )
+        recipe, ready, facts = found.recipe, found.parts, {"calibration": found.facts}
+    size = llm.bytes_to_read(checkpoint, recipe, config.layout)
+    with _stage("language model", seconds, size), progress("language model", size, sized=True) as advance:
+        # what was calibrated depends on more than the key of what is kept
+        facts |= llm.export_llm(checkpoint, recipe, folder, advance, config.layout, None if ready else kept, ready)
+    tokenizer.write_tokenizer(checkpoint, folder)
+    return facts, f"The language model and the projector are stored for MLX by recipe {recipe.name}."
+
+
+def _write_encoder(
+    plan: Plan, folder: Path, notes: tuple[str, str], seconds: dict[str, float]
+) -> tuple[dict[str, Any], str]:
+    """The encoder's package; returns the manifest's facts and a sentence for the NOTICE."""
+    from model_export.vision import PackageNotes, export_vision
+
+    config, given = plan.config, None
+    if plan.calibration is not None:
+        given = [sample.image for sample in plan.calibration if sample.image is not None]
+    with _stage("vision encoder", seconds), progress("vision encoder: fold, trace, convert"):
+        facts = export_vision(
+            plan.checkpoint,
+            config,
+            folder / contract.PACKAGE,
+            lambda size: pictures.pixels(plan.preprocessor, size, given or None),
+            PackageNotes(*notes),
+        )
+    if "fp16" in facts:
+        facts["fp16"]["pictures"] = f"{len(given)} given" if given else "a drawn one and noise"
+    compressed = ", its weights compressed." if facts.get("compression", {}).get("forms") else "."
+    return facts, (
+        "The vision encoder's branches and normalizations are folded into convolutions; it is stored as a Core ML"
+        f" program in {config.compute_precision} for {_listed(facts['resolutions'])} pixels{compressed}"
+    )
+
+
+def _calibration(config: ExportConfig, recipe: Recipe, parts: tuple[str, ...]) -> list[conversations.Sample] | None:
+    """The questions of --calibration-data, some of them evenly spaced if there are many."""
+    if config.calibration_data is None:
+        return None
+    if "vision" not in parts and not needed(recipe):
+        raise UserError(f"--calibration-data: recipe {recipe.name} has nothing to calibrate: leave it out")
+    try:
+        found = conversations.load(config.calibration_data)
+    except UserError as error:
+        raise UserError(f"--calibration-data: {error}") from None
+    used = found[:: -(-len(found) // CALIBRATION_SAMPLES)]
+    if len(used) < len(found):
+        log(f"--calibration-data: {len(used)} of {len(found)} questions are used")
+    return used
 
 
 def _listed(sizes: Sequence[int]) -> str:
@@ -173,29 +263,27 @@ def _rounded(value: Any) -> Any:
 
 
 @contextmanager
-def _stage(name: str, seconds: dict[str, float]) -> Iterator[None]:
-    """Time a stage, and say so in a line when it is done."""
+def _stage(name: str, seconds: dict[str, float], size: int = 0) -> Iterator[None]:
+    """Time a stage, and say so in a line when it is done; with `size` in bytes, how many a second."""
     start = time.perf_counter()
     yield
-    seconds[name] = round(time.perf_counter() - start, 2)
-    log(f"{name}: {seconds[name]:.1f} s")
+    elapsed = time.perf_counter() - start
+    seconds[name] = round(elapsed, 2)
+    log(f"{name}: {elapsed:.1f} s" + (f", {size / 1e6:,.0f} MB, {size / 1e6 / elapsed:,.0f} MB/s" if size else ""))
 
 
-def _signature(checkpoint: Checkpoint) -> list[tuple[str, int, int]]:
-    """Names, sizes and times of the folder's files: enough to see that someone writes to it."""
+def _signature(checkpoint: Checkpoint) -> list[tuple[str, int, int, int]]:
+    """Names, sizes and times (of the content, and of any change) of the folder's files: enough to see that someone
+    writes to it, or has since."""
     found = ((path.name, path.stat()) for path in sorted(checkpoint.path.iterdir()) if path.is_file())
-    return [(name, status.st_size, status.st_mtime_ns) for name, status in found]
-
-
-def _total_bytes(checkpoint: Checkpoint) -> int:
-    return sum(path.stat().st_size for path in checkpoint.files)
+    return [(name, status.st_size, status.st_mtime_ns, status.st_ctime_ns) for name, status in found]
 
 
 def _check_space(target: Path, sizes: Mapping[str, int], copies: int) -> None:
     """coremltools writes the encoder's weights twice before one copy goes, and once for each of several functions."""
     needed = sum(sizes.values()) + (1 + copies) * sizes.get(contract.PACKAGE, 0) + _SPARE_BYTES
     parent = next(folder for folder in target.expanduser().resolve().parents if folder.exists())
-    free = shutil.disk_usage(parent).free
+    free = shutil.disk_usage(parent).free + resume.waiting(target)
     if free < needed:
         raise UserError(
             f"--output-dir {target}: {free / 1e9:.1f} GB free, the export needs {needed / 1e9:.1f} GB: free some"

@@ -1,17 +1,17 @@
 """Checkpoint to MLX folder: the language model and the projector, streamed from the input files to the output files.
 
 Memory does not depend on the model's size: every output file gets its header first, and then the rows of one weight
-after the other, some megabytes at a time.
+after the other, some megabytes at a time. A finished file can outlive an interrupted run (`model_export.resume`).
 """
 
 import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,15 @@ from torch import Tensor
 from fastvlm import naming
 from fastvlm.checkpoint import Checkpoint
 from fastvlm.errors import UserError
-from model_export import contract, mlx_vlm
+from model_export import contract
 from model_export.llm_config import language_config
+from model_export.resume import Kept
 from model_export.tensor_file import Spec, TensorFile, nbytes
+from quantization import budget
 from quantization.recipe import Recipe
 from quantization.schemes import DTYPES, Scheme
 
-SHARD_BYTES = 5 << 30  # as mlx-lm and mlx-vlm write: hosting sites refuse much larger files
+SHARD_BYTES = 1 << 30  # what an interrupted run loses at most; peers write 5 GiB, and loaders take any number
 _CHUNK = 1 << 20  # values that a worker converts at once: 4 MiB in float32
 # The weights whose scheme is a decision worth naming: what they are for, and one name of each.
 _DECISIONS = {
@@ -37,19 +39,23 @@ _DECISIONS = {
     "projector": "multi_modal_projector.linear_0.weight",
 }
 # Parts that a recipe may speak of though a model does not store them here: a tied one's lm_head, the vision tower.
-_ELSEWHERE = ("language_model.lm_head.weight", "vision_tower.")
+ELSEWHERE = ("language_model.lm_head.weight", "vision_tower.")
+
+Rows = Callable[[int, int], Tensor]  # (start, stop) -> those rows of a tensor
 
 
 @dataclass(frozen=True)
 class Weight:
-    """One weight on its way: from `rows(start, stop)` (any float dtype) to `name` in `file`, stored by `scheme`."""
+    """One weight on its way: from `rows(start, stop)` (in `source`'s dtype) to `name` in `file`, stored by `scheme`."""
 
     rule_name: str  # the name that recipes speak of
     name: str
     file: str
     shape: tuple[int, ...]
     scheme: Scheme
-    rows: Callable[[int, int], Tensor]
+    source: torch.dtype
+    rows: Rows
+    ready: Mapping[str, Tensor] | None = None  # its parts, where they are not to be made from the rows
 
     def parts(self) -> dict[str, Spec]:
         """Stored tensor name -> dtype, shape: `x.weight` and, where quantized, `x.scales` and `x.biases`."""
@@ -58,15 +64,30 @@ class Weight:
             f"{stem}.{leaf if part == 'weight' else part}": spec for part, spec in self.scheme.parts(self.shape).items()
         }
 
+    def convert(self, start: int, stop: int) -> tuple[dict[str, Tensor], list[float]]:
+        """Rows `start` to `stop` as they are stored, by stored name, and the least and greatest of their values."""
+        if self.ready is None:
+            rows = self.rows(start, stop)
+            encoded = self.scheme.encode(rows.to(DTYPES[self.scheme.dtype]))
+        else:
+            encoded = {part: tensor[start:stop] for part, tensor in self.ready.items()}
+            rows = torch.cat([tensor.float().flatten() for tensor in encoded.values() if tensor.is_floating_point()])
+        edges = [edge.item() for edge in rows.aminmax()]  # not-a-number spreads into both
+        return dict(zip(self.parts(), encoded.values(), strict=True)), edges
 
-def language_parameters(checkpoint: Checkpoint) -> int:
-    """How many values `export_llm` will stream, and so the total of what it reports through `advance`."""
-    return sum(math.prod(checkpoint.tensors[source].shape) for source in _sources(checkpoint).values())
+
+def bytes_to_read(checkpoint: Checkpoint, recipe: Recipe, layout: str = "app") -> int:
+    """The total of what `export_llm` reports through `advance`."""
+    return sum(nbytes((weight.source, weight.shape)) for weight in _weights(checkpoint, recipe, layout))
 
 
 def planned_bytes(checkpoint: Checkpoint, recipe: Recipe, layout: str = "app") -> int:
     """What `export_llm` will write, in bytes. UserError with whatever would stop it, but for the values."""
     language_config(checkpoint, layout)
+    if recipe.budget is not None:
+        shapes = weight_shapes(checkpoint)
+        budget.check(recipe, shapes, ELSEWHERE)
+        return recipe.budget.limit(sum(map(math.prod, shapes.values())))
     weights = _weights(checkpoint, recipe, layout)
     return sum(nbytes(spec) for weight in weights for spec in weight.parts().values())
 
@@ -77,12 +98,15 @@ def export_llm(
     folder: Path,
     advance: Callable[[int], None] | None = None,
     layout: str = "app",
+    kept: Kept | None = None,
+    ready: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> dict[str, Any]:
     """Write the decoder, the projector and config.json into `folder`, which exists and has no such files.
 
     layout "app" is what the demo app and mlx-lm load; "mlx-vlm" adds the vision tower and uses that loader's names
-    (see contract.py). `advance(n)` is called after every n of
-    the `language_parameters`. The same input gives the same bytes.
+    (see contract.py). `advance(n)` is called after every n of the `bytes_to_read`. The same input gives the same bytes.
+    Files that an earlier run has `kept` are taken over, and finished ones are kept. `ready` has the parts of weights
+    that were calibrated (by the names that recipes speak of): they are stored as they are.
     Returns facts for the manifest: files, parameters, bytes, bits per weight, recipe and its decisions.
     Raises UserError, with every fault, when the recipe or the loaders cannot take the model (before any work), or
     when values are not finite or too large for the dtype that the recipe names.
@@ -90,11 +114,13 @@ def export_llm(
     if layout not in contract.LAYOUTS:
         raise UserError(f"unknown layout {layout!r}: expected {' or '.join(contract.LAYOUTS)}")
     config = language_config(checkpoint, layout)
-    weights = _weights(checkpoint, recipe, layout)
+    weights = [
+        replace(weight, ready=(ready or {}).get(weight.rule_name)) for weight in _weights(checkpoint, recipe, layout)
+    ]
     quantization = _quantization(weights)
     if quantization:
         config["quantization"] = quantization
-    faults = _write_weights(weights, folder, advance)
+    faults = _write_weights(weights, folder, advance, kept or Kept())
     if faults:
         raise UserError(
             f"recipe {recipe.name} cannot store {checkpoint.path}: {'; '.join(faults)}"
@@ -122,6 +148,11 @@ def export_llm(
     }
 
 
+def weight_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
+    """Name, as recipes speak of it -> shape of the decoder's and the projector's weights."""
+    return {name: tuple(checkpoint.tensors[source].shape) for name, source in _sources(checkpoint).items()}
+
+
 def _sources(checkpoint: Checkpoint) -> dict[str, str]:
     """Artefact name -> canonical name of the decoder's and the projector's weights, in the model's order."""
     names: dict[str, str] = {}
@@ -143,13 +174,15 @@ def _natural(name: str) -> list[tuple[int, str]]:
 def _weights(checkpoint: Checkpoint, recipe: Recipe, layout: str) -> list[Weight]:
     """Everything that will be stored, each with its scheme and its file."""
     sources = _sources(checkpoint)
-    shapes = {name: tuple(checkpoint.tensors[source].shape) for name, source in sources.items()}
-    tower: dict[str, Tensor] = {}
+    shapes = weight_shapes(checkpoint)
+    tower: dict[str, tuple[tuple[int, ...], torch.dtype, Rows]] = {}
     if layout == "mlx-vlm":
-        recipe.plan(shapes, _ELSEWHERE)  # the language model's faults before the vision tower's work
+        from model_export import mlx_vlm  # and with it timm
+
+        recipe.plan(shapes, ELSEWHERE)  # the language model's faults before the vision tower's
         tower = mlx_vlm.vision_tower(checkpoint)
-        shapes |= {name: tuple(tensor.shape) for name, tensor in tower.items()}
-    plan = recipe.plan(shapes, _ELSEWHERE[:1] if tower else _ELSEWHERE)
+        shapes |= {name: shape for name, (shape, _, _) in tower.items()}
+    plan = recipe.plan(shapes, ELSEWHERE[:1] if tower else ELSEWHERE)
     decoder = [name for name in shapes if name.startswith(contract.LANGUAGE_PREFIX)]
     shards = _shards({name: sum(map(nbytes, plan[name].parts(shapes[name]).values())) for name in decoder})
     weights = []
@@ -161,16 +194,15 @@ def _weights(checkpoint: Checkpoint, recipe: Recipe, layout: str) -> list[Weight
             file = contract.VISION_WEIGHTS
         elif layout == "mlx-vlm":
             stored = mlx_vlm.projector_name(name)
-        rows = _rows_in_memory(tower[name]) if name in tower else _rows_of(checkpoint, sources[name])
-        weights.append(Weight(name, stored, file, shape, plan[name], rows))
+        if name in tower:
+            _, source, rows = tower[name]
+        else:
+            source, rows = DTYPES[checkpoint.tensors[sources[name]].dtype], rows_of(checkpoint, sources[name])
+        weights.append(Weight(name, stored, file, shape, plan[name], source, rows))
     return weights
 
 
-def _rows_in_memory(tensor: Tensor) -> Callable[[int, int], Tensor]:
-    return lambda start, stop: tensor[start:stop]
-
-
-def _rows_of(checkpoint: Checkpoint, name: str) -> Callable[[int, int], Tensor]:
+def rows_of(checkpoint: Checkpoint, name: str) -> Rows:
     """Reads rows of a checkpoint's tensor into memory: of a mapped file, every page once read would count as ours."""
     info = checkpoint.tensors[name]
     dtype, columns = DTYPES[info.dtype], math.prod(info.shape[1:])
@@ -204,17 +236,24 @@ def _shards(sizes: dict[str, int]) -> dict[str, str]:
     return {name: f"model-{n:05d}-of-{number:05d}.safetensors" for name, n in numbers.items()}
 
 
-def _write_weights(weights: list[Weight], folder: Path, advance: Callable[[int], None] | None) -> list[str]:
+def _write_weights(weights: list[Weight], folder: Path, advance: Callable[[int], None] | None, kept: Kept) -> list[str]:
     """Write every file, one after the other; returns what is wrong with the values."""
     faults: list[str] = []
+    finished: list[Future[None]] = []
     with _workers() as pool:
         for file in dict.fromkeys(weight.file for weight in weights):
             own = [weight for weight in weights if weight.file == file]
-            counted = None if file == contract.VISION_WEIGHTS else advance
+            if kept.take(folder / file):
+                if advance:
+                    advance(sum(nbytes((weight.source, weight.shape)) for weight in own))
+                continue
             with TensorFile(folder / file, {k: v for weight in own for k, v in weight.parts().items()}) as output:
-                for weight in own:
-                    fault = _stream(weight, output, pool, counted)
-                    faults += [fault] if fault else []
+                found = _stream(own, output, pool, advance)
+            faults += found
+            if not found:  # putting it on the disk takes a worker, the other ones go on with the next file
+                finished.append(pool.submit(kept.keep, folder / file))
+        for future in finished:
+            future.result()
     return faults
 
 
@@ -234,26 +273,38 @@ def _workers() -> Iterator[Executor]:
         torch.set_num_threads(threads)
 
 
-def _stream(weight: Weight, output: TensorFile, pool: Executor, advance: Callable[[int], None] | None) -> str | None:
-    """Convert and write one weight, some rows at a time; returns what is wrong with its values, if anything."""
-    dtype = DTYPES[weight.scheme.dtype]
-    stored = dict(zip(weight.scheme.parts(weight.shape), weight.parts(), strict=True))
-    step = max(1, _CHUNK // math.prod(weight.shape[1:]))
+def _stream(
+    weights: list[Weight], output: TensorFile, pool: Executor, advance: Callable[[int], None] | None
+) -> list[str]:
+    """Convert and write the weights of a file, some rows at a time; returns what is wrong with their values."""
 
-    def convert(start: int) -> tuple[int, list[float]]:
-        rows = weight.rows(start, start + step)
-        for part, encoded in weight.scheme.encode(rows.to(dtype)).items():
-            output.write(stored[part], encoded, start)
-        return rows.numel(), [edge.item() for edge in rows.aminmax()]  # not-a-number spreads into both
+    def convert(piece: tuple[Weight, int, int]) -> tuple[Weight, int, list[float]]:
+        weight, start, stop = piece
+        parts, edges = weight.convert(start, stop)
+        for name, rows in parts.items():
+            output.write(name, rows, start)
+        return weight, nbytes((weight.source, (stop - start, *weight.shape[1:]))), edges
 
-    edges: list[float] = []
-    for count, both in pool.map(convert, range(0, weight.shape[0], step)):
-        edges += both
+    found: dict[str, tuple[Weight, list[float]]] = {}
+    for weight, size, both in pool.map(convert, _pieces(weights)):
+        found.setdefault(weight.name, (weight, []))[1].extend(both)
         if advance:
-            advance(count)
+            advance(size)
+    return [fault for weight, edges in found.values() if (fault := _fault(weight, edges))]
+
+
+def _pieces(weights: list[Weight]) -> Iterator[tuple[Weight, int, int]]:
+    """Every weight's rows, about _CHUNK values at a time: (weight, start, stop)."""
+    for weight in weights:
+        rows, step = weight.shape[0], max(1, _CHUNK // math.prod(weight.shape[1:]))
+        yield from ((weight, start, min(start + step, rows)) for start in range(0, rows, step))
+
+
+def _fault(weight: Weight, edges: list[float]) -> str | None:
+    """What is wrong with a weight whose pieces have these least and greatest values, if anything."""
     if not all(map(math.isfinite, edges)):
         return f"{weight.rule_name}: values are not finite"
-    largest, limit = max(map(abs, edges)), torch.finfo(dtype).max
+    largest, limit = max(map(abs, edges)), torch.finfo(DTYPES[weight.scheme.dtype]).max
     if largest > limit:
         return f"{weight.rule_name}: largest value {largest:.4g} is past {weight.scheme.dtype}'s {limit:.4g}"
     return None

@@ -5,6 +5,7 @@ import math
 import platform
 from collections.abc import Iterable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -155,6 +156,7 @@ def _pictures(args: argparse.Namespace, preprocessor: "Preprocessor") -> tuple[s
     Raises UserError for a folder without pictures, and naming all files that are no usable pictures.
     """
     from fastvlm import pictures
+    from fastvlm.preprocessing import open_image
 
     size = preprocessor.image_size
     if args.images is None:
@@ -166,7 +168,7 @@ def _pictures(args: argparse.Namespace, preprocessor: "Preprocessor") -> tuple[s
     chosen = every[: args.limit]
     pictures.check(chosen)
     text = f"{len(chosen)} of {len(every)} pictures in {args.images}"
-    return text, len(chosen), pictures.pixels(preprocessor, size, chosen)
+    return text, len(chosen), pictures.pixels(preprocessor, size, [partial(open_image, path) for path in chosen])
 
 
 # report

@@ -7,7 +7,8 @@ tensors alone, and the memory on the rows handed over, not on the file.
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 Spec = tuple[torch.dtype, tuple[int, ...]]
 
-_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.uint32: "U32"}
+_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.uint32: "U32", torch.uint8: "U8"}
 
 
 def nbytes(spec: Spec) -> int:
@@ -24,9 +25,10 @@ def nbytes(spec: Spec) -> int:
 
 
 class TensorFile:
-    """A context manager over a new file with room for `tensors` (name -> dtype, shape); on exit it is on the disk.
+    """A context manager over a new file with room for `tensors` (name -> dtype, shape).
 
-    Raises OSError (disk full, no permission) on entry where the platform can reserve the space, else on writing.
+    Raises OSError (disk full, no permission) with the file's name, on entry where the platform can reserve the space,
+    else on writing.
     """
 
     def __init__(self, path: Path, tensors: Mapping[str, Spec]) -> None:
@@ -49,10 +51,11 @@ class TensorFile:
     def __enter__(self) -> "TensorFile":
         self._fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
         try:
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(self._fd, 0, self.size)
-            else:
-                os.ftruncate(self._fd, self.size)
+            with self._named_error():
+                if hasattr(os, "posix_fallocate"):
+                    os.posix_fallocate(self._fd, 0, self.size)
+                else:
+                    os.ftruncate(self._fd, self.size)
             self._write(self._head, 0)
         except BaseException:
             os.close(self._fd)
@@ -60,10 +63,7 @@ class TensorFile:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        try:
-            os.fsync(self._fd)
-        finally:
-            os.close(self._fd)
+        os.close(self._fd)
 
     def write(self, name: str, rows: Tensor, first_row: int = 0) -> None:
         """Write `rows`, which start at `first_row` of the tensor's first dimension. ValueError if they don't belong."""
@@ -75,6 +75,15 @@ class TensorFile:
 
     def _write(self, data: bytes | memoryview, offset: int) -> None:
         view = memoryview(data)
-        while view:  # a single write may be short, and takes at most 2 GiB
-            written = os.pwrite(self._fd, view, offset)
-            view, offset = view[written:], offset + written
+        with self._named_error():
+            while view:  # a single write may be short, and takes at most 2 GiB
+                written = os.pwrite(self._fd, view, offset)
+                view, offset = view[written:], offset + written
+
+    @contextmanager
+    def _named_error(self) -> Iterator[None]:
+        """Calls on a descriptor leave the file's name out."""
+        try:
+            yield
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from error

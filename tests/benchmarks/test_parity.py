@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from benchmarks import parity, pictures, tolerances
+from fastvlm import demo
 from fastvlm.errors import CheckFailed, UserError
 
 
@@ -211,7 +212,7 @@ def test_a_stranger_gets_drawn_pictures_and_the_users_own(tmp_path, folder):
 
 
 def test_the_demo_checkpoint_gets_its_questions(monkeypatch):
-    monkeypatch.setattr(pictures, "knows_demo", lambda checkpoint: True)
+    monkeypatch.setattr(demo, "knows_demo", lambda checkpoint: True)
     chosen = list(pictures.opened(pictures.choose(pictures.demo.CHECKPOINT, None, 6)))
     assert [one.source for one in chosen] == ["demo"] * 6
     assert all(one.truth for one in chosen)
@@ -255,6 +256,8 @@ def write_artefact(folder, quantization, dtype=np.float16):
         ({"bits": 4, "group_size": 64}, "int4"),
         ({"bits": 8, "group_size": 64, "language_model.lm_head": {"bits": 4, "group_size": 64}}, "int4"),
         ({"bits": 4, "group_size": 64, "multi_modal_projector.linear_0": False}, "int4"),
+        ({"bits": 4, "group_size": 32, "mode": "mxfp4", "a": {"bits": 6, "group_size": 64}}, "mxfp4"),
+        ({"bits": 8, "group_size": 32, "mode": "mxfp8", "a": {"bits": 3, "group_size": 64}}, "int3"),
     ],
 )
 def test_the_weakest_weights_decide(tmp_path, quantization, family):
@@ -262,5 +265,5 @@ def test_the_weakest_weights_decide(tmp_path, quantization, family):
 
 
 def test_a_family_without_tolerances_is_refused(tmp_path):
-    with pytest.raises(UserError, match="int3: no tolerances"):
-        parity.weight_family(write_artefact(tmp_path / "artefact", {"bits": 3, "group_size": 64}))
+    with pytest.raises(UserError, match="int7: no tolerances"):
+        parity.weight_family(write_artefact(tmp_path / "artefact", {"bits": 7, "group_size": 64}))

@@ -42,7 +42,7 @@ def quick_vision(monkeypatch: pytest.MonkeyPatch, tiny_artefact: Path) -> None:
         shutil.copytree(tiny_artefact / contract.PACKAGE, target)
         return read_manifest(tiny_artefact)["vision"]
 
-    monkeypatch.setattr("model_export.export.export_vision", copy)
+    monkeypatch.setattr("model_export.vision.export_vision", copy)
 
 
 # --- configuration
@@ -312,7 +312,7 @@ def test_estimate_is_near_the_truth(tiny_checkpoint: Path, tiny_artefact: Path, 
     "arguments",
     [
         ["all", "--checkpoint", "{tmp}/nothing", "--output-dir", "{tmp}/model"],
-        ["all", "--checkpoint", "{checkpoint}", "--output-dir", "{tmp}/model", "--quant", "int3"],
+        ["all", "--checkpoint", "{checkpoint}", "--output-dir", "{tmp}/model", "--quant", "int7"],
         ["all", "--checkpoint", "{checkpoint}", "--output-dir", "{tmp}/model", "--image-size", "65"],
         ["all", "--checkpoint", "{checkpoint}", "--output-dir", "{tmp}/model", "--image-size", "big"],
         ["all", "--checkpoint", "{checkpoint}", "--output-dir", "{checkpoint}/model"],
@@ -381,7 +381,8 @@ def test_killed_command_leaves_the_old_artefact(tmp_path: Path) -> None:
         process.send_signal(signal.SIGKILL)
         process.communicate()
         assert hashes(target) == before
-        assert len(os.listdir(tmp_path)) == 2  # the artefact, and one staging folder: each run removes the last one's
+        left = os.listdir(tmp_path)  # the artefact, one staging folder (each run removes the last one's), and
+        assert len(left) == 3 and ".model.resume" in left  # the finished files
     finished = call(command)
     assert finished.returncode == 0, finished.stderr
     assert verify(target) == [] and os.listdir(tmp_path) == ["model"]

@@ -85,9 +85,9 @@ TARGET = "--minimum-deployment-target"
         (["--min-snr", "high"], "--min-snr"),
         (["--min-snr", "30", "--vision-quant", "int8"], "--vision-quant and --min-snr: one says"),
         (["--min-snr", "30", "--compute-precision", "float32", "--compute-units", "ALL"], "--min-snr with"),
-        (["--calibration-images", "{at}/none"], "--calibration-images {at}/none: not a folder"),
-        (["--calibration-images", "{at}/rules.json"], "not a folder"),
-        (["--calibration-images", "{at}/empty"], "--calibration-images {at}/empty: no pictures"),
+        (["--calibration-data", "{at}/none"], "--calibration-data {at}/none: not a folder"),
+        (["--calibration-data", "{at}/rules.json"], "not a folder"),
+        (["--calibration-data", "{at}/empty"], "--calibration-data {at}/empty: no pictures"),
         (["--resolutions", "65"], "--resolutions: got 65, expected a multiple of 64"),
         (["--resolutions", "256", TARGET, "iOS16"], "too old for several functions in one package, new in iOS18"),
     ],
@@ -109,7 +109,7 @@ def test_damaged_picture_is_named_and_nothing_is_left(
 ) -> None:
     """Files are opened when they are needed, and not before."""
     command = ["vision", "--checkpoint", tiny_checkpoint, "--output-dir", tmp_path / "made"]
-    assert call(*command, "--calibration-images", folders / "damaged") == 2
+    assert call(*command, "--calibration-data", folders / "damaged") == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: ") and "a.png" in error and list(tmp_path.iterdir()) == []
 
@@ -151,7 +151,7 @@ def test_a_recipe_says_how_the_encoder_is_stored(tmp_path: Path, folders: Path) 
     [
         ([], "iOS17"),
         (["--compute-precision", "mixed"], "iOS17"),
-        (["--calibration-images", "{at}/pictures"], "iOS17"),
+        (["--calibration-data", "{at}/pictures"], "iOS17"),
         (["--resolutions", "64", "192"], "iOS18"),
         (["--vision-quant", "palette4"], "iOS17"),
         (["--vision-quant", "{at}/rules.json"], "iOS17"),
@@ -186,7 +186,7 @@ def test_the_same_flags_give_the_same_bytes(tiny_checkpoint: Path, tmp_path: Pat
     for number, (at, checkpoint) in enumerate(((folders, tiny_checkpoint), (moved, source))):
         target = tmp_path / f"{number}"
         flags = ["--compute-precision", "mixed", "--vision-quant", at / "rules.json"]
-        flags += ["--calibration-images", at / "pictures"]
+        flags += ["--calibration-data", at / "pictures"]
         assert call("vision", "--checkpoint", checkpoint, "--output-dir", target, *flags) == 0
         assert verify(target) == []
         results.append({

@@ -1,8 +1,10 @@
 """The MLX folder: its names, its bytes against MLX's own, its loaders, and what is refused."""
 
+import dataclasses
 import hashlib
 import json
 import shutil
+import weakref
 from pathlib import Path
 
 import mlx.core as mx
@@ -11,11 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from fastvlm import synthetic
 from fastvlm.checkpoint import open_checkpoint
 from fastvlm.errors import UserError
 from fastvlm.model import build
 from model_export import contract, llm
-from model_export.llm import export_llm, language_parameters
+from model_export.llm import bytes_to_read, export_llm
 from quantization.recipe import load_recipe, recipe_from_json
 
 LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
@@ -30,7 +33,7 @@ def float32_recipe(bits: int | None = None, projector: int | None = None):
         if width:
             scheme = {"mode": "affine", "bits": width, "group_size": 32, "dtype": "float32"}
             rules.insert(0, {"pattern": pattern, "scheme": scheme})
-    return recipe_from_json({"name": "float32", "version": 1, "rules": rules})
+    return recipe_from_json({"name": "float32", "version": 2, "rules": rules})
 
 
 def exported(source: Path, recipe, folder: Path, **options) -> dict:
@@ -89,8 +92,9 @@ def test_keys_and_bytes(name, tied, tiny_fast_vlm, tied_shards, tmp_path):
     bits = {"int8": 8, "int4": 4}.get(name)
     assert set(weights) == expected_keys(2, tied, quantized=bits is not None)
     dtype = mx.bfloat16 if name == "bf16" else mx.float16
+    extra = {key for key in weights if key.endswith((".scales", ".biases"))}
     for key, stored in weights.items():
-        if key.endswith((".scales", ".biases")):
+        if key in extra:
             continue
         value = mx.array(checkpoint.read(canonical(key)).float().numpy()).astype(dtype)
         module = key.removesuffix(".weight")
@@ -102,7 +106,7 @@ def test_keys_and_bytes(name, tied, tiny_fast_vlm, tied_shards, tmp_path):
             assert stored.dtype == dtype and raw(stored) == raw(value), key
     assert facts["bytes"] == sum(array.nbytes for array in weights.values())
     assert facts["bytes"] == llm.planned_bytes(checkpoint, load_recipe(name))
-    assert facts["parameters"] == language_parameters(checkpoint)
+    assert facts["parameters"] == sum(checkpoint.tensors[canonical(key)].size for key in weights if key not in extra)
     assert facts["quantization"] == ({"group_size": 64, "bits": bits} if bits else None)
     assert set(facts["decisions"]) == {"layers", "embeddings", "lm_head", "projector"}
 
@@ -150,22 +154,43 @@ def test_progress_adds_up(tiny_fast_vlm, tmp_path, monkeypatch):
     monkeypatch.setattr(llm, "_CHUNK", 1000)
     seen: list[int] = []
     exported(tiny_fast_vlm, load_recipe("int4"), tmp_path / "out", advance=seen.append)
-    assert sum(seen) == language_parameters(open_checkpoint(tiny_fast_vlm)) and len(seen) > 50
+    assert sum(seen) == bytes_to_read(open_checkpoint(tiny_fast_vlm), load_recipe("int4")) and len(seen) > 50
 
 
-def test_no_more_than_a_chunk_at_a_time(tiny_fast_vlm, tmp_path, monkeypatch):
-    """What bounds the memory: no read of more values than a chunk has, whatever the weight's size."""
-    monkeypatch.setattr(llm, "_CHUNK", 1024)
-    sizes: list[int] = []
-    original = llm._rows_of
+def most_alive(source: Path, folder: Path, chunk: int) -> int:
+    """The most bytes that have been read and not yet dropped at any time of an export in pieces of `chunk` values."""
+    sizes: dict[int, int] = {}
+    most, original = [0], llm.rows_of
 
     def watched(checkpoint, name):
         rows = original(checkpoint, name)
-        return lambda start, stop: sizes.append((part := rows(start, stop)).numel()) or part
 
-    monkeypatch.setattr(llm, "_rows_of", watched)
-    exported(tiny_fast_vlm, load_recipe("int4"), tmp_path / "out")
-    assert max(sizes) <= 1024
+        def read(start: int, stop: int) -> torch.Tensor:
+            part = rows(start, stop)
+            sizes[id(part)] = part.nbytes
+            weakref.finalize(part, sizes.pop, id(part))
+            most[0] = max(most[0], sum(list(sizes.values())))
+            return part
+
+        return read
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(llm, "rows_of", watched)
+        patch.setattr(llm, "_CHUNK", chunk)
+        exported(source, load_recipe("int4"), folder)
+    return most[0]
+
+
+def test_memory_does_not_depend_on_the_models_size(tiny_fast_vlm, make_checkpoint, tmp_path, monkeypatch):
+    large = dataclasses.replace(synthetic.SHAPES["tiny"], layers=4, intermediate=1024)
+    monkeypatch.setitem(synthetic.SHAPES, "large", large)
+    models = {"small": tiny_fast_vlm, "large": make_checkpoint(shape="large")}
+    bound = 2 * torch.get_num_threads() * 1024 * 4  # each worker's piece, and its result until it is taken
+    for name, source in models.items():
+        assert most_alive(source, tmp_path / name, 1024) <= bound
+    # the control: in pieces as large as the weights, the larger model takes more
+    small, large = (most_alive(source, tmp_path / f"{name} whole", 1 << 30) for name, source in models.items())
+    assert bound < small and large > small
 
 
 @pytest.mark.parametrize("recipe", [load_recipe("int4"), float32_recipe(4, 8)], ids=["int4", "mixed"])
@@ -265,7 +290,7 @@ def test_values_that_are_not_finite(tiny_fast_vlm, tmp_path):
 def test_a_recipe_that_does_not_fit_writes_nothing(tiny_fast_vlm, tmp_path):
     scheme = {"mode": "affine", "bits": 4, "group_size": 128, "dtype": "float16"}
     recipe = recipe_from_json({
-        "name": "wide", "version": 1,
+        "name": "wide", "version": 2,
         "rules": [{"pattern": "*_proj.weight", "scheme": scheme}, {"pattern": "*.layer.*", "scheme": scheme},
                   {"pattern": "*", "scheme": {"dtype": "float16"}}],
     })  # fmt: skip

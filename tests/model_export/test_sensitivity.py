@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from fastvlm.checkpoint import open_checkpoint
 from fastvlm.cli import run
 from fastvlm.errors import CheckFailed, UserError
 from fastvlm.model import encoder
-from fastvlm.preprocessing import read_preprocessor
+from fastvlm.preprocessing import open_image, read_preprocessor
 from model_export import compress, contract, mil, sensitivity, vision
 from model_export.__main__ import build_parser
 from model_export.artefact import read_manifest
@@ -316,7 +317,7 @@ def searched(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) ->
     (folder / "pictures").mkdir()
     next(pictures.drawn(1)).save(folder / "pictures" / "one.png")
     flags = ("--output-dir", target, "--image-size", SIZE, "--min-snr", ASKED)
-    flags += ("--calibration-images", folder / "pictures")
+    flags += ("--calibration-data", folder / "pictures")
     code, log = call("vision", "--checkpoint", tiny_checkpoint, *flags)
     assert code == 0, log
     return target, log
@@ -325,7 +326,7 @@ def searched(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) ->
 def shown(searched: tuple[Path, str], checkpoint: Path) -> list[np.ndarray]:
     """The pixels that the command measured on."""
     files = pictures.files(searched[0].with_name("pictures"))
-    return list(pictures.pixels(read_preprocessor(checkpoint), SIZE, files))
+    return list(pictures.pixels(read_preprocessor(checkpoint), SIZE, [partial(open_image, path) for path in files]))
 
 
 def test_published_package_keeps_the_ratio(searched: tuple[Path, str], tiny_checkpoint: Path) -> None:

@@ -30,7 +30,7 @@ def pixels() -> np.ndarray:
 
 
 def drawn(checkpoint: Checkpoint) -> Pictures:
-    """What an export without `--calibration-images` measures on."""
+    """What an export without `--calibration-data` measures on."""
     return lambda size: pictures.pixels(read_preprocessor(checkpoint.path), size)
 
 

@@ -1,0 +1,181 @@
+"""What is measured of a sweep's point: an encoder and a language model, each exported once for all points that share
+it, put together as `model_export all` would, and held against what the checkpoint says (`quality`).
+
+As a program (`python -m benchmarks.sweep_point JOB`) it is one export in a process of its own.
+"""
+
+import errno
+import fcntl
+import hashlib
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from benchmarks import environment, evaluate
+from benchmarks.measure import ROOT
+from fastvlm.cli import one_line, quiet_libraries
+from fastvlm.conversations import Sample
+from fastvlm.errors import CheckFailed, UserError
+from model_export.config import ExportConfig
+from quantization import sweep
+from quantization.recipe import Recipe, recipe_from_json
+
+# How often the first token is asked for: at least so often, and for so many seconds, but not more often than that.
+TIMED, TIMED_SECONDS, TIMED_MOST = 5, 2.0, 25
+
+
+def measure(point: sweep.Point, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Export a point (as far as it isn't yet), load it, and ask it. Figures and timings as `quality.quality`'s, and
+    sizes, `bits_per_weight`, `load_s` and the stages of the time to first token, in seconds."""
+    from transformers import AutoTokenizer, Qwen2ForCausalLM  # noqa: F401  imported before the clock runs
+
+    from benchmarks import quality
+    from model_export import runtime
+
+    work = Path(settings["work"])
+    results = once(work / "shared" / f"reference-{digest(settings['common'])}.zip", partial(_ask_reference, settings))
+    with tempfile.TemporaryDirectory(dir=work, prefix="artefact.") as folder:
+        manifest = put_together(point, settings, Path(folder))
+        start = time.perf_counter()
+        model = runtime.load(folder)
+        loaded = time.perf_counter() - start
+        samples = evaluate.choose(settings["samples"], settings["count"])
+        found = quality.quality(model=model, samples=samples, results=results)
+        found["figures"] |= evaluate.sizes(Path(folder)) | {"bits_per_weight": manifest["llm"]["bits_per_weight"]}
+    found["timings"] |= {"load_s": quality.figure(loaded), "runners": model.runners, **first_token(model, samples)}
+    return {name: found[name] for name in ("figures", "timings", "answers")}
+
+
+def first_token(model: Any, samples: Sequence[Sample]) -> dict[str, float]:
+    """Medians in seconds of encoding, projection and prefill, and of their sum, for the first picture's question."""
+    asked = next((sample for sample in samples if sample.image is not None), None)
+    if asked is None or asked.image is None:
+        return {}
+    stages: list[list[float]] = []
+    pixels, start = model.preprocess(asked.image()), time.perf_counter()
+    while len(stages) <= TIMED or (len(stages) <= TIMED_MOST and time.perf_counter() - start < TIMED_SECONDS):
+        clock = [time.perf_counter()]
+        features = model.encode_image(pixels)
+        clock.append(time.perf_counter())
+        projected = model.project(features)
+        clock.append(time.perf_counter())
+        next(iter(model.language.stream(model.merge(asked.question, [projected]), 1)), None)
+        clock.append(time.perf_counter())
+        stages.append([b - a for a, b in itertools.pairwise(clock)] + [clock[-1] - clock[0]])
+    medians = [statistics.median(times) for times in zip(*stages[1:])]  # the first one warms up
+    return dict(zip(("ttft_encode_s", "ttft_project_s", "ttft_prefill_s", "ttft_s"), medians))
+
+
+def identity() -> dict[str, Any]:
+    """The code and the packages that decide a result."""
+    return {"sources": sweep.sources_sha256(), "packages": environment.versions()}
+
+
+def once(target: Path, make: Callable[[Path], None]) -> Path:
+    """A file or folder that several points need: the first makes it, `make` whole or not at all; the others wait."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with target.with_name(f".{target.name}.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.exists():
+            make(target)
+    return target
+
+
+def _ask_reference(settings: Mapping[str, Any], target: Path) -> None:
+    partial_file = target.with_name(f".{target.name}.partial")
+    job = evaluate.Job(
+        model=settings["checkpoint"], results=str(partial_file), is_reference=True, samples=settings["samples"],
+        count=settings["count"], text=settings["text"],
+    )  # fmt: skip
+    evaluate.measured(job)
+    os.replace(partial_file, target)
+
+
+def put_together(point: sweep.Point, settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Put the point's artefact together in `folder`, out of links to the shared exports; returns its manifest."""
+    from model_export import artefact
+
+    of_language: dict[str, Any] = {"quant": point["recipe"]}
+    of_encoder = {"vision_quant": point["vision_quant"], "image_size": point["resolution"]}
+    if needs_encoder(recipe_from_json(point["recipe"])):
+        exports = [_shared(settings, ("vision", "llm"), of_language | of_encoder)]
+    else:  # the encoder's preprocessor is last, and stays: it has the resolution
+        exports = [_shared(settings, ("llm",), of_language), _shared(settings, ("vision",), of_encoder)]
+    manifests = [artefact.read_manifest(one) for one in exports]
+    for one in exports:
+        for name in artefact.files_in(one):
+            target = folder / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.unlink(missing_ok=True)
+            os.link(one / name, target)
+    first, last = manifests[0], manifests[-1]
+    both = {"parts": ["vision", "llm"], "files": first["files"] | last["files"]}
+    return artefact.write_manifest(folder, first | last | both)
+
+
+def needs_encoder(recipe: Recipe) -> bool:
+    """Whether the recipe's language model is exported with an encoder: calibrated on what that sees, or the recipe says
+    its forms."""
+    return recipe.method != "rtn" or recipe.budget is not None or bool(recipe.vision)
+
+
+def _shared(settings: Mapping[str, Any], parts: Sequence[str], options: dict[str, Any]) -> Path:
+    name = f"{'-'.join(parts)}-{digest(settings['common'], options)}"
+    return once(Path(settings["work"]) / "shared" / name, lambda target: export_apart(settings, parts, options, target))
+
+
+def export_apart(settings: Mapping[str, Any], parts: Sequence[str], options: dict[str, Any], target: Path) -> None:
+    """`export_here` in a process of its own, so that its memory is not the point's."""
+    job = {"parts": parts, "options": options, "settings": dict(settings), "target": str(target)}
+    command = [sys.executable, "-m", "benchmarks.sweep_point", json.dumps(job)]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False)
+    said = done.stdout.splitlines() or [f"export of {parts[0]}: exit {done.returncode}"]
+    if done.returncode == errno.ENOSPC:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
+    if done.returncode:
+        raise CheckFailed(said[-1])
+
+
+def export_here(job: dict[str, Any]) -> None:
+    """Do an export: "parts", "options" of `ExportConfig` ("quant" a recipe's document), "settings", "target"."""
+    from model_export import export
+
+    options, settings, target = job["options"], job["settings"], Path(job["target"])
+    with tempfile.TemporaryDirectory() as folder:
+        if "quant" in options:
+            path = Path(folder, "recipe.json")
+            path.write_text(json.dumps(options["quant"]))
+            options["quant"] = str(path)
+        if settings["calibration_data"] and "llm" in job["parts"]:
+            options["calibration_data"] = Path(settings["calibration_data"])
+        config = ExportConfig(checkpoint=Path(settings["checkpoint"]), output_dir=target, **options)
+        export.export(export.plan(config, tuple(job["parts"])))
+
+
+def digest(*parts: Any) -> str:
+    """Sixteen letters that stand for JSON values."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _main(job: str) -> int:
+    quiet_libraries()
+    try:
+        export_here(json.loads(job))
+    except (UserError, CheckFailed, OSError, MemoryError) as error:
+        print(one_line(error))
+        full = isinstance(error, OSError) and error.errno == errno.ENOSPC  # which ends the whole sweep
+        return errno.ENOSPC if full else 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(_main(sys.argv[1]))

@@ -1,0 +1,76 @@
+"""Calibration inside an export: pictures and questions through the encoder, and what the recipe makes of them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from fastvlm import conversations, demo, naming
+from fastvlm.checkpoint import Checkpoint
+from fastvlm.cli import log, progress
+from fastvlm.conversations import Sample
+from fastvlm.preprocessing import Preprocessor
+from model_export.llm import ELSEWHERE, weight_shapes
+from model_export.runtime import ExecutorVision
+from quantization.calibrated import calibrated
+from quantization.calibration import collect
+from quantization.recipe import Recipe
+
+_DEMO, _DRAWN = 256, 64  # built-in questions; each of the latter costs an answer of the model's own
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """The recipe without choices, the parts of weights by the artefact's names, and facts for the manifest."""
+
+    recipe: Recipe
+    parts: Mapping[str, Mapping[str, Tensor]]
+    facts: dict[str, Any]
+
+
+def calibrate(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    preprocessor: Preprocessor,
+    samples: list[Sample] | None,
+    exported: Path | None,
+) -> Calibrated:
+    """Run the samples through the encoder in the folder `exported` (None: the checkpoint's), then the recipe's method.
+
+    Without samples there are built-in ones. Answers that they don't have are the checkpoint's own. The model computes
+    in bfloat16 where the checkpoint is stored so, else in float32.
+    """
+    from fastvlm.model import build
+    from fastvlm.surface import from_model
+
+    samples = built_in(checkpoint.path) if samples is None else samples
+    stored = {info.dtype for name, info in checkpoint.tensors.items() if name.startswith(naming.LANGUAGE)}
+    dtype = "bfloat16" if stored == {"bfloat16"} else "float32"
+    model = from_model(build(checkpoint, dtype, "cpu"), checkpoint, preprocessor, f"PyTorch {dtype}")
+    if exported is not None:
+        model = replace(model, vision=ExecutorVision(exported))
+    vocabulary = model.language.model.get_input_embeddings().weight.shape[0]  # type: ignore[attr-defined]
+    with progress("calibration (pictures and questions)", len(samples)) as advance:
+        calibration = collect(model, vocabulary, samples, advance)
+    language = model.language.model  # type: ignore[attr-defined]
+    del model
+    decided, parts = calibrated(recipe, weight_shapes(checkpoint), language, calibration, progress, ELSEWHERE)
+    facts = {
+        "method": recipe.method,
+        "samples": len(samples),
+        "tokens": sum(map(len, calibration.sequences)),
+        "sha256": calibration.sha256,
+        "encoder": "the exported package" if exported is not None else "the checkpoint's",
+        "computed_in": dtype,
+    }
+    return Calibrated(decided, parts, facts)
+
+
+def built_in(checkpoint: Path) -> list[Sample]:
+    """Questions for whoever has none: of the demo set, without the answers where the checkpoint speaks otherwise."""
+    if demo.knows_demo(checkpoint):
+        return conversations.demo_samples(_DEMO, "train")
+    log("calibrating on drawn pictures: give --calibration-data for what the model will be asked")
+    return [replace(sample, answer=None) for sample in conversations.demo_samples(_DRAWN, "train")]

@@ -1,0 +1,180 @@
+"""The sweep's verb and what it does for a point: refusals, the artefact put together, and a whole sweep, once."""
+
+import argparse
+import json
+
+import pytest
+from PIL import Image
+
+from benchmarks import sweep, sweep_point
+from fastvlm.cli import Parser, add_common, run
+from fastvlm.conversations import Sample
+from model_export import artefact, export
+from model_export.config import ExportConfig
+from quantization.recipe import load_recipe
+
+
+def parser() -> argparse.ArgumentParser:
+    built = Parser()
+    verbs = built.add_subparsers(required=True)
+    sweep.add_sweep(verbs)
+    add_common(verbs.choices["sweep"])
+    return built
+
+
+def run_verb(*arguments):
+    return run(parser, ["sweep", *map(str, arguments)])
+
+
+def test_every_fault_is_named_at_once(tiny_fast_vlm, tmp_path, capsys):
+    code = run_verb(
+        "--checkpoint", tiny_fast_vlm, "--quant", "int5x", "int4", "--vision-quant", "palette5", "--resolutions", 100,
+        "--samples", tmp_path / "none", "--count", 0, "--text", tmp_path / "no.txt", "--jobs", 0, "--memory", -1,
+        "--max-size", "5 apples", "--min-agreement", "101%", "--work-dir", tiny_fast_vlm / "work",
+    )  # fmt: skip
+    said = capsys.readouterr().err
+    assert code == 2 and said.count("\n") == 1 and said.startswith("error: ")
+    for part in ("int5x", "palette5", "got 100", "none: no such file", "--count: got 0", "no.txt", "--jobs: got 0",
+                 "--memory: got -1", "--max-size 5 apples", "--min-agreement 101%",
+                 "inside the checkpoint"):  # fmt: skip
+        assert part in said, part
+    assert not (tiny_fast_vlm / "work").exists()
+
+
+def test_a_recipe_that_does_not_fit_the_model_is_refused_before_any_work(tiny_fast_vlm, tmp_path, capsys):
+    recipe = load_recipe("int4").to_json() | {"name": "odd"}
+    recipe["rules"].insert(0, {"pattern": "language_model.nothing.*", "scheme": {"mode": "cast", "dtype": "float16"}})
+    (tmp_path / "odd.json").write_text(json.dumps(recipe))
+    work = tmp_path / "work"
+    code = run_verb("--checkpoint", tiny_fast_vlm, "--quant", "fp16", tmp_path / "odd.json", "--work-dir", work)
+    said = capsys.readouterr().err
+    assert code == 2 and "matches no weight: 'language_model.nothing.*'" in said and not work.exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "wish"),
+    [
+        ({"max_size": "500MB", "min_agreement": "99%"}, (500e6, 0.99)),
+        ({"max_size": "1.2 GB", "min_agreement": "0.995"}, (1.2e9, 0.995)),
+        ({"max_size": None, "min_agreement": "1"}, (None, 1.0)),
+    ],
+)
+def test_wishes(flags, wish):
+    faults: list[str] = []
+    found = sweep._wish(argparse.Namespace(**flags), faults)
+    assert (found.max_size, found.min_agreement) == wish and not faults
+
+
+def test_samples_are_hashed_by_content():
+    def sample(colour=(1, 2, 3), question="What?", answer="It.", size=(8, 4)):
+        return Sample("one", lambda: Image.new("RGB", size, colour), question, answer)
+
+    def of(**changes):
+        return sweep.samples_sha256([sample(**changes)])
+
+    others = [of(colour=(1, 2, 4)), of(question="Why?"), of(answer=None), of(size=(4, 8))]
+    assert of() == of() and len({of(), *others}) == 5
+
+
+def test_first_token_has_every_stage(reference):
+    picture = Sample("one", lambda: Image.new("RGB", (90, 60)), "What?", None)
+    text = Sample("two", None, "Why?", None)
+    stages = sweep_point.first_token(reference, [text, picture])
+    parts = [stages[f"ttft_{part}_s"] for part in ("encode", "project", "prefill")]
+    assert min(parts) > 0 and stages["ttft_s"] >= max(parts)
+    assert sweep_point.first_token(reference, [text]) == {}
+
+
+def test_what_points_share_is_made_once_and_never_half(tmp_path):
+    made = []
+
+    def make(target, fail=False):
+        made.append(target)
+        if fail:
+            raise OSError("full")
+        target.write_text("whole")
+
+    target = tmp_path / "shared" / "one"
+    with pytest.raises(OSError):
+        sweep_point.once(target, lambda path: make(path, fail=True))
+    assert not target.exists()
+    assert sweep_point.once(target, make).read_text() == "whole"
+    sweep_point.once(target, make)
+    assert len(made) == 2
+
+
+@pytest.fixture
+def exports_here(monkeypatch):
+    """Exports run in this process, and are noted."""
+    seen = []
+
+    def here(settings, parts, options, target):
+        seen.append(parts)
+        sweep_point.export_here({"parts": parts, "options": options, "settings": settings, "target": str(target)})
+
+    monkeypatch.setattr(sweep_point, "export_apart", here)
+    return seen
+
+
+def test_halves_put_together_are_the_artefact_of_one_export(tiny_fast_vlm, tmp_path, exports_here):
+    settings = {"work": str(tmp_path), "checkpoint": str(tiny_fast_vlm), "calibration_data": None, "common": "x"}
+    point = {"name": "p", "recipe": load_recipe("int4").to_json(), "vision_quant": "fp16", "resolution": 64}
+    folder = tmp_path / "together"
+    folder.mkdir()
+    manifest = sweep_point.put_together(point, settings, folder)
+    assert artefact.verify(folder) == [] and manifest["llm"]["bits_per_weight"] < 8
+    whole = export.export(export.plan(ExportConfig(tiny_fast_vlm, tmp_path / "whole", quant="int4", image_size=64)))
+    for name in ("fastvithd.mlpackage", "model.safetensors", "multi_modal_projector", "preprocessor_config.json"):
+        mine, theirs = ({n: f for n, f in one["files"].items() if n.startswith(name)} for one in (manifest, whole))
+        assert mine == theirs and mine, name
+    assert manifest["image"] == whole["image"] and manifest["files"].keys() == whole["files"].keys()
+    assert exports_here == [("llm",), ("vision",)]
+
+
+@pytest.mark.parametrize(
+    ("name", "exported"),
+    [("int4", [["llm"], ["vision"]]), ("int4-awq", [["vision", "llm"]]), ("fit:5bpw", [["vision", "llm"]])],
+)
+def test_what_is_calibrated_is_exported_with_its_encoder(name, exported, tmp_path, monkeypatch):
+    def export_apart(settings, parts, options, target):
+        seen.append(list(parts))
+        assert ("quant" in options) == ("llm" in parts) and ("image_size" in options) == ("vision" in parts)
+        target.mkdir()
+        for part in parts:
+            (target / part).write_text(part)
+        artefact.write_manifest(target, {"parts": list(parts)} | {part: str(options) for part in parts})
+
+    seen: list[list[str]] = []
+    monkeypatch.setattr(sweep_point, "export_apart", export_apart)
+    settings = {"work": str(tmp_path / "work"), "common": "x"}
+    for size in (64, 64, 128):
+        folder = tmp_path / f"together-{len(list(tmp_path.iterdir()))}"
+        folder.mkdir()
+        point = {"name": "p", "recipe": load_recipe(name).to_json(), "vision_quant": "fp16", "resolution": size}
+        manifest = sweep_point.put_together(point, settings, folder)
+        assert set(manifest["files"]) == {"llm", "vision"} and artefact.verify(folder) == []
+    assert seen == exported + exported[-1:], "once for each resolution; a language model of its own once for all"
+
+
+@pytest.mark.slow
+def test_a_whole_sweep(tiny_fast_vlm, tmp_path, capsys, monkeypatch):
+    """One point, from the verb to the page; asked again, it is there."""
+    monkeypatch.setattr(sweep_point, "identity", lambda: {"sources": "as they are"})  # also while someone edits them
+    work, report = tmp_path / "work", tmp_path / "report"
+    arguments = ["--checkpoint", tiny_fast_vlm, "--quant", "int4", "--count", 2, "--jobs", 1, "--json"]
+    assert run_verb(*arguments, "--work-dir", work, "--report", report) == 0
+    said = capsys.readouterr()
+    found = json.loads(said.out.splitlines()[-1])
+    (point,) = found["points"]
+    figures, timings = point["figures"], found["timings"]["points"][point["name"]]
+    assert figures["bytes"] > figures["bytes_vision"] + figures["bytes_language"] and figures["same_answers"] <= 1
+    assert len(point["answers"]) == 2 and timings["ttft_s"] > 0 and timings["peak_bytes"] > 1e8
+    assert timings["runners"]["vision"] in found["timings"]["notes"]["TTFT"]
+    page = (report / "index.html").read_text()
+    assert page.count("<svg") == 4 and page.count("data:image/jpeg") == 2
+    assert not list(work.glob("artefact.*")) and not list((work / "shared").glob("llm-*"))
+    assert run_verb(*arguments, "--work-dir", work, "--report", report) == 0
+    again = capsys.readouterr()
+    assert "1 of 1 points, 1 of them were there already" in again.err
+    document = json.loads(again.out.splitlines()[-1])
+    assert {**document, "timings": 0} == {**found, "timings": 0}

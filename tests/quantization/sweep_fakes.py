@@ -1,0 +1,109 @@
+"""Measure functions for the sweep's tests, which a child process imports by name, and a sweep to be killed."""
+
+import hashlib
+import json
+import os
+import signal
+import time
+from collections import Counter
+from pathlib import Path
+
+RECIPES, FORMS, RESOLUTIONS = ("fp16", "bf16", "int8", "int4"), ("fp16", "int8"), (128, 256)
+
+
+def identity():
+    return {"sources": "the tests' own"}
+
+
+def of_this_process():
+    return {"sources": os.environ.get("SWEEP_FAKES")}
+
+
+def need(point):
+    return 1 << 20
+
+
+def fake(point, settings):
+    """Figures out of the point's hash, after a moment; notes that it ran."""
+    digest = hashlib.sha256(point["name"].encode()).digest()
+    time.sleep(settings.get("sleep", 0))
+    note(point, settings)
+    figures = {
+        "bytes": 1000 + digest[0], "bytes_vision": 500, "bytes_language": 500 + digest[0],
+        "answer_kl_mean": digest[1] / 2560, "same_answers": 1 - digest[1] / 2560,
+    }  # fmt: skip
+    timings = {"ttft_s": time.perf_counter() % 1, "threads": int(os.environ["OMP_NUM_THREADS"])}
+    said = f"A thing of {digest[2] % 3}."
+    answers = [{"name": "q", "question": "What?", "reference": "A thing.", "candidate": said, "expected": None}]
+    return {"figures": figures, "timings": timings, "answers": answers}
+
+
+def note(point, settings):
+    """A line for every run of a point."""
+    with Path(settings["ran"]).open("a") as file:
+        file.write(point["name"] + "\n")
+
+
+def unwell(point, settings):
+    """int8 points end in every bad way there is, the rest are sound."""
+    ways = {
+        "int8 fp16 128": lambda: (_ for _ in ()).throw(ValueError("two\nlines")),
+        "int8 fp16 256": lambda: os.kill(os.getpid(), signal.SIGKILL),
+        "int8 int8 128": lambda: os._exit(7),
+        "int8 int8 256": lambda: (print("noise on stdout"), 1 / 0),
+    }
+    ways.get(point["name"], lambda: None)()
+    return fake(point, settings)
+
+
+def no_space(point, settings):
+    raise OSError(28, "No space left on device", "/somewhere")
+
+
+def infinite(point, settings):
+    result = fake(point, settings)
+    result["figures"]["answer_kl_mean"] = float("inf")
+    return result
+
+
+def crowd(point, settings):
+    """How many run at once, by files that each holds while it runs."""
+    here = Path(settings["crowd"])
+    mine = here / f"{os.getpid()}"
+    mine.touch()
+    time.sleep(0.3)
+    result = fake(point, settings)
+    result["timings"]["crowd"] = len(list(here.iterdir()))
+    mine.unlink()
+    return result
+
+
+def patient(point, settings):
+    """Says that it started, then takes a minute."""
+    note(point, settings)
+    time.sleep(60)
+    return fake(point, settings)
+
+
+def sweep_of(work, measure=fake, inputs=None, **settings):
+    from quantization.sweep import Sweep
+
+    work.mkdir(parents=True, exist_ok=True)
+    return Sweep(measure, {"ran": str(work / "ran"), **settings}, inputs or {}, identity, need, work)
+
+
+def runs(work):
+    """How often each point ran."""
+    ran = work / "ran"
+    return Counter(ran.read_text().splitlines() if ran.exists() else ())
+
+
+def main(work, report, jobs, scheduler=None):
+    """Sweep and write the report."""
+    from quantization import sweep, sweep_report
+
+    points = sweep.grid(RECIPES, FORMS, RESOLUTIONS)
+    work = Path(work)
+    outcome = sweep.run(sweep_of(work, sleep=0.15), points, int(jobs), None, scheduler)
+    document = sweep_report.document(points, outcome, {}, {}, sweep_report.Wish())
+    Path(report).write_text(json.dumps(document, sort_keys=True))

@@ -1,0 +1,302 @@
+"""The report: fronts and recommendations against brute force and by hand, a page that is whole, escaped and alone."""
+
+import csv
+import io
+import itertools
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from quantization import sweep_report as report
+from quantization.sweep import Outcome
+
+HOSTILE = '"><script>alert(1)</script><img src=http://evil.example/x onerror=alert(2)> {{ 7*7 }} & </style>'
+
+
+def row(name, size, agreement, kl=0.1, form="fp16", resolution=1024):
+    figures = {"bytes": size, "same_answers": agreement, "answer_kl_mean": kl}
+    return {"name": name, "recipe": name, "vision_quant": form, "resolution": resolution, "figures": figures}
+
+
+POINTS = [
+    row("fp16", 1000e6, 1.0, 0.0),
+    row("int8", 550e6, 0.999, 0.001),
+    row("mixed", 480e6, 0.996, 0.004),
+    row("int4-awq", 412e6, 0.992, 0.01),
+    row("int3-mixed", 350e6, 0.97, 0.1),
+    row("int2", 300e6, 0.4, 2.0),
+]
+
+
+# Fronts
+
+
+@given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=1, max_size=12))
+def test_the_front_is_what_nothing_beats(pairs):
+    rows = [row(f"r{n}", size, share / 6) for n, (size, share) in enumerate(pairs)]
+    found = report.front(rows, "bytes", "same_answers")
+    for n, (size, share) in enumerate(pairs):
+        beaten = any((s <= size and a > share) or (s < size and a >= share) for s, a in pairs)
+        assert (f"r{n}" in found) != beaten
+    sizes = [pairs[int(name[1:])][0] for name in found]
+    assert sizes == sorted(sizes)
+
+
+def test_a_figure_that_is_missing_or_not_finite_is_on_no_front():
+    rows = [row("a", 1, 0.5), row("b", 0, None), row("c", 2, 0.6)]
+    del rows[2]["figures"]["same_answers"]
+    assert report.front(rows, "bytes", "same_answers") == ["a"]
+
+
+# Recommendation
+
+
+@pytest.mark.parametrize(
+    ("wish", "point", "sentence"),
+    [
+        (
+            report.Wish(500e6, 0.99),
+            "int4-awq",
+            "Ship int4-awq: 412 MB, 99.2 % of the answers as the reference's; the next smaller point, int3-mixed,"
+            " falls to 97 %.",
+        ),
+        (report.Wish(), "int4-awq", None),  # 99 % when nothing is asked for
+        (
+            report.Wish(None, 0.3),
+            "int2",
+            "Ship int2: 300 MB, 40 % of the answers as the reference's; no point is smaller.",
+        ),
+        (
+            report.Wish(500e6, None),
+            "mixed",
+            "Ship mixed: 480 MB, 99.6 % of the answers as the reference's; the smallest better one is int8: 550 MB,"
+            " 99.9 %.",
+        ),
+        (
+            report.Wish(2000e6, None),
+            "fp16",
+            "Ship fp16: 1,000 MB, 100 % of the answers as the reference's; no larger point is better.",
+        ),
+        (
+            report.Wish(400e6, 0.99),
+            None,
+            "No point is within 400 MB and keeps 99 % of the answers; the best within 400 MB is int3-mixed: 350 MB,"
+            " 97 % of the answers as the reference's; the smallest that keeps 99 % is int4-awq: 412 MB, 99.2 %, 12 MB"
+            " too large.",
+        ),
+        (
+            report.Wish(100e6, None),
+            None,
+            "No point is within 100 MB; the smallest of all is int2: 300 MB, 40 %, 200 MB too large.",
+        ),
+    ],
+)
+def test_the_recommendation(wish, point, sentence):
+    for order in (POINTS, POINTS[::-1], POINTS[2:] + POINTS[:2]):
+        found = report.recommend(order, wish)
+        assert found["point"] == point
+        if sentence:
+            assert found["sentence"] == sentence
+
+
+def test_none_keeps_enough():
+    found = report.recommend(POINTS[1:], report.Wish(None, 0.9999))
+    assert found["point"] is None
+    assert found["sentence"] == (
+        "No point keeps 99.99 % of the answers; the best of all is int8: 550 MB, 99.9 % of the answers as the"
+        " reference's."
+    )
+    assert report.recommend([], report.Wish())["sentence"].startswith("Nothing to recommend")
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 9), st.integers(0, 9)), min_size=1, max_size=8),
+    st.integers(1, 9) | st.none(),
+    st.integers(0, 9) | st.none(),
+)
+def test_what_is_recommended_keeps_the_wish_and_nothing_smaller_does(pairs, size, share):
+    rows = [row(f"r{n}", s, a / 9) for n, (s, a) in enumerate(pairs)]
+    wish = report.Wish(size, None if share is None else share / 9)
+    least = share / 9 if share is not None else (0.99 if size is None else None)
+    able = [(s, a) for s, a in pairs if (size is None or s <= size) and (least is None or a / 9 >= least)]
+    found = report.recommend(rows, wish)["point"]
+    assert (found is None) == (not able)
+    if found:
+        chosen = pairs[int(found[1:])]
+        assert chosen in able
+        best = min(able, key=lambda p: (p[0], -p[1])) if least is not None else min(able, key=lambda p: (-p[1], p[0]))
+        assert chosen == best
+
+
+def test_labels_say_what_tells_points_apart():
+    one = [row("int4", 1, 1)]
+    forms = [row("int4", 1, 1, form="fp16"), row("int4", 1, 1, form="int8")]
+    sizes = [row("int4", 1, 1, resolution=512), row("int4", 1, 1, resolution=1024)]
+    assert report.label(one[0], one) == "int4"
+    assert [report.label(r, forms) for r in forms] == ["int4 with fp16", "int4 with int8"]
+    assert [report.label(r, sizes) for r in sizes] == ["int4 at 512", "int4 at 1024"]
+
+
+# Documents
+
+
+def sweep_of(recipes=("fp16", "int4", "int2"), forms=("fp16", "int8"), name=lambda text: text):
+    points, outcome = [], Outcome({})
+    for n, (recipe, form) in enumerate(itertools.product(recipes, forms)):
+        point = {"name": name(f"{recipe} {form} 256"), "recipe": {"name": name(recipe)}, "vision_quant": form,
+                 "resolution": 256}  # fmt: skip
+        points.append(point)
+        outcome.keys[point["name"]] = f"{n:064x}"
+        answers = [
+            {"name": name(f"q{q}"), "question": name(f"What is {q}?"), "reference": name(f"It is a red thing, {q}."),
+             "candidate": name(f"It is a {'blue' if recipe == 'int2' and q % 2 else 'red'} thing, {q}."),
+             "expected": name("A red thing."), "same": True, "kl": 0.0}
+            for q in range(12)
+        ]  # fmt: skip
+        figures = {"bytes": 1000 - 100 * n, "bytes_vision": 300, "bytes_language": 600 - 100 * n,
+                   "bits_per_weight": 4.5, "answer_kl_mean": 0.01 * n, "same_answers": 1 - n / 10}  # fmt: skip
+        timings = {"ttft_s": 0.1 + n / 100, "peak_bytes": 2e9, "seconds": 3.0}
+        outcome.results[point["name"]] = {"figures": figures, "timings": timings, "answers": answers}
+    return points, outcome
+
+
+def found_of(points, outcome, wish=None, say=lambda text: text):
+    about = {"checkpoint": say("demo"), "questions": "12", "notes": {"Quality": say("KL")}}
+    return report.document(points, outcome, about, {"notes": {"TTFT": say("here")}}, wish or report.Wish())
+
+
+def test_the_document_does_not_depend_on_order_or_time():
+    points, outcome = sweep_of()
+    first = found_of(points, outcome)
+    late = Outcome(outcome.keys, dict(reversed(outcome.results.items())), {}, found=3, seconds=99)
+    for result in late.results.values():
+        result["timings"] = {"ttft_s": 9.0, "peak_bytes": 1, "seconds": 1}
+    second = found_of(points[::-1], late)
+    assert first.pop("timings") != second.pop("timings")
+    assert json.dumps(first) == json.dumps(second)
+    assert [one["figures"]["bytes"] for one in first["points"]] == sorted(
+        one["figures"]["bytes"] for one in first["points"]
+    )
+    assert "size and TTFT" not in first["pareto"] and "size and KL" in first["pareto"]
+
+
+def test_files_hold_every_point_and_every_failure(tmp_path):
+    points, outcome = sweep_of()
+    lost = points[2]["name"]
+    del outcome.results[lost]
+    outcome.errors[lost] = "out of, memory"
+    found = found_of(points, outcome)
+    page = report.write(tmp_path / "new" / "report", found)
+    read = json.loads((page.parent / "report.json").read_text())
+    assert read == json.loads(json.dumps(found))
+    table = list(csv.DictReader(io.StringIO((page.parent / "report.csv").read_text())))
+    assert len(table) == 6 and table[-1]["error"] == "out of, memory" and table[-1]["bytes"] == ""
+    assert {(r["recipe"], r["vision_quant"]) for r in table} == {
+        (p["recipe"]["name"], p["vision_quant"]) for p in points
+    }
+    assert float(table[0]["bytes"]) == 500 and float(table[0]["ttft_s"]) == pytest.approx(0.15)
+
+
+# The page
+
+
+class Page(HTMLParser):
+    """Collects tags and text."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.attributes, self.texts = [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+
+@pytest.mark.parametrize("hostile", [False, True])
+def test_the_page_is_alone_and_escaped(hostile):
+    say = (lambda text: text + HOSTILE) if hostile else (lambda text: text)
+    points, outcome = sweep_of(name=say)
+    lost = points[1]["name"]
+    del outcome.results[lost]
+    outcome.errors[lost] = say("failed")
+    text = report.render(found_of(points, outcome, say=say), {say("q1"): "data:image/jpeg;base64,AAAA"})
+    page = Page(text)
+    assert not {"script", "link", "iframe"} & set(page.tags)
+    for tag, name, value in page.attributes:
+        assert not name.startswith("on")
+        if name in ("src", "href", "xlink:href", "srcset", "data", "action"):
+            assert value.startswith(("data:image/", "#")), (tag, name, value)
+    assert not re.search(r"https?://", text.replace(HOSTILE, "").replace("http://evil.example", ""))
+    assert page.tags.count("svg") == 4 and page.tags.count("img") == 1
+    assert any("failed" in one for one in page.texts)
+    if hostile:
+        assert "49" not in "".join(one for one in page.texts if "7*7" in one)
+
+
+def test_points_have_tips_and_no_colour_but_the_pages():
+    points, outcome = sweep_of()
+    text = report.render(found_of(points, outcome), {})
+    svgs = re.findall(r"<svg.*?</svg>", text, re.DOTALL)
+    for svg in svgs:
+        assert len(re.findall(r"<title>\w+ \w+ 256: ", svg)) == 6
+        assert not re.findall(r"#01[0-9a-f]{4}", svg)
+        defined = set(re.findall(r"--(\w+):", text[: text.index("</style>")]))
+        assert set(re.findall(r"var\(--(\w+)\)", svg)) <= defined
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_a_sweep_with_hardly_a_point_has_a_page(count):
+    points, outcome = sweep_of()
+    for point in points[count:]:
+        del outcome.results[point["name"]]
+        outcome.errors[point["name"]] = "no"
+    text = report.render(found_of(points, outcome), {})
+    assert Page(text).tags.count("svg") == (4 if count else 0)
+
+
+def test_figures_that_are_not_there_are_left_out_or_dashed():
+    points, outcome = sweep_of()
+    for number, result in enumerate(outcome.results.values()):
+        del result["figures"]["bits_per_weight"]
+        if number == 1:
+            result["figures"]["answer_kl_mean"] = None
+    text = report.render(found_of(points, outcome), {})
+    assert "bits a weight" not in text and "–" in text
+
+
+def test_examples_are_where_points_part():
+    points, outcome = sweep_of()
+    found = report.examples(found_of(points, outcome))
+    assert len(found["rows"]) == 8 and len(found["columns"]) == 6
+    assert [row["name"] for row in found["rows"][:6]] == ["q1", "q3", "q5", "q7", "q9", "q11"]
+    assert [[words for words, differs in cell if differs] for cell in found["rows"][0]["cells"]].count(["blue"]) == 2
+    many = found_of(*sweep_of(("fp16", "int4", "int2", "a", "b", "c"), ("fp16", "int8", "palette4")))
+    assert {point["vision_quant"] for point in report.examples(many)["columns"]} == {"fp16"}
+
+
+@given(st.lists(st.sampled_from("abcd"), max_size=8), st.lists(st.sampled_from("abcd"), max_size=8))
+def test_differences_hold_the_answer_and_mark_only_what_differs(reference, answer):
+    pieces = report.differences(" ".join(reference), " ".join(answer))
+    said = [word for words, _ in pieces if words != "[…]" for word in words.split()]
+    assert said == answer
+    assert any(differs for _, differs in pieces) == (reference != answer)
+    same = [word for words, differs in pieces if not differs for word in words.split()]
+    rest = iter(reference)
+    assert all(word in rest for word in same), "what is not marked is in the reference, in order"
+
+
+@pytest.mark.parametrize(
+    ("value", "unit", "text"),
+    [(412e6, "MB", "412 MB"), (1.2e9, "MB", "1,200 MB"), (0.9917, "%", "99.17 %"), (None, "s", "–"),
+     (0.0471, "ms", "47.1 ms"), (4.5, "bits", "4.5"), (0.0, "nats", "0"), (1.0, "%", "100 %")],
+)  # fmt: skip
+def test_figures_for_people(value, unit, text):
+    assert report.shown(value, unit) == text
