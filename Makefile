@@ -9,10 +9,10 @@ READY    = $(VENV)/.ready
 EXTRA   ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup export parity verify audit ranges demo bench-export bench-encoder test lint clean
+.PHONY: help setup export parity verify audit ranges recipes sweep demo bench-export bench-encoder bench-quantization test lint clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "  variables: MODEL=$(MODEL) QUANT=$(QUANT) ARTEFACT=$(ARTEFACT) EXTRA=\"more flags\""
 
 setup: $(READY) ## Make the virtual environment (nothing to do when requirements.txt did not change)
@@ -24,7 +24,7 @@ $(READY): requirements.txt
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $(READY)
 
-export: $(READY) ## Checkpoint MODEL to a proven artefact at ARTEFACT, with QUANT (fp16 bf16 int8 int4)
+export: $(READY) ## Checkpoint MODEL to a proven artefact at ARTEFACT, with QUANT (a recipe: make recipes)
 	@$(RUN) model_export all --checkpoint "$(MODEL)" --output-dir "$(ARTEFACT)" --quant "$(QUANT)" --overwrite --parity-report "$(ARTEFACT)-parity.html" $(EXTRA)
 
 parity: $(READY) ## Compare ARTEFACT with MODEL and write the report page
@@ -39,6 +39,12 @@ audit: $(READY) ## Check ARTEFACT's encoder against the rules for the Neural Eng
 ranges: $(READY) ## How near MODEL's encoder comes to float16's end, operation by operation, with a plot
 	@$(RUN) model_export ranges --checkpoint "$(MODEL)" --plot build/ranges.png $(EXTRA)
 
+recipes: $(READY) ## List the recipes, their sizes and what loads them
+	@$(RUN) quantization recipes $(EXTRA)
+
+sweep: $(READY) ## Export and measure many recipes of MODEL; the page says which to ship
+	@$(RUN) quantization sweep --checkpoint "$(MODEL)" $(EXTRA)
+
 demo: $(READY) ## Draw pictures, ask the demo checkpoint, show the answers
 	@$(RUN) fastvlm demo $(EXTRA)
 
@@ -47,6 +53,9 @@ bench-export: $(READY) ## Measure the export, the executor and the answers again
 
 bench-encoder: $(READY) ## Measure range, graph, resolutions and compression of the encoder against their bars
 	@$(RUN) benchmarks encoder $(EXTRA)
+
+bench-quantization: $(READY) ## Measure conversion beside the peers, calibration and sweeps against their bars
+	@$(RUN) benchmarks quantization $(EXTRA)
 
 lint: $(READY) ## Format, lint and type checks
 	@$(VENV)/bin/ruff format --check --quiet .

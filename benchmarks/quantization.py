@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks import suite
+from benchmarks import quantization_sweep, suite
 from benchmarks.suite import Bar, Figures, export, result, run_step, step
 from fastvlm.cli import log
 
@@ -180,11 +180,12 @@ def _inputs(store: Path, size: str) -> tuple[Path, Path]:
 
 SUITE = suite.Suite(
     "quantization",
-    _bars(),
+    _bars() | quantization_sweep.BARS,
     {
         "convert-0.5b": _convert_small,
         "convert-7b": _convert_large,
         "convert-fp4": _convert_fp4,
         "bytes": _bytes,
+        **quantization_sweep.SECTIONS,
     },
 )

@@ -30,8 +30,8 @@ from quantization import sweep, sweep_report
 from quantization.recipe import recipe_from_json
 
 RECIPES = (
-    "fp16", "int8", "int6", "int5", "int4", "int4-awq", "int4-gptq", "int3-mixed", "mixed-4-8",
-    "mxfp8", "mxfp4", "nvfp4",
+    "fp16", "int8", "int6", "int5", "int4", "int4-gptq", "int4-dwq", "int3", "int3-mixed", "mixed-4-8", "mxfp4",
+    "fit:5bpw",
 )  # fmt: skip
 _PRINTED = ("bytes", "bits_per_weight", sweep_report.KL, sweep_report.AGREEMENT, "ttft_s", "peak_bytes")
 _THUMBNAIL = 168  # pixels

@@ -62,14 +62,14 @@ _LANGUAGE = {
         "the worst text or picture position that the decoder reads; alone, because picture positions are far louder and"
         " would hide the text: the encoder's 50 dB less 10 for the worst; 8 bit steps are 1/255 of a group's range"
         " (43 dB), 4 bit 1/15 (18 dB), each bit 6 dB; floats have 3 (E4M3) or 1 (E2M1) bits behind the first"),
-    "prefill_kl": _Row("<=", "nats", {"fp16": 1e-4, "bf16": 1e-3, "int8": 5e-3} | _REPORTED,
+    "prefill_kl": _Row("<=", "nats", {**_REPORTED, "fp16": 1e-4, "bf16": 1e-3, "int8": 5e-3},
         "mean over all positions of the prompt, far below the 0.1 nats at which another token becomes likely; what"
         " fewer bits cost is a property of the model, so it is reported"),
-    "prefill_top1": _Row(">=", "of positions", {"fp16": 0.99, "bf16": 0.98, "int8": 0.97} | _REPORTED,
+    "prefill_top1": _Row(">=", "of positions", {**_REPORTED, "fp16": 0.99, "bf16": 0.98, "int8": 0.97},
         "the most likely next token is the same; only near-ties may turn over"),
-    "greedy_tokens": _Row(">=", "of questions", {"fp16": 0.99, "bf16": 0.97, "int8": 0.97} | _REPORTED,
+    "greedy_tokens": _Row(">=", "of questions", {**_REPORTED, "fp16": 0.99, "bf16": 0.97, "int8": 0.97},
         "the same tokens to the end of the answer; one near-tie changes everything after it, so a few may part"),
-    "greedy_answers": _Row(">=", "of questions", {"fp16": 0.99, "bf16": 0.97, "int8": 0.97} | _REPORTED,
+    "greedy_answers": _Row(">=", "of questions", {**_REPORTED, "fp16": 0.99, "bf16": 0.97, "int8": 0.97},
         "the text that a user reads; the project promises 99 % in fp16, 97 % in 8 bit, and reports fewer"),
 }  # fmt: skip
 

@@ -1,7 +1,7 @@
 """AWQ: scale up the inputs that matter before rounding, scale them back in what feeds them, and clip.
 
 Source: https://arxiv.org/abs/2306.00978; the search is that of mlx-lm 0.32.2's `quant/awq.py` (same grids, same
-fallback). Its own run needs MLX's matrix products, which are a hundred times slower than PyTorch's without Metal.
+fallback). docs/QUANTIZATION.md says why it is not called.
 """
 
 import copy
@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from quantization import decoder
 from quantization.schemes import DTYPES, Affine
@@ -45,7 +45,7 @@ def quantize(
     return stored
 
 
-def _searched(layer: nn.Module, calls: Sequence[decoder.Call], scheme: Affine) -> nn.Module:
+def _searched(layer: Any, calls: Sequence[decoder.Call], scheme: Affine) -> Any:
     """A layer that computes the same and whose matrices lose less by rounding; this one if none was found."""
     found = copy.deepcopy(layer)
     inputs: dict[str, list[Tensor]] = {}
@@ -61,7 +61,7 @@ def _searched(layer: nn.Module, calls: Sequence[decoder.Call], scheme: Affine) -
     return found if _loss(found, expected, calls, scheme) < _loss(layer, expected, calls, scheme) else layer
 
 
-def _loss(layer: nn.Module, expected: Sequence[Tensor], calls: Sequence[decoder.Call], scheme: Affine) -> float:
+def _loss(layer: Any, expected: Sequence[Tensor], calls: Sequence[decoder.Call], scheme: Affine) -> float:
     rounded = copy.deepcopy(layer)
     for name in decoder.MATRICES:
         matrix = rounded.get_submodule(name)
@@ -69,9 +69,7 @@ def _loss(layer: nn.Module, expected: Sequence[Tensor], calls: Sequence[decoder.
     return sum(float((call.run(rounded) - wanted).square().sum()) for call, wanted in zip(calls, expected))
 
 
-def _scale(
-    layer: nn.Module, source: str, calls: Sequence[decoder.Call], features: dict[str, Tensor], scheme: Affine
-) -> None:
+def _scale(layer: Any, source: str, calls: Sequence[decoder.Call], features: dict[str, Tensor], scheme: Affine) -> None:
     """Find the scales of one input and move them from `source` into the matrices behind it, in place."""
     names = decoder.INPUTS[source]
     x = features[names[0]]
@@ -87,7 +85,7 @@ def _scale(
 
 
 def _best_scales(
-    layer: nn.Module, names: Sequence[str], source: str, calls: Sequence[decoder.Call], x: Tensor, scheme: Affine
+    layer: Any, names: Sequence[str], source: str, calls: Sequence[decoder.Call], x: Tensor, scheme: Affine
 ) -> Tensor:
     """scales = mean |x| ^ ratio, of the ratios 0, 1/20, ... the one with the least squared error behind the block."""
     matrices = [layer.get_submodule(name) for name in names]
@@ -108,7 +106,7 @@ def _best_scales(
     return best
 
 
-def _behind(layer: nn.Module, names: Sequence[str], source: str, calls: Sequence[decoder.Call], x: Tensor) -> Any:
+def _behind(layer: Any, names: Sequence[str], source: str, calls: Sequence[decoder.Call], x: Tensor) -> Any:
     """A function that computes what is behind the matrices: the block's output, or the one matrix's."""
     if source not in _BLOCKS:
         return lambda: [layer.get_submodule(names[0])(x)]

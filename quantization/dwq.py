@@ -1,7 +1,7 @@
 """DWQ: the codes stay; scales and biases are trained until the logits are the unquantized model's again.
 
-Source: mlx-lm 0.32.2's `quant/dwq.py` (loss, temperature, Adam; `mlx_lm/LEARNED_QUANTS.md`), whose own run needs Metal:
-the backward of MLX's quantized products takes seconds a token on a CPU.
+Source: mlx-lm 0.32.2's `quant/dwq.py` (loss, temperature, Adam; `mlx_lm/LEARNED_QUANTS.md`).
+docs/QUANTIZATION.md says why it is not called.
 """
 
 from collections.abc import Callable, Mapping

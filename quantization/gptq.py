@@ -1,7 +1,7 @@
 """GPTQ: round column by column, and let the columns that are still open make up for each error.
 
 Source: https://arxiv.org/abs/2210.17323, algorithm 1; scales, damping and order as mlx-lm 0.32.2's `quant/gptq.py`.
-Its own run needs MLX's matrix products, which are a hundred times slower than PyTorch's where there is no Metal.
+docs/QUANTIZATION.md says why it is not called.
 """
 
 from collections.abc import Callable, Sequence

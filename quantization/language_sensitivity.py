@@ -55,7 +55,7 @@ def sensitivities(
             hidden = model.model(inputs_embeds=embeds, use_cache=False).last_hidden_state
             gradient = _from_the_head(model, hidden.detach(), places, draw, options.get(head, ()), changes.get(head))
             hidden.backward(gradient)
-        if EMBEDDINGS in options:
+        if EMBEDDINGS in options and embeds.grad is not None:
             _looked_up(model, calibration, ids, embeds.grad, options[EMBEDDINGS], changes[EMBEDDINGS])
         for name, change in changes.items():
             nats[name] += 0.5 * change.double().square().sum(1)
