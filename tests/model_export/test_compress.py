@@ -491,7 +491,7 @@ def test_patterns_without_a_layer_are_all_named(tmp_path: Path) -> None:
 
 
 def test_unknown_form_names_those_there_are() -> None:
-    with pytest.raises(UserError, match=r"palette5: expected fp16, palette4, .*int4-b32, or a \.json file"):
+    with pytest.raises(UserError, match=r"palette5: expected fp16, palette4, .*int4-b32, or a recipe's .json file"):
         compress.load("palette5")
 
 
