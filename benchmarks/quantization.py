@@ -19,7 +19,7 @@ from benchmarks.suite import Bar, Figures, export, result, run_step, step
 from fastvlm.cli import log
 
 MLX_VLM_PYTHON = "FASTVLM_MLX_VLM_PYTHON"
-ROUNDS, ROUNDS_7B = 3, 1
+ROUNDS, ROUNDS_7B = 3, 2
 FP4 = ("mxfp4", "nvfp4")
 
 # A converter: (folder to write) -> its command.
@@ -44,7 +44,8 @@ def _bars() -> dict[str, Bar]:
     bars = {
         **against("vlm", "0.5B to 4 bit, ours in its layout / mlx_vlm.convert", 1, 0.5),
         **against("app", "0.5B to 4 bit, ours in the app's layout / mlx_vlm.convert", 1, 0.5),
-        **against("torch", "  ours in its layout / mlx_vlm.convert where torch is installed", None, None),
+        **against("torch", "  ours in its layout / mlx_vlm.convert where torch is installed", 1, 0.5),
+        **against("app_torch", "  ours in the app's layout / the same", 1, 0.5),
         **side("small_vlm", "ours, mlx-vlm's layout"),
         **side("small_app", "ours, the app's layout"),
         **side("small_mlx_vlm", "mlx_vlm.convert, an environment without torch"),
@@ -93,7 +94,12 @@ def _convert_small(store: Path, work: Path) -> Figures:
     else:
         log(f"mlx_vlm.convert: skipped, no bar judged: set {MLX_VLM_PYTHON} to a Python that has mlx-vlm 0.7.10")
     figures = _in_turns("small", sides, work, ROUNDS)
-    for key, ours, theirs in (("vlm", "vlm", "mlx_vlm"), ("app", "app", "mlx_vlm"), ("torch", "vlm", "mlx_vlm_torch")):
+    for key, ours, theirs in (
+        ("vlm", "vlm", "mlx_vlm"),
+        ("app", "app", "mlx_vlm"),
+        ("torch", "vlm", "mlx_vlm_torch"),
+        ("app_torch", "app", "mlx_vlm_torch"),
+    ):
         if theirs in sides:
             figures |= _ratios(key, figures, f"small_{ours}", f"small_{theirs}")
     return figures
