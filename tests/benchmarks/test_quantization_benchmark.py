@@ -1,12 +1,15 @@
 """`benchmarks quantization`: its sections, the turns, and the comparisons of bytes, each with a control."""
 
+import copy
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
 
-from benchmarks import quantization, quantization_steps, suite
+from benchmarks import quantization, quantization_steps, quantization_sweep, suite
+from fastvlm.errors import CheckFailed
 from model_export.llm import export_llm
 from quantization import affine
 from quantization.recipe import load_recipe
@@ -36,8 +39,8 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 def test_every_section_reports_bars(made, tmp_path, monkeypatch):
     monkeypatch.setenv(quantization.MLX_VLM_PYTHON, "/peer/python")
     figures = {}
-    for section in quantization.SUITE.sections.values():
-        figures |= section(tmp_path, tmp_path / "work")
+    for name in ("convert-0.5b", "convert-7b", "convert-fp4", "bytes"):
+        figures |= quantization.SUITE.sections[name](tmp_path, tmp_path / "work")
     assert set(figures) <= set(quantization.SUITE.bars)
     assert figures["vlm_seconds_ratio"] == figures["large_seconds_ratio"] == figures["nvfp4_seconds_ratio"] == 0.25
     assert figures["torch_peak_ratio"] == 1.0
@@ -85,3 +88,57 @@ def test_inputs_of_the_peers(tiny_llava, tmp_path):
     quantization_steps.text_model(str(tiny_llava), str(tmp_path / "text"))
     model, config = load_model(tmp_path / "text")
     assert config["model_type"] == "qwen2" and len(model.model.layers) == 2
+
+
+KLS = {"int3": 0.5, "int4": 0.1, "int5": 0.02, "int6": 0.01, "int8": 0.0, "int4-dwq": 0.04, "fit:5bpw": 0.05}
+
+
+def report() -> dict:
+    """Of a sweep; sizes are the bits, and 4.5 for what is mixed."""
+    points = []
+    for recipe in quantization_sweep.RECIPES:
+        bits = next((float(digit) for digit in recipe if digit.isdigit() and "mixed" not in recipe), 4.5)
+        bits = 4.5 if recipe.startswith("fit") else bits
+        kl = KLS.get(recipe, 0.06)
+        figures = {"bytes": bits, "prompt_kl_mean": kl, "answer_kl_mean": kl / 2, "same_answers": 1.0}
+        points.append({"name": recipe, "recipe": recipe, "figures": figures})
+    return {"points": points, "recommendation": "int4", "timings": {"sweep_seconds": 8.0}}
+
+
+@pytest.fixture
+def swept(monkeypatch):
+    """`_command`'s folders get this report."""
+    found = report()
+
+    def run(description, command):
+        folder = Path(command[command.index("--report") + 1])
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "report.json").write_text(json.dumps(found))
+
+    monkeypatch.setattr(quantization_sweep, "run_step", run)
+    return found
+
+
+def test_what_a_sweep_shows(swept, tmp_path):
+    figures = quantization_sweep.sweep(tmp_path, tmp_path)
+    assert set(figures) <= set(quantization.SUITE.bars)
+    assert figures["recovered_prefill"] == figures["recovered_answers"] == pytest.approx(0.6)
+    assert figures["line_fit:5bpw"] == pytest.approx(0.05 / 0.06) and figures["line_mixed-4-8"] == pytest.approx(1.0)
+
+
+def test_differences_of_reports_are_counted(swept, tmp_path):
+    one, other = report(), report()
+    other["timings"] = {"sweep_seconds": 9.0}
+    assert quantization_sweep._differences(one, other) == 0
+    changed = copy.deepcopy(other)
+    changed["points"][3]["figures"]["bytes"] += 1
+    del changed["points"][5]
+    assert quantization_sweep._differences(one, changed) == 2
+    with pytest.raises(CheckFailed, match="the reports are not"):
+        quantization_sweep._differences(one, other | {"recommendation": "int8"})
+
+
+def test_a_text_model_that_is_not_there_is_said(monkeypatch, tmp_path, capsys):
+    monkeypatch.delenv(quantization_sweep.TEXT_MODEL, raising=False)
+    assert quantization_sweep.text(tmp_path, tmp_path) == {}
+    assert f"set {quantization_sweep.TEXT_MODEL}" in capsys.readouterr().err
