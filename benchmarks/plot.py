@@ -4,6 +4,8 @@ import io
 import re
 from typing import Any
 
+from fastvlm.page import inline_svg
+
 # Colours that stand for the page's CSS variables, so that one picture serves light and dark.
 _INK, _SOFT, _LINE, _ROUND, _LAYER, _BAD, _CARD = (f"#{n:06x}" for n in range(0x010101, 0x010108))
 _VARIABLES = {
@@ -37,7 +39,7 @@ def error_plot(operations: dict[str, Any], limits: dict[str, Any], first: dict[s
         figure.patch.set_visible(False)
         target = io.StringIO()
         figure.savefig(target, format="svg", metadata={"Date": None, "Creator": None})
-    return _inline(target.getvalue())
+    return inline_svg(target.getvalue(), _VARIABLES)
 
 
 def _draw(axes: Any, operations: dict[str, Any], tolerance: float, first: dict[str, Any] | None) -> None:
@@ -123,16 +125,3 @@ def _mark(
         xytext=(-12 if index > span / 2 else 12, 16 if height < bottom + 0.15 * (top - bottom) else -14),
         ha="right" if index > span / 2 else "left", va="center", bbox=_BEHIND, zorder=5,
     )  # fmt: skip
-
-
-def _inline(svg: str) -> str:
-    """Drop the XML prologue and metadata, put the page's CSS variables in place of the stand-in colours."""
-    svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg[svg.index("<svg") :], flags=re.DOTALL)
-    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
-    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
-    svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg, count=2)
-    svg = svg.replace("xlink:href", "href")  # HTML knows SVG, and nothing in the page names an address
-    svg = re.sub(r"font: ([^;\"]*)'[^\"]*\"", r'font: \1inherit"', svg)
-    for colour, name in _VARIABLES.items():
-        svg = svg.replace(colour, f"var(--{name})")
-    return svg

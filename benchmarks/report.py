@@ -1,7 +1,5 @@
 """The parity page: one self-contained HTML file, everything inline, nothing fetched."""
 
-import base64
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ from PIL import Image
 
 from benchmarks import environment
 from benchmarks.plot import error_plot
+from fastvlm.page import data_url
 from fastvlm.staging import write_file
 
 _TEMPLATES = Path(__file__).parent / "templates"
@@ -33,7 +32,7 @@ def render(result: dict[str, Any], thumbnails: Sequence[Image.Image], command: s
         lstrip_blocks=True,
     )
     templates.filters |= {"figure": figure, "bound": bound}
-    cards = [{**row, "image": inline(image)} for row, image in zip(result["rows"], thumbnails, strict=True)]
+    cards = [{**row, "image": data_url(image)} for row, image in zip(result["rows"], thumbnails, strict=True)]
     cards.sort(key=lambda card: card["divergence"] is None)  # stable: those that part come first
     plot = error_plot(result["operations"], result["metrics"], result["first_operation"])
     machine = environment.machine_line(result["environment"])
@@ -42,13 +41,6 @@ def render(result: dict[str, Any], thumbnails: Sequence[Image.Image], command: s
     return template.render(
         result=result, cards=cards, plot=Markup(plot), machine=machine, pictures=pictures, command=command
     )
-
-
-def inline(image: Image.Image) -> str:
-    """A picture as a data URL."""
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=88)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def figure(value: float | str | None, unit: str = "") -> str:

@@ -1,8 +1,6 @@
 """`python -m fastvlm demo`: draw pictures, ask, and show question, answer and truth; or train the checkpoint anew."""
 
 import argparse
-import base64
-import io
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ from rich.table import Table
 from fastvlm import demo
 from fastvlm.cli import add_common, log, progress
 from fastvlm.errors import UserError
+from fastvlm.page import data_url
 from fastvlm.staging import write_file
 
 PASS_MARK = 0.95  # of the held-out questions, for a checkpoint that is trained anew
@@ -99,7 +98,7 @@ def _write_page(rows: list, right: int, model: Any, model_path: str, folder: Pat
     cards = [
         {
             "kind": q.kind,
-            "image": _inline(q.image),
+            "image": data_url(q.image),
             "question": q.question,
             "answer": answer,
             "truth": q.answer,
@@ -113,12 +112,6 @@ def _write_page(rows: list, right: int, model: Any, model_path: str, folder: Pat
     page = folder / "index.html"
     write_file(page, text.encode())
     return page
-
-
-def _inline(image: Any) -> str:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def train(folder: Path, seed: int, overwrite: bool) -> dict[str, Any]:

@@ -1,29 +1,13 @@
 """The page: self-contained, escaped, whole for passed, failed and hostile results, and written in one piece."""
 
 import re
-from html.parser import HTMLParser
 
 import pytest
+from html_page import Page
 
 from benchmarks import parity, report
 
 HOSTILE = '"><script>alert(1)</script><img src=http://evil.example/x onerror=alert(2)> {{ 7*7 }} & </style>'
-
-
-class Page(HTMLParser):
-    """Collects tags and text."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.tags, self.attributes, self.texts = [], [], []
-        self.feed(text)
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.attributes += [(tag, name, value or "") for name, value in attrs]
-
-    def handle_data(self, data):
-        self.texts.append(data)
 
 
 @pytest.fixture

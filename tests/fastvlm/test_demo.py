@@ -71,7 +71,7 @@ def test_the_command_shows_and_writes_a_page(tmp_path, capsys):
     document = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert document["questions"] == 3
     page = (tmp_path / "index.html").read_text()
-    assert page.count("data:image/png") == 3 and "http" not in page.replace("http-equiv", "")
+    assert page.count("data:image/jpeg") == 3 and "http" not in page.replace("http-equiv", "")
 
 
 @pytest.mark.parametrize("flags", [["--count", "0"], ["--model-path", "/nowhere"]])

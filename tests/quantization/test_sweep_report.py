@@ -5,9 +5,9 @@ import io
 import itertools
 import json
 import re
-from html.parser import HTMLParser
 
 import pytest
+from html_page import Page
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -202,22 +202,6 @@ def test_files_hold_every_point_and_every_failure(tmp_path):
 
 
 # The page
-
-
-class Page(HTMLParser):
-    """Collects tags and text."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.tags, self.attributes, self.texts = [], [], []
-        self.feed(text)
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.attributes += [(tag, name, value or "") for name, value in attrs]
-
-    def handle_data(self, data):
-        self.texts.append(data)
 
 
 @pytest.mark.parametrize("hostile", [False, True])
