@@ -156,7 +156,7 @@ def _command(checkpoint: str, target: str, limit: int | None, slow: bool, out: A
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     if slow:
         convert = llm.Weight.convert
-        llm.Weight.convert = lambda *arguments: time.sleep(0.01) or convert(*arguments)  # type: ignore
+        llm.Weight.convert = lambda *arguments: time.sleep(0.1) or convert(*arguments)  # type: ignore
     sys.stderr = io.StringIO()
     code = run(build_parser, ["llm", "--checkpoint", checkpoint, "--output-dir", target, "--quant", "int4"])
     out.put((code, sys.stderr.getvalue()))

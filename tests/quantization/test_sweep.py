@@ -283,15 +283,16 @@ def test_no_scheduler_is_one_line(tmp_path, points, monkeypatch):
 def test_a_scheduler_that_goes_away_leaves_the_finished_points(tmp_path, uninterrupted):
     distributed = pytest.importorskip("distributed")
     points = sweep.grid(fakes.RECIPES, fakes.FORMS, fakes.RESOLUTIONS)
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{HERE}"}
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{HERE}", "OMP_NUM_THREADS": "1"}
     scheduler = subprocess.Popen(
         [sys.executable, "-m", "distributed.cli.dask_scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard",
          "--scheduler-file", str(tmp_path / "scheduler.json")], env=environment, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     worker = None
     try:
-        until(lambda: (tmp_path / "scheduler.json").exists())
-        address = json.loads((tmp_path / "scheduler.json").read_text())["address"]
+        file = tmp_path / "scheduler.json"
+        until(lambda: file.exists() and file.read_text().rstrip().endswith("}"))  # it is not written at once
+        address = json.loads(file.read_text())["address"]
         worker = subprocess.Popen(
             [sys.executable, "-m", "distributed.cli.dask_worker", address, "--nthreads", "1", "--no-nanny",
              "--no-dashboard", "--local-directory", str(tmp_path / "dask")], env=environment, stderr=subprocess.DEVNULL,
@@ -299,7 +300,8 @@ def test_a_scheduler_that_goes_away_leaves_the_finished_points(tmp_path, uninter
         with distributed.Client(address, set_as_default=False) as client:
             client.wait_for_workers(1, timeout=30)
         process = program(tmp_path / "work", tmp_path / "report.json", 1, address)
-        until(lambda: finished(tmp_path / "work") >= 2)
+        until(lambda: finished(tmp_path / "work") >= 2 or process.poll() is not None)
+        assert process.poll() is None, process.communicate()[1]
         scheduler.kill()
         said = process.communicate(timeout=30)[1]
         assert process.returncode == 1 and "UserError: --scheduler" in said.splitlines()[-1]
