@@ -242,9 +242,7 @@ def weight_family(artefact: Path) -> str:
     quantization = config.get("quantization")
     if quantization:
         entries = [quantization, *(value for value in quantization.values() if isinstance(value, dict))]
-        names = {
-            f"int{entry['bits']}" if entry.get("mode", "affine") == "affine" else entry["mode"] for entry in entries
-        }
+        names = {contract.stored_as(entry) for entry in entries}
         family = next((name for name in reversed(tolerances.FAMILIES) if name in names), " and ".join(sorted(names)))
     else:
         kinds = set()

@@ -1,7 +1,7 @@
 """How much of a reference a candidate keeps: logits, perplexity, answers; and what the candidate costs.
 
 `reference_results` asks the reference once and writes what it said into a file; `quality` holds any candidate against
-that file. `evaluation.py` loads both from folders.
+that file. `evaluate.py` loads both from folders.
 """
 
 import json

@@ -14,11 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks import metrics
 from fastvlm.cli import log
 from quantization import awq, decoder, dwq, gptq
 from quantization.allocation import allocate
 from quantization.calibration import Calibration
-from quantization.language_sensitivity import EMBEDDINGS, sensitivities
+from quantization.language_sensitivity import sensitivities
 from quantization.schemes import DTYPES, Affine, Scheme, nbytes
 
 _TOKENS, _USED, _JUDGED = 256, 32, 16  # of a row of text; rows to calibrate on and to judge by
@@ -33,7 +34,7 @@ def text_model(folder: str) -> dict[str, float]:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
     used, judged = _rows(AutoTokenizer.from_pretrained(folder))
     calibration = Calibration(model.config.vocab_size, tuple(used), np.empty((0, model.config.hidden_size), np.float32))
-    names = [name for name, _ in model.named_parameters() if name.endswith("_proj.weight")] + [EMBEDDINGS]
+    names = [name for name, _ in model.named_parameters() if name.endswith("_proj.weight")] + [decoder.EMBEDDINGS]
     plans: dict[str, Mapping[str, Scheme]] = {f"int{bits}": dict.fromkeys(names, _scheme(bits)) for bits in BITS}
     int4, batches = plans["int4"], [decoder.embed(model, calibration, used[i : i + 4]) for i in range(0, len(used), 4)]
     found: dict[str, tuple[Mapping[str, Scheme], Mapping[str, Mapping[str, Tensor]]]] = {
@@ -43,10 +44,11 @@ def text_model(folder: str) -> dict[str, float]:
     found["gptq"] = (int4, gptq.quantize(copy.deepcopy(model), batches, _scheme(4)))
     found["awq"] = (int4, awq.quantize(copy.deepcopy(model), batches, _scheme(4)))
     found["dwq"] = (int4, dwq.quantize(model, calibration, int4, steps=_DWQ_STEPS))
-    expected = _log_probabilities(model, judged)
+    expected = _logits(model, judged)
     figures: dict[str, float] = {}
     for name, (plan, stored) in found.items():
-        kl, agreement = _compared(expected, _log_probabilities(_stored(model, plan, stored), judged))
+        got = _logits(_stored(model, plan, stored), judged)
+        kl, agreement = metrics.kl_divergence(expected, got), metrics.top1_agreement(expected, got)
         log(f"{name}: KL {kl:.4g}, top-1 {agreement:.4f}")
         figures |= {f"text_{name}_kl": kl, f"text_{name}_top1": agreement}
     best = min(figures[f"text_{name}_kl"] for name in ("fit", "gptq", "awq", "dwq"))
@@ -99,16 +101,9 @@ def _stored(model: Any, plan: Mapping[str, Scheme], found: Mapping[str, Mapping[
 
 
 @torch.no_grad()
-def _log_probabilities(model: Any, rows: np.ndarray) -> list[Tensor]:
-    return [torch.log_softmax(model(torch.from_numpy(ids[None].astype(np.int64))).logits[0], -1) for ids in rows]
-
-
-def _compared(expected: Sequence[Tensor], got: Sequence[Tensor]) -> tuple[float, float]:
-    """Mean KL divergence in nats, and how often the likeliest token is the same."""
-    pairs = list(zip(expected, got, strict=True))
-    divergences = [(a.exp() * (a - b)).sum(-1).mean().item() for a, b in pairs]
-    agreements = [(a.argmax(-1) == b.argmax(-1)).double().mean().item() for a, b in pairs]
-    return float(np.mean(divergences)), float(np.mean(agreements))
+def _logits(model: Any, rows: np.ndarray) -> np.ndarray:
+    """(N * T, V) of rows of ids (N, T)."""
+    return np.concatenate([model(torch.from_numpy(ids[None].astype(np.int64))).logits[0].numpy() for ids in rows])
 
 
 if __name__ == "__main__":

@@ -125,7 +125,7 @@ def put_together(point: sweep.Point, settings: Mapping[str, Any], folder: Path) 
 def needs_encoder(recipe: Recipe) -> bool:
     """Whether the recipe's language model is exported with an encoder: calibrated on what that sees, or the recipe says
     its forms."""
-    return recipe.method != "rtn" or recipe.budget is not None or bool(recipe.vision)
+    return recipe.calibrates or bool(recipe.vision)
 
 
 def _shared(settings: Mapping[str, Any], parts: Sequence[str], options: dict[str, Any]) -> Path:

@@ -104,8 +104,7 @@ def _stored_as(document: dict[str, Any]) -> str:
     scheme = document.get("quantization")
     if not scheme:
         return str(document.get("dtype") or document.get("torch_dtype") or "unquantized")
-    mode = scheme.get("mode", "affine")
-    return f"int{scheme.get('bits')}" if mode == "affine" else str(mode)
+    return contract.stored_as({"bits": None} | scheme)
 
 
 def _torch(folder: Path, tokenizer: Any) -> "Language":

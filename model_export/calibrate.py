@@ -12,11 +12,11 @@ from fastvlm.checkpoint import Checkpoint
 from fastvlm.cli import log, progress
 from fastvlm.conversations import Sample
 from fastvlm.preprocessing import Preprocessor
-from model_export.llm import ELSEWHERE, weight_shapes
+from model_export.llm import weight_shapes
 from model_export.runtime import ExecutorVision
 from quantization.calibrated import calibrated
 from quantization.calibration import collect
-from quantization.recipe import Recipe
+from quantization.recipe import ELSEWHERE, Recipe
 
 _DEMO, _DRAWN = 256, 64  # built-in questions; each of the latter costs an answer of the model's own
 
@@ -51,9 +51,9 @@ def calibrate(
     model = from_model(build(checkpoint, dtype, "cpu"), checkpoint, preprocessor, f"PyTorch {dtype}")
     if exported is not None:
         model = replace(model, vision=ExecutorVision(exported))
-    vocabulary = model.language.model.get_input_embeddings().weight.shape[0]  # type: ignore[attr-defined]
+    text: Any = checkpoint.hf_config.text_config
     with progress("calibration (pictures and questions)", len(samples)) as advance:
-        calibration = collect(model, vocabulary, samples, advance)
+        calibration = collect(model, text.vocab_size, samples, advance)
     language = model.language.model  # type: ignore[attr-defined]
     del model
     decided, parts = calibrated(recipe, weight_shapes(checkpoint), language, calibration, progress, ELSEWHERE)

@@ -4,7 +4,7 @@ Source: apple/ml-fastvlm `app/FastVLM/FastVLM.swift` (its `Codable` structs, `@M
 Anything that differs from this is a crash in the app at run time.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 # Files of an artefact. Xcode names the model's Swift class after the package, and the app uses a class `fastvithd`.
@@ -118,3 +118,9 @@ MLX_LM_CONFIG = {"model_type": "qwen2_vl"}
 LAYOUTS = ("app", "mlx-vlm")
 MLX_VLM_IMAGE_TOKEN = -200
 VISION_WEIGHTS = "vision_tower.safetensors"
+
+
+def stored_as(entry: Mapping[str, Any]) -> str:
+    """An entry of config.json's `quantization` in a word: "int4", "mxfp4". "affine" is every loader's default mode."""
+    mode: str = entry.get("mode", "affine")
+    return f"int{entry['bits']}" if mode == "affine" else mode

@@ -18,7 +18,6 @@ from fastvlm.preprocessing import Preprocessor, read_preprocessor
 from fastvlm.staging import staged
 from model_export import artefact, compress, contract, llm, resume, tokenizer
 from model_export.config import DEFAULT_TARGET, ExportConfig
-from quantization.calibrated import needed
 from quantization.recipe import Recipe, load_recipe
 
 PARTS = ("vision", "llm")
@@ -165,7 +164,7 @@ def _write_parts(
         },
     }
     changes = {}
-    calibrated = needed(plan.recipe)
+    calibrated = plan.recipe.calibrates
     if "llm" in plan.parts and not calibrated:
         document["llm"], changes["llm"] = _write_language(plan, folder, kept, seconds)
     with _stage("hash the checkpoint", seconds):  # what is left of it
@@ -187,7 +186,7 @@ def _write_language(
     config, checkpoint, recipe = plan.config, plan.checkpoint, plan.recipe
     ready: Mapping[str, Mapping[str, Any]] = {}
     facts: dict[str, Any] = {}
-    if needed(recipe):
+    if recipe.calibrates:
         from model_export.calibrate import calibrate
 
         with _stage("calibration", seconds):
@@ -237,7 +236,7 @@ def _calibration(config: ExportConfig, recipe: Recipe, parts: tuple[str, ...]) -
     """The questions of --calibration-data, some of them evenly spaced if there are many."""
     if config.calibration_data is None:
         return None
-    if "vision" not in parts and not needed(recipe):
+    if "vision" not in parts and not recipe.calibrates:
         raise UserError(f"--calibration-data: recipe {recipe.name} has nothing to calibrate: leave it out")
     try:
         found = conversations.load(config.calibration_data)

@@ -85,7 +85,7 @@ class StoredTensors:
     def label(self) -> str:
         """What is stored, in a word or two: "int4", "mixed int4/int8", "mxfp4", "float16"."""
         schemes = [self.scheme(module) for module in self._modules()]
-        kinds = sorted({f"int{one['bits']}" if one["mode"] == "affine" else one["mode"] for one in schemes})
+        kinds = sorted({contract.stored_as(one) for one in schemes})
         if not kinds:
             return dtype_name(self._get("language_model.model.norm.weight").dtype)
         return ("mixed " if len(kinds) > 1 else "") + "/".join(kinds)

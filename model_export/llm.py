@@ -26,7 +26,7 @@ from model_export.llm_config import language_config
 from model_export.resume import Kept
 from model_export.tensor_file import Spec, TensorFile, nbytes
 from quantization import budget
-from quantization.recipe import Recipe
+from quantization.recipe import ELSEWHERE, Recipe
 from quantization.schemes import DTYPES, Scheme
 
 SHARD_BYTES = 1 << 30  # what an interrupted run loses at most; peers write 5 GiB, and loaders take any number
@@ -38,8 +38,6 @@ _DECISIONS = {
     "lm_head": "language_model.lm_head.weight",
     "projector": "multi_modal_projector.linear_0.weight",
 }
-# Parts that a recipe may speak of though a model does not store them here: a tied one's lm_head, the vision tower.
-ELSEWHERE = ("language_model.lm_head.weight", "vision_tower.")
 
 Rows = Callable[[int, int], Tensor]  # (start, stop) -> those rows of a tensor
 

@@ -19,11 +19,6 @@ _ROWS = 4  # in a batch
 Progress = Callable[[str, float], AbstractContextManager[Callable[..., Any]]]
 
 
-def needed(recipe: Recipe) -> bool:
-    """Whether the recipe can be applied only with pictures and questions."""
-    return recipe.method != "rtn" or recipe.budget is not None
-
-
 def calibrated(
     recipe: Recipe,
     shapes: Mapping[str, tuple[int, ...]],

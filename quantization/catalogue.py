@@ -18,7 +18,6 @@ if TYPE_CHECKING:  # torch is imported where a verb needs it
 
 SIZES = {"0.5b": "0.5B", "1.5b": "1.5B", "7b": "7B"}  # fastvlm.synthetic.SHAPES -> as Apple calls them
 ENCODER = "the Core ML encoder adds 245 MB in float16, 123 in int8, 62 in palette4-g16"  # of 125M weights, README
-_ELSEWHERE = ("language_model.lm_head.weight", "vision_tower.")  # what a rule may be about though it isn't listed here
 
 
 @dataclass(frozen=True)
@@ -138,9 +137,10 @@ def weight_shapes(shape: "Shape") -> dict[str, tuple[int, ...]]:
 def _size(recipe: "Recipe", shapes: dict[str, tuple[int, ...]]) -> tuple[dict[str, Any], set[tuple[str, int, int]]]:
     """One model's size, and the settings that MLX will read. UserError where the recipe doesn't fit it."""
     from fastvlm.errors import UserError
+    from quantization.recipe import ELSEWHERE
     from quantization.schemes import nbytes
 
-    options = recipe.options(shapes, _ELSEWHERE)
+    options = recipe.options(shapes, ELSEWHERE)
     parameters = sum(map(math.prod, shapes.values()))
     sizes = {name: [nbytes(scheme, shapes[name]) for scheme in schemes] for name, schemes in options.items()}
     least, most = (sum(edge(each) for each in sizes.values()) for edge in (min, max))
@@ -151,7 +151,7 @@ def _size(recipe: "Recipe", shapes: dict[str, tuple[int, ...]]) -> tuple[dict[st
             raise UserError(f"at least {human(least)} ({8 * least / parameters:.2f} bits per weight)")
         size |= _figures(min(limit, most), parameters)
     elif least == most:
-        recipe.plan(shapes, _ELSEWHERE)  # what its method cannot store
+        recipe.plan(shapes, ELSEWHERE)  # what its method cannot store
         size = _figures(least, parameters)
     return size, _settings(scheme for schemes in options.values() for scheme in schemes)
 

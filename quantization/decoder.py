@@ -17,6 +17,7 @@ INPUTS = {
     "post_attention_layernorm": ("mlp.gate_proj", "mlp.up_proj"),
     "mlp.up_proj": ("mlp.down_proj",),
 }
+EMBEDDINGS = "model.embed_tokens.weight"
 MATRICES = tuple(name for names in INPUTS.values() for name in names)
 
 

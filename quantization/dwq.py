@@ -21,7 +21,6 @@ _TEMPERATURE = 2.0
 _BATCH = 8
 STEPS = 300  # of a batch each
 _RATE = 2e-3  # of Adam, in units of each weight's mean scale; falls to nothing in a straight line
-EMBEDDINGS = "model.embed_tokens.weight"
 
 
 @dataclass
@@ -75,7 +74,7 @@ def quantize(
         with torch.no_grad():
             target = model(inputs_embeds=decoder.embed(model, calibration, ids), use_cache=False).logits[real]
         values = fixed | {name: weight.decode() for name, weight in weights.items()}
-        table = values.get(EMBEDDINGS, model.get_input_embeddings().weight)
+        table = values.get(decoder.EMBEDDINGS, model.get_input_embeddings().weight)
         call = {"inputs_embeds": decoder.embed(model, calibration, ids, table), "use_cache": False}
         logits = functional_call(model, values, kwargs=call).logits[real]
         optimizer.zero_grad()

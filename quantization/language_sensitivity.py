@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from quantization import decoder
 from quantization.calibration import Calibration
+from quantization.decoder import EMBEDDINGS
 from quantization.schemes import DTYPES, Scheme
 
-EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+HEAD = "lm_head.weight"
 _TOKENS = 4096  # of a batch: each batch rounds every matrix by every scheme once
 _LOGITS = 1 << 26  # values of logits at once: 256 MiB in float32
 _VALUES = 1 << 22  # of a matrix that are rounded at once

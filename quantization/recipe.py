@@ -24,6 +24,8 @@ VERSION = 2  # of the recipe format; a reader refuses the others
 METHODS = ("rtn", "awq", "gptq", "dwq")  # how the stored values are found; rtn: each rounded to the nearest
 VISION = "vision_encoder."
 LAYERS = "language_model.model.layers."
+# Parts that a rule may be about though a model does not store them: a tied one's lm_head, mlx-vlm's vision tower.
+ELSEWHERE = ("language_model.lm_head.weight", "vision_tower.")
 GPTQ_BITS = (2, 4, 8)  # what mlx-lm's implementation packs
 _FOLDER = Path(__file__).with_name("recipes")
 _KEYS = {"name", "version", "description", "method", "budget", "rules"}
@@ -107,6 +109,11 @@ class Recipe:
         document |= {"method": self.method} if self.method != "rtn" else {}
         document |= {"budget": self.budget.to_json()} if self.budget else {}
         return document | {"rules": [rule.to_json() for rule in self.rules]}
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether it can be applied only with pictures and questions."""
+        return self.method != "rtn" or self.budget is not None
 
     @property
     def vision(self) -> tuple[tuple[str, str], ...]:
