@@ -39,23 +39,37 @@ def shapes(config: "FastVlmConfig") -> dict[str, tuple[int, ...]]:
         return {name: tuple(tensor.shape) for name, tensor in state.items() if not naming.is_ignored(name)}
     table = json.loads(Path(__file__).with_name("fastvithd.json").read_text(encoding="utf-8"))
     tower = table["folded" if vision.model_args.get("inference_mode") else "training"]
-    return {naming.VISION + name: tuple(shape) for name, shape in tower.items()} | _language_shapes(config)
-
-
-def _language_shapes(config: "FastVlmConfig") -> dict[str, tuple[int, ...]]:
     text: Any = config.text_config
-    vision: Any = config.vision_config
-    hidden, inner = text.hidden_size, text.intermediate_size
-    head = getattr(text, "head_dim", None) or hidden // text.num_attention_heads
-    queries, keys = text.num_attention_heads * head, text.num_key_value_heads * head
+    rest = language_shapes(
+        hidden=text.hidden_size,
+        inner=text.intermediate_size,
+        heads=text.num_attention_heads,
+        kv_heads=text.num_key_value_heads,
+        head=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
+        layers=text.num_hidden_layers,
+        vocab=text.vocab_size,
+        features=vision.hidden_size,
+        bias=config.multimodal_projector_bias,
+    )
+    return {naming.VISION + name: tuple(shape) for name, shape in tower.items()} | rest
+
+
+def language_shapes(
+    hidden: int, inner: int, heads: int, kv_heads: int, head: int, layers: int, vocab: int, features: int, bias: bool
+) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of a Qwen2 of these sizes with its lm_head, and of the projector (`bias`: with biases) before it.
+
+    `head` is the width of one of `heads`, `features` that of the encoder's output.
+    """
+    queries, keys = heads * head, kv_heads * head
     found: dict[str, tuple[int, ...]] = {
-        naming.EMBEDDINGS: (text.vocab_size, hidden),
+        naming.EMBEDDINGS: (vocab, hidden),
         naming.LANGUAGE + "norm.weight": (hidden,),
-        naming.LM_HEAD: (text.vocab_size, hidden),
-        naming.PROJECTOR + "linear_1.weight": (hidden, vision.hidden_size),
+        naming.LM_HEAD: (vocab, hidden),
+        naming.PROJECTOR + "linear_1.weight": (hidden, features),
         naming.PROJECTOR + "linear_2.weight": (hidden, hidden),
     }
-    if config.multimodal_projector_bias:
+    if bias:
         found |= {f"{naming.PROJECTOR}linear_{number}.bias": (hidden,) for number in (1, 2)}
     layer: dict[str, tuple[int, ...]] = {
         "input_layernorm.weight": (hidden,),
@@ -67,7 +81,7 @@ def _language_shapes(config: "FastVlmConfig") -> dict[str, tuple[int, ...]]:
     }
     for name, rows in (("q", queries), ("k", keys), ("v", keys)):
         layer |= {f"self_attn.{name}_proj.weight": (rows, hidden), f"self_attn.{name}_proj.bias": (rows,)}
-    for number in range(text.num_hidden_layers):
+    for number in range(layers):
         found |= {f"{naming.LANGUAGE}layers.{number}.{name}": shape for name, shape in layer.items()}
     return found
 

@@ -30,6 +30,14 @@ _OLD_TRANSFORMERS_PREFIXES = (
     ("multi_modal_projector.", PROJECTOR),
 )
 
+# (canonical, artefact): the MLX folder's names, as recipes speak of them.
+_ARTEFACT_PREFIXES = (
+    (LANGUAGE, "language_model.model."),
+    ("lm_head.", "language_model.lm_head."),
+    (PROJECTOR + "linear_1.", "multi_modal_projector.linear_0."),
+    (PROJECTOR, "multi_modal_projector."),
+)
+
 # Apple keeps stem, downsampling, position encoding and blocks in one flat list; timm keeps them by stage.
 _VISION_PLACES = (
     ("patch_embed.", "stem."),
@@ -105,6 +113,11 @@ def to_llava(name: str) -> str:
 def from_transformers(name: str) -> str:
     """The canonical name of a Transformers-layout tensor (only versions before 5 differ)."""
     return _swap_prefix(name, _OLD_TRANSFORMERS_PREFIXES) or name
+
+
+def to_artefact(name: str) -> str | None:
+    """The name in the artefact's MLX folder, as in recipes; None for the vision tower's, which is not there."""
+    return _swap_prefix(name, _ARTEFACT_PREFIXES)
 
 
 def _swap_prefix(name: str, pairs: Sequence[tuple[str, str]]) -> str | None:

@@ -153,14 +153,11 @@ def weight_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
 
 def _sources(checkpoint: Checkpoint) -> dict[str, str]:
     """Artefact name -> canonical name of the decoder's and the projector's weights, in the model's order."""
-    names: dict[str, str] = {}
-    for source in checkpoint.tensors:
-        if source.startswith(naming.LANGUAGE):
-            names["language_model.model." + source.removeprefix(naming.LANGUAGE)] = source
-        elif source == naming.LM_HEAD and not checkpoint.tied:
-            names["language_model.lm_head.weight"] = source
-        elif source.startswith(naming.PROJECTOR):
-            names[source.replace(naming.PROJECTOR, contract.PROJECTOR_PREFIX).replace("linear_1", "linear_0")] = source
+    names = {
+        name: source
+        for source in checkpoint.tensors
+        if (name := naming.to_artefact(source)) and not (source == naming.LM_HEAD and checkpoint.tied)
+    }
     return dict(sorted(names.items(), key=lambda item: _natural(item[0])))
 
 

@@ -108,30 +108,24 @@ def describe(recipe: "Recipe") -> dict[str, Any]:
 
 def weight_shapes(shape: "Shape") -> dict[str, tuple[int, ...]]:
     """The artefact's weights (without an encoder) of a model of this shape: name -> shape."""
-    hidden, inner = shape.hidden, shape.intermediate
-    shared = hidden // shape.heads * shape.kv_heads
-    matrices = {
-        "self_attn.q_proj": (hidden, hidden),
-        "self_attn.k_proj": (shared, hidden),
-        "self_attn.v_proj": (shared, hidden),
-        "self_attn.o_proj": (hidden, hidden),
-        "mlp.gate_proj": (inner, hidden),
-        "mlp.up_proj": (inner, hidden),
-        "mlp.down_proj": (hidden, inner),
+    from fastvlm import naming
+    from fastvlm.model import language_shapes
+
+    found = language_shapes(
+        hidden=shape.hidden,
+        inner=shape.intermediate,
+        heads=shape.heads,
+        kv_heads=shape.kv_heads,
+        head=shape.hidden // shape.heads,
+        layers=shape.layers,
+        vocab=shape.vocab,
+        features=shape.vision_width,
+        bias=True,
+    )
+    stored = {
+        naming.to_artefact(name): size for name, size in found.items() if name != naming.LM_HEAD or not shape.tied
     }
-    found: dict[str, tuple[int, ...]] = {"language_model.model.embed_tokens.weight": (shape.vocab, hidden)}
-    for layer in range(shape.layers):
-        prefix = f"language_model.model.layers.{layer}."
-        found |= {f"{prefix}{norm}_layernorm.weight": (hidden,) for norm in ("input", "post_attention")}
-        found |= {f"{prefix}{name}.weight": size for name, size in matrices.items()}
-        found |= {f"{prefix}self_attn.{one}_proj.bias": matrices[f"self_attn.{one}_proj"][:1] for one in "qkv"}
-    found["language_model.model.norm.weight"] = (hidden,)
-    if not shape.tied:
-        found["language_model.lm_head.weight"] = (shape.vocab, hidden)
-    for layer, columns in ((0, shape.vision_width), (2, hidden)):
-        found[f"multi_modal_projector.linear_{layer}.weight"] = (hidden, columns)
-        found[f"multi_modal_projector.linear_{layer}.bias"] = (hidden,)
-    return found
+    return {name: size for name, size in stored.items() if name is not None}
 
 
 def _size(recipe: "Recipe", shapes: dict[str, tuple[int, ...]]) -> tuple[dict[str, Any], set[tuple[str, int, int]]]:
