@@ -4,6 +4,7 @@ A `FastVLM` is put together from three parts: what encodes the picture, what pro
 PyTorch parts; `model_export.runtime` has those of an artefact.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,18 +38,28 @@ class Projector(Protocol):
         ...
 
 
-class Language(Protocol):
-    """A causal language model over embeddings."""
+class Language(ABC):
+    """A causal language model over embeddings: NumPy in and out, nothing left to be computed on return."""
 
     name: str
+    eos_ids: frozenset[int]
 
+    @abstractmethod
     def embed(self, ids: np.ndarray) -> np.ndarray:
         """(1, T) int64 -> (1, T, H) float32."""
-        ...
 
+    @abstractmethod
     def logits(self, embeds: np.ndarray) -> np.ndarray:
         """(1, T, H) float32 -> (1, T, V) float32."""
-        ...
+
+    @abstractmethod
+    def prefill(self, embeds: np.ndarray, past: Any = None) -> tuple[np.ndarray, Any]:
+        """(1, T, H) float32 behind what the KV cache `past` holds -> the last position's logits (V,) float32, and the
+        cache, which now holds these positions too (`past` itself, extended)."""
+
+    @abstractmethod
+    def rewind(self, past: Any, length: int) -> Any:
+        """The KV cache with its first `length` positions only (`past` itself, cut)."""
 
     def stream(
         self,
@@ -59,7 +70,18 @@ class Language(Protocol):
         seed: int | None = None,
     ) -> Iterator[int]:
         """Yield new token ids until an end token (not yielded) or `max_new_tokens`; greedy at temperature 0."""
-        ...
+        draw = Sampler(temperature, top_p, seed)
+        yield from self.decode(*self.prefill(embeds), max_new_tokens, draw)
+
+    def decode(self, logits: np.ndarray, past: Any, max_new_tokens: int, draw: "Sampler") -> Iterator[int]:
+        """The same after a prefill: what it gave, and what picks the tokens."""
+        for count in range(1, max_new_tokens + 1):
+            token = draw(logits)
+            if token in self.eos_ids:
+                return
+            yield token
+            if count < max_new_tokens:
+                logits, past = self.prefill(self.embed(np.array([[token]])), past)
 
 
 @dataclass(frozen=True)
@@ -190,12 +212,12 @@ class TorchProjector:
         return self.module(torch.from_numpy(features).to(self.like.device, self.like.dtype)).float().cpu().numpy()
 
 
-class TorchLanguage:
+class TorchLanguage(Language):
     """Any Transformers causal language model as a `Language`."""
 
     def __init__(self, model: Any, eos_ids: Iterable[int], name: str) -> None:
         self.model, self.eos_ids, self.name = model, frozenset(eos_ids), name
-        self.like = model.get_input_embeddings().weight
+        self.like = next(model.parameters())
 
     def _tensor(self, embeds: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(embeds)).to(self.like.device, self.like.dtype)
@@ -209,25 +231,13 @@ class TorchLanguage:
         return self.model(inputs_embeds=self._tensor(embeds), use_cache=False).logits.float().cpu().numpy()
 
     @torch.inference_mode()
-    def stream(
-        self,
-        embeds: np.ndarray,
-        max_new_tokens: int,
-        temperature: float = 0.0,
-        top_p: float | None = None,
-        seed: int | None = None,
-    ) -> Iterator[int]:
-        draw = Sampler(temperature, top_p, seed)
-        inputs: dict[str, Any] = {"inputs_embeds": self._tensor(embeds)}
-        cache = None
-        for _ in range(max_new_tokens):
-            output = self.model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            cache = output.past_key_values
-            token = draw(output.logits[0, -1].float().cpu().numpy())
-            if token in self.eos_ids:
-                return
-            yield token
-            inputs = {"input_ids": torch.tensor([[token]], device=self.like.device)}
+    def prefill(self, embeds: np.ndarray, past: Any = None) -> tuple[np.ndarray, Any]:
+        output = self.model(inputs_embeds=self._tensor(embeds), past_key_values=past, use_cache=True, logits_to_keep=1)
+        return output.logits[0, -1].float().cpu().numpy(), output.past_key_values
+
+    def rewind(self, past: Any, length: int) -> Any:
+        past.crop(length - past.get_seq_length())
+        return past
 
 
 class Sampler:

@@ -5,6 +5,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -104,7 +105,12 @@ def _add_export(parser: argparse.ArgumentParser, parts: tuple[str, ...]) -> None
 def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, type=Path, metavar="ARTEFACT")
     parser.add_argument("--image-file", action="append", metavar="FILE", help="a picture (repeatable)")
-    parser.add_argument("--prompt", required=True)
+    parser.add_argument(
+        "--prompt",
+        required=True,
+        nargs="+",
+        help="several are asked one after the other: each after the first costs only its own tokens",
+    )
     parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
     parser.add_argument(
         "--resolution", type=int, metavar="PIXELS", help="one that was exported (default: the native one)"
@@ -117,6 +123,13 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--llm", default="auto", metavar="RUNNER", help=f"{_listed(configuration.LLM_RUNNERS)} (default: auto)"
+    )
+    parser.add_argument(
+        "--compute",
+        default="auto",
+        metavar="HOW",
+        help=f"of the executor and PyTorch: {_listed(configuration.COMPUTES)} (default: auto, the faster of float32 and"
+        " bfloat16, measured)",
     )
     parser.set_defaults(run=run_generate)
 
@@ -245,23 +258,33 @@ def run_audit(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def run_generate(args: argparse.Namespace) -> dict[str, Any]:
+    from fastvlm.preprocessing import as_rgb
+    from fastvlm.session import Session
     from model_export import runtime
 
     if args.max_new_tokens < 1:
         raise UserError(f"--max-new-tokens: got {args.max_new_tokens}, expected 1 or more")
-    model = runtime.load(args.model, vision=args.vision, llm=args.llm, resolution=args.resolution)
+    images = args.image_file or []
+    with ThreadPoolExecutor(1) as beside:  # pictures are decoded while the model is loaded
+        opened = beside.submit(lambda: [as_rgb(image) for image in images])
+        model = runtime.load(
+            args.model, vision=args.vision, llm=args.llm, compute=args.compute, resolution=args.resolution
+        )
+        pictures = opened.result()
     for part, name in model.runners.items():
         log(f"{part}: {name}")
-    images = args.image_file or []
     if len(images) > 1:
         log("warning: several pictures in one prompt: the model was not trained for it")
-    pieces = []
+    session, answers = Session(model), []
     sampling = {"temperature": args.temperature, "top_p": args.top_p, "seed": args.seed}
-    for piece in model.stream(args.prompt, images or None, args.max_new_tokens, **sampling):
-        pieces.append(piece)
-        print(piece, end="", flush=True)
-    print()
-    return {"answer": "".join(pieces), "runners": model.runners}
+    for prompt in args.prompt:
+        pieces = []
+        for piece in session.stream(prompt, pictures or None, args.max_new_tokens, **sampling):
+            pieces.append(piece)
+            print(piece, end="", flush=True)
+        print()
+        answers.append("".join(pieces))
+    return {"answers": answers, "runners": model.runners}
 
 
 def _listed(names: tuple[str, ...]) -> str:

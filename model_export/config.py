@@ -15,6 +15,8 @@ DEFAULT_TARGET = "iOS17"
 # What can run an artefact's halves; "auto" is Core ML and MLX on a Mac, the executor and PyTorch elsewhere.
 VISION_RUNNERS = ("auto", "coreml", "executor")
 LLM_RUNNERS = ("auto", "mlx", "torch")
+# How the executor and PyTorch compute: the proofs' policies, those for speed, the faster of float32 and bfloat16 here.
+COMPUTES = ("as-typed", "float32", "strict-fp16", "bfloat16", "int8", "auto")
 # The fourth stage attends over (S / 32)^2 positions, so its memory grows with S^4: 2048 needs 16 times that of 1024.
 MAX_IMAGE_SIZE = 2048
 

@@ -4,7 +4,7 @@ PyTorch computes with the values that MLX's quantized tensors stand for, dequant
 """
 
 import json
-from collections.abc import Iterator
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,10 @@ from torch import Tensor, nn
 
 from fastvlm.dtypes import dtype_name, torch_dtype
 from fastvlm.errors import UserError
-from fastvlm.surface import Sampler, TorchLanguage, TorchProjector
+from fastvlm.surface import Language, TorchLanguage, TorchProjector
 from model_export import contract
+from model_export.linear import packed
+from model_export.mil.allocator import returned_buffers
 from quantization import affine, floating
 
 
@@ -27,14 +29,14 @@ class StoredTensors:
     def __init__(self, folder: Path) -> None:
         self.folder, self.config = folder, read_config(folder)
         self.quantization: dict[str, Any] = self.config.get("quantization") or {}
-        self._files: dict[str, Any] = {}
+        self._files: dict[str, Path] = {}
         paths = [*sorted(folder.glob(contract.WEIGHTS_GLOB)), folder / contract.PROJECTOR_WEIGHTS]
         for path in paths:
             try:
-                file = safe_open(path, "pt")
+                with safe_open(path, "pt") as file:
+                    self._files |= dict.fromkeys(file.keys(), path)
             except (OSError, SafetensorError) as error:
                 raise UserError(f"{path}: not a readable safetensors file ({error}); export again") from None
-            self._files |= dict.fromkeys(file.keys(), file)
 
     def names(self) -> set[str]:
         """The weights' names, without the `.scales` and `.biases` that belong to quantized ones."""
@@ -60,26 +62,40 @@ class StoredTensors:
 
     def read(self, name: str) -> Tensor:
         """The weight's values in the dtype that MLX gives them. UserError if its parts contradict each other."""
+        return self.value(name, self.stored(name))
+
+    def stored(self, name: str) -> dict[str, Tensor]:
+        """A weight as it is stored, mapped and not read yet: {"weight"}, and its {"scales", "biases"} if quantized."""
         module = name.removesuffix(".weight")
-        if f"{module}.scales" not in self._files:
-            return self._get(name)
+        parts = [part for part in ("scales", "biases") if f"{module}.{part}" in self._files]
+        return {"weight": self._get(name)} | {part: self._get(f"{module}.{part}") for part in parts}
+
+    def value(self, name: str, stored: dict[str, Tensor]) -> Tensor:
+        """What the stored parts of a weight, or the same rows of all of them, stand for. UserError as `read`."""
+        module = name.removesuffix(".weight")
+        if "scales" not in stored:
+            return stored["weight"]
         try:
-            return self._dequantized(module, self.scheme(module))
+            return self._dequantized(stored, self.scheme(module))
         except (KeyError, ValueError) as error:
             raise UserError(f"{self.folder}: {module}: unusable quantized weight ({error}); export again") from None
 
-    def _dequantized(self, module: str, scheme: dict[str, Any]) -> Tensor:
+    @staticmethod
+    def _dequantized(stored: dict[str, Tensor], scheme: dict[str, Any]) -> Tensor:
         mode, bits, group_size = scheme["mode"], scheme["bits"], scheme["group_size"]
-        packed, scales = self._get(f"{module}.weight"), self._get(f"{module}.scales")
+        packed, scales = stored["weight"], stored["scales"]
         if mode == "affine":
-            return affine.dequantize(packed, scales, self._get(f"{module}.biases"), bits, group_size)
+            return affine.dequantize(packed, scales, stored["biases"], bits, group_size)
         form = floating.FORMATS[mode]
         if (bits, group_size) != (form.bits, form.group_size):
             raise ValueError(f"{mode} has {form.bits} bits in groups of {form.group_size}")
         return floating.dequantize(packed, scales, mode, torch.bfloat16)  # MLX's default, and exact
 
     def _get(self, name: str) -> Tensor:
-        return self._files[name].get_tensor(name)
+        # Mapped anew for each tensor: what was read and converted doesn't stay in memory beside what it became.
+        with safe_open(self._files[name], "pt") as file:
+            tensor: Tensor = file.get_tensor(name)
+        return tensor
 
     @property
     def label(self) -> str:
@@ -112,6 +128,19 @@ def eos_ids(config: dict[str, Any]) -> list[int]:
     return [eos] if isinstance(eos, int) else list(eos)
 
 
+class _StoredEmbedding(nn.Module):
+    """An embedding table that stays as it is stored, mapped from its file; rows are dequantized when they are asked
+    for."""
+
+    def __init__(self, stored: StoredTensors, name: str, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.parts, self.value, self.dtype = stored.stored(name), partial(stored.value, name), dtype
+
+    def forward(self, ids: Tensor) -> Tensor:
+        rows = self.value({part: tensor[ids.flatten()] for part, tensor in self.parts.items()})
+        return rows.to(self.dtype).unflatten(0, ids.shape)
+
+
 class _Projector(nn.Module):
     """Two linear layers with an exact GELU between them, under the artefact's names."""
 
@@ -126,7 +155,8 @@ class _Projector(nn.Module):
 def torch_language(folder: Path, dtype: str = "float32") -> tuple[TorchLanguage, TorchProjector]:
     """The language model and the projector on the CPU, computing in `dtype` with the artefact's own values.
 
-    Raises UserError with every missing, unexpected and misshapen tensor.
+    "float32" keeps the model as Transformers builds it, for proofs; "bfloat16" is for speed: matrices packed, the
+    embedding table as it is stored. Raises UserError with every missing, unexpected and misshapen tensor.
     """
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -153,8 +183,18 @@ def torch_language(folder: Path, dtype: str = "float32") -> tuple[TorchLanguage,
     expected: dict[str, tuple[nn.Module, str]] = {}
     for prefix, owner in ((contract.LANGUAGE_PREFIX, model), (contract.PROJECTOR_PREFIX, projector)):
         expected |= {prefix + name: (owner, name) for name, _ in owner.named_parameters()}
-    _fill(expected, stored, target)
-    model.tie_weights()
+    table = contract.LANGUAGE_PREFIX + "model.embed_tokens.weight"
+    packs = dtype == "bfloat16"
+    if packs:
+        if config["tie_word_embeddings"]:
+            expected[table] = (model, "lm_head.weight")
+        else:
+            expected.pop(table)
+        model.model.embed_tokens = _StoredEmbedding(stored, table, target)
+    with returned_buffers():
+        _fill(expected, stored, target, {table} - set(expected), model if packs else None)
+    if not packs:
+        model.tie_weights()
     rotary = model.model.rotary_emb
     model.model.rotary_emb = type(rotary)(config=text)  # its table is computed, not stored
     release = torch.__version__.split("+")[0]
@@ -164,9 +204,16 @@ def torch_language(folder: Path, dtype: str = "float32") -> tuple[TorchLanguage,
     return TorchLanguage(model, eos_ids(config), name), TorchProjector(projector, name)
 
 
-def _fill(expected: dict[str, tuple[nn.Module, str]], stored: StoredTensors, dtype: torch.dtype) -> None:
-    """Put each stored weight into its module, one after the other, so that no second copy of the model exists."""
-    names = stored.names()
+def _fill(
+    expected: dict[str, tuple[nn.Module, str]],
+    stored: StoredTensors,
+    dtype: torch.dtype,
+    ignored: set[str],
+    packs: nn.Module | None,
+) -> None:
+    """Put each stored weight into its module, one after the other, so that no second copy of the model exists; linear
+    layers of `packs` are packed on the way."""
+    names = stored.names() - ignored
     faults = [f"{name} is missing" for name in sorted(set(expected) - names)]
     faults += [f"{name} is unexpected" for name in sorted(names - set(expected))]
     for name in sorted(set(expected) & names):
@@ -175,13 +222,16 @@ def _fill(expected: dict[str, tuple[nn.Module, str]], stored: StoredTensors, dty
         if value.shape != shape:
             faults.append(f"{name} is {list(value.shape)}, expected {list(shape)}")
         elif not faults:
-            owner, _, leaf = path.rpartition(".")
-            setattr(module.get_submodule(owner), leaf, nn.Parameter(value.to(dtype), requires_grad=False))
+            path, _, leaf = path.rpartition(".")
+            owner = module.get_submodule(path)
+            setattr(owner, leaf, nn.Parameter(value.to(dtype), requires_grad=False))
+            if module is packs and isinstance(owner, nn.Linear) and not any(one.is_meta for one in owner.parameters()):
+                module.set_submodule(path, packed(owner))
     if faults:
         raise UserError(f"{stored.folder}: the weights are not this config.json's: {'; '.join(faults)}; export again")
 
 
-class MlxLanguage:
+class MlxLanguage(Language):
     """The text model that mlx-lm loads, as a `Language`; quantized weights stay quantized."""
 
     def __init__(self, model: Any, eos: list[int], name: str) -> None:
@@ -195,25 +245,20 @@ class MlxLanguage:
         """(1, T, H) float32 -> (1, T, V) float32."""
         return _to_numpy(self._head(self._hidden(embeds, None)))
 
-    def stream(
-        self,
-        embeds: np.ndarray,
-        max_new_tokens: int,
-        temperature: float = 0.0,
-        top_p: float | None = None,
-        seed: int | None = None,
-    ) -> Iterator[int]:
-        """Yield new token ids until an end token (not yielded) or `max_new_tokens`; greedy at temperature 0."""
+    def prefill(self, embeds: np.ndarray, past: Any = None) -> tuple[np.ndarray, Any]:
+        import mlx.core as mx
         from mlx_lm.models.cache import make_prompt_cache
 
-        draw, cache = Sampler(temperature, top_p, seed), make_prompt_cache(self.text)
-        for _ in range(max_new_tokens):
-            last = self._hidden(embeds, cache)[:, -1:]
-            token = draw(_to_numpy(self._head(last))[0, -1])
-            if token in self.eos_ids:
-                return
-            yield token
-            embeds = self.embed(np.array([[token]]))
+        cache = make_prompt_cache(self.text) if past is None else past
+        logits = self._head(self._hidden(embeds, cache)[:, -1:])
+        mx.eval(logits, [layer.state for layer in cache])
+        return _to_numpy(logits)[0, -1], cache
+
+    def rewind(self, past: Any, length: int) -> Any:
+        from mlx_lm.models.cache import trim_prompt_cache
+
+        trim_prompt_cache(past, past[0].offset - length)
+        return past
 
     def _hidden(self, embeds: np.ndarray, cache: Any) -> Any:
         dtype = self.text.model.embed_tokens(_to_mlx(np.zeros((1, 1), np.int32))).dtype  # what the app merges into

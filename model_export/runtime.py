@@ -10,11 +10,12 @@ import numpy as np
 from fastvlm import layouts
 from fastvlm.errors import UserError
 from fastvlm.preprocessing import read_preprocessor
-from fastvlm.surface import FastVLM
+from fastvlm.surface import FastVLM, Vision
 from model_export import artefact as manifest
-from model_export import contract, language, mil
-from model_export.config import LLM_RUNNERS, VISION_RUNNERS
+from model_export import contract, fastest, language, mil
+from model_export.config import COMPUTE_UNITS, COMPUTES, LLM_RUNNERS, VISION_RUNNERS
 from model_export.coreml import coremltools
+from model_export.mil import int8
 
 
 def load(
@@ -23,23 +24,31 @@ def load(
     llm: str = "auto",
     compute: str = "as-typed",
     resolution: int | None = None,
+    units: str | None = None,
 ) -> FastVLM:
     """The artefact as a `fastvlm.surface.FastVLM` (see there for methods, shapes and units).
 
     `vision`: "coreml" (macOS only), or "executor", which computes the saved program in PyTorch by the policy `compute`:
-    "as-typed" rounds to the program's float16 after every operation, "float32" does not. `llm`: "mlx" or "torch".
-    "strict-fp16" rounds inside composite operations as well. "auto" is Core ML and MLX on a Mac, the executor and
-    PyTorch elsewhere; each part's `.name` says what runs it. `resolution` is the side of the pictures in pixels, one of
-    those that the encoder was exported for; None is its native one.
+    "as-typed" rounds to the program's float16 after every operation, "float32" does not, "strict-fp16" rounds inside
+    composite operations as well: PyTorch's language model is in float32 beside them. "bfloat16" is both parts for
+    speed, "int8" that with 8-bit operands in most of the encoder, "auto" the faster of float32 and bfloat16, measured
+    now, threads too. `llm`: "mlx" or "torch". For both, "auto" is Core ML and MLX on a Mac, the executor and PyTorch
+    elsewhere; each part's `.name` says what runs it. `resolution` is the side of the pictures in pixels, one of those
+    that the encoder was exported for; None is its native one. `units`: Core ML's compute units; None: as exported.
 
     Raises UserError for an artefact that is not whole, a runner that does not exist here, or another resolution.
     """
     folder = Path(artefact).expanduser()
-    if vision not in VISION_RUNNERS or llm not in LLM_RUNNERS:
-        raise UserError(
-            f"--vision {vision} --llm {llm}: expected one of {', '.join(VISION_RUNNERS)},"
-            f" and one of {', '.join(LLM_RUNNERS)}"
-        )
+    for flag, value, known in (
+        ("--vision", vision, VISION_RUNNERS),
+        ("--llm", llm, LLM_RUNNERS),
+        ("--compute", compute, COMPUTES),
+        ("--compute-units", units, (None, *COMPUTE_UNITS)),
+    ):
+        if value not in known:
+            raise UserError(f"{flag} {value}: expected one of {', '.join(filter(None, known))}")
+    if compute == "int8" and not int8.AVAILABLE:
+        raise UserError("--compute int8: this processor or PyTorch has no 8-bit products (VNNI): use auto")
     on_mac = sys.platform == "darwin"
     if vision == "coreml" and not on_mac:
         raise UserError("--vision coreml: Core ML runs on macOS only: use --vision executor here")
@@ -51,8 +60,13 @@ def load(
     use_mlx = llm == "mlx" or (llm == "auto" and on_mac)
     config = language.read_config(folder)
     function = function_for(document, folder, resolution)
-    encoder = CoreMLVision(folder, document, function) if use_coreml else ExecutorVision(folder, compute, function)
-    speaker, projector = language.mlx_language(folder) if use_mlx else language.torch_language(folder)
+    if compute == "auto":
+        compute = "float32" if use_coreml and use_mlx else fastest.choose()
+    encoder: Vision = ExecutorVision(folder, compute, function)
+    if use_coreml:
+        encoder = CoreMLVision(folder, units or document["config"]["compute_units"], function)
+    dtype = "bfloat16" if compute in ("bfloat16", "int8") else "float32"
+    speaker, projector = language.mlx_language(folder) if use_mlx else language.torch_language(folder, dtype)
     image_token, preprocessor = config["image_token_index"], read_preprocessor(folder)
     return FastVLM(
         preprocessor=preprocessor if resolution is None else replace(preprocessor, image_size=resolution),
@@ -94,19 +108,28 @@ class ExecutorVision:
 
 
 class CoreMLVision:
-    """The saved Core ML program, run by Core ML with the compute units that the export recorded."""
+    """The saved Core ML program, run by Core ML with the given compute units.
 
-    def __init__(self, folder: Path, document: dict[str, Any], function: str | None = None) -> None:
-        ct = coremltools()
-        units, package = document["config"]["compute_units"], str(folder / contract.PACKAGE)
+    coremltools compiles the package at every load, which an app does once, when it is built.
+    """
+
+    def __init__(self, folder: Path, units: str, function: str | None = None) -> None:
+        ct, self.package = coremltools(), folder / contract.PACKAGE
+        chosen = {} if function is None else {"function_name": function}
         try:
-            self.model = ct.models.MLModel(
-                package, compute_units=getattr(ct.ComputeUnit, units), function_name=function
-            )
+            self.model = ct.models.MLModel(str(self.package), compute_units=getattr(ct.ComputeUnit, units), **chosen)
         except (RuntimeError, ValueError) as error:
-            raise UserError(f"{folder / contract.PACKAGE}: Core ML refuses it ({error})") from error
+            raise UserError(f"{self.package}: Core ML refuses it ({error})") from error
+        if getattr(self.model, "__proxy__", None) is None:  # a refusal by the framework is only warned of, and kept
+            reason = getattr(self.model, "_framework_error", None)
+            raise UserError(f"{self.package}: Core ML refuses it ({' '.join(str(reason).split())})")
         self.name = f"Core ML ({units})"
 
     def encode(self, pixel_values: np.ndarray) -> np.ndarray:
         """(1, 3, S, S) float32 -> (1, N, C) float32."""
-        return np.asarray(self.model.predict({contract.INPUT: pixel_values})[contract.OUTPUT], dtype=np.float32)
+        pixels = np.require(pixel_values, np.float32, ["C", "W"])  # the binding refuses read-only arrays
+        try:
+            features = self.model.predict({contract.INPUT: pixels})[contract.OUTPUT]
+        except Exception as error:  # coremltools raises plain ones
+            raise UserError(f"{self.package}: Core ML: {' '.join(str(error).split())}") from error
+        return np.asarray(features, dtype=np.float32)

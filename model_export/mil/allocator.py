@@ -28,12 +28,26 @@ def _libc() -> Any:
 @contextmanager
 def kept_buffers() -> Iterator[None]:
     """On glibc, keep freed memory for reuse inside the block; elsewhere do nothing."""
+    with _settings({_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: 2**31 - 1}):
+        yield
+
+
+@contextmanager
+def returned_buffers() -> Iterator[None]:
+    """On glibc, give freed memory back at once inside the block, so that what weights are made from doesn't stay beside
+    them; elsewhere do nothing."""
+    with _settings({_M_MMAP_THRESHOLD: 1 << 18}):
+        yield
+
+
+@contextmanager
+def _settings(values: dict[int, int]) -> Iterator[None]:
     libc = _libc()
     if libc is None:
         yield
         return
-    libc.mallopt(_M_MMAP_MAX, 0)
-    libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+    for parameter, value in values.items():
+        libc.mallopt(parameter, value)
     try:
         yield
     finally:

@@ -1,12 +1,15 @@
 """MIL element types in torch, and the compute policies.
 
-The executor computes in float32. A policy says what becomes of a value whose MIL type is fp16:
+A policy says in what the executor computes, and what becomes of a value whose MIL type is fp16:
 
 - "as-typed": every operation's result is rounded to fp16 (storage fp16, accumulation fp32). The value is held as a
   float32 tensor that contains only fp16 numbers, so that no kernel has to convert its operands.
 - "strict-fp16": besides, an operation that a simple engine has to compose from others (layer_norm, softmax, ...) is
   computed as that chain, each intermediate rounded; a square above 65504 is infinite. Sums are still in float32.
 - "float32": never rounded; what the graph means.
+- "bfloat16": held and computed in bfloat16 (sums in float32), with activations inside the operation before them: for
+  speed where the processor has bfloat16 instructions, proving nothing.
+- "int8": the same with 8-bit operands in 1 x 1 convolutions, which are nine tenths of FastViTHD.
 
 An operation whose MIL type is fp32 is computed in float32, undivided, in all of them.
 """
@@ -24,11 +27,24 @@ class Policy:
     """How a run treats what has MIL type fp16.
 
     rounds: results are rounded to it. decomposes: so are the intermediates of composite operations.
+    half: the torch type that holds it. fuses: an operation may take in the activation that follows it.
+    int8: 1 x 1 convolutions have 8-bit operands (`int8.py`).
     """
 
     name: str
     rounds: bool
     decomposes: bool = False
+    half: torch.dtype = torch.float32
+    fuses: bool = False
+    int8: bool = False
+
+    def holds(self, dtype: str) -> torch.dtype:
+        """The torch type in which values of this MIL type are held while running."""
+        if dtype == "bool":
+            return torch.bool
+        if dtype in FLOATS:
+            return {"fp16": self.half, "fp64": torch.float64}.get(dtype, torch.float32)
+        return torch.int64 if dtype in ("int64", "uint32", "uint64") else torch.int32
 
 
 POLICIES = {
@@ -37,6 +53,8 @@ POLICIES = {
         Policy("as-typed", rounds=True),
         Policy("strict-fp16", rounds=True, decomposes=True),
         Policy("float32", rounds=False),
+        Policy("bfloat16", rounds=False, half=torch.bfloat16, fuses=True),
+        Policy("int8", rounds=False, half=torch.bfloat16, fuses=True, int8=True),
     )
 }
 
@@ -66,12 +84,3 @@ NUMPY = {
     "int32": np.int32, "int64": np.int64, "uint8": np.uint8, "uint16": np.uint16, "uint32": np.uint32,
     "uint64": np.uint64,
 }  # fmt: skip
-
-
-def compute_dtype(dtype: str) -> torch.dtype:
-    """The torch type in which values of this MIL type are held while running."""
-    if dtype == "bool":
-        return torch.bool
-    if dtype in FLOATS:
-        return torch.float64 if dtype == "fp64" else torch.float32
-    return torch.int64 if dtype in ("int64", "uint32", "uint64") else torch.int32

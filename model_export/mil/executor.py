@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from .allocator import kept_buffers
-from .dtypes import NUMPY, POLICIES, STORAGE, compute_dtype
+from .allocator import kept_buffers, returned_buffers
+from .dtypes import NUMPY, POLICIES, STORAGE, Policy
 from .plan import Step, make_plan
 from .program import Function, MILError, Operation, Program, TensorType
 from .reader import read_package
@@ -43,7 +43,8 @@ class MILExecutor:
             listed = ", ".join(f"{key!r} is of type {kind}" for key, kind in others.items())
             raise MILError(f"{program.path}: function {name!r}: {listed}: expected multi-arrays")
         self.inputs = _checked_types(program, self.function)
-        self._plan = make_plan(program, self.function, self.policy)
+        with returned_buffers():
+            self._plan = make_plan(program, self.function, self.policy)
         self.outputs = self._checked_outputs()
         self.operations = tuple(step.operation for step in self._plan.steps)
 
@@ -55,8 +56,9 @@ class MILExecutor:
     def run(self, inputs: Mapping[str, np.ndarray], watch: Watch | None = None) -> dict[str, np.ndarray]:
         """Like predict. `watch(operation, outputs)` sees every non-constant operation right after it ran.
 
-        The outputs are {name: tensor}: floats as float32, unless under "float32" holding the numbers of their MIL type.
-        Watching changes no number; it takes longer and more memory, since nothing is written over.
+        The outputs are {name: tensor}: floats as the policy holds them, rounded to their MIL type where it rounds.
+        Watching changes no number, except where the policy fuses; it takes longer and more memory, since nothing is
+        written over.
         """
         values: dict[str, torch.Tensor] = {**self._plan.constants, **self._input_tensors(inputs)}
         steps = self._plan.steps if watch is not None else self._plan.merged
@@ -85,7 +87,7 @@ class MILExecutor:
                     f"input {name!r}: {array.dtype}[{shape}], expected {type} ({NUMPY[type.dtype].__name__})"
                 )
             # Negative strides and read-only arrays are unknown to torch.
-            tensors[name] = torch.tensor(np.ascontiguousarray(array)).to(compute_dtype(type.dtype))
+            tensors[name] = torch.tensor(np.ascontiguousarray(array)).to(self.policy.holds(type.dtype))
         return tensors
 
     def _run_step(self, step: Step, values: Mapping[str, torch.Tensor], keep: bool) -> dict[str, torch.Tensor]:
@@ -104,7 +106,7 @@ class MILExecutor:
             results = tuple(result) if isinstance(result, (tuple, list)) else (result,)
             outputs = dict(zip(step.names, results, strict=True))
             for (name, tensor), type in zip(outputs.items(), step.types):
-                _check(step.operation, name, tensor, type)
+                _check(step.operation, name, tensor, type, self.policy)
                 if step.then or (step.rounds and type.dtype == "fp16"):
                     outputs[name] = _finish(tensor.clone() if kernel.view else tensor, step)
         except (RuntimeError, TypeError, ValueError, IndexError) as error:
@@ -165,8 +167,8 @@ def _value(argument: Any, values: Mapping[str, torch.Tensor]) -> Any:
     return values[argument] if isinstance(argument, str) else argument
 
 
-def _check(operation: Operation, name: str, tensor: torch.Tensor, type: TensorType) -> None:
-    if not type.accepts(tuple(tensor.shape)) or tensor.dtype != compute_dtype(type.dtype):
+def _check(operation: Operation, name: str, tensor: torch.Tensor, type: TensorType, policy: Policy) -> None:
+    if not type.accepts(tuple(tensor.shape)) or tensor.dtype != policy.holds(type.dtype):
         shape = ", ".join(map(str, tensor.shape))
         came = f"{tensor.dtype}[{shape}]".removeprefix("torch.")
         raise MILError(f"operation {operation.name!r} ({operation.type}): {name!r} came out as {came}, declared {type}")

@@ -24,20 +24,21 @@ def conv2d(
     dilations: Sequence[int],
     groups: int,
     shape: Sequence[int],
-) -> Callable[[torch.Tensor], torch.Tensor]:
-    """A 2-D convolution of float32 (N, C, H, W) inputs of this shape; the result is in channels-last memory."""
+) -> Callable[[torch.Tensor, str], torch.Tensor]:
+    """A 2-D convolution of (N, C, H, W) inputs of this shape, in float32 or bfloat16, and an activation ("none",
+    "relu", "gelu") on the sums before they are rounded; the result is in channels-last memory."""
     weight = weight.contiguous(memory_format=torch.channels_last)
     settings = (list(padding), list(strides), list(dilations), groups)
     packed = torch.ops.mkldnn._reorder_convolution_weight(weight, *settings, list(shape))
 
-    def run(x: torch.Tensor) -> torch.Tensor:
+    def run(x: torch.Tensor, activation: str) -> torch.Tensor:
         x = x.contiguous(memory_format=torch.channels_last)
-        return torch.ops.mkldnn._convolution_pointwise(x, packed, bias, *settings, "none", [], "none")
+        return torch.ops.mkldnn._convolution_pointwise(x, packed, bias, *settings, activation, [], "none")
 
     return run
 
 
 def linear(weight: torch.Tensor, bias: torch.Tensor | None, rows: int) -> Callable[[torch.Tensor], torch.Tensor]:
-    """x (..., I) @ weight (O, I) transposed + bias, in float32, for inputs of `rows` rows in all."""
+    """x (..., I) @ weight (O, I) transposed + bias, in float32 or bfloat16, for inputs of `rows` rows in all."""
     packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), rows)
     return lambda x: torch.ops.mkldnn._linear_pointwise(x.contiguous(), packed, bias, "none", [], "none")

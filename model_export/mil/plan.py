@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
+from . import int8
 from . import ops as ops  # registers the operations
 from .blob import WeightFile
-from .dtypes import STORAGE, Policy, compute_dtype
+from .dtypes import STORAGE, Policy
 from .program import BlobRef, Constant, Function, MILError, Operation, Program, TensorType
 from .registry import OPSETS, Kernel, Node, Unsupported, lookup
 
@@ -112,7 +114,10 @@ def make_plan(program: Program, function: Function, policy: Policy) -> Plan:
     _refuse_unsupported(where, function, faults)
     outputs = function.block.outputs
     finished = _with_lifetimes(steps, [item.name for item in function.inputs], outputs)
-    return Plan(tuple(finished), tuple(_merged(finished, outputs)), _constant_outputs(outputs, types, constants))
+    merged = _merged(finished, outputs)
+    if policy.fuses:
+        merged = [_fused(step) for step in (_paired(merged, outputs) if policy.int8 else merged)]
+    return Plan(tuple(finished), tuple(merged), _constant_outputs(outputs, types, constants, policy))
 
 
 def _refuse_unsupported(where: str, function: Function, faults: Mapping[str, str]) -> None:
@@ -184,13 +189,13 @@ def _last_uses(function: Function) -> dict[int, list[str]]:
 
 
 def _constant_outputs(
-    outputs: tuple[str, ...], types: Mapping[str, TensorType | None], constants: _Constants
+    outputs: tuple[str, ...], types: Mapping[str, TensorType | None], constants: _Constants, policy: Policy
 ) -> dict[str, torch.Tensor]:
     found = {}
     for name in outputs:
         value, type = constants.get(name), types.get(name)
         if isinstance(value, torch.Tensor) and type is not None:
-            found[name] = value.to(compute_dtype(type.dtype))
+            found[name] = value.to(policy.holds(type.dtype))
     return found
 
 
@@ -256,3 +261,33 @@ def _merged(steps: list[Step], outputs: tuple[str, ...]) -> list[Step]:
         if len(step.names) == 1 and not step.kernel.view:
             position[step.names[0]] = home
     return merged
+
+
+def _paired(steps: list[Step], outputs: tuple[str, ...]) -> list[Step]:
+    """The steps with each two layers of 8-bit operands that only an activation stands between made one."""
+    reads = Counter(name for step in steps for name in _values(step))
+    reader = {name: step for step in steps for name in _values(step)}
+    taken: set[str] = set()
+    paired: list[Step] = []
+    for step in steps:
+        if step.names[0] in taken:
+            continue
+        hidden = step.then[-1].names[0] if step.then else step.names[0]
+        after, activation = reader.get(hidden), step.then[0].kernel.activation if len(step.then) == 1 else None
+        first, second = step.kernel.pointwise, after.kernel.pointwise if after is not None else None
+        if first and second and after and activation and reads[hidden] == 1 and hidden not in outputs:
+            taken.add(after.names[0])
+            kernel = replace(after.kernel, run=int8.pair(first, second, activation), args=step.kernel.args)
+            step = replace(after, kernel=kernel, frees=(*step.frees, *after.frees))
+        paired.append(step)
+    return paired
+
+
+def _fused(step: Step) -> Step:
+    """The step with the first of the operations that follow done inside its kernel, if that one can."""
+    activation = step.then[0].kernel.activation if step.then else None
+    if activation is None or step.kernel.fused is None:
+        return step
+    inside, *rest = step.then
+    kernel = replace(step.kernel, run=step.kernel.fused(activation), fused=None)
+    return replace(step, kernel=kernel, names=inside.names, types=inside.types, then=tuple(rest))

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from .dtypes import Policy, compute_dtype
+from .dtypes import Policy
+from .int8 import Int8Linear
 from .program import Constant, Operation, TensorType
 
 # coremltools' names of the opsets of iOS 15, 16, 17 and 18, oldest first.
@@ -33,6 +34,9 @@ class Kernel:
     exact: results are fp16 whenever the arguments are, so that rounding them is a no-op.
     view: the result may share memory with the first argument.
     inplace: the same as `run`, over the first argument (which has the result's shape and type).
+    fused: `run` with an operation that follows done inside, by that one's `activation`.
+    activation: what an operation of one argument is called in `fused`.
+    pointwise: the layer, where the operation is a 1 x 1 convolution of 8-bit operands.
     """
 
     run: Callable[..., Any]
@@ -40,6 +44,9 @@ class Kernel:
     exact: bool = False
     view: bool = False
     inplace: Callable[..., Any] | None = None
+    fused: Callable[[str], Callable[..., Any]] | None = None
+    activation: str | None = None
+    pointwise: Int8Linear | None = None
 
 
 @dataclass(frozen=True)
@@ -118,7 +125,7 @@ class Node:
         value = self.raw(key)
         if not isinstance(value, torch.Tensor):
             return None
-        return value.to(compute_dtype(self.type_of(key).dtype))
+        return value.to(self.policy.holds(self.type_of(key).dtype))
 
     def operand(self, key: str) -> Argument:
         """A tensor argument for a Kernel: a constant, a value's name, or None when it is not given."""
@@ -133,7 +140,7 @@ class Node:
             value = self.constants(binding) if isinstance(binding, str) else self.load(binding)
             dtype = self.types.get(binding) if isinstance(binding, str) else binding.type
             if isinstance(value, torch.Tensor) and dtype is not None:
-                found.append(value.to(compute_dtype(dtype.dtype)))
+                found.append(value.to(self.policy.holds(dtype.dtype)))
             elif isinstance(binding, str):
                 found.append(binding)
             else:
@@ -147,12 +154,14 @@ class Node:
         exact: bool = False,
         view: bool = False,
         inplace: Callable[..., Any] | None = None,
+        fused: Callable[[str], Callable[..., Any]] | None = None,
+        activation: str | None = None,
     ) -> Kernel:
         """A Kernel whose arguments are these parameters; the first is required."""
         args = tuple(self.operand(key) for key in keys)
         if args[0] is None:
             raise Unsupported(f"{keys[0]} is missing")
-        return Kernel(run, args, exact, view, inplace)
+        return Kernel(run, args, exact, view, inplace, fused, activation)
 
 
 Builder = Callable[[Node], Kernel]

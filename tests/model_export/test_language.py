@@ -240,3 +240,26 @@ def test_what_is_no_artefact(artefact, tmp_path, tiny_fast_vlm):
     (tmp_path / "out/multi_modal_projector.safetensors").write_bytes(b"\x10")
     with pytest.raises(UserError, match="not a readable safetensors file"):
         torch_language(tmp_path / "out")
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("name", ["fp16", "int4", "floats"])
+def test_bfloat16_for_speed_is_the_same_model(name, tied, artefact):
+    exact, fast = (torch_language(artefact(name, tied), dtype)[0] for dtype in ("float32", "bfloat16"))
+    embeds = exact.embed(IDS)  # the table stays as it is stored; its rows are those of the whole table
+    assert np.array_equal(fast.embed(IDS), torch.from_numpy(embeds).bfloat16().float().numpy())
+    logits = fast.prefill(embeds)[0]
+    assert 0 < relative(logits, exact.prefill(embeds)[0]) < 0.05
+    assert relative(fast.prefill(embeds[:, ::-1].copy())[0], logits) > 0.05
+
+
+@pytest.mark.parametrize("load", [torch_language, mlx_language])
+def test_a_cache_rewound_and_prefilled_again_is_a_prefill_of_the_whole(load, artefact):
+    language, _ = load(artefact("float32"))
+    embeds = language.embed(IDS)
+    whole, _ = language.prefill(embeds)
+    logits, past = language.prefill(embeds[:, :20])
+    assert relative(logits, language.logits(embeds)[0, 19]) < 1e-5
+    assert relative(language.prefill(embeds[:, 20:], past)[0], whole) < 1e-5
+    assert relative(language.prefill(embeds[:, 12:], language.rewind(past, 12))[0], whole) < 1e-5
+    assert relative(language.prefill(embeds[:, 12:], language.rewind(past, 11))[0], whole) > 1e-3

@@ -7,9 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks import mac_check, mac_report
 from fastvlm.cli import run
 from model_export import contract, mac, mil
 from model_export.__main__ import build_parser
+from model_export.config import COMPUTE_UNITS
 
 
 def test_elsewhere_it_says_why_it_was_skipped_and_what_it_would_establish(
@@ -31,15 +33,47 @@ def test_agreement_is_judged(tiny_artefact: Path) -> None:
     def predict(function: str, unit: str, pixels: np.ndarray) -> np.ndarray:
         features = executor.predict({contract.INPUT: pixels})[contract.OUTPUT]
         if unit == "CPU_AND_GPU":
-            raise RuntimeError("no such device\nmore")
+            raise Exception("{\n    reason = no such device;\n}")  # as coremltools words a framework's error
         return features * 1.2 if unit == "CPU_AND_NE" else features
 
     found = {check["unit"]: check for check in mac.compare(package, program, predict)}
     assert found["CPU_ONLY"]["passed"] and found["CPU_ONLY"]["snr_db"] > 45
-    assert found["CPU_AND_GPU"]["fault"] == "does not load or run (no such device)"
+    assert found["CPU_AND_GPU"]["fault"] == "does not load or run ({; reason = no such device;; })"
     assert not found["CPU_AND_NE"]["passed"] and found["CPU_AND_NE"]["snr_db"] < 20
     nan = mac.compare(package, program, lambda *_: np.full((1, 4, 256), np.nan, np.float32))
-    assert [check["fault"] for check in nan] == ["gives NaN or infinity"] * 3
+    assert [check["fault"] for check in nan] == ["gives NaN or infinity"] * len(COMPUTE_UNITS)
+
+
+def test_features_that_are_equal_are_judged_and_fit_into_json(tiny_artefact: Path) -> None:
+    package = tiny_artefact / contract.PACKAGE
+    program = mil.read_package(package)
+    executor = mil.MILExecutor(program, "float32", contract.MAIN)
+    [found] = mac.compare(
+        package, program, lambda *a: executor.predict({contract.INPUT: a[2]})[contract.OUTPUT], ["ALL"]
+    )
+    assert found["passed"] and json.loads(json.dumps(found, allow_nan=False)) == found
+
+
+def test_mac_reports_table_reads_what_mac_and_audit_say(tiny_artefact: Path) -> None:
+    """Their own documents, with a stand-in for Core ML, hold its requirements; each spoilt once does not."""
+    package = tiny_artefact / contract.PACKAGE
+    program, executor = mil.read_package(package), mil.load(package)
+    known = {one.name: one for one in mac_report.load()}
+
+    def fault(name: str, document: dict) -> str | None:
+        return mac_check.judge(known[name], mac_check.Done(1.0, None, "", "", document))
+
+    checks = mac.compare(
+        package, program, lambda *a: executor.predict({contract.INPUT: a[2]})[contract.OUTPUT], ["ALL"]
+    )
+    good = {"status": "run", "checks": checks, "passed": True}
+    assert fault("coreml-ALL", good) is None
+    for bad in ({"checks": []}, {"checks": [{**checks[0], "passed": False}]}, {"status": "skipped"}):
+        assert str(next(iter(bad))) in str(fault("coreml-ALL", good | bad))
+    args = build_parser().parse_args(["audit", str(package)])
+    audited = args.run(args) | {"compute_plan": {"status": "read", "operations": [{}], "devices": {"neural engine": 1}}}
+    assert fault("placement", audited) is None
+    assert "compute_plan.status" in str(fault("placement", audited | {"compute_plan": {"status": "failed"}}))
 
 
 @pytest.mark.skipif(sys.platform != "darwin", reason="Core ML runs on macOS only")

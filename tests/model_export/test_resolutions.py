@@ -199,11 +199,11 @@ def test_resolution_that_was_not_exported_is_refused(several: Path, tiny_artefac
 def test_generate_at_a_resolution(several: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Image.linear_gradient("L").save(tmp_path / "picture.png")
     command = ["generate", "--model", str(several), "--prompt", "What?", "--image-file", str(tmp_path / "picture.png")]
-    command += ["--max-new-tokens", "3", "--vision", "executor", "--llm", "torch", "--json"]
+    command += ["--max-new-tokens", "3", "--vision", "executor", "--llm", "torch", "--compute", "as-typed", "--json"]
     answers = {}
     for resolution in (64, 192):
         assert run(build_parser, [*command, "--resolution", str(resolution)]) == 0
-        answers[resolution] = json.loads(capsys.readouterr().out.splitlines()[-1])["answer"]
+        answers[resolution] = json.loads(capsys.readouterr().out.splitlines()[-1])["answers"][0]
         model = runtime.load(several, "executor", "torch", resolution=resolution)
         assert answers[resolution] == model.generate("What?", tmp_path / "picture.png", 3)
     assert run(build_parser, [*command, "--resolution", "256"]) == 2

@@ -14,7 +14,7 @@ from fastvlm.errors import UserError
 from fastvlm.surface import FastVLM
 from model_export import contract, mil, runtime
 from model_export.__main__ import build_parser
-from model_export.config import ExportConfig
+from model_export.config import VISION_RUNNERS, ExportConfig
 from model_export.export import export, plan
 
 
@@ -96,7 +96,8 @@ def test_executor_policy_is_chosen_and_named(tiny_artefact: Path, portable: Fast
 
 @pytest.mark.parametrize(("vision", "llm"), [("gpu", "auto"), ("auto", "coreml"), ("", "torch")])
 def test_unknown_runner_is_refused(tiny_artefact: Path, vision: str, llm: str) -> None:
-    with pytest.raises(UserError, match="auto, coreml, executor"):
+    expected = "auto, coreml, executor" if vision not in VISION_RUNNERS else "auto, mlx, torch"
+    with pytest.raises(UserError, match=expected):
         runtime.load(tiny_artefact, vision=vision, llm=llm)
 
 
@@ -131,7 +132,16 @@ def test_generate_streams_and_says_what_ran(
 ) -> None:
     picture.save(tmp_path / "picture.png")
     command = ["generate", "--model", str(tiny_artefact), "--prompt", "What is it?", "--max-new-tokens", "3"]
-    command += ["--image-file", str(tmp_path / "picture.png"), "--vision", "executor", "--llm", "torch"]
+    command += [
+        "--image-file",
+        str(tmp_path / "picture.png"),
+        "--vision",
+        "executor",
+        "--llm",
+        "torch",
+        "--compute",
+        "as-typed",
+    ]
     assert run(build_parser, command) == 0
     greedy = capsys.readouterr()
     assert "vision: MIL executor" in greedy.err and "language: PyTorch" in greedy.err

@@ -30,7 +30,8 @@ def plain(node: Node) -> Kernel:
     function, inplace, exact = _PLAIN[node.operation.type]
     if node.decomposes and node.operation.type == "softplus":
         return node.kernel(_strict.softplus, "x", exact=True)
-    return node.kernel(function, "x", exact=exact, inplace=inplace)
+    activation = "relu" if node.operation.type == "relu" else None
+    return node.kernel(function, "x", exact=exact, inplace=inplace, activation=activation)
 
 
 @mil_op("gelu")
@@ -43,7 +44,8 @@ def gelu(node: Node) -> Kernel:
     if approximate is None:
         raise Unsupported(f"mode {mode!r}")
     inplace = partial(torch.ops.aten.gelu_, approximate=approximate)
-    return node.kernel(partial(F.gelu, approximate=approximate), "x", inplace=inplace)
+    activation = "gelu" if approximate == "none" else None
+    return node.kernel(partial(F.gelu, approximate=approximate), "x", inplace=inplace, activation=activation)
 
 
 @mil_op("softmax")

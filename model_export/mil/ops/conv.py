@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from .. import onednn
+from .. import int8, onednn
+from ..program import TensorType
 from ..registry import Kernel, Node, Unsupported, mil_op
 from ._windows import pad_spatial, padding
 
@@ -45,8 +47,15 @@ def conv(node: Node) -> Kernel:
     constant = weight is not None and (bias is not None or not node.has("bias"))
     if onednn.AVAILABLE and constant and weight is not None and spatial == 2 and len(static) == 4:
         padded = (*static[:2], *(size if symmetric else size + b + a for size, b, a in zip(static[2:], before, after)))
+        if node.policy.int8 and int8.AVAILABLE and _is_pointwise(weight, groups, static, node.type):
+            layer = int8.Int8Linear(weight.flatten(1), bias, static[0] * static[2] * static[3])
+            return replace(node.kernel(int8.pointwise(layer), "x"), pointwise=layer)
         packed = onednn.conv2d(weight, bias, strides, inner, dilations, groups, padded)
-        return node.kernel(packed if symmetric else lambda x: packed(pad_spatial(x, before, after)), "x")
+
+        def with_activation(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
+            return lambda x: packed(x if symmetric else pad_spatial(x, before, after), name)
+
+        return node.kernel(with_activation("none"), "x", fused=with_activation)
 
     function = _CONV[spatial]
 
@@ -55,6 +64,12 @@ def conv(node: Node) -> Kernel:
         return function(x, weight, bias, strides, inner, dilations, groups)
 
     return node.kernel(run, "x", "weight", "bias")
+
+
+def _is_pointwise(weight: torch.Tensor, groups: int, shape: tuple[int, ...], result: TensorType) -> bool:
+    """Whether each pixel gives one, by itself. A single pixel gains nothing from 8 bits, and may gate all others."""
+    alone = weight.shape[2:] == (1, 1) and groups == 1 and result.shape[2:] == shape[2:]
+    return alone and shape[2] * shape[3] > 1
 
 
 @mil_op("conv_transpose")

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from ..dtypes import STORAGE, compute_dtype
+from ..dtypes import STORAGE
 from ..registry import Kernel, Node, Unsupported, mil_op
 from ..rounding import round_fp16
 
@@ -82,7 +82,7 @@ def cast(node: Node) -> Kernel:
     target = node.const("dtype")
     if target not in STORAGE or target != node.type.dtype:
         raise Unsupported(f"a cast to {target!r} with a result of type {node.type.dtype}")
-    storage, compute = STORAGE[target], compute_dtype(target)
+    storage, compute = STORAGE[target], node.policy.holds(target)
     if storage.is_floating_point:
         return node.kernel(lambda x: x.to(compute), "x", view=True)
     return node.kernel(lambda x: x.to(storage).to(compute), "x", view=True)

@@ -18,7 +18,7 @@ def linear(node: Node) -> Kernel:
     leading = [size for size in node.type_of("x").shape[:-1] if size is not None]
     constant = weight is not None and (bias is not None or not node.has("bias"))
     static = len(leading) == node.rank("x") - 1
-    if onednn.AVAILABLE and constant and static and weight is not None and weight.dtype == torch.float32:
+    if onednn.AVAILABLE and constant and static and weight is not None and weight.is_floating_point():
         return node.kernel(onednn.linear(weight, bias, math.prod(leading)), "x")
     return node.kernel(F.linear, "x", "weight", "bias")
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from ..dtypes import compute_dtype
 from ..registry import Kernel, Node, Unsupported, mil_op
 
 
@@ -71,7 +70,7 @@ def tile(node: Node) -> Kernel:
 
 @mil_op("fill")
 def fill(node: Node) -> Kernel:
-    shape, value, dtype = node.const("shape"), node.const("value", 0.0), compute_dtype(node.type.dtype)
+    shape, value, dtype = node.const("shape"), node.const("value", 0.0), node.policy.holds(node.type.dtype)
     return Kernel(lambda: torch.full(tuple(shape), value, dtype=dtype), (), exact=True)
 
 

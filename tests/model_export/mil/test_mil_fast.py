@@ -1,0 +1,131 @@
+"""The policies for speed: what 8-bit operands and bfloat16 compute, against NumPy in float64."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from model_export import mil
+from model_export.mil import int8, plan
+
+needs_int8 = pytest.mark.skipif(not int8.AVAILABLE, reason="this processor or PyTorch has no 8-bit products (VNNI)")
+
+
+def snr_db(expected: np.ndarray, actual: np.ndarray) -> float:
+    return float(10 * np.log10((expected**2).sum() / ((expected - actual) ** 2).sum()))
+
+
+def gelu(x: np.ndarray) -> np.ndarray:
+    from scipy.special import erf
+
+    return x / 2 * (1 + erf(x / np.sqrt(2)))
+
+
+@given(low=st.floats(-1e4, 1e4), width=st.floats(1e-3, 1e4), seed=st.integers(0, 1000))
+@settings(max_examples=40, deadline=None)
+def test_quantized_holds_every_value_to_half_a_step_and_zero_exactly(low: float, width: float, seed: int) -> None:
+    x = torch.from_numpy(np.random.default_rng(seed).uniform(low, low + width, 200).astype(np.float32))
+    found = int8.Quantized.of(x)
+    assert found.data.dtype == torch.uint8 and 0 <= found.zero <= 255
+    held = (found.data.numpy().astype(np.float64) - found.zero) * found.scale
+    assert np.abs(held - x.numpy()).max() <= 0.5001 * found.scale + 1e-6 * np.abs(x.numpy()).max()
+    span = max(float(x.max()), 0.0) - min(float(x.min()), 0.0)
+    assert found.scale == pytest.approx(span / 255, rel=1e-5)
+
+
+@needs_int8
+@pytest.mark.parametrize("activation", ["none", "gelu"])
+def test_a_layer_computes_with_the_rounded_operands(activation: str) -> None:
+    rng = np.random.default_rng(0)
+    weight, bias = rng.standard_normal((48, 32)), rng.standard_normal(48)
+    weight *= rng.uniform(0.1, 10, (48, 1))  # each output has a scale of its own
+    layer = int8.Int8Linear(torch.from_numpy(weight), torch.from_numpy(bias), 20)
+    x = int8.Quantized.of(torch.from_numpy(rng.standard_normal((20, 32)).astype(np.float32)))
+    scales = np.abs(weight).max(1) / 127
+    exact = (x.data.numpy().astype(np.float64) - x.zero) * x.scale @ (np.rint(weight / scales[:, None]).T * scales)
+    exact = exact + bias if activation == "none" else gelu(exact + bias)
+    np.testing.assert_allclose(layer(x, activation).float().numpy(), exact, rtol=2**-8, atol=1e-3)
+    to_8_bit = layer(x, activation, int8.span(exact.min(), exact.max()))
+    scale, zero = int8.span(exact.min(), exact.max())
+    np.testing.assert_allclose((to_8_bit.numpy().astype(float) - zero) * scale, exact, atol=0.51 * scale)
+
+
+@needs_int8
+def test_a_pair_is_two_layers_with_an_activation_between() -> None:
+    rng = np.random.default_rng(1)
+    first, second = rng.standard_normal((64, 16)) / 4, rng.standard_normal((16, 64)) / 8
+    shape = (1, 16, 24, 24)
+    x = torch.from_numpy(rng.standard_normal(shape).astype(np.float32)).bfloat16()
+    x = x.contiguous(memory_format=torch.channels_last)
+    layers = [int8.Int8Linear(torch.from_numpy(weight), None, 24 * 24) for weight in (first, second)]
+    rows = x.permute(0, 2, 3, 1).reshape(-1, 16).double().numpy()
+    expected = (gelu(rows @ first.T) @ second.T).reshape(1, 24, 24, 16).transpose(0, 3, 1, 2)
+    result = int8.pair(*layers, "gelu")(x)
+    assert result.shape == shape and result.is_contiguous(memory_format=torch.channels_last)
+    assert snr_db(expected, result.double().numpy()) > 30
+    without = (rows @ first.T @ second.T).reshape(1, 24, 24, 16).transpose(0, 3, 1, 2)
+    assert snr_db(without, result.double().numpy()) < 10
+
+
+@pytest.fixture(scope="module")
+def pixels() -> np.ndarray:
+    return np.random.default_rng(3).random((1, 3, 128, 128), dtype=np.float32)
+
+
+@pytest.mark.parametrize("compute, least", [("bfloat16", 30), pytest.param("int8", 20, marks=needs_int8)])
+def test_a_saved_encoder_keeps_its_features(
+    tiny_artefact: Path, pixels: np.ndarray, compute: str, least: float
+) -> None:
+    package = tiny_artefact / "fastvithd.mlpackage"
+    exact = mil.load(package, "float32").predict({"images": pixels})["image_features"]
+    fast = mil.load(package, compute)
+    found = fast.predict({"images": pixels})["image_features"]
+    assert found.dtype == np.float32 and least < snr_db(exact, found) < 60
+    np.testing.assert_array_equal(found, fast.predict({"images": pixels})["image_features"])
+    other = mil.load(package, compute).predict({"images": pixels[..., ::-1].copy()})["image_features"]
+    assert snr_db(exact, other) < 15
+
+
+@needs_int8
+def test_layers_of_the_mlps_are_paired(tiny_artefact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paired: list[str] = []
+    pair = int8.pair
+    monkeypatch.setattr(plan.int8, "pair", lambda *given: (paired.append(given[2]), pair(*given))[1])
+    program = mil.read_package(tiny_artefact / "fastvithd.mlpackage")
+    executor = mil.MILExecutor(program, "int8")
+    blocks = {name for name in (step.operation.name for step in executor._plan.steps) if "gelu" in name}
+    assert 5 <= len(paired) < len(blocks) and set(paired) == {"gelu"}  # the stem's and the downsamplings' aren't pairs
+    before = len(paired)
+    mil.MILExecutor(program, "bfloat16")
+    assert len(paired) == before
+
+
+@needs_int8
+@pytest.mark.parametrize("change", [{"pad": [1, 1, 1, 1]}, {"strides": [2, 2]}, {"groups": 2}, {}])
+def test_only_plain_1_x_1_convolutions_have_8_bit_operands(
+    change: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import coremltools as ct
+    from coremltools.converters.mil import Builder as mb
+
+    rng = np.random.default_rng(2)
+    weight = rng.standard_normal((8, 8 // change.get("groups", 1), 1, 1)).astype(np.float32)
+
+    @mb.program(input_specs=[mb.TensorSpec((1, 8, 6, 6))], opset_version=ct.target.iOS17)
+    def program(x):
+        padding = {"pad_type": "custom"} if "pad" in change else {}
+        return mb.conv(x=x, weight=weight, name="y", **padding, **change)
+
+    ct.convert(program, minimum_deployment_target=ct.target.iOS17, skip_model_load=True).save(
+        str(tmp_path / "m.mlpackage")
+    )
+    made = []
+    pointwise = int8.pointwise
+    monkeypatch.setattr(int8, "pointwise", lambda *given: (made.append(given), pointwise(*given))[1])
+    x = {"x": rng.standard_normal((1, 8, 6, 6)).astype(np.float32)}
+    exact = mil.load(tmp_path / "m.mlpackage", "float32").predict(x)["y"]
+    found = mil.load(tmp_path / "m.mlpackage", "int8").predict(x)["y"]
+    assert bool(made) == (not change) and snr_db(exact, found) > 30
