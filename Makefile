@@ -9,7 +9,7 @@ READY    = $(VENV)/.ready
 EXTRA   ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup export parity verify audit ranges recipes sweep demo bench-export bench-encoder bench-quantization test lint clean
+.PHONY: help setup export parity verify audit ranges recipes sweep demo bench bench-export bench-encoder bench-quantization mac-report test lint clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -48,6 +48,9 @@ sweep: $(READY) ## Export and measure many recipes of MODEL; the page says which
 demo: $(READY) ## Draw pictures, ask the demo checkpoint, show the answers
 	@$(RUN) fastvlm demo $(EXTRA)
 
+bench: $(READY) ## Time to first token of MODEL and of what was exported, side by side, with the page
+	@$(RUN) benchmarks ttft --checkpoint "$(MODEL)" --output build/ttft.html --save build/ttft.json $(EXTRA)
+
 bench-export: $(READY) ## Measure the export, the executor and the answers against their bars
 	@$(RUN) benchmarks export $(EXTRA)
 
@@ -56,6 +59,9 @@ bench-encoder: $(READY) ## Measure range, graph, resolutions and compression of 
 
 bench-quantization: $(READY) ## Measure conversion beside the peers, calibration and sweeps against their bars
 	@$(RUN) benchmarks quantization $(EXTRA)
+
+mac-report: $(READY) ## Verify on this Mac what only a Mac can, and write one page
+	@$(RUN) benchmarks mac-report $(EXTRA)
 
 lint: $(READY) ## Format, lint and type checks
 	@$(VENV)/bin/ruff format --check --quiet .

@@ -21,7 +21,7 @@ class Session:
     prompt begins like the one before. A second question on the same picture prefills its own tokens only.
 
     The answers are `FastVLM.generate`'s but for rounding: a matrix product of few rows rounds otherwise than one of
-    many. Not to be used from two threads at a time.
+    many. One answer at a time: beginning another ends the one before.
     """
 
     def __init__(self, model: FastVLM) -> None:
@@ -29,6 +29,7 @@ class Session:
         self._pictures: OrderedDict[str, np.ndarray] = OrderedDict()
         self._keys: list[int | str] = []  # what the KV cache holds: token ids, and a picture's hash for each of its own
         self._past: Any = None
+        self._prompts = 0  # read so far
 
     def picture(self, image: Any) -> tuple[str, np.ndarray]:
         """A picture's hash and its embeddings (1, N, H), from memory if it was seen before."""
@@ -55,8 +56,11 @@ class Session:
         known = min(_common(keys, self._keys), len(keys) - 1)  # the last position's logits are asked for
         past = model.language.rewind(self._past, known) if known else None
         self._keys, self._past = [], None  # half of a prefill would be no cache
-        embeds = model.merge(prompt, embeddings)
-        logits, self._past = model.language.prefill(embeds[:, known:], past)
+        rest = ids[known:]
+        text = model.image_token_id not in rest  # then the pictures' embeddings aren't needed again
+        embeds = model.language.embed(np.array([rest])) if text else model.merge(prompt, embeddings)[:, known:]
+        self._prompts += 1
+        logits, self._past = model.language.prefill(embeds, past)
         self._keys = keys
         return logits, len(keys) - known
 
@@ -72,7 +76,13 @@ class Session:
         """As `FastVLM.stream`."""
         draw = Sampler(temperature, top_p, seed)
         logits, _ = self.prefill(prompt, image)
-        yield from self.model.decode(self.model.language.decode(logits, self._past, max_new_tokens, draw))
+        yield from self.model.decode(self._tokens(self.model.language.decode(logits, self._past, max_new_tokens, draw)))
+
+    def _tokens(self, tokens: Iterator[int]) -> Iterator[int]:
+        """The tokens as long as no other prompt has taken the KV cache."""
+        prompts = self._prompts
+        while self._prompts == prompts and (token := next(tokens, None)) is not None:
+            yield token
 
     def generate(self, prompt: str, image: Any = None, max_new_tokens: int = 256, **sampling: Any) -> str:
         """As `FastVLM.generate`."""

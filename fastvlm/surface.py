@@ -294,6 +294,8 @@ def from_model(model: Any, checkpoint: Any, preprocessor: Preprocessor, name: st
         language = Qwen2ForCausalLM(model.config.text_config)
     language.model, language.lm_head = model.model.language_model, model.lm_head  # the same modules, no copy
     language.eval()
+    # As Transformers loads it: of a frozen bfloat16 matrix, PyTorch's matmul makes a copy to multiply one position by.
+    language.lm_head.requires_grad_(True)
     tokenizer = checkpoint.tokenizer()
     eos = eos_ids(tokenizer, model.config.text_config.eos_token_id)
     return FastVLM(

@@ -57,11 +57,15 @@ def read(
     if process.returncode:
         last = _last_line(process.stderr)
         return _failed(f"the process {_how_it_ended(process.returncode)}" + (f": {last}" if last else ""))
+    # The compiler's own output, buffered in C, may come behind ours.
+    printed = [line for line in process.stdout.decode(errors="replace").splitlines() if line.startswith("{")]
     try:
-        operations = json.loads(_last_line(process.stdout))["operations"]
+        operations = json.loads(printed[-1])["operations"]
         devices = Counter(str(operation["preferred"]) for operation in operations)
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, IndexError):
         return _failed(f"the process printed no plan, but {_last_line(process.stdout)[:80]!r}")
+    if not operations:
+        return _failed("it places no operation")
     return {"status": "read", "operations": operations, "devices": dict(sorted(devices.items()))}
 
 

@@ -70,6 +70,23 @@ class StoredTensors:
         parts = [part for part in ("scales", "biases") if f"{module}.{part}" in self._files]
         return {"weight": self._get(name)} | {part: self._get(f"{module}.{part}") for part in parts}
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of the weight's values, without reading them. UserError if its parts contradict each other."""
+        module, parts = name.removesuffix(".weight"), self.stored(name)
+        if "scales" not in parts:
+            return tuple(parts["weight"].shape)
+        try:
+            scheme, (rows, words) = self.scheme(module), parts["weight"].shape
+            columns = words * 32 // scheme["bits"]
+            if parts["scales"].shape != (rows, columns // scheme["group_size"]):
+                raise ValueError(f"{list(parts['scales'].shape)} scales of {[rows, columns]} values")
+        except (KeyError, ValueError) as error:
+            raise self._unusable(module, error) from None
+        return rows, columns
+
+    def _unusable(self, module: str, error: Exception) -> UserError:
+        return UserError(f"{self.folder}: {module}: unusable quantized weight ({error}); export again")
+
     def value(self, name: str, stored: dict[str, Tensor]) -> Tensor:
         """What the stored parts of a weight, or the same rows of all of them, stand for. UserError as `read`."""
         module = name.removesuffix(".weight")
@@ -78,7 +95,7 @@ class StoredTensors:
         try:
             return self._dequantized(stored, self.scheme(module))
         except (KeyError, ValueError) as error:
-            raise UserError(f"{self.folder}: {module}: unusable quantized weight ({error}); export again") from None
+            raise self._unusable(module, error) from None
 
     @staticmethod
     def _dequantized(stored: dict[str, Tensor], scheme: dict[str, Any]) -> Tensor:
@@ -135,6 +152,7 @@ class _StoredEmbedding(nn.Module):
     def __init__(self, stored: StoredTensors, name: str, dtype: torch.dtype) -> None:
         super().__init__()
         self.parts, self.value, self.dtype = stored.stored(name), partial(stored.value, name), dtype
+        self(torch.zeros(1, dtype=torch.int64))  # refused now, if its parts contradict each other
 
     def forward(self, ids: Tensor) -> Tensor:
         rows = self.value({part: tensor[ids.flatten()] for part, tensor in self.parts.items()})
@@ -183,16 +201,9 @@ def torch_language(folder: Path, dtype: str = "float32") -> tuple[TorchLanguage,
     expected: dict[str, tuple[nn.Module, str]] = {}
     for prefix, owner in ((contract.LANGUAGE_PREFIX, model), (contract.PROJECTOR_PREFIX, projector)):
         expected |= {prefix + name: (owner, name) for name, _ in owner.named_parameters()}
-    table = contract.LANGUAGE_PREFIX + "model.embed_tokens.weight"
     packs = dtype == "bfloat16"
-    if packs:
-        if config["tie_word_embeddings"]:
-            expected[table] = (model, "lm_head.weight")
-        else:
-            expected.pop(table)
-        model.model.embed_tokens = _StoredEmbedding(stored, table, target)
     with returned_buffers():
-        _fill(expected, stored, target, {table} - set(expected), model if packs else None)
+        _fill(expected, stored, target, model if packs else None)
     if not packs:
         model.tie_weights()
     rotary = model.model.rotary_emb
@@ -205,28 +216,30 @@ def torch_language(folder: Path, dtype: str = "float32") -> tuple[TorchLanguage,
 
 
 def _fill(
-    expected: dict[str, tuple[nn.Module, str]],
-    stored: StoredTensors,
-    dtype: torch.dtype,
-    ignored: set[str],
-    packs: nn.Module | None,
+    expected: dict[str, tuple[nn.Module, str]], stored: StoredTensors, dtype: torch.dtype, packs: nn.Module | None
 ) -> None:
-    """Put each stored weight into its module, one after the other, so that no second copy of the model exists; linear
-    layers of `packs` are packed on the way."""
-    names = stored.names() - ignored
+    """Put each stored weight into its module, one after the other, so that no second copy of the model exists; in
+    `packs`, pack linear layers on the way and leave the embedding table where it is."""
+    names = stored.names()
     faults = [f"{name} is missing" for name in sorted(set(expected) - names)]
     faults += [f"{name} is unexpected" for name in sorted(names - set(expected))]
     for name in sorted(set(expected) & names):
         module, path = expected[name]
-        shape, value = module.get_parameter(path).shape, stored.read(name)
-        if value.shape != shape:
-            faults.append(f"{name} is {list(value.shape)}, expected {list(shape)}")
-        elif not faults:
-            path, _, leaf = path.rpartition(".")
-            owner = module.get_submodule(path)
-            setattr(owner, leaf, nn.Parameter(value.to(dtype), requires_grad=False))
-            if module is packs and isinstance(owner, nn.Linear) and not any(one.is_meta for one in owner.parameters()):
-                module.set_submodule(path, packed(owner))
+        shape, got = module.get_parameter(path).shape, stored.shape(name)
+        if got != tuple(shape):
+            faults.append(f"{name} is {list(got)}, expected {list(shape)}")
+        if faults:
+            continue
+        path, _, leaf = path.rpartition(".")
+        owner = module.get_submodule(path)
+        if module is packs and isinstance(owner, nn.Embedding):
+            module.set_submodule(path, _StoredEmbedding(stored, name, dtype))
+            if not stored.config["tie_word_embeddings"]:
+                continue
+            path, owner = "lm_head", module.get_submodule("lm_head")
+        setattr(owner, leaf, nn.Parameter(stored.read(name).to(dtype), requires_grad=False))
+        if module is packs and isinstance(owner, nn.Linear) and not any(one.is_meta for one in owner.parameters()):
+            module.set_submodule(path, packed(owner))
     if faults:
         raise UserError(f"{stored.folder}: the weights are not this config.json's: {'; '.join(faults)}; export again")
 

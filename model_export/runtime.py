@@ -58,13 +58,19 @@ def load(
         raise UserError(f"{folder}: holds only part of a model (no {', '.join(absent)}): export with `all`")
     use_coreml = vision == "coreml" or (vision == "auto" and on_mac)
     use_mlx = llm == "mlx" or (llm == "auto" and on_mac)
+    if units and not use_coreml:
+        raise UserError(f"--compute-units {units}: the executor runs the encoder, not Core ML: leave it out")
+    if compute not in ("auto", "as-typed") and use_coreml and use_mlx:
+        raise UserError(f"--compute {compute}: Core ML and MLX run this model: use --vision executor or --llm torch")
     config = language.read_config(folder)
     function = function_for(document, folder, resolution)
     if compute == "auto":
         compute = "float32" if use_coreml and use_mlx else fastest.choose()
-    encoder: Vision = ExecutorVision(folder, compute, function)
+    encoder: Vision
     if use_coreml:
         encoder = CoreMLVision(folder, units or document["config"]["compute_units"], function)
+    else:
+        encoder = ExecutorVision(folder, compute, function)
     dtype = "bfloat16" if compute in ("bfloat16", "int8") else "float32"
     speaker, projector = language.mlx_language(folder) if use_mlx else language.torch_language(folder, dtype)
     image_token, preprocessor = config["image_token_index"], read_preprocessor(folder)

@@ -2,7 +2,7 @@
 
 Weights are int8 with a scale for each output. What goes in is uint8 by its own range, measured at every run, so that
 any program runs without a calibration; what an activation gives inside a pair of layers is never written in more than
-8 bits: its range is that of a sample of the rows.
+8 bits where there are many rows: its range is that of a sample of them.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 
 AVAILABLE: bool = torch.cpu._is_vnni_supported() and hasattr(torch.ops.onednn, "qlinear_pointwise")
-# Every 17th row (a prime: no column of the picture is looked at more than others) decides the range of all; what lies
-# a little above it is still held.
-_SAMPLE, _MARGIN = 17, 1.1
+# Of many rows every 17th (a prime: no column of the picture is looked at more than others) decides the range of all;
+# what lies a little above it is still held.
+_MANY, _SAMPLE, _MARGIN = 2048, 17, 1.1
 Run = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -32,7 +32,10 @@ class Quantized:
         """With the scale that its own smallest and largest values ask for; zero is always among them."""
         low, high = (float(bound) for bound in x.aminmax())
         scale, zero = span(low, high)
-        return cls(torch.quantize_per_tensor(x.float(), scale, zero, torch.quint8).int_repr(), scale, zero)
+        rounded = torch.quantize_per_tensor(x.float(), scale, zero, torch.quint8)
+        # `int_repr` would copy it, on one thread.
+        data = torch.empty(0, dtype=torch.uint8).set_(rounded.untyped_storage(), 0, rounded.shape, rounded.stride())
+        return cls(data, scale, zero)
 
 
 def span(low: float, high: float) -> tuple[float, int]:
@@ -58,18 +61,16 @@ class Int8Linear:
         self.packed = torch.ops.onednn.qlinear_prepack(rounded, [rows, weight.shape[1]])
         self.bias = None if bias is None else bias.float()
 
-    def __call__(
-        self, x: Quantized, activation: str = "none", target: tuple[float, int] | None = None, bias: bool = True
-    ) -> torch.Tensor:
-        """(rows, O) bfloat16, or uint8 by the scale and zero point `target`. `bias`: whether it is added."""
+    def __call__(self, x: Quantized, activation: str = "none", target: tuple[float, int] | None = None) -> torch.Tensor:
+        """(rows, O) bfloat16, or uint8 by the scale and zero point `target`."""
         to = (1.0, 0, torch.bfloat16) if target is None else (*target, torch.uint8)
-        weights = (self.packed, self.scales, self.zeros, self.bias if bias else None)
+        weights = (self.packed, self.scales, self.zeros, self.bias)
         return torch.ops.onednn.qlinear_pointwise(x.data, x.scale, x.zero, *weights, *to, activation, [], "none")
 
 
-def pointwise(layer: Int8Linear, activation: str = "none") -> Run:
+def pointwise(layer: Int8Linear) -> Run:
     """A 1 x 1 convolution of (N, C, H, W) bfloat16."""
-    return lambda x: _picture(layer(Quantized.of(_rows(x)), activation), x)
+    return lambda x: _picture(layer(Quantized.of(_rows(x))), x)
 
 
 def pair(first: Int8Linear, second: Int8Linear, activation: str) -> Run:
@@ -77,6 +78,8 @@ def pair(first: Int8Linear, second: Int8Linear, activation: str) -> Run:
 
     def run(x: torch.Tensor) -> torch.Tensor:
         rows = Quantized.of(_rows(x))
+        if len(rows.data) < _MANY:
+            return _picture(second(Quantized.of(first(rows, activation))), x)
         sample = first(Quantized(rows.data[::_SAMPLE].contiguous(), rows.scale, rows.zero), activation)
         low, high = (float(bound) for bound in sample.aminmax())
         scale, zero = span(low * _MARGIN, high * _MARGIN)

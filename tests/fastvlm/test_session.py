@@ -82,6 +82,14 @@ def test_an_abandoned_answer_and_a_broken_prefill_leave_no_trace(
     assert asked.generate(QUESTIONS[2], pictures[0], 40) == demo_model.generate(QUESTIONS[2], pictures[0], 40)
 
 
+def test_beginning_another_answer_ends_the_one_before(demo_model: FastVLM, pictures: list[Image.Image]) -> None:
+    asked = Session(demo_model)
+    first = asked.stream(QUESTIONS[1], pictures[0], 40)
+    begun = next(first)
+    assert asked.generate(QUESTIONS[2], pictures[0], 40) == demo_model.generate(QUESTIONS[2], pictures[0], 40)
+    assert demo_model.generate(QUESTIONS[1], pictures[0], 40).startswith(begun) and list(first) == []
+
+
 def test_pictures_are_known_by_their_content(
     demo_model: FastVLM, pictures: list[Image.Image], encoded: list[np.ndarray], tmp_path: Path
 ) -> None:

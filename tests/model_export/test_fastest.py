@@ -19,7 +19,8 @@ def test_the_same_model_for_speed(tiny_artefact: Path, compute: str) -> None:
         pytest.skip("this processor or PyTorch has no 8-bit products (VNNI)")
     exact, fast = (runtime.load(tiny_artefact, "executor", "torch", how) for how in ("as-typed", compute))
     assert fast.runners["vision"] == f"MIL executor ({compute})" and "bfloat16" in fast.runners["language"]
-    expected, found = exact.logits(PROMPT), fast.logits(PROMPT)
+    picture = np.random.default_rng(1).integers(0, 256, (90, 90, 3), dtype=np.uint8)
+    expected, found = exact.logits(PROMPT, picture), fast.logits(PROMPT, picture)
     assert 0 < np.abs(expected - found).max() < 0.1 * np.abs(expected).max()
 
 
@@ -56,3 +57,11 @@ def test_int8_is_refused_where_it_cannot_run(tiny_artefact: Path, monkeypatch: p
     monkeypatch.setattr(int8, "AVAILABLE", False)
     with pytest.raises(UserError, match=r"--compute int8: .*VNNI"):
         runtime.load(tiny_artefact, "executor", "torch", "int8")
+
+
+@pytest.mark.parametrize(
+    "options, named", [({"units": "ALL"}, "--compute-units ALL"), ({"units": "TPU"}, "CPU_AND_NE")]
+)
+def test_what_would_do_nothing_is_refused(tiny_artefact: Path, options: dict, named: str) -> None:
+    with pytest.raises(UserError, match=named):
+        runtime.load(tiny_artefact, "executor", "torch", **options)

@@ -54,19 +54,23 @@ def test_a_layer_computes_with_the_rounded_operands(activation: str) -> None:
 
 
 @needs_int8
-def test_a_pair_is_two_layers_with_an_activation_between() -> None:
+@pytest.mark.parametrize("side", [4, 64])
+def test_a_pair_is_two_layers_with_an_activation_between(side: int) -> None:
     rng = np.random.default_rng(1)
     first, second = rng.standard_normal((64, 16)) / 4, rng.standard_normal((16, 64)) / 8
-    shape = (1, 16, 24, 24)
-    x = torch.from_numpy(rng.standard_normal(shape).astype(np.float32)).bfloat16()
+    shape = (1, 16, side, side)
+    values = rng.standard_normal(shape).astype(np.float32)
+    if side == 4:
+        values[..., 1, 2] *= 8  # of few pixels, every one decides the range
+    x = torch.from_numpy(values).bfloat16()
     x = x.contiguous(memory_format=torch.channels_last)
-    layers = [int8.Int8Linear(torch.from_numpy(weight), None, 24 * 24) for weight in (first, second)]
+    layers = [int8.Int8Linear(torch.from_numpy(weight), None, side * side) for weight in (first, second)]
     rows = x.permute(0, 2, 3, 1).reshape(-1, 16).double().numpy()
-    expected = (gelu(rows @ first.T) @ second.T).reshape(1, 24, 24, 16).transpose(0, 3, 1, 2)
+    expected = (gelu(rows @ first.T) @ second.T).reshape(1, side, side, 16).transpose(0, 3, 1, 2)
     result = int8.pair(*layers, "gelu")(x)
     assert result.shape == shape and result.is_contiguous(memory_format=torch.channels_last)
-    assert snr_db(expected, result.double().numpy()) > 30
-    without = (rows @ first.T @ second.T).reshape(1, 24, 24, 16).transpose(0, 3, 1, 2)
+    assert snr_db(expected, result.double().numpy()) > 25
+    without = (rows @ first.T @ second.T).reshape(1, side, side, 16).transpose(0, 3, 1, 2)
     assert snr_db(without, result.double().numpy()) < 10
 
 
