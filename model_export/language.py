@@ -174,11 +174,13 @@ def torch_language(folder: Path, dtype: str = "float32") -> tuple[TorchLanguage,
     """The language model and the projector on the CPU, computing in `dtype` with the artefact's own values.
 
     "float32" keeps the model as Transformers builds it, for proofs; "bfloat16" is for speed: matrices packed, the
-    embedding table as it is stored. Raises UserError with every missing, unexpected and misshapen tensor.
+    embedding table as it is stored; "int8" is that with 8-bit operands for the vocabulary's logits.
+
+    Raises UserError with every missing, unexpected and misshapen tensor.
     """
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    stored, target = StoredTensors(Path(folder)), torch_dtype(dtype)
+    stored = StoredTensors(Path(folder))
     config = stored.config
     fields = (
         "vocab_size",
@@ -201,26 +203,27 @@ def torch_language(folder: Path, dtype: str = "float32") -> tuple[TorchLanguage,
     expected: dict[str, tuple[nn.Module, str]] = {}
     for prefix, owner in ((contract.LANGUAGE_PREFIX, model), (contract.PROJECTOR_PREFIX, projector)):
         expected |= {prefix + name: (owner, name) for name, _ in owner.named_parameters()}
-    packs = dtype == "bfloat16"
+    packs = dtype in ("bfloat16", "int8")
     with returned_buffers():
-        _fill(expected, stored, target, model if packs else None)
+        _fill(expected, stored, dtype, model if packs else None)
     if not packs:
         model.tie_weights()
     rotary = model.model.rotary_emb
     model.model.rotary_emb = type(rotary)(config=text)  # its table is computed, not stored
     release = torch.__version__.split("+")[0]
-    name = f"PyTorch {release} CPU {dtype} over MLX {stored.label} tensors"
+    computed = "bfloat16, int8 logits" if dtype == "int8" else dtype
+    name = f"PyTorch {release} CPU {computed} over MLX {stored.label} tensors"
     for module in (model, projector):
         module.eval().requires_grad_(False)
     return TorchLanguage(model, eos_ids(config), name), TorchProjector(projector, name)
 
 
 def _fill(
-    expected: dict[str, tuple[nn.Module, str]], stored: StoredTensors, dtype: torch.dtype, packs: nn.Module | None
+    expected: dict[str, tuple[nn.Module, str]], stored: StoredTensors, dtype: str, packs: nn.Module | None
 ) -> None:
     """Put each stored weight into its module, one after the other, so that no second copy of the model exists; in
     `packs`, pack linear layers on the way and leave the embedding table where it is."""
-    names = stored.names()
+    names, target = stored.names(), torch_dtype("bfloat16" if dtype == "int8" else dtype)
     faults = [f"{name} is missing" for name in sorted(set(expected) - names)]
     faults += [f"{name} is unexpected" for name in sorted(names - set(expected))]
     for name in sorted(set(expected) & names):
@@ -233,13 +236,13 @@ def _fill(
         path, _, leaf = path.rpartition(".")
         owner = module.get_submodule(path)
         if module is packs and isinstance(owner, nn.Embedding):
-            module.set_submodule(path, _StoredEmbedding(stored, name, dtype))
+            module.set_submodule(path, _StoredEmbedding(stored, name, target))
             if not stored.config["tie_word_embeddings"]:
                 continue
             path, owner = "lm_head", module.get_submodule("lm_head")
-        setattr(owner, leaf, nn.Parameter(stored.read(name).to(dtype), requires_grad=False))
+        setattr(owner, leaf, nn.Parameter(stored.read(name).to(target), requires_grad=False))
         if module is packs and isinstance(owner, nn.Linear) and not any(one.is_meta for one in owner.parameters()):
-            module.set_submodule(path, packed(owner))
+            module.set_submodule(path, packed(owner, dtype if path == "lm_head" else "bfloat16"))
     if faults:
         raise UserError(f"{stored.folder}: the weights are not this config.json's: {'; '.join(faults)}; export again")
 

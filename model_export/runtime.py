@@ -31,10 +31,11 @@ def load(
     `vision`: "coreml" (macOS only), or "executor", which computes the saved program in PyTorch by the policy `compute`:
     "as-typed" rounds to the program's float16 after every operation, "float32" does not, "strict-fp16" rounds inside
     composite operations as well: PyTorch's language model is in float32 beside them. "bfloat16" is both parts for
-    speed, "int8" that with 8-bit operands in most of the encoder, "auto" the faster of float32 and bfloat16, measured
-    now, threads too. `llm`: "mlx" or "torch". For both, "auto" is Core ML and MLX on a Mac, the executor and PyTorch
-    elsewhere; each part's `.name` says what runs it. `resolution` is the side of the pictures in pixels, one of those
-    that the encoder was exported for; None is its native one. `units`: Core ML's compute units; None: as exported.
+    speed, "int8" that with 8-bit operands in most of the encoder and for the logits, "auto" the faster of float32 and
+    bfloat16, measured now, threads too. `llm`: "mlx" or "torch". For both, "auto" is Core ML and MLX on a Mac, the
+    executor and PyTorch elsewhere; each part's `.name` says what runs it. `resolution` is the side of the pictures in
+    pixels, one of those that the encoder was exported for; None is its native one. `units`: Core ML's compute units;
+    None: as exported.
 
     Raises UserError for an artefact that is not whole, a runner that does not exist here, or another resolution.
     """
@@ -71,7 +72,7 @@ def load(
         encoder = CoreMLVision(folder, units or document["config"]["compute_units"], function)
     else:
         encoder = ExecutorVision(folder, compute, function)
-    dtype = "bfloat16" if compute in ("bfloat16", "int8") else "float32"
+    dtype = compute if compute in ("bfloat16", "int8") else "float32"
     speaker, projector = language.mlx_language(folder) if use_mlx else language.torch_language(folder, dtype)
     image_token, preprocessor = config["image_token_index"], read_preprocessor(folder)
     return FastVLM(

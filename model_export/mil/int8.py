@@ -16,6 +16,7 @@ AVAILABLE: bool = torch.cpu._is_vnni_supported() and hasattr(torch.ops.onednn, "
 # Of many rows every 17th (a prime: no column of the picture is looked at more than others) decides the range of all;
 # what lies a little above it is still held.
 _MANY, _SAMPLE, _MARGIN = 2048, 17, 1.1
+_ROWS = 4096  # of a weight are rounded at a time
 Run = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -54,10 +55,11 @@ class Int8Linear:
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, rows: int) -> None:
         """`rows`: of the inputs that it will mostly see."""
-        weight = weight.float()
-        self.scales = (weight.abs().amax(1) / 127).clamp_(min=torch.finfo(torch.float32).tiny)
+        largest = torch.linalg.vector_norm(weight, float("inf"), dim=1).float()
+        self.scales = (largest / 127).clamp_(min=torch.finfo(torch.float32).tiny)
         self.zeros = torch.zeros(len(weight), dtype=torch.int64)
-        rounded = (weight / self.scales[:, None]).round_().to(torch.int8)
+        parts = zip(weight.split(_ROWS), self.scales.split(_ROWS))  # a vocabulary's matrix is not to be held in float32
+        rounded = torch.cat([(part / scales[:, None]).round_().to(torch.int8) for part, scales in parts])
         self.packed = torch.ops.onednn.qlinear_prepack(rounded, [rows, weight.shape[1]])
         self.bias = None if bias is None else bias.float()
 
