@@ -1,4 +1,4 @@
-"""`python -m benchmarks parity | export | encoder`."""
+"""`python -m benchmarks parity | export | encoder | estimate | quantization | ttft | mac-report | peers`."""
 
 import argparse
 import shlex
@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import encoder, environment, export, quantization
+from benchmarks import encoder, environment, estimate, export, mac_report, peers, quantization, ttft
 from benchmarks.pictures import LIMIT
 from fastvlm.cli import Parser, add_common, log, progress, run
 from model_export.config import LLM_RUNNERS, VISION_RUNNERS
@@ -25,7 +25,11 @@ def build_parser() -> argparse.ArgumentParser:
     _add_parity(subparsers)
     export.add_parser(subparsers)
     encoder.add_parser(subparsers)
+    estimate.add_parser(subparsers)
     quantization.add_parser(subparsers)
+    ttft.add_parser(subparsers)
+    mac_report.add_parser(subparsers)
+    peers.add_parser(subparsers)
     return parser
 
 

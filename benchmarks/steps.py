@@ -17,11 +17,11 @@ from fastvlm.cli import progress, quiet_libraries
 ROUNDS = 5  # timed runs of each side, interleaved, after one warm-up
 
 
-def synthetic(target: str) -> dict[str, float]:
-    """Write the random checkpoint of the real shape."""
+def synthetic(target: str, shape: str = "0.5b") -> dict[str, float]:
+    """Write the random checkpoint of a real shape."""
     from fastvlm.synthetic import write_checkpoint
 
-    write_checkpoint(target, shape="0.5b", dtype="float16")
+    write_checkpoint(target, shape=shape, dtype="float16")
     return {}
 
 

@@ -160,9 +160,9 @@ def step(module: str, name: str, *arguments: object) -> list[str]:
     return [sys.executable, "-m", f"benchmarks.{module}", name, *map(str, arguments)]
 
 
-def synthetic(store: Path) -> Path:
-    """A checkpoint of the real 0.5B shape with random weights, made once."""
-    target = store / "synthetic-0.5b"
+def synthetic(store: Path, shape: str = "0.5b") -> Path:
+    """A checkpoint of a real shape with random weights, made once."""
+    target = store / f"synthetic-{shape}"
     if not target.is_dir():
-        run_step("writing a random checkpoint of the real shape", step("steps", "synthetic", target))
+        run_step("writing a random checkpoint of the real shape", step("steps", "synthetic", target, shape))
     return target

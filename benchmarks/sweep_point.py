@@ -7,7 +7,6 @@ As a program (`python -m benchmarks.sweep_point JOB`) it is one export in a proc
 import errno
 import fcntl
 import hashlib
-import itertools
 import json
 import os
 import statistics
@@ -22,6 +21,7 @@ from typing import Any
 
 from benchmarks import environment, evaluate
 from benchmarks.measure import ROOT
+from benchmarks.ttft_runner import STAGES, one_round, totals
 from fastvlm.cli import one_line, quiet_libraries
 from fastvlm.conversations import Sample
 from fastvlm.errors import CheckFailed, UserError
@@ -57,22 +57,20 @@ def measure(point: sweep.Point, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def first_token(model: Any, samples: Sequence[Sample]) -> dict[str, float]:
     """Medians in seconds of encoding, projection and prefill, and of their sum, for the first picture's question."""
+    from benchmarks.ttft_models import ModelRunner
+
     asked = next((sample for sample in samples if sample.image is not None), None)
     if asked is None or asked.image is None:
         return {}
-    stages: list[list[float]] = []
-    pixels, start = model.preprocess(asked.image()), time.perf_counter()
-    while len(stages) <= TIMED or (len(stages) <= TIMED_MOST and time.perf_counter() - start < TIMED_SECONDS):
-        clock = [time.perf_counter()]
-        features = model.encode_image(pixels)
-        clock.append(time.perf_counter())
-        projected = model.project(features)
-        clock.append(time.perf_counter())
-        next(iter(model.language.stream(model.merge(asked.question, [projected]), 1)), None)
-        clock.append(time.perf_counter())
-        stages.append([b - a for a, b in itertools.pairwise(clock)] + [clock[-1] - clock[0]])
-    medians = [statistics.median(times) for times in zip(*stages[1:])]  # the first one warms up
-    return dict(zip(("ttft_encode_s", "ttft_project_s", "ttft_prefill_s", "ttft_s"), medians))
+    question = {"prompt": asked.question, "question": asked.question, "tokens": 0}
+    stages = ModelRunner(model, asked.image(), question, {}).stages()[: STAGES.index("prefill") + 1]
+    rounds: list[dict[str, float]] = []
+    start = time.perf_counter()
+    while len(rounds) <= TIMED or (len(rounds) <= TIMED_MOST and time.perf_counter() - start < TIMED_SECONDS):
+        spent, _ = one_round(stages, {}, {})
+        rounds.append({**spent, **totals(spent)})
+    keys = {"encode": "ttft_encode_s", "project": "ttft_project_s", "prefill": "ttft_prefill_s", "ttft_paper": "ttft_s"}
+    return {key: statistics.median(one[stage] for one in rounds[1:]) for stage, key in keys.items()}  # after a warm-up
 
 
 def identity() -> dict[str, Any]:

@@ -74,6 +74,9 @@ class FakeLanguage:
         before = np.roll(embeds, 1, axis=1)
         return (np.tanh(embeds + 0.8 * before + np.cumsum(embeds, axis=1) / steps) @ self.head).astype(np.float32)
 
+    def prefill(self, embeds, past=None):
+        return self.logits(embeds)[0, -1], past
+
     def stream(self, embeds, max_new_tokens, temperature=0.0, top_p=None, seed=None):
         for _ in range(min(max_new_tokens, 12)):
             token = int(self.logits(embeds)[0, -1].argmax())

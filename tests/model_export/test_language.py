@@ -162,7 +162,7 @@ def test_other_dtypes_and_sampling(artefact):
     for dtype in ("bfloat16", "float16"):
         assert relative(torch_language(folder, dtype)[0].logits(embeds), reference) < 5e-2
     with pytest.raises(UserError, match="unknown dtype"):
-        torch_language(folder, "int8")
+        torch_language(folder, "int9")
     language, _ = mlx_language(folder)
     first = list(language.stream(embeds, 8, temperature=1.0, top_p=0.9, seed=3))
     assert first == list(language.stream(embeds, 8, temperature=1.0, top_p=0.9, seed=3))

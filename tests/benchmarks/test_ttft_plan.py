@@ -1,0 +1,259 @@
+"""What a run measures: runners by name, prompts of a length, the same weights for all; and a whole run end to end."""
+
+import json
+
+import pytest
+import ttft_documents
+from html_page import Page
+
+from benchmarks import __main__ as command
+from benchmarks import peers, ttft, ttft_plan
+from benchmarks.suite import DEMO
+from benchmarks.ttft_document import load_document
+from benchmarks.ttft_runner import DELAY, STAGES
+from fastvlm import prompt
+from fastvlm.cli import run
+from fastvlm.errors import UserError
+from model_export import export
+from model_export.artefact import read_manifest
+from model_export.config import ExportConfig
+from quantization.recipe import load_recipe
+
+
+@pytest.fixture(scope="module")
+def demo_artefact(tmp_path_factory):
+    target = tmp_path_factory.mktemp("ttft") / "demo"
+    export.export(export.plan(ExportConfig(checkpoint=DEMO, output_dir=target)))
+    return target
+
+
+NAMES = [
+    "fp16/executor-auto",
+    "fp16/executor-as-typed",
+    "int4/executor-auto",
+    "transformers-cpu",
+    "transformers-cpu-best",
+]
+
+
+@pytest.mark.parametrize(
+    "patterns, expected",
+    [
+        ((), NAMES),
+        (("executor-auto",), ["fp16/executor-auto", "int4/executor-auto"]),
+        (("int4/*", "transformers-cpu"), ["int4/executor-auto", "transformers-cpu"]),
+        (("*-best",), ["transformers-cpu-best"]),
+    ],
+)
+def test_runners_are_chosen_by_pattern(patterns, expected):
+    assert ttft_plan._wanted(patterns, NAMES) == expected
+
+
+def test_peers_that_were_asked_for_stay_whatever_the_patterns_say():
+    assert ttft_plan._wanted(("int4/*",), [*NAMES, "peer:llava"]) == ["int4/executor-auto", "peer:llava"]
+
+
+@pytest.mark.parametrize("search", [True, False])
+def test_the_best_setting_is_a_runner_only_with_the_search(search, monkeypatch):
+    monkeypatch.setattr(ttft_plan, "_devices", lambda: ["cpu"])
+    names = ttft_plan._names(ttft_plan.Asked(DEMO, search=search))
+    assert "transformers-cpu" in names and ("transformers-cpu-best" in names) == search
+
+
+def test_runners_are_named_after_the_recipe_in_the_manifest_and_no_two_alike(demo_artefact, tmp_path):
+    known = ttft_plan._recipes(ttft_plan.Asked(DEMO, artefacts=(demo_artefact,)))
+    assert {name: path for name, (_, path) in known.items()} == {"fp16": demo_artefact}
+    mine = tmp_path / "recipe.json"
+    mine.write_text(json.dumps(load_recipe("int4").to_json() | {"name": "mine"}))
+    assert list(ttft_plan._recipes(ttft_plan.Asked(DEMO, recipes=(str(mine), "int4")))) == ["mine", "int4"]
+    mine.write_text(json.dumps(load_recipe("int4").to_json()))
+    with pytest.raises(UserError, match="--quant: recipe int4 twice"):
+        ttft_plan._recipes(ttft_plan.Asked(DEMO, recipes=(str(mine), "int4")))
+    with pytest.raises(UserError, match="--artefact: recipe fp16 twice"):
+        ttft_plan._recipes(ttft_plan.Asked(DEMO, artefacts=(demo_artefact, demo_artefact)))
+
+
+def test_mlx_vlm_gets_the_recipe_of_the_artefact(demo_artefact, monkeypatch):
+    monkeypatch.setenv(ttft_plan.MLX_VLM_PYTHON, "python")
+    asked = ttft_plan.Asked(DEMO, artefacts=(demo_artefact,), recipes=("int4",))
+    exported = []
+    monkeypatch.setattr(ttft_plan, "_exported", lambda asked, identity, recipe, *rest: exported.append(recipe))
+    assert ttft_plan._mlx_vlm(asked, {}, print)["recipe"] == "fp16"
+    assert exported == [read_manifest(demo_artefact)["llm"]["recipe"]] == [load_recipe("fp16").to_json()]
+
+
+def test_peers_run_at_the_first_point_with_the_threads_asked_for(monkeypatch):
+    points = []
+
+    def measure(specifications, effort, say):
+        points.append(specifications)
+        return [{"name": one["name"], "error": "killed"} for one in specifications], False
+
+    monkeypatch.setattr(ttft_plan.ttft_run, "measure", measure)
+    monkeypatch.setattr(ttft_plan, "_devices", lambda: ["cpu"])
+    monkeypatch.setattr(peers, "section", lambda document: [])
+    asked = ttft_plan.Asked(
+        DEMO, patterns=("transformers-cpu",), against=("llava-onevision-0.5b",), resolutions=(256, 512), search=False,
+        threads=3,
+    )  # fmt: skip
+    document = ttft_plan.measure(asked, lambda line: None)
+    first, second = ([one["name"] for one in point] for point in points)
+    assert first == ["transformers-cpu", "peer:llava-onevision-0.5b", "peer:fastvlm-0.5b"]
+    assert second == ["transformers-cpu"]
+    assert all(one["threads"] == 3 for point in points for one in point)
+    assert document["passed"] is False  # nothing was measured
+
+
+def test_a_pattern_without_a_runner_is_refused():
+    with pytest.raises(
+        UserError, match="--runner: no runner coreml-\\*, cuda here, expected some of fp16/executor-auto"
+    ):
+        ttft_plan._wanted(("coreml-*", "cuda", "int4/*"), NAMES)
+
+
+@pytest.mark.parametrize("length", [30, 64, 200])
+def test_prompts_have_so_many_text_tokens(length, demo_model):
+    text = ttft_plan._of_length(DEMO, length)
+    ids = prompt.encode_prompt(demo_model.tokenizer, text, demo_model.image_token_id, 16)
+    assert (ids != demo_model.image_token_id).sum() == length
+
+
+def test_a_length_below_the_templates_is_refused():
+    with pytest.raises(UserError, match="--prompt-length: got 3, expected more than the template's"):
+        ttft_plan._of_length(DEMO, 3)
+
+
+def test_artefacts_of_other_weights_are_refused(demo_artefact):
+    identity = ttft_plan._identity(DEMO)
+    ttft_plan._same_weights(demo_artefact, identity)
+    with pytest.raises(UserError, match=r"made from another checkpoint .* name its --checkpoint"):
+        ttft_plan._same_weights(demo_artefact, identity | {"sha256": "0" * 64})
+
+
+def test_without_mlx_vlm_its_line_says_what_to_do(monkeypatch):
+    monkeypatch.delenv(ttft_plan.MLX_VLM_PYTHON, raising=False)
+    monkeypatch.setattr(ttft_plan.importlib.util, "find_spec", lambda name: None)
+    one = ttft_plan._mlx_vlm(ttft_plan.Asked(DEMO), {}, print)
+    assert "not installed: FASTVLM_MLX_VLM_PYTHON names the Python" in one["absent"]
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["--launches", "0", "--budget", "-1"], "--launches 0, --budget -1.0: expected more than 0"),
+        (["--resolution", "100", "--threads", "0"], "--threads 0, --resolution 100 (a multiple of 64): expected"),
+        (["--runner", "nobody"], "--runner: no runner nobody here"),
+        (["--checkpoint", "/nowhere"], "/nowhere"),
+        (["--against", "gpt"], "--against: got gpt, expected some of llava-onevision-0.5b"),
+        (["--shape", "3b"], "invalid choice: '3b'"),
+        (["show", "/nowhere.json"], "/nowhere.json: not readable as JSON"),
+        (["repeatability", "--pairs", "0"], "--pairs 0: expected 1 or more"),
+        (["--artefact", "/nowhere", "--shape", "7b"], "--artefact /nowhere: no such folder"),
+        (["--artefact", "/nowhere", "--quant", "int4"], "--quant beside --artefact"),
+        (["--quant", "int3.5"], "unknown recipe 'int3.5'"),
+        (["--budget", "nan"], "--budget nan: expected more than 0"),
+        (["show", "/nowhere.json", "--output", "/tmp"], "--output /tmp: is a folder"),
+    ],
+)
+def test_unusable_input_is_one_line(arguments, said, capsys):
+    try:
+        code = run(command.build_parser, ["ttft", *arguments])
+    except SystemExit as error:
+        code = error.code
+    assert code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and said in lines[0]
+
+
+def test_every_fault_is_told_before_the_checkpoint_is_written(demo_artefact, monkeypatch, capsys):
+    monkeypatch.setattr(ttft, "synthetic", None)  # not reached
+    arguments = [
+        "--shape",
+        "7b",
+        "--save",
+        "/tmp",
+        "--output",
+        "/tmp",
+        "--image-file",
+        "/nowhere.png",
+        "--against",
+        "gpt",
+    ]
+    arguments += ["--launches", "0", "--threads", "0", "--artefact", str(demo_artefact), "--resolution", "64", "256"]
+    assert run(command.build_parser, ["ttft", *arguments]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    for fault in (
+        "--save /tmp: is a folder", "--output /tmp: is a folder", "--image-file: /nowhere.png", "--against: got gpt",
+        "--launches 0", "--threads 0", f"--resolution 64: {demo_artefact} wasn't exported for it, expected some of 256",
+    ):  # fmt: skip
+        assert fault in line
+
+
+@pytest.mark.parametrize(
+    "damage, said",
+    [
+        (lambda run: [run.pop(key) for key in list(run) if key not in ("benchmark", "format")], "damaged: no date, "),
+        (lambda run: run.update(points=[]), "damaged: points is empty"),
+        (lambda run: run["points"][0].update(runners={}), "points[0].runners is no list"),
+        (lambda run: run["points"][0]["runners"][1].pop("cold"), "no points[0].runners[1].cold"),
+        (lambda run: run["points"][0]["runners"][0]["launches"][2].update(rounds=[]), "launches[2].rounds is empty"),
+        (
+            lambda run: run["points"][0]["runners"][0]["launches"][0]["rounds"][3]["stages"].update(encode="fast"),
+            "rounds[3].stages.encode is no number",
+        ),
+        (lambda run: run.update(environment=None), "environment is no object"),
+    ],
+)
+def test_a_damaged_run_is_one_line(damage, said, tmp_path, capsys):
+    saved, sound = tmp_path / "run.json", ttft_documents.document(1)
+    saved.write_text(json.dumps(sound))
+    assert load_document(saved) == sound
+    damage(damaged := ttft_documents.changed(sound))
+    saved.write_text(json.dumps(damaged))
+    for arguments in (["show", str(saved)], ["diff", str(saved), str(saved)]):
+        assert run(command.build_parser, ["ttft", *arguments]) == 2
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        assert said in line and str(saved) in line
+
+
+def test_two_faults_of_repeatability_are_two(monkeypatch, capsys):
+    monkeypatch.setenv(DELAY, "encode=0.1")
+    assert run(command.build_parser, ["ttft", "repeatability", "--pairs", "0"]) == 2
+    said = capsys.readouterr().err
+    assert "--pairs 0: expected 1 or more" in said and f"{DELAY} is set to encode=0.1" in said
+
+
+def test_a_delay_that_is_none_is_refused_before_anything_starts(monkeypatch, capsys):
+    monkeypatch.setenv(DELAY, "encode=fast")
+    assert run(command.build_parser, ["ttft"]) == 2
+    assert f"{DELAY}: got encode=fast" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_run_end_to_end_with_a_stage_held_up(tmp_path, demo_artefact, monkeypatch, capsys):
+    """Every stage of both kinds of runner; the delay is in the encoder's time, in the document and on the page."""
+    monkeypatch.setenv(DELAY, "encode=1.0")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    saved, page = tmp_path / "run.json", tmp_path / "page.html"
+    arguments = ["--artefact", str(demo_artefact), "--runner", "executor-as-typed", "transformers-cpu", "--no-search"]
+    effort = ["--launches", "1", "--rounds", "1", "--budget", "0.01", "--prompt-length", "40"]
+    code = run(
+        command.build_parser, ["ttft", *arguments, *effort, "--save", str(saved), "--output", str(page), "--json"]
+    )
+    assert code == 0
+    document = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert document == json.loads(saved.read_text()) and document["delay"] == "encode=1.0"
+    (point,) = document["points"]
+    answers = []
+    for runner in point["runners"]:
+        assert "error" not in runner
+        (launch,) = runner["launches"]
+        (one,) = launch["rounds"]
+        assert tuple(one["stages"]) == STAGES
+        assert one["stages"]["encode"] >= 1.0 and "one round, cold" in runner["note"]
+        answers.append(runner["answer"])
+    assert len(answers) == 2 and answers[0] == answers[1] and len(answers[0]) == 17
+    assert point["runners"][0]["snr_db"]["features"] > 40
+    assert "SLOWED ON PURPOSE: encode=1.0" in " ".join(Page(page.read_text()).texts)
+    assert run(command.build_parser, ["ttft", "show", str(saved)]) == 0
+    assert "SLOWED ON PURPOSE" in capsys.readouterr().out

@@ -1,0 +1,270 @@
+"""The clock: a delay injected into a stage appears in that stage and its totals, and nowhere else. The processes."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from benchmarks import ttft_run, ttft_runner, ttft_search
+from benchmarks.measure import ROOT
+from benchmarks.ttft_run import Effort, RunnerError
+from benchmarks.ttft_runner import STAGES, one_round, parse_delays, totals
+
+TAKES = {stage: 2.0**number for number, stage in enumerate(STAGES)}  # s by the fake clock; sums tell them apart
+YARDSTICK = {"kind": "yardstick", "name": "yardstick"}
+
+
+class Clock:
+    """Time that only the stages, sleeping, and reading it (a microsecond) let pass."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        self.now += 1e-6
+        return self.now
+
+    def sleep(self, seconds):
+        self.now += seconds
+
+    def stages(self):
+        return [(stage, lambda state, stage=stage: self.sleep(TAKES[stage])) for stage in STAGES]
+
+    def round(self, delays, waiting=float):
+        return one_round(self.stages(), parse_delays(delays), {}, self, self.sleep, waiting)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("delay, longer", [("0.5", lambda took: took + 0.5), ("x1.15", lambda took: took * 1.15)])
+def test_a_delay_is_in_its_stage_and_its_totals_and_nowhere_else(stage, delay, longer):
+    plain, _ = Clock().round("")
+    slowed, _ = Clock().round(f"{stage}={delay}")
+    assert plain == pytest.approx(TAKES, abs=1e-5)
+    assert slowed == pytest.approx(TAKES | {stage: longer(TAKES[stage])}, abs=1e-5)
+    extra = longer(TAKES[stage]) - TAKES[stage]
+    before, after = totals(plain), totals(slowed)
+    assert after["ttft_paper"] - before["ttft_paper"] == pytest.approx(
+        extra if stage in ("encode", "project", "prefill") else 0, abs=1e-5
+    )
+    assert after["ttft_app"] - before["ttft_app"] == pytest.approx(extra if stage in STAGES[:5] else 0, abs=1e-5)
+
+
+def test_totals_are_sums_and_need_all_their_stages():
+    assert totals(TAKES) == {"ttft_paper": 2.0 + 4 + 8, "ttft_app": 1.0 + 2 + 4 + 8 + 16}
+    assert totals({"encode": 1.0, "project": 1.0, "prefill": 1.0}) == {"ttft_paper": 3.0}
+    assert totals({"encode": 1.0}) == {}
+
+
+def test_waiting_for_a_processor_is_each_stages_own_and_never_longer_than_it():
+    counts = iter([5.0, 5.25, *[6.0] * 10, 7.0, 1e6])
+    _, waited = Clock().round("", lambda: next(counts))
+    assert waited["preprocess"] == 0.25 and waited["encode"] == 0.0
+    assert waited["next_question"] == pytest.approx(TAKES["next_question"], abs=1e-5)
+    assert 0 <= ttft_runner.queued() <= ttft_runner.queued()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "encode",
+        "encode=",
+        "encode=-1",
+        "encode=x0.9",
+        "load=1",
+        "encode=fast",
+        "encode=nan",
+        "encode=inf",
+        "encode=xnan",
+    ],
+)
+def test_delays_that_are_none_are_refused(text):
+    with pytest.raises(ValueError, match=f"{ttft_runner.DELAY}: got {text}, expected STAGE=SECONDS"):
+        parse_delays(f"decode=1,{text}")
+    assert parse_delays("encode=0.5,prefill=x1.15") == {"encode": ("s", 0.5), "prefill": ("x", 1.15)}
+
+
+# Processes
+
+
+def test_a_process_answers_in_rounds_and_ends_with_its_peak_memory():
+    with ttft_run.processes() as start:
+        process = start(YARDSTICK)
+        assert process.ready["name"] == "yardstick" and process.ready["load_s"] > 0
+        for _ in range(2):
+            answered = process.round()
+            assert set(answered["stages"]) == set(answered["waited"]) == {"products", "tokens"}
+            assert all(seconds > 0 for seconds in answered["stages"].values())
+        assert 10e6 < process.close() < 1e9
+        assert process.process.poll() == 0
+
+
+def test_a_killed_process_and_a_failing_one_say_so():
+    with ttft_run.processes() as start:
+        process = start(YARDSTICK)
+        os.kill(process.process.pid, signal.SIGKILL)
+        with pytest.raises(RunnerError, match=r"killed by the system .*out of memory"):
+            process.round()
+        with pytest.raises(RunnerError, match="killed by the system"):
+            process.close()
+        other = start(YARDSTICK)
+        with pytest.raises(RunnerError, match=r"its process ended \(exit 1\)"):
+            start({**YARDSTICK, "python": "/bin/false"})
+        with pytest.raises(RunnerError, match="/nowhere/python: can't be started: No such file"):
+            start({**YARDSTICK, "python": "/nowhere/python"})
+        with pytest.raises(RunnerError, match="expected one of llava-onevision"):
+            start({"kind": "peer", "name": "peer:nobody"})
+    assert other.process.poll() is not None
+
+
+def script(path, *lines):
+    """A specification whose process is these lines of shell."""
+    path.write_text("\n".join(["#!/bin/sh", *lines, ""]))
+    path.chmod(0o755)
+    return {**YARDSTICK, "python": str(path)}
+
+
+def test_half_a_line_and_what_is_no_json_are_failures(tmp_path):
+    half = script(tmp_path / "half", "printf '{\"ready\": tr'", "exit 3")
+    chatty = script(tmp_path / "chatty", "echo hello", "read line")
+    with ttft_run.processes() as start:
+        with pytest.raises(RunnerError, match=r"its process ended \(exit 3\)"):
+            start(half)
+        with pytest.raises(RunnerError, match="what is no JSON: hello"):
+            start(chatty)
+
+
+def test_a_failure_quotes_only_its_own_process(tmp_path):
+    ready = ["echo '{\"ready\": true}'", "read line"]
+    loud = script(tmp_path / "loud", *ready, "echo theirs >&2", *ready)
+    dies = script(tmp_path / "dies", *ready, "exit 4")
+    with ttft_run.processes() as start:
+        one, other = start(dies), start(loud)
+        other.round()
+        with pytest.raises(RunnerError, match=r"\(exit 4\)$"):
+            one.round()
+
+
+def test_a_trial_that_takes_too_long_is_given_up_and_a_dead_one_says_why(tmp_path):
+    ready = ["echo '{\"ready\": true}'", "read line"]
+    with pytest.raises(RunnerError, match=r"given up after 0\.05 s"):
+        ttft_run.trial(script(tmp_path / "slow", *ready, "exec sleep 600"), 1, 0.05)
+    with pytest.raises(RunnerError, match=r"its process ended \(exit 7\)"):
+        ttft_run.trial(script(tmp_path / "dead", *ready, "exit 7"), 1, 600.0)
+
+
+@pytest.mark.parametrize("kind, needs", [("artefact", False), ("checkpoint", True)])
+def test_each_kind_imports_what_it_needs_before_the_clock(kind, needs):
+    code = (
+        "import sys; from benchmarks import ttft_models; assert 'timm' not in sys.modules;"
+        f" ttft_models.prepare({{'kind': '{kind}'}});"
+        " print(*(name in sys.modules for name in ('timm', 'model_export.runtime')))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [str(needs), str(not needs)]
+
+
+@pytest.mark.parametrize(
+    "load, pace, expected",
+    [
+        (1.0, 0.1, (3, 5)),
+        (1.0, 6.0, (3, 5)),  # (1 + 6 rounds of 6 s) three times are 111 s
+        (10.0, 8.0, (3, 2)),
+        (10.0, 40.0, (1, 1)),
+        (10.0, 134.0, (0, 0)),
+    ],
+)
+def test_slow_runners_keep_to_the_budget(load, pace, expected):
+    cold = {"load_s": load, "import_s": 0.0, "round": {"stages": {"encode": pace}}}
+    launches, rounds = ttft_run.share(cold, Effort(3, 5, 120.0))
+    assert (launches, rounds) == expected
+    assert launches * (load + (rounds + 1) * pace) <= 120
+
+
+class Fake:
+    """What `ttft_run` starts, without a process."""
+
+    started: list = []  # noqa: RUF012
+
+    def __init__(self, specification):
+        Fake.started.append(specification["name"])
+        self.name, self.fails = specification["name"], specification.get("fails", 99)
+        self.ready = {"settings": {}, "delay": "", "load_s": 0.1, "import_s": 0.1}
+        self.rounds = 0
+
+    def open(self):
+        if not self.fails:
+            raise RunnerError("no such checkpoint")
+
+    def round(self):
+        self.rounds += 1
+        if self.rounds > self.fails:
+            raise RunnerError("killed")
+        Fake.started.append(f"{self.name} round")
+        return {"stages": {"encode": 0.1, "project": 0.1, "prefill": 0.1}, "waited": {}, "answer": [7]}
+
+    def close(self):
+        if self.rounds > self.fails:
+            raise RunnerError("closed without a word")  # what a dead process's pipes make of it
+        return 5 * 10**9
+
+    def kill(self):
+        pass
+
+
+@pytest.fixture
+def fakes(monkeypatch):
+    monkeypatch.setattr(ttft_run, "Process", Fake)
+    Fake.started.clear()
+    return Fake.started
+
+
+def specification(name, **keys):
+    return {"kind": "checkpoint", "name": name, **keys}
+
+
+def test_rounds_are_interleaved_and_one_failing_runner_is_a_line(fakes, monkeypatch):
+    monkeypatch.setattr(ttft_run.psutil, "virtual_memory", lambda: type("Memory", (), {"available": 10**12}))
+    runners = [specification("a"), specification("b"), specification("dead", fails=0), specification("dies", fails=2)]
+    found, turns = ttft_run.measure(
+        [*runners, {"kind": "mlx-vlm", "name": "absent", "absent": "not installed"}],
+        Effort(2, 4, 60.0),
+        lambda line: None,
+    )
+    by_name = {one["name"]: one for one in found}
+    assert not turns
+    assert [len(launch["rounds"]) for launch in by_name["a"]["launches"]] == [4, 4]
+    assert by_name["dead"]["error"] == "no such checkpoint" and by_name["absent"]["error"] == "not installed"
+    assert by_name["dies"]["error"] == "killed"
+    assert set(by_name["b"]["launches"][0]["rounds"][0]) == {"stages", "waited", "yardstick"}
+    rounds = [name for name in fakes if name in ("a round", "b round")][2:]  # without the cold ones
+    for start in range(0, len(rounds), 2):
+        assert {*rounds[start : start + 2]} == {"a round", "b round"}  # never two of one in a row of two
+    assert len({tuple(rounds[start : start + 2]) for start in range(0, len(rounds), 2)}) == 2  # in either order
+
+
+def test_runners_that_do_not_fit_together_take_turns(fakes, monkeypatch):
+    monkeypatch.setattr(ttft_run.psutil, "virtual_memory", lambda: type("Memory", (), {"available": 9 * 10**9}))
+    found, turns = ttft_run.measure([specification("a"), specification("b")], Effort(2, 3, 60.0), lambda line: None)
+    assert turns and all(len(one["launches"]) == 2 for one in found)
+    assert fakes.count("a") == fakes.count("b") == 3  # cold, and anew for each block
+    names = [name for name in fakes if name in ("a", "b", "a round", "b round")][4:]
+    assert names[:5] in (["a", *["a round"] * 4], ["b", *["b round"] * 4])
+
+
+def test_threads_that_were_asked_for_are_kept_in_the_search(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "8")
+    tried = ttft_search._options({"device": "cpu", "threads": None}, False)
+    assert [value for name, value in tried if name == "threads"] == [4, 1]
+    assert "threads" not in dict(ttft_search._options({"device": "cpu", "threads": 3}, False))
+
+
+def test_what_is_in_the_page_cache_is_known(tmp_path):
+    (tmp_path / "weights").write_bytes(bytes(1 << 20))
+    with (tmp_path / "weights").open("rb") as file:
+        assert ttft_run.cached(file.fileno()) == 1
+        dropped = ttft_run.drop_from_cache(tmp_path)  # False where it can't be done or known
+        assert dropped == (ttft_run.cached(file.fileno()) < 0.05)
+        file.read()
+        assert ttft_run.cached(file.fileno()) == 1
