@@ -22,6 +22,7 @@ from benchmarks.mac_check import Check
 from benchmarks.suite import DEMO
 from fastvlm.cli import add_common, log
 from fastvlm.errors import UserError
+from fastvlm.page import templates
 from fastvlm.staging import write_file
 
 TABLE = Path(__file__).with_name("mac_checks.json")
@@ -309,17 +310,10 @@ def print_table(document: Mapping[str, Any]) -> None:
 
 def render(document: Mapping[str, Any]) -> str:
     """The page as text. What processes printed is data: all of it is escaped, and the document is in it as JSON."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     from benchmarks.ttft_report import shown
 
-    templates = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    templates.filters["shown"] = lambda value, key: "–" if value is None else shown(key, value)
+    pages = templates(TEMPLATES)
+    pages.filters["shown"] = lambda value, key: "–" if value is None else shown(key, value)
     machine, said = environment.machine_line(document["environment"]), sentence(document)
-    return templates.get_template("mac_report.html.j2").render(found=document, machine=machine, sentence=said)
+    return pages.get_template("mac_report.html.j2").render(found=document, machine=machine, sentence=said)

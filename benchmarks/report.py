@@ -4,13 +4,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
 from benchmarks import environment
 from benchmarks.plot import error_plot
-from fastvlm.page import data_url
+from fastvlm.page import data_url, templates
 from fastvlm.staging import write_file
 
 _TEMPLATES = Path(__file__).parent / "templates"
@@ -24,20 +23,14 @@ def write(path: Path, result: dict[str, Any], thumbnails: Sequence[Image.Image],
 
 def render(result: dict[str, Any], thumbnails: Sequence[Image.Image], command: str | None = None) -> str:
     """The page as text. Names, prompts and answers are data: all of them are escaped."""
-    templates = Environment(
-        loader=FileSystemLoader(_TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    templates.filters |= {"figure": figure, "bound": bound}
+    pages = templates(_TEMPLATES)
+    pages.filters |= {"figure": figure, "bound": bound}
     cards = [{**row, "image": data_url(image)} for row, image in zip(result["rows"], thumbnails, strict=True)]
     cards.sort(key=lambda card: card["divergence"] is None)  # stable: those that part come first
     plot = error_plot(result["operations"], result["metrics"], result["first_operation"])
     machine = environment.machine_line(result["environment"])
     pictures = " and ".join(f"{count} {SOURCES[source]}" for source, count in result["pictures"].items())
-    template = templates.get_template("parity.html.j2")
+    template = pages.get_template("parity.html.j2")
     return template.render(
         result=result, cards=cards, plot=Markup(plot), machine=machine, pictures=pictures, command=command
     )

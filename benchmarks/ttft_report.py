@@ -7,6 +7,7 @@ from typing import Any
 
 from benchmarks import environment
 from benchmarks.ttft_runner import STAGES, totals
+from fastvlm.page import templates
 from fastvlm.staging import write_file
 
 # Shown beside the stages: key -> label. Seconds, but for the rate and the memory.
@@ -241,14 +242,10 @@ def write(path: Path, document: Mapping[str, Any]) -> None:
 
 def render(document: Mapping[str, Any]) -> str:
     """The page as text. Names and errors are data: all of them are escaped."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    templates = Environment(
-        loader=FileSystemLoader(Path(__file__).with_name("templates")),
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
-    templates.filters |= {"shown": lambda value, key: shown(key, value), "settings": settings_of}
-    return templates.get_template("ttft.html.j2").render(
+    pages = templates(Path(__file__).with_name("templates"))
+    pages.filters |= {"shown": lambda value, key: shown(key, value), "settings": settings_of}
+    return pages.get_template("ttft.html.j2").render(
         document=document, points=[_panel(document, point) for point in document["points"]], labels=LABELS, bars=BARS,
         notes=notes(document), delayed=delayed(document), verdict=verdict(document), ratios=ratios(document),
     )  # fmt: skip

@@ -4,14 +4,13 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader
 from rich.console import Console
 from rich.table import Table
 
 from fastvlm import demo
 from fastvlm.cli import add_common, log, progress
 from fastvlm.errors import UserError
-from fastvlm.page import data_url
+from fastvlm.page import data_url, templates
 from fastvlm.staging import write_file
 
 PASS_MARK = 0.95  # of the held-out questions, for a checkpoint that is trained anew
@@ -94,7 +93,7 @@ def _print_table(rows: list, right: int) -> None:
 
 
 def _write_page(rows: list, right: int, model: Any, model_path: str, folder: Path) -> Path:
-    environment = Environment(loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True)
+    pages = templates(Path(__file__).with_name("templates"))
     cards = [
         {
             "kind": q.kind,
@@ -106,7 +105,7 @@ def _write_page(rows: list, right: int, model: Any, model_path: str, folder: Pat
         }
         for q, answer, exact in rows
     ]
-    text = environment.get_template("demo.html").render(
+    text = pages.get_template("demo.html").render(
         cards=cards, right=right, model=model_path, runner=model.language.name
     )
     page = folder / "index.html"

@@ -4,8 +4,23 @@ import base64
 import io
 import re
 from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from PIL import Image
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
+
+def templates(folder: Path) -> "Environment":
+    """The pages' templates in a folder: everything is escaped, and an unknown name is an error."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    return Environment(
+        loader=FileSystemLoader(folder), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True,
+    )  # fmt: skip
 
 
 def data_url(image: Image.Image) -> str:

@@ -64,17 +64,9 @@ class Session:
         self._keys = keys
         return logits, len(keys) - known
 
-    def stream(
-        self,
-        prompt: str,
-        image: Any = None,
-        max_new_tokens: int = 256,
-        temperature: float = 0.0,
-        top_p: float | None = None,
-        seed: int | None = None,
-    ) -> Iterator[str]:
-        """As `FastVLM.stream`."""
-        draw = Sampler(temperature, top_p, seed)
+    def stream(self, prompt: str, image: Any = None, max_new_tokens: int = 256, **sampling: Any) -> Iterator[str]:
+        """As `FastVLM.stream`; `sampling` as for `fastvlm.surface.Sampler`."""
+        draw = Sampler(**sampling)
         logits, _ = self.prefill(prompt, image)
         yield from self.model.decode(self._tokens(self.model.language.decode(logits, self._past, max_new_tokens, draw)))
 

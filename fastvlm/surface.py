@@ -232,7 +232,11 @@ class TorchLanguage(Language):
 
     @torch.inference_mode()
     def prefill(self, embeds: np.ndarray, past: Any = None) -> tuple[np.ndarray, Any]:
-        output = self.model(inputs_embeds=self._tensor(embeds), past_key_values=past, use_cache=True, logits_to_keep=1)
+        # By index and not as `1`, a view, for which PyTorch's matmul copies a frozen bfloat16 matrix (272 MB at 0.5B).
+        last = torch.tensor([embeds.shape[1] - 1], device=self.like.device)
+        output = self.model(
+            inputs_embeds=self._tensor(embeds), past_key_values=past, use_cache=True, logits_to_keep=last
+        )
         return output.logits[0, -1].float().cpu().numpy(), output.past_key_values
 
     def rewind(self, past: Any, length: int) -> Any:
@@ -294,8 +298,6 @@ def from_model(model: Any, checkpoint: Any, preprocessor: Preprocessor, name: st
         language = Qwen2ForCausalLM(model.config.text_config)
     language.model, language.lm_head = model.model.language_model, model.lm_head  # the same modules, no copy
     language.eval()
-    # As Transformers loads it: of a frozen bfloat16 matrix, PyTorch's matmul makes a copy to multiply one position by.
-    language.lm_head.requires_grad_(True)
     tokenizer = checkpoint.tokenizer()
     eos = eos_ids(tokenizer, model.config.text_config.eos_token_id)
     return FastVLM(

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from fastvlm.page import templates
 from fastvlm.staging import write_file
 from quantization.sweep import WIDE, Outcome, Point
 
@@ -255,7 +256,6 @@ def table(found: Mapping[str, Any]) -> str:
 
 def render(found: Mapping[str, Any], pictures: Mapping[str, str]) -> str:
     """The page. Names, questions, answers and errors are data: all of them are escaped."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
     from quantization.sweep_plot import HUES, plots
@@ -263,14 +263,11 @@ def render(found: Mapping[str, Any], pictures: Mapping[str, str]) -> str:
     points, timings = found["points"], found["timings"]
     rows = [{**row, "figures": row["figures"] | timings["points"][row["name"]]} for row in points]
     columns = [one for one in COLUMNS if any(row["figures"].get(one.key) is not None for row in rows)]
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).with_name("templates")),
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
-    environment.filters |= {"shown": shown}
+    pages = templates(Path(__file__).with_name("templates"))
+    pages.filters |= {"shown": shown}
     chart = plots(rows, found["pareto"] | timings["pareto"], found)
     best = set(found["pareto"]["size and KL"]) | set(found["pareto"]["size and answers"])
-    return environment.get_template("sweep.html.j2").render(
+    return pages.get_template("sweep.html.j2").render(
         found=found,
         rows=rows,
         columns=columns,
