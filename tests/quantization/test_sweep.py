@@ -177,6 +177,8 @@ def program(work, target, *arguments):
         [sys.executable, "-c", code, *map(str, (work, target, *arguments))],
         env=os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{HERE}", "OMP_NUM_THREADS": "1"},
         stderr=subprocess.PIPE, text=True,
+        # A shell that starts the tests in the background has SIGINT ignored, which a child inherits.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
 
 

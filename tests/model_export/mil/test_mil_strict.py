@@ -7,6 +7,7 @@ from typing import Any
 import mil_packages as packages
 import numpy as np
 import pytest
+import torch
 from mil_cases import CASES, HALF, Evaluate, evaluator, halved
 
 from model_export import mil
@@ -220,7 +221,8 @@ def test_operations_typed_fp32_stay_whole(tmp_path: Path) -> None:
         return wide, packages.mb.layer_norm(x=x, axes=[1], name="narrow")
 
     packages.save_program(tmp_path / "p.mlpackage", build, {"x": x})
-    outputs = {name: mil.load(tmp_path / "p.mlpackage", name).predict({"x": x}) for name in POLICIES}
+    proofs = [name for name, policy in POLICIES.items() if policy.half is torch.float32]
+    outputs = {name: mil.load(tmp_path / "p.mlpackage", name).predict({"x": x}) for name in proofs}
     assert set(outputs) == {"as-typed", "strict-fp16", "float32"}
     for compute in outputs:
         np.testing.assert_array_equal(outputs[compute]["wide"], outputs["float32"]["wide"])
