@@ -22,12 +22,13 @@ from benchmarks.peers import TEXT_TOKENS
 from fastvlm.cli import add_common
 from fastvlm.errors import UserError
 from model_export import compress
+from quantization.catalogue import SIZES
 
 if TYPE_CHECKING:  # torch behind it
     from fastvlm.synthetic import Shape
     from quantization.recipe import Recipe
 
-SHAPE_NAMES = ("0.5b", "1.5b", "7b")
+SHAPE_NAMES = tuple(SIZES)
 UNITS = ("CPU_AND_NE", "CPU_AND_GPU")  # nobody published a rate for the CPU alone
 PATCH, LARGEST, LONGEST = 64, 2048, 2048  # a token's side in pixels; sides and tokens that are still answered
 LONGEST_ATTENTION = 1024  # tokens in the encoder: beyond, the one published point is twice as slow as predicted

@@ -310,7 +310,6 @@ def print_table(document: Mapping[str, Any]) -> None:
 
 def render(document: Mapping[str, Any]) -> str:
     """The page as text. What processes printed is data: all of it is escaped, and the document is in it as JSON."""
-
     from benchmarks.ttft_report import shown
 
     pages = templates(TEMPLATES)

@@ -21,6 +21,7 @@ from benchmarks.ttft_runner import DELAY, parse_delays
 from fastvlm.cli import add_common, log
 from fastvlm.errors import UserError
 from fastvlm.staging import write_file
+from quantization.catalogue import SIZES
 
 _DEFAULT = Effort()
 
@@ -37,7 +38,7 @@ def add_parser(subparsers: Any) -> None:
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--checkpoint", type=Path, default=DEMO, metavar="FOLDER", help="default: the demo checkpoint")
     source.add_argument(
-        "--shape", choices=ttft_plan.SHAPES, help="a checkpoint of this real shape with random weights, written once"
+        "--shape", choices=tuple(SIZES), help="a checkpoint of this real shape with random weights, written once"
     )
     add_effort(parser)
     parser.add_argument(

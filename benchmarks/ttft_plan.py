@@ -26,7 +26,6 @@ from model_export.config import COMPUTE_UNITS
 
 PROMPT, QUESTION = "Describe the image.", "What is the main colour?"
 TOKENS = 16  # decoded in each round after the first one
-SHAPES = ("0.5b", "1.5b", "7b")
 BEST = "-best"  # behind the name of Transformers' runner with the best setting found
 MLX_VLM_PYTHON = "FASTVLM_MLX_VLM_PYTHON"
 Say = Callable[[str], None]
@@ -310,11 +309,10 @@ def _recipes(asked: Asked) -> dict[str, tuple[dict[str, Any], Path | None]]:
 
 def _manifest(artefact: Path) -> dict[str, Any]:
     """The manifest of an artefact with both parts. UserError for anything else."""
-    from model_export.artefact import read_manifest
+    from model_export.artefact import check_parts, read_manifest
 
     document = read_manifest(artefact)
-    if absent := [part for part in ("vision", "llm") if part not in document]:
-        raise UserError(f"{artefact}: holds only part of a model (no {', '.join(absent)}): export with `all`")
+    check_parts(artefact, document)
     return document
 
 
@@ -376,11 +374,10 @@ def _of_length(checkpoint: Path, length: int) -> str:
 
 
 def _picture(path: Path | None, target: Path) -> Path:
-    """The picture that every runner opens: the user's, checked, or a drawn one."""
+    """The picture that every runner opens: the user's (see `check`), or a drawn one."""
     from fastvlm import pictures
 
     if path is not None:
-        pictures.check([path])
         return path.resolve()
     next(pictures.drawn(1)).save(target)
     return target

@@ -178,6 +178,12 @@ def check_whole(artefact: Path) -> dict[str, Any]:
     return document
 
 
+def check_parts(artefact: Path, document: Mapping[str, Any]) -> None:
+    """UserError if the manifest's artefact is one half of a model."""
+    if absent := [part for part in ("vision", "llm") if part not in document.get("parts", ())]:
+        raise UserError(f"{artefact}: holds only part of a model (no {', '.join(absent)}): export with `all`")
+
+
 def _missing_or_resized(artefact: Path, files: Mapping[str, Mapping[str, Any]]) -> list[str]:
     findings = []
     for name, entry in files.items():

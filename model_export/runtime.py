@@ -54,9 +54,7 @@ def load(
     if vision == "coreml" and not on_mac:
         raise UserError("--vision coreml: Core ML runs on macOS only: use --vision executor here")
     document = manifest.check_whole(folder)
-    absent = [part for part in ("vision", "llm") if part not in document.get("parts", ())]
-    if absent:
-        raise UserError(f"{folder}: holds only part of a model (no {', '.join(absent)}): export with `all`")
+    manifest.check_parts(folder, document)
     use_coreml = vision == "coreml" or (vision == "auto" and on_mac)
     use_mlx = llm == "mlx" or (llm == "auto" and on_mac)
     if units and not use_coreml:
