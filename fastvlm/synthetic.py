@@ -25,6 +25,7 @@ from fastvlm.errors import UserError
 
 LAYOUTS = ("fast_vlm", "llava_qwen2")
 FORMS = ("folded", "training")
+_LICENCE = "Random numbers, drawn by fastvlm/synthetic.py. They may be used, copied, changed and passed on freely.\n"
 _CHUNK = 1 << 22  # elements generated at a time: bounds the memory of writing any shape
 
 
@@ -50,11 +51,14 @@ class Shape:
 
 
 _TINY_VISION = {"layers": [1, 1, 2, 1, 1], "embed_dims": [8, 16, 32, 64, 128]}
+_APP_VISION = {"layers": [1, 1, 1, 1, 1], "embed_dims": [8, 16, 32, 64, 1536], "mlp_ratios": [1, 1, 1, 1, 1]}
 
 # Published sizes: Qwen/Qwen2-{0.5B,1.5B,7B} config.json, which apple/FastVLM-* keep.
 SHAPES = {
     "tiny": Shape(64, 2, 4, 2, 128, 576, False, 128, _TINY_VISION, published_ids=False),
     "encoder": Shape(64, 2, 4, 2, 128, 576, False, published_ids=False),  # the real encoder, the tiny language model
+    # what the demo app's hard-coded shapes allow, and little more: 1024 pixels, 3072 channels
+    "app": Shape(64, 2, 4, 2, 128, 576, True, vision_args=_APP_VISION, published_ids=False),
     "0.5b": Shape(896, 24, 14, 2, 4864, 151936, True),
     "1.5b": Shape(1536, 28, 12, 2, 8960, 151936, True),
     "7b": Shape(3584, 28, 28, 4, 18944, 152064, False),
@@ -75,7 +79,7 @@ def write_checkpoint(
     attention_scale: float = 1.0,
     low_pass: bool = False,
 ) -> Path:
-    """Write a complete checkpoint folder (weights, config, tokenizer, processor files) and return its path.
+    """Write a complete checkpoint folder (weights, config, tokenizer, processor files, licence) and return its path.
 
     `shape` is a key of SHAPES, `layout` one of LAYOUTS, `form` one of FORMS; `tied` None takes the published value, and
     a tied checkpoint has no `lm_head.weight`. The same (shape, form, dtype, seed) is the same model in both layouts.
@@ -102,6 +106,7 @@ def write_checkpoint(
     staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        (staging / "LICENSE").write_text(_LICENCE)
         synthetic_tokenizer.write(staging, layout, sizes.published_ids, image_size or sizes.image_size)
         expected = _expected(config, layout, form, tied)
         factors = _factors(expected, stream_scale or {}, attention_scale)

@@ -24,11 +24,14 @@ _SOURCES = ("*.json", "merges.txt", "*.jinja", "tokenizer.model")
 _LICENCES = ("license*", "licence*", "notice*", "acknowledgements*")
 _LICENCE_BYTES = 1 << 20
 
-_APPLE = """\
+# Apple's research licence: what its text calls itself, and the sentence that it asks to go along with every copy.
+APPLE_LICENCE = "Apple Machine Learning Research Model"
+APPLE_ATTRIBUTION = f"{APPLE_LICENCE} is licensed under the {APPLE_LICENCE} License Agreement."
+_APPLE = f"""\
 The checkpoint came without a licence file. If its weights are Apple's FastVLM weights, or derived from them, they and
-this artefact are for research purposes only, under the Apple Machine Learning Research Model License Agreement: see
+this artefact are for research purposes only, under the {APPLE_LICENCE} License Agreement: see
 LICENSE_MODEL in https://github.com/apple/ml-fastvlm, which you must pass on with them, and this notice:
-Apple Machine Learning Research Model is licensed under the Apple Machine Learning Research Model License Agreement.
+{APPLE_ATTRIBUTION}
 """
 
 
@@ -76,7 +79,7 @@ def sources(checkpoint: Checkpoint, advance: Callable[[int], Any] | None = None)
 def carry_licences(checkpoint: Path, folder: Path, changes: Sequence[str]) -> list[str]:
     """Copy the checkpoint's licence files into `folder`, and write a NOTICE that says what was changed.
 
-    Returns the copied names. Apple's licence asks for both: its text passed on, and modifications disclosed.
+    Returns the copied names. Apple's licence asks for its text and attribution passed on, and modifications disclosed.
     """
     carried = []
     for path in sorted(checkpoint.iterdir()):
@@ -87,10 +90,12 @@ def carry_licences(checkpoint: Path, folder: Path, changes: Sequence[str]) -> li
             carried.append(path.name)
     notice = folder / contract.NOTICE
     before = notice.read_text(encoding="utf-8", errors="replace").rstrip() + "\n\n" if notice.exists() else ""
-    licensed = any(name.lower().startswith(("license", "licence")) for name in carried)
+    licences = [name for name in carried if name.lower().startswith(("license", "licence"))]
+    apples = any(APPLE_LICENCE in (folder / name).read_text("utf-8", errors="replace") for name in licences)
+    terms = f"\n{APPLE_ATTRIBUTION}\n" if apples else "" if licences else "\n" + _APPLE
     listed = "".join(f"- {change}\n" for change in changes)
     text = f"This artefact was made from a FastVLM checkpoint. What was changed:\n{listed}"
-    notice.write_text(before + text + ("" if licensed else "\n" + _APPLE), encoding="utf-8")
+    notice.write_text(before + text + terms, encoding="utf-8")
     return carried
 
 

@@ -284,6 +284,17 @@ def test_licences_are_carried_and_changes_told(tmp_path: Path) -> None:
     assert (source / "NOTICE").read_text() == "their notice"
 
 
+def test_apples_licence_brings_its_attribution(tmp_path: Path) -> None:
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "LICENSE_MODEL").write_text("This Apple Machine Learning Research Model is for research.")
+    carry_licences(tmp_path / "source", tmp_path, ["weights halved"])
+    attribution = "Apple Machine Learning Research Model License Agreement"  # LICENSE_MODEL's own sentence
+    assert f"Apple Machine Learning Research Model is licensed under the {attribution}." in (
+        (tmp_path / "NOTICE").read_text()
+    )
+    assert "came without a licence" not in (tmp_path / "NOTICE").read_text()
+
+
 def test_without_a_licence_the_notice_says_research_only(tmp_path: Path) -> None:
     (tmp_path / "source").mkdir()
     assert carry_licences(tmp_path / "source", tmp_path, ["weights halved"]) == []
