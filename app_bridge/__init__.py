@@ -1,0 +1,1 @@
+"""From an artefact to an app: what the app will do with it, checked before Xcode opens."""

@@ -1,0 +1,120 @@
+"""What an app expects of a model: read from its sources (sources.py), or our table of Apple's demo app (app.json)."""
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+TABLE = Path(__file__).parent / "app.json"
+
+
+@dataclass(frozen=True)
+class Key:
+    """A key that a `Codable` struct decodes.
+
+    path: dotted, in the JSON file ("size.shortest_edge"). type: Swift's ("Int", "Float", "[CGFloat]", "Bool", …).
+    required: where what is around it is there (of "rope_scaling.mrope_section" only in a file with "rope_scaling").
+    default: what the app takes where an optional key is absent or null (None: nothing).
+    """
+
+    path: str
+    type: str
+    required: bool
+    default: Any = None
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A module that has weights.
+
+    path: its keys' beginning, `{layer}` standing for 0 … num_hidden_layers - 1. kind: "Linear", "Embedding", "RMSNorm".
+    shape: of `weight`, each an integer expression over keys of config.json ("hidden_size // num_attention_heads").
+    bias: whether `bias` is expected too. unless: a boolean key of config.json that, when true, leaves the layer out.
+    """
+
+    path: str
+    kind: str
+    shape: tuple[str, ...]
+    bias: bool
+    unless: str | None = None
+
+
+@dataclass(frozen=True)
+class Package:
+    """A Swift package as the project file requires it.
+
+    kind: Xcode's ("upToNextMajorVersion", "upToNextMinorVersion", "exactVersion", "versionRange", "branch",
+    "revision"), or "local". minimum: the version, branch, revision or path named; maximum: of a versionRange, itself
+    excluded. resolved: the version (or revision) in Package.resolved, None where there is none.
+    """
+
+    name: str
+    url: str
+    kind: str
+    minimum: str
+    maximum: str | None = None
+    resolved: str | None = None
+
+
+@dataclass(frozen=True)
+class AppFacts:
+    """Everything that decides whether a model loads and runs in an app."""
+
+    # Core ML: the class that Xcode makes is named as the package; None in a shape is any size.
+    model_class: str
+    input_name: str
+    input_shape: tuple[int | None, ...]
+    input_dtype: str
+    output_name: str
+    output_shape: tuple[int | None, ...]
+    output_dtype: str
+    # Registries: the strings looked up in config.json and preprocessor_config.json.
+    model_type: str
+    processor_class: str
+    # Codable structs.
+    config: tuple[Key, ...]
+    preprocessor: tuple[Key, ...]
+    # Modules.
+    layers: tuple[Layer, ...]
+    # The prompt that the app builds.
+    image_token: str
+    patch_size: int
+    additional_image_tokens: int
+    system_prompt: str
+    turn: str  # one turn, with {role} and {content}
+    turn_separator: str
+    prompt_end: str  # what follows the last turn
+    # Project.
+    model_folder: str  # relative to app/
+    bundle_resource: str  # the file by which the app finds its model folder
+    deployment: dict[str, str]  # "iOS", "macOS", "visionOS" -> least version, of the app's target
+    packages: tuple[Package, ...]
+    increased_memory_limit: bool  # the entitlement
+    cache_limit: int  # bytes that MLX may keep of freed buffers
+    max_tokens: int  # of an answer
+    # Interfaces of the packages that the sources use, of those that came and went (packages.json).
+    api: tuple[str, ...] = ()
+
+    def document(self) -> dict[str, Any]:
+        """As JSON."""
+        return asdict(self)
+
+
+def from_document(document: dict[str, Any]) -> AppFacts:
+    """The inverse of `AppFacts.document`. KeyError or TypeError for what is none."""
+    parts = {"config": Key, "preprocessor": Key, "layers": Layer, "packages": Package}
+    values = {field.name: document[field.name] for field in fields(AppFacts)}
+    for name, kind in parts.items():
+        values[name] = tuple(kind(**_tuples(entry)) for entry in values[name])
+    return AppFacts(**_tuples(values))
+
+
+def table() -> AppFacts:
+    """Our table: Apple's demo app as published (apple/ml-fastvlm 592b4ad)."""
+    return from_document(json.loads(TABLE.read_text(encoding="utf-8"))["facts"])
+
+
+def _tuples(entry: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: tuple(value) if isinstance(value, list) and name != "default" else value for name, value in entry.items()
+    }

@@ -1,0 +1,180 @@
+"""The app's Swift packages: which versions its sources build with, as far as anybody has said so.
+
+packages.json has the versions that exist, the parts of their interfaces that came and went and that an app may use, and
+the combinations that are reported to work. An app is matched with them by what its sources use (`AppFacts.api`).
+"""
+
+import json
+from collections.abc import Collection
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from app_bridge.facts import AppFacts, Package
+from app_bridge.findings import Finding
+from fastvlm.errors import UserError
+from quantization.catalogue import LOADERS, Loader
+
+TABLE = Path(__file__).parent / "packages.json"
+
+Version = tuple[int, ...]
+
+
+def used(names: Collection[str]) -> tuple[str, ...]:
+    """The interfaces of the table that sources with these names (`f(a:b:)`, `await f`, members and types) use."""
+    return tuple(
+        sorted(api["name"] for api in _table()["apis"] if api["uses"] in names and api.get("unless") not in names)
+    )
+
+
+def check(facts: AppFacts) -> list[Finding]:
+    """What is wrong or doubtful about the app's packages; nothing is said of packages that the table doesn't have."""
+    chosen = _chosen(facts)
+    if chosen is None:
+        return [_no_set(facts)]
+    names = {package.name for package in facts.packages}
+    found = [_missing(name, chosen) for name in chosen["pins"] if name not in names]
+    for package in facts.packages:
+        if package.name in _table()["packages"]:
+            found += _check(package, facts, chosen)
+    return found
+
+
+def loader(facts: AppFacts) -> Loader:
+    """What of quantization.catalogue.LOADERS the app's packages read weights as. UserError if that can't be said."""
+    chosen = _chosen(facts)
+    if chosen is None:
+        raise UserError(_no_set(facts).line())
+    return next(each for each in LOADERS if each.name == chosen["loader"])
+
+
+def _check(package: Package, facts: AppFacts, chosen: dict[str, Any]) -> list[Finding]:
+    """Of one package, against the combination that the sources are for."""
+    known: list[str] = _table()["packages"][package.name]["versions"]
+    fixed = _fixed(package)
+    allowed = [fixed] if fixed else [version for version in known if _allows(package, version)]
+    broken = {version: why for version in allowed if (why := _broken(package.name, version, facts))}
+    strange = [version for version in allowed if version not in broken and not _good(package.name, version, chosen)]
+    pin = chosen["pins"].get(package.name)
+    expected = f"{pin} ({chosen['name']})" if pin else f"{', '.join(chosen['pins'])} ({chosen['name']})"
+    remedy = (
+        f"in Xcode give {package.name} the rule Exact Version {pin} and commit Package.resolved"
+        if pin
+        else f"replace {package.name} by {', '.join(chosen['pins'])}"
+    )
+    where = f"Swift package {package.name}"
+    got = _requirement(package)
+    if allowed and len(broken) == len(allowed):
+        return [
+            Finding(
+                "package-known-to-break", where, f"{got}, which breaks the sources' {_all(broken)}", expected, remedy
+            )
+        ]
+    if broken:
+        some = f"{got}, which allows {_span(broken)}: breaks the sources' {_all(broken)}"
+        return [Finding("package-may-float", where, some, expected, remedy, "warning")]
+    if strange or not allowed:
+        some = got if fixed or not allowed else f"{got}, which allows {strange[-1]}, not reported to work"
+        return [Finding("package-unknown-version", where, some, expected, remedy, "warning")]
+    return []
+
+
+def _missing(name: str, chosen: dict[str, Any]) -> Finding:
+    return Finding(
+        "package-missing",
+        f"Swift package {name}",
+        "none in the project file",
+        f"{chosen['pins'][name]} ({chosen['name']})",
+        f"add the package {name} in Xcode",
+    )
+
+
+def _no_set(facts: AppFacts) -> Finding:
+    return Finding(
+        "package-known-to-break",
+        "Swift packages",
+        f"sources that use {', '.join(facts.api)}",
+        f"the interfaces of one of {', '.join(each['name'] for each in _table()['sets'])}",
+        "no version of the packages has all of these; take the sources of one of them",
+    )
+
+
+def _chosen(facts: AppFacts) -> dict[str, Any] | None:
+    """The combination that has every interface that the sources use; of several, the one nearest to the app's own."""
+    sets = [
+        each for each in _table()["sets"] if not any(_broken(name, each["pins"][name], facts) for name in each["pins"])
+    ]
+
+    def distance(each: dict[str, Any]) -> tuple[int, int]:
+        missing = {*each["pins"]} - {package.name for package in facts.packages}
+        return len(missing), sum(not _good(p.name, _fixed(p) or p.minimum, each) for p in facts.packages)
+
+    return min(sets, key=distance, default=None)
+
+
+def _broken(name: str, version: str, facts: AppFacts) -> list[str]:
+    """The interfaces that the sources use and this version of a package doesn't have."""
+    number = _version(version)
+    return [
+        api["name"]
+        for api in _table()["apis"]
+        if number is not None
+        and api["name"] in facts.api
+        and name in api["packages"]
+        and not (_version(api.get("since", "0")) or ()) <= number < (_version(api.get("until", "9999")) or ())
+    ]
+
+
+def _good(name: str, version: str, chosen: dict[str, Any]) -> bool:
+    number = _version(version)
+    least, most = map(_version, chosen["good"].get(name, ("9999", "0")))
+    known = _table()["packages"].get(name, {"versions": ()})["versions"]
+    return version in known and bool(number and least and most and least <= number <= most)
+
+
+def _allows(package: Package, version: str) -> bool:
+    """Whether a requirement that isn't one version allows it (a major version 0 is one like any other)."""
+    number, least = _version(version), _version(package.minimum)
+    if number is None or least is None:
+        return False
+    least = (*least, 0, 0)[:3]
+    most = _version(package.maximum or "") if package.maximum else None
+    if package.kind == "upToNextMajorVersion":
+        most = (least[0] + 1,)
+    elif package.kind == "upToNextMinorVersion":
+        most = (least[0], least[1] + 1)
+    return least <= number < (most or (10**9,))
+
+
+def _version(said: str) -> Version | None:
+    """(2, 21, 2); None for a branch, a revision or a version before a release."""
+    parts = said.split(".")
+    return tuple(map(int, parts)) if all(part.isascii() and part.isdigit() for part in parts) else None
+
+
+def _fixed(package: Package) -> str | None:
+    """The one version (or branch, revision, folder) that it can be."""
+    single = package.kind in ("exactVersion", "branch", "revision", "local")
+    return package.resolved or (package.minimum if single else None)
+
+
+def _requirement(package: Package) -> str:
+    if package.resolved:
+        return f"{package.resolved} in Package.resolved"
+    most = f" up to {package.maximum}" if package.maximum else ""
+    return f"{package.kind} {package.minimum}{most}{'' if _fixed(package) else ' and no Package.resolved'}"
+
+
+def _all(broken: dict[str, list[str]]) -> str:
+    return ", ".join(dict.fromkeys(why for each in broken.values() for why in each))
+
+
+def _span(versions: Collection[str]) -> str:
+    first, *rest = versions
+    return f"{first} to {rest[-1]}" if rest else first
+
+
+@cache
+def _table() -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(TABLE.read_text(encoding="utf-8"))
+    return found
