@@ -8,11 +8,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fastvlm.checkpoint import Checkpoint
 from fastvlm.errors import UserError
 from model_export import contract
+
+if TYPE_CHECKING:  # torch, which verify and the app's verbs need not wait for
+    from fastvlm.checkpoint import Checkpoint
 
 FORMAT, FORMAT_VERSION = "fastvlm-artefact", 2  # 2: several functions, powers of two, a channel-first encoder
 _PACKAGES = ("torch", "timm", "transformers", "tokenizers", "safetensors", "coremltools", "numpy")
@@ -27,6 +29,7 @@ _LICENCE_BYTES = 1 << 20
 # Apple's research licence: what its text calls itself, and the sentence that it asks to go along with every copy.
 APPLE_LICENCE = "Apple Machine Learning Research Model"
 APPLE_ATTRIBUTION = f"{APPLE_LICENCE} is licensed under the {APPLE_LICENCE} License Agreement."
+CHANGES = "What was changed:"  # what the record of changes in NOTICE begins with
 _APPLE = f"""\
 The checkpoint came without a licence file. If its weights are Apple's FastVLM weights, or derived from them, they and
 this artefact are for research purposes only, under the {APPLE_LICENCE} License Agreement: see
@@ -59,7 +62,7 @@ def check_target(target: Path, overwrite: bool) -> None:
         )
 
 
-def sources(checkpoint: Checkpoint, advance: Callable[[int], Any] | None = None) -> dict[str, Any]:
+def sources(checkpoint: "Checkpoint", advance: Callable[[int], Any] | None = None) -> dict[str, Any]:
     """What the checkpoint is: its layout, and sha256 and size of each file that was read; `sha256` is over all of them.
 
     `advance(n)` after every n bytes. Names only, no paths: the same checkpoint elsewhere is the same source.
@@ -91,12 +94,17 @@ def carry_licences(checkpoint: Path, folder: Path, changes: Sequence[str]) -> li
     notice = folder / contract.NOTICE
     before = notice.read_text(encoding="utf-8", errors="replace").rstrip() + "\n\n" if notice.exists() else ""
     licences = [name for name in carried if name.lower().startswith(("license", "licence"))]
-    apples = any(APPLE_LICENCE in (folder / name).read_text("utf-8", errors="replace") for name in licences)
+    apples = any(is_apples((folder / name).read_text("utf-8", errors="replace")) for name in licences)
     terms = f"\n{APPLE_ATTRIBUTION}\n" if apples else "" if licences else "\n" + _APPLE
     listed = "".join(f"- {change}\n" for change in changes)
-    text = f"This artefact was made from a FastVLM checkpoint. What was changed:\n{listed}"
+    text = f"This artefact was made from a FastVLM checkpoint. {CHANGES}\n{listed}"
     notice.write_text(before + text + terms, encoding="utf-8")
     return carried
+
+
+def is_apples(licence: str) -> bool:
+    """Whether a licence's text is Apple's research licence, wherever its lines break."""
+    return APPLE_LICENCE in " ".join(licence.split())
 
 
 def versions() -> dict[str, str]:
@@ -140,6 +148,7 @@ def read_manifest(artefact: Path, older: bool = False) -> dict[str, Any]:
         raise UserError(f"{artefact}: no such folder: expected an exported artefact")
     try:
         document = json.loads(path.read_bytes())
+        _canonical(document)  # half a surrogate pair is JSON, but no text
     except FileNotFoundError:
         raise UserError(f"{artefact}: is no artefact: it has no {contract.MANIFEST}") from None
     except ValueError as error:
