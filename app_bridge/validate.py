@@ -1,0 +1,198 @@
+"""`python -m app_bridge validate`: an artefact against what the app will do with it, from the artefact's bytes."""
+
+import argparse
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from app_bridge.facts import AppFacts, table
+from app_bridge.findings import Finding
+from fastvlm.cli import add_common, log, progress
+from fastvlm.errors import UserError
+from model_export import artefact as exported
+from model_export import contract
+from quantization.catalogue import LOADERS, Loader
+
+if TYPE_CHECKING:  # torch is imported where the verb needs it
+    from app_bridge.subject import Subject
+
+_COMPILED = (".mlpackage", ".mlmodel", ".mlmodelc")  # Xcode makes X.mlmodelc of each
+
+
+def add_parser(verbs: Any) -> None:
+    """The verb `validate`."""
+    text = "hold an artefact to what the app will do with it, before Xcode opens; exit 1 if the app can't run it"
+    parser = verbs.add_parser("validate", help=text, description=text)
+    parser.add_argument("artefact", type=Path, metavar="ARTEFACT")
+    parser.add_argument(
+        "--app",
+        type=Path,
+        metavar="FOLDER",
+        help="read the app's sources and project in ml-fastvlm/app (default: our table of it)",
+    )
+    add_common(parser)
+    parser.set_defaults(run=run_validate)
+
+
+def run_validate(args: argparse.Namespace) -> dict[str, Any]:
+    """Print every finding, and the differences between the app and our table; the document has "passed"."""
+    differences: list[str] = []
+    facts = table()
+    if args.app is not None:
+        from app_bridge import sources
+
+        facts, ours = sources.read(args.app), facts
+        differences = sources.differences(facts, ours)
+    subject = _examine(args.artefact, facts)
+    document = {
+        "passed": not any(finding.severity == "error" for finding in subject.findings),
+        "findings": [finding.document() for finding in subject.findings],
+        "checked": subject.checked,
+        "facts": str(args.app) if args.app is not None else "table",
+        "differences": differences,
+    }
+    _print(args.artefact, document, subject.findings)
+    return document
+
+
+def validate(artefact: Path, facts: AppFacts) -> list[Finding]:
+    """Everything that the app would trip over, errors first; empty when nothing is wrong.
+
+    UserError for a folder that is no artefact at all.
+    """
+    return list(_examine(artefact, facts).findings)
+
+
+def _examine(artefact: Path, facts: AppFacts) -> "Subject":
+    from app_bridge import licence, packages
+    from app_bridge.check_config import check_config, check_preprocessor
+    from app_bridge.check_coreml import Encoder, check_package
+    from app_bridge.check_tokenizer import check_tokenizer
+    from app_bridge.check_weights import check_weights
+    from app_bridge.subject import Subject
+
+    manifest = exported.read_manifest(artefact)
+    if (refused := _refused(manifest)) is not None:
+        return Subject(artefact, facts, frozenset(), [refused], [contract.MANIFEST])
+    differing = _differing(artefact, manifest)
+    subject = Subject(artefact, facts, frozenset(differing))
+    config = check_config(subject)
+    encoder = check_package(subject)
+    check_preprocessor(subject, encoder)
+    encoder = encoder or Encoder()
+    rows = check_weights(subject, config, encoder.channels, _loader(facts))
+    check_tokenizer(subject, config, rows, encoder.tokens)
+    _check_names(subject)
+    subject.findings += licence.check(artefact, manifest)
+    _check_bytes(subject, differing)
+    subject.checked += ["the licence and what goes with it", "every file's sha256"]
+    if facts.packages:
+        subject.findings += packages.check(facts)
+        subject.checked.append(f"{len(facts.packages)} Swift packages")
+    else:
+        subject.checked.append("Swift packages: not known of this app")
+    subject.findings.sort(key=lambda finding: finding.severity != "error")
+    return subject
+
+
+def _loader(facts: AppFacts) -> Loader:
+    """What reads the weights in this app; the newest where no version fits its sources, which is another finding."""
+    from app_bridge import packages
+
+    try:
+        return packages.loader(facts)
+    except UserError:
+        return LOADERS[-1]
+
+
+def _refused(manifest: dict[str, Any]) -> Finding | None:
+    """The one finding about an artefact that isn't for an app at all."""
+    parts, language = manifest.get("parts"), manifest.get("llm")
+    layout = language.get("layout", "app") if isinstance(language, dict) else "app"
+    if layout != "app":
+        got = f"the layout of {layout}"
+        return Finding("artefact-layout", f"{contract.MANIFEST}: llm", got, "the app's", "export with `all`")
+    if absent := [part for part in ("vision", "llm") if not isinstance(parts, list) or part not in parts]:
+        got = f"no {', '.join(absent)}"
+        return Finding("artefact-partial", f"{contract.MANIFEST}: parts", got, "both halves", "export with `all`")
+    return None
+
+
+def _differing(artefact: Path, manifest: dict[str, Any]) -> dict[str, str]:
+    """Name -> how the file differs from the manifest."""
+    total = sum(entry["size"] for entry in manifest["files"].values())
+    with progress("read the artefact", total, sized=True) as advance:
+        lines = exported.verify(artefact, advance)
+    return {name: what for name, _, what in (line.partition(": ") for line in lines)}
+
+
+def _check_names(subject: "Subject") -> None:
+    """The file by which the app finds its model; no two of one name: Xcode puts all of them flat into one bundle."""
+    resource = subject.facts.bundle_resource
+    if resource != contract.CONFIG and not (subject.folder / resource).is_file():
+        subject.error("file-missing", resource, "no such file", "the resource by which the app finds its model")
+    found: dict[str, list[str]] = {}
+    for path in sorted(subject.folder.rglob("*")):
+        name = path.relative_to(subject.folder)
+        if any(parent.suffix in _COMPILED for parent in name.parents) or (
+            path.is_dir() and path.suffix not in _COMPILED
+        ):
+            continue
+        resource = f"{path.stem}.mlmodelc" if path.suffix in _COMPILED else path.name
+        found.setdefault(resource.lower(), []).append(name.as_posix())
+    for names in found.values():
+        if len(names) > 1:
+            subject.error(
+                "name-twice",
+                " and ".join(names),
+                f"{len(names)} resources of one name",
+                "one: Xcode puts them into one folder",
+                "move the others out of the artefact",
+            )
+
+
+def _check_bytes(subject: "Subject", differing: dict[str, str]) -> None:
+    """Files that differ from the manifest, unless an error names the file already: one fault is one finding."""
+    errors = [finding.where for finding in subject.findings if finding.severity == "error"]
+    extra = []
+    for name, what in differing.items():
+        file = name if what.startswith("extra") else name.partition("/")[0]
+        named = re.compile(rf"(?<![\w.-]){re.escape(file)}(?![\w-])")  # config.json isn't tokenizer_config.json
+        if any(map(named.search, errors)):
+            continue
+        if what.startswith("extra"):
+            extra.append(name)
+        elif what == "missing":
+            subject.error("file-missing", name, "no such file", "what the export wrote")
+        elif name == contract.TOKENIZER:
+            subject.error(
+                "tokenizer-stale",
+                name,
+                what,
+                "the tokenizer that the export wrote",
+                "take it from the model's own export",
+            )
+        else:
+            subject.error("file-changed", name, what, "what the export wrote, and proved")
+    if extra:
+        from app_bridge.subject import listed
+
+        subject.warning(
+            "file-extra", listed(extra), f"{len(extra)} files", "only what the export wrote", "move them away"
+        )
+
+
+def _print(artefact: Path, document: dict[str, Any], findings: list[Finding]) -> None:
+    print(f"{artefact} against {'our table of the demo app' if document['facts'] == 'table' else document['facts']}")
+    for finding in findings:
+        print(f"{finding.severity}: {finding.rule}: {finding.where}")
+        print(f"    got {finding.got}, expected {finding.expected}")
+        print(f"    {finding.remedy}")
+    for line in document["checked"]:
+        log(f"checked: {line}")
+    if document["facts"] != "table":
+        for line in document["differences"] or ["none"]:
+            print(f"where the app differs from our table: {line}")
+    errors = sum(finding.severity == "error" for finding in findings)
+    verdict = f"{errors} errors, {len(findings) - errors} warnings"
+    print(f"failed: {verdict}" if errors else f"passed: {verdict}")
