@@ -1,0 +1,318 @@
+"""`python -m app_bridge bundle | restore`: a model into an app, whole or not at all, and the one before it back."""
+
+import argparse
+import errno
+import json
+import os
+import shlex
+import shutil
+import time
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from app_bridge import clone, facts, kept, licence
+from app_bridge.findings import Finding
+from app_bridge.guide import FORMAT, NAME, guide
+from app_bridge.kept import real
+from fastvlm import staging
+from fastvlm.cli import add_common, log, progress
+from fastvlm.errors import UserError
+from model_export import artefact as exported
+from model_export import contract
+from quantization.catalogue import SIZES, human
+
+# Folders that Xcode takes for one resource; what is a Core ML model becomes NAME.mlmodelc.
+_OPAQUE = (".xcassets", ".bundle", ".framework", ".xcdatamodeld")
+_COMPILED = (".mlpackage", ".mlmodel", ".mlmodelc")
+# What a framework's folder has besides its binary; on iOS the resources are beside these ("Placing content in a
+# bundle", developer.apple.com/documentation/bundleresources).
+_OF_FRAMEWORK = ("info.plist", "headers", "privateheaders", "modules", "_codesignature", "assets.car")
+
+
+def add_parsers(verbs: Any) -> None:
+    """The verbs `bundle` and `restore`."""
+    text = "put an artefact where an app looks for its model, checked first; the model that was there is kept"
+    parser = verbs.add_parser("bundle", help=text, description=text)
+    parser.add_argument("artefact", type=Path, metavar="ARTEFACT")
+    target = parser.add_mutually_exclusive_group(required=True)
+    target.add_argument("--app", type=Path, metavar="FOLDER", help="app/ of a checkout of apple/ml-fastvlm")
+    target.add_argument("--output-dir", type=Path, metavar="FOLDER", help="a bundle for an app of your own")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier bundle in --output-dir")
+    parser.add_argument("--dry-run", action="store_true", help="check everything, say what would happen, write nothing")
+    parser.set_defaults(run=run_bundle)
+    add_common(parser)
+    text = "bring back the model that `bundle` replaced; what is there now is kept in turn"
+    parser = verbs.add_parser("restore", help=text, description=text)
+    parser.add_argument(
+        "--app", type=Path, required=True, metavar="FOLDER", help="app/ of a checkout of apple/ml-fastvlm"
+    )
+    parser.set_defaults(run=run_restore)
+    add_common(parser)
+
+
+def run_bundle(args: argparse.Namespace) -> dict[str, Any]:
+    """Check the artefact, print every finding, and install it unless one is an error (exit 1)."""
+    from app_bridge.validate import validate
+
+    source = args.artefact.expanduser()
+    manifest = exported.read_manifest(source)
+    target = real(args.app or args.output_dir)
+    if target.is_relative_to(real(source)):
+        raise UserError(f"{target}: is inside the artefact, which is never written: choose another folder")
+    if args.app:
+        if args.overwrite:
+            raise UserError("--overwrite: is for --output-dir: with --app the model that is there is kept")
+        wanted = _facts(target)
+        place = kept.Place(target, wanted.model_folder)
+        model = place.model
+    else:
+        _check_output(target, args.overwrite)
+        wanted, model = _own_app(), target / "model"
+    files = _files(source, manifest)
+    findings = validate(source, wanted) + (collisions(files, model) if args.app else [])
+    for finding in findings:
+        log(f"{finding.severity}: {finding.line()}")
+    errors = sum(finding.severity == "error" for finding in findings)
+    document = {
+        "passed": not errors,
+        "artefact": str(source),
+        "model": str(model),
+        "findings": [finding.document() for finding in findings],
+        "dry_run": args.dry_run,
+    }
+    if errors:
+        log(f"{model}: not touched: {source} has {errors} error{'s' * (errors > 1)}")
+        return document
+    licence.say(source)
+    if args.app:
+        return document | _into_app(source, files, place, args.dry_run)
+    return document | _stand_alone(source, files, target, guide(source, manifest, wanted), args)
+
+
+def run_restore(args: argparse.Namespace) -> dict[str, Any]:
+    """Exchange the app's model for the one that was kept. UserError if there is none."""
+    place = kept.found(real(args.app))
+    with kept.opened(place):
+        if not os.path.lexists(place.previous):
+            raise UserError(f"{place.home}: nothing to restore: `bundle` has replaced no model of this app")
+        back, now = describe(place.previous), describe(place.model) if place.occupied() else None
+        place.install(place.previous)
+    print(f"{place.model}: restored: {_line(back)}")
+    if now:
+        print(f"  replaced: {_line(now)}: kept: `restore` once more brings it back")
+    return {"model": str(place.model), "restored": back, "replaced": now}
+
+
+def collisions(files: Iterable[str], model: Path) -> list[Finding]:
+    """What Xcode would refuse, or the app trip over: it makes every file below the framework's folder a resource under
+    its own name, whatever folder it is in ("Multiple commands produce", as two README.md do in
+    https://github.com/rudrankriyam/Foundation-Models-Framework-Lab/issues/33).
+    """
+    framework = model.parent
+    ours = {_resource(name).lower(): name for name in files}
+    others = {framework.name.lower(): "the framework's binary", **dict.fromkeys(_OF_FRAMEWORK, "the framework's own")}
+    findings = []
+    for path in sorted(framework.rglob("*")):
+        name = path.relative_to(framework).as_posix()
+        hidden = any(part.startswith(".") for part in name.split("/"))
+        if hidden or path.is_dir() or path.is_relative_to(model):
+            continue
+        others[_resource(name).lower()] = name
+        if path.suffix == ".safetensors" and path.name.lower() not in ours:
+            findings.append(
+                Finding(
+                    "resource-stray-weights", f"{framework.name}/{name}", "weights outside the model's folder",
+                    "none: the app loads every .safetensors in its framework", "move it out of the folder",
+                )
+            )  # fmt: skip
+    for resource in sorted(set(ours) & set(others)):
+        findings.append(
+            Finding(
+                "resource-collision", f"{framework.name}: {others[resource]}",
+                f"the same name as the model's {ours[resource]}",
+                "one resource of a name: Xcode puts all into one folder", "move it out of the folder",
+            )
+        )  # fmt: skip
+    return findings
+
+
+def describe(folder: Path) -> dict[str, Any]:
+    """What a model folder holds, as far as it says: published size, recipe, bytes, when it was last written."""
+    from fastvlm.synthetic import SHAPES  # takes torch with it
+
+    paths = [path for path in folder.rglob("*") if not path.is_dir() or path.is_symlink()] or [folder]
+    stats = [path.lstat() for path in paths]
+    config, manifest = _json(folder / contract.CONFIG), _json(folder / contract.MANIFEST)
+    shape = f"{config.get('num_hidden_layers')} layers of {config.get('hidden_size')}"
+    sizes = {f"{SHAPES[key].layers} layers of {SHAPES[key].hidden}": f"FastVLM {name}" for key, name in SIZES.items()}
+    try:
+        recipe = f"{manifest['llm']['recipe']['name']}, encoder {manifest['config']['vision_quant']}"
+    except (KeyError, TypeError):
+        quantization = config.get("quantization")
+        stored = contract.stored_as(quantization) if isinstance(quantization, dict) and "bits" in quantization else None
+        recipe = f"{stored or 'not quantized'}, no {contract.MANIFEST}" if config else "unknown"
+    return {
+        "name": sizes.get(shape, shape) if "hidden_size" in config else "no model that we know",
+        "recipe": recipe,
+        "bytes": sum(one.st_size for one in stats),
+        "written": time.strftime("%Y-%m-%d %H:%M", time.localtime(max(one.st_mtime for one in stats))),
+    }
+
+
+def _into_app(source: Path, files: Mapping[str, "File"], place: kept.Place, dry_run: bool) -> dict[str, Any]:
+    new = describe(source)
+    if dry_run:
+        old, changed = _there(place, source)
+        print(f"{place.model}: {'would become' if changed else 'is already'}: {_line(new)}")
+        if changed and old:
+            print(f"  would be kept in {place.previous}: {_line(old)}")
+        return {"new": new, "replaced": old if changed else None, "changed": changed}
+    with kept.opened(place):
+        old, changed = _there(place, source)
+        if not changed:
+            print(f"{place.model}: is already this model, nothing changed: {_line(new)}")
+            return {"new": new, "replaced": None, "changed": False}
+        with staging.staged(place.next) as folder:
+            how = _copy(source, files, folder)
+        place.install(place.next)
+    print(f"{place.model}: {_line(new)}: {_how(how)}")
+    if old:
+        app = shlex.quote(str(place.app))
+        print(f"  replaced: {_line(old)}: kept in {place.previous}")
+        print(f"  back again: python -m app_bridge restore --app {app}")
+    return {"new": new, "replaced": old, "changed": True, "bytes": how, "kept": str(place.previous) if old else None}
+
+
+def _there(place: kept.Place, source: Path) -> tuple[dict[str, Any] | None, bool]:
+    """What the app has now, and whether it is anything else than the artefact, in any file."""
+    if not place.occupied():
+        return None, True
+    theirs = place.model / contract.MANIFEST
+    same = theirs.is_file() and theirs.read_bytes() == (source / contract.MANIFEST).read_bytes()
+    return describe(place.model), not (same and kept.changes(place.model) == [])
+
+
+def _stand_alone(
+    source: Path, files: Mapping[str, "File"], target: Path, instructions: Mapping[str, Any], args: argparse.Namespace
+) -> dict[str, Any]:
+    new = describe(source)
+    if args.dry_run:
+        print(f"{target}: would become: {_line(new)}, {NAME}")
+        return {"new": new}
+    with staging.staged(target, replace=args.overwrite) as folder:
+        how = _copy(source, files, folder / "model")
+        (folder / NAME).write_text(json.dumps(instructions, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    print(f"{target}: {_line(new)}: {_how(how)}; what its app has to do is in {NAME}")
+    return {"new": new, "bytes": how}
+
+
+@dataclass(frozen=True)
+class File:
+    """A file of the artefact: what its manifest says of it, and what tells whether it was written since."""
+
+    size: int
+    sha256: str
+    stamp: tuple[int, ...]
+
+
+def _files(source: Path, manifest: Mapping[str, Any]) -> dict[str, File]:
+    """Everything that is bundled: all files of the manifest, and itself. Missing ones are `verify`'s to report."""
+    entries = {**manifest["files"], contract.MANIFEST: exported.hash_file(source / contract.MANIFEST)}
+    return {name: File(entry["size"], entry["sha256"], _stamp(source / name)) for name, entry in entries.items()}
+
+
+def _stamp(path: Path) -> tuple[int, ...]:
+    with suppress(OSError):
+        found = path.stat()
+        return (found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+    return ()
+
+
+def _copy(source: Path, files: Mapping[str, File], folder: Path) -> dict[str, int]:
+    """Bytes cloned, bytes copied. A copy is hashed; a clone is of what was verified, if nobody wrote there since."""
+    how = {"cloned": 0, "copied": 0}
+    total, free = sum(file.size for file in files.values()), human(shutil.disk_usage(folder.parent).free)
+    with progress("bundle", total, sized=True) as advance:
+        for name, file in sorted(files.items()):
+            target = folder / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                cloned = clone.place(source / name, target)
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                    raise
+                raise UserError(
+                    f"{folder.parent}: disk full: got {free} free, expected {human(total)}: free some"
+                ) from error
+            how["cloned" if cloned else "copied"] += file.size
+            sound = (
+                _stamp(source / name) == file.stamp if cloned else exported.hash_file(target)["sha256"] == file.sha256
+            )
+            if not sound:
+                raise UserError(
+                    f"{source / name}: changed while it was bundled: leave the artefact alone and try again"
+                )
+            advance(file.size)
+    return how
+
+
+def _facts(app: Path) -> facts.AppFacts:
+    from app_bridge import sources
+
+    return sources.read(app)
+
+
+def _own_app() -> facts.AppFacts:
+    """What every app has to do, without what only Apple's hard-codes: its shapes, and the packages of its time."""
+    from app_bridge import packages
+
+    newest = json.loads(packages.TABLE.read_text(encoding="utf-8"))["sets"][-1]["pins"]
+    return replace(
+        facts.table(),
+        input_shape=(1, 3, None, None),
+        output_shape=(1, None, None),
+        packages=tuple(facts.Package(name, "", "exactVersion", version) for name, version in newest.items()),
+        api=(),
+    )
+
+
+def _check_output(target: Path, overwrite: bool) -> None:
+    """Refuse, before any work, to replace what is no earlier bundle."""
+    if not os.path.lexists(target) or (target.is_dir() and not any(target.iterdir())):
+        return
+    names = {path.name for path in target.iterdir()} - {".DS_Store"} if target.is_dir() else set()
+    if names != {"model", NAME} or _json(target / NAME).get("format") != FORMAT:
+        raise UserError(f"--output-dir {target}: is no bundle, or holds more than one: choose another")
+    if not overwrite:
+        raise UserError(f"--output-dir {target}: exists: choose another, or replace it with --overwrite")
+    exported.check_target(target / "model", overwrite)
+
+
+def _resource(name: str) -> str:
+    """What Xcode calls it among the framework's resources: some folders are one, a Core ML model is compiled."""
+    for part in name.split("/"):
+        if Path(part).suffix in _COMPILED:
+            return f"{Path(part).stem}.mlmodelc"
+        if Path(part).suffix in _OPAQUE:
+            return part
+    return name.rpartition("/")[2]
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """A JSON file's object; empty where there is none."""
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return document if isinstance(document, dict) else {}
+
+
+def _line(described: Mapping[str, Any]) -> str:
+    return f"{described['name']}, {described['recipe']}, {human(described['bytes'])}, of {described['written']}"
+
+
+def _how(how: Mapping[str, int]) -> str:
+    return " and ".join(f"{human(size)} {way}" for way, size in how.items() if size)
