@@ -1,0 +1,26 @@
+"""`python -m app_bridge bundle | restore | validate | plan | card | publish`."""
+
+import argparse
+import sys
+
+from app_bridge import bundle, card, plan, publish, validate
+from fastvlm.cli import Parser, run
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line of the package."""
+    parser = Parser(
+        prog="python -m app_bridge",
+        description="Put an artefact into an app: check it against the app, plan its memory, bundle, describe and publish it.",
+    )
+    verbs = parser.add_subparsers(required=True, metavar="VERB")
+    bundle.add_parsers(verbs)
+    validate.add_parser(verbs)
+    plan.add_parser(verbs)
+    card.add_parser(verbs)
+    publish.add_parser(verbs)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(run(build_parser))
