@@ -93,6 +93,7 @@ class ExportConfig:
         kept = asdict(self)
         for key in ("checkpoint", "output_dir", "overwrite", "calibration_data"):
             del kept[key]
+        kept["quant"] = Path(self.quant).name  # a recipe of the user's may be a file anywhere
         if self.vision_quant not in compress.FORMS or (self.vision_quant == compress.NONE and self.compression.rules):
             kept["vision_quant"] = self.compression.to_json()
         kept |= {"minimum_deployment_target": self.deployment_target, "resolutions": list(self.resolutions)}

@@ -253,9 +253,9 @@ def _listed(sizes: Sequence[int]) -> str:
 
 
 def _rounded(value: Any) -> Any:
-    """Floats to three significant digits: the rest depends on the number of threads, and the manifest must not."""
+    """Measured floats to three significant digits: the rest depends on the threads, and the manifest must not."""
     if isinstance(value, dict):
-        return {key: _rounded(item) for key, item in value.items()}
+        return {key: item if key == "tolerance" else _rounded(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_rounded(item) for item in value]
     return float(f"{value:.3g}") if isinstance(value, float) else value

@@ -233,6 +233,8 @@ def test_missing_extra_resized_and_linked_files_are_named(tmp_path: Path) -> Non
     weight.symlink_to(tmp_path / "weight.bin")
     (model / "fastvithd.mlpackage" / "extra").touch()
     (model / "empty").mkdir()
+    (model / "README.md").touch()  # as a hub's repository has them: no finding
+    (model / ".cache" / "huggingface").mkdir(parents=True)
     findings = verify(model)
     assert [finding.partition(": ")[0] for finding in findings] == [
         "config.json", "empty", "fastvithd.mlpackage/Data/weight.bin", "fastvithd.mlpackage/extra", "model.safetensors"

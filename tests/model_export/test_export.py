@@ -216,6 +216,7 @@ def test_another_checkpoint_gives_other_bytes(
 
 
 def test_rounding_keeps_what_threads_do_not_change() -> None:
+    assert _rounded({"tolerance": 0.99999, "value": 0.99999}) == {"tolerance": 0.99999, "value": 1.0}
     assert _rounded({"a": [56.4305, {"b": 3.34578e-06}], "passed": True, "n": 123456}) == {
         "a": [56.4, {"b": 3.35e-06}], "passed": True, "n": 123456
     }  # fmt: skip

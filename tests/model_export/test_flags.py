@@ -140,6 +140,7 @@ def test_a_recipe_says_how_the_encoder_is_stored(tmp_path: Path, folders: Path) 
     config = ExportConfig(*paths, quant=grouped)
     assert config.compression == ExportConfig(*paths, vision_quant=grouped).compression
     assert config.deployment_target == "iOS18" and config.document()["vision_quant"] == {"*": "palette4-g16"}
+    assert config.document()["quant"] == "grouped.json" and str(folders) not in str(config.document())
     assert ExportConfig(*paths, quant="int4").document()["vision_quant"] == "fp16"
     for other in ({"vision_quant": "int8"}, {"min_snr": 30.0}):
         with pytest.raises(UserError, match=r"and --quant .*grouped.json: the recipe has rules for the encoder"):
