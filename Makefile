@@ -2,6 +2,8 @@
 MODEL   ?= fastvlm/demo_checkpoint
 QUANT   ?= fp16
 ARTEFACT ?= build/$(notdir $(patsubst %/,%,$(MODEL)))-$(QUANT)
+APP     ?=
+DEVICE  ?=
 PYTHON  ?= $(firstword $(foreach p,python3.11 python3.12 python3.13 python3,$(shell command -v $(p) 2>/dev/null)))
 VENV    ?= .venv
 RUN      = $(VENV)/bin/python -m
@@ -9,11 +11,11 @@ READY    = $(VENV)/.ready
 EXTRA   ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup export parity verify audit ranges recipes sweep demo bench bench-export bench-encoder bench-quantization mac-report test lint clean
+.PHONY: help setup export parity verify audit ranges recipes sweep app validate plan demo bench bench-export bench-encoder bench-quantization mac-report test lint clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	@echo "  variables: MODEL=$(MODEL) QUANT=$(QUANT) ARTEFACT=$(ARTEFACT) EXTRA=\"more flags\""
+	@echo "  variables: MODEL=$(MODEL) QUANT=$(QUANT) ARTEFACT=$(ARTEFACT) APP=$(APP) DEVICE=$(DEVICE) EXTRA=\"more flags\""
 
 setup: $(READY) ## Make the virtual environment (nothing to do when requirements.txt did not change)
 
@@ -44,6 +46,15 @@ recipes: $(READY) ## List the recipes, their sizes and what loads them
 
 sweep: $(READY) ## Export and measure many recipes of MODEL; the page says which to ship
 	@$(RUN) quantization sweep --checkpoint "$(MODEL)" $(EXTRA)
+
+app: $(READY) ## Put ARTEFACT into the demo app at APP (ml-fastvlm/app), checked first
+	@$(RUN) app_bridge bundle "$(ARTEFACT)" $(if $(APP),--app "$(APP)") $(EXTRA)
+
+validate: $(READY) ## Check ARTEFACT against what the app will do with it (with APP: against its sources)
+	@$(RUN) app_bridge validate "$(ARTEFACT)" $(if $(APP),--app "$(APP)") $(EXTRA)
+
+plan: $(READY) ## Does ARTEFACT fit into the memory of DEVICE?
+	@$(RUN) app_bridge plan "$(ARTEFACT)" $(if $(DEVICE),--device "$(DEVICE)") $(EXTRA)
 
 demo: $(READY) ## Draw pictures, ask the demo checkpoint, show the answers
 	@$(RUN) fastvlm demo $(EXTRA)

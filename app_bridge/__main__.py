@@ -11,7 +11,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line of the package."""
     parser = Parser(
         prog="python -m app_bridge",
-        description="Put an artefact into an app: check it against the app, plan its memory, bundle, describe and publish it.",
+        description="Put an artefact into an app: check it, plan its memory, bundle, describe and publish it.",
     )
     verbs = parser.add_subparsers(required=True, metavar="VERB")
     bundle.add_parsers(verbs)

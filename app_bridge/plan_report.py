@@ -149,7 +149,7 @@ def _heading(kind: str, columns: list[dict[str, Any]]) -> str:
     if len(columns) == 1 and len(columns[0]["devices"]) == 1:
         return f"{columns[0]['devices'][0]}, {columns[0]['memory_gb']:g} GB"
     sizes = [f"{size:g}" for size in sorted({column["memory_gb"] for column in columns})]
-    return f"{_KINDS[kind]} {f'{sizes[0]} to {sizes[-1]}' if len(sizes) > 2 else ', '.join(sizes)} GB"
+    return f"{_KINDS[kind]}, {f'{sizes[0]} to {sizes[-1]}' if len(sizes) > 2 else ' or '.join(sizes)} GB"
 
 
 def _cell(verdicts: dict[str, str]) -> str:
