@@ -237,9 +237,7 @@ def run_verify(args: argparse.Namespace) -> dict[str, Any]:
     from model_export import artefact
 
     document = artefact.read_manifest(args.model)
-    total = sum(entry["size"] for entry in document["files"].values())
-    with progress("verify (MB)", total / 1e6) as advance:
-        findings = artefact.verify(args.model, lambda n: advance(n / 1e6))
+    findings = artefact.verify_aloud(args.model, document)
     for finding in findings:
         print(finding)
     verdict = f"{len(findings)} findings" if findings else f"{len(document['files'])} files as they were exported"

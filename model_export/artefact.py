@@ -10,6 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastvlm.cli import progress
 from fastvlm.errors import UserError
 from model_export import contract
 
@@ -147,13 +148,14 @@ def read_manifest(artefact: Path, older: bool = False) -> dict[str, Any]:
     """The artefact's export.json; with `older`, of any format up to ours. Raises UserError when it cannot be read."""
     path = artefact / contract.MANIFEST
     if not artefact.is_dir():
-        raise UserError(f"{artefact}: no such folder: expected an exported artefact")
+        what = "is a file" if artefact.is_file() else "no such folder"
+        raise UserError(f"{artefact}: {what}: expected an exported artefact's folder")
     try:
         document = json.loads(path.read_bytes())
         _canonical(document)  # half a surrogate pair is JSON, but no text
     except FileNotFoundError:
         raise UserError(f"{artefact}: is no artefact: it has no {contract.MANIFEST}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: is not JSON ({error}): export again") from None
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise UserError(f"{path}: is not the manifest of an artefact (no format {FORMAT!r})")
@@ -186,6 +188,12 @@ def verify(artefact: Path, advance: Callable[[int], Any] | None = None) -> list[
     return sorted(findings)
 
 
+def verify_aloud(artefact: Path, document: Mapping[str, Any]) -> list[str]:
+    """`verify`, with its progress shown."""
+    with progress("verify", sum(entry["size"] for entry in document["files"].values()), sized=True) as advance:
+        return verify(artefact, advance)
+
+
 def check_whole(artefact: Path) -> dict[str, Any]:
     """The manifest of an artefact whose files are all there, in size; UserError if not (`verify` reads them)."""
     document = read_manifest(artefact)
@@ -199,6 +207,13 @@ def check_parts(artefact: Path, document: Mapping[str, Any]) -> None:
     """UserError if the manifest's artefact is one half of a model."""
     if absent := [part for part in ("vision", "llm") if part not in document.get("parts", ())]:
         raise UserError(f"{artefact}: holds only part of a model (no {', '.join(absent)}): export with `all`")
+
+
+def check_for_app(artefact: Path, document: Mapping[str, Any]) -> None:
+    """UserError if the manifest's artefact is one half of a model, or in another layout than the app's."""
+    check_parts(artefact, document)
+    if (layout := document["config"].get("layout")) != contract.LAYOUTS[0]:
+        raise UserError(f"{artefact}: is in the layout {layout}, which the app can't load: export with --layout app")
 
 
 def _missing_or_resized(artefact: Path, files: Mapping[str, Mapping[str, Any]]) -> list[str]:

@@ -251,6 +251,7 @@ def test_missing_extra_resized_and_linked_files_are_named(tmp_path: Path) -> Non
         (None, "no artefact"),
         ("{", "not JSON"),
         ('{"format": "\\ud800"}', "not JSON"),
+        ("[" * 100_000, "not JSON"),
         ("[]", "not the manifest"),
         ('{"format": "fastvlm-artefact", "format_version": 99}', "version 99"),
         ('{"format": "fastvlm-artefact", "format_version": 2, "files": {"../x": {"sha256": "", "size": 1}}}', "inside"),
