@@ -7,29 +7,25 @@ import os
 import shlex
 import shutil
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from app_bridge import clone, facts, kept, licence
-from app_bridge.findings import Finding
-from app_bridge.guide import FORMAT, NAME, guide
+from app_bridge import clone, facts, findings, kept, licence, resources
 from app_bridge.kept import real
+from benchmarks.estimate import facts as measured
 from fastvlm import staging
 from fastvlm.cli import add_common, log, progress
 from fastvlm.errors import UserError
+from fastvlm.prompt import render_prompt
 from model_export import artefact as exported
 from model_export import contract
 from quantization.catalogue import SIZES, human
 
-# Folders that Xcode takes for one resource; what is a Core ML model becomes NAME.mlmodelc.
-_OPAQUE = (".xcassets", ".bundle", ".framework", ".xcdatamodeld")
-_COMPILED = (".mlpackage", ".mlmodel", ".mlmodelc")
-# What a framework's folder has besides its binary; on iOS the resources are beside these ("Placing content in a
-# bundle", developer.apple.com/documentation/bundleresources).
-_OF_FRAMEWORK = ("info.plist", "headers", "privateheaders", "modules", "_codesignature", "assets.car")
+NAME = "bundle.json"  # what an app of one's own has to do with the model beside it
+FORMAT, FORMAT_VERSION = "fastvlm-bundle", 1
 
 
 def add_parsers(verbs: Any) -> None:
@@ -55,6 +51,7 @@ def add_parsers(verbs: Any) -> None:
 
 def run_bundle(args: argparse.Namespace) -> dict[str, Any]:
     """Check the artefact, print every finding, and install it unless one is an error (exit 1)."""
+    from app_bridge import sources
     from app_bridge.validate import validate
 
     source = args.artefact.expanduser()
@@ -65,26 +62,28 @@ def run_bundle(args: argparse.Namespace) -> dict[str, Any]:
     if args.app:
         if args.overwrite:
             raise UserError("--overwrite: is for --output-dir: with --app the model that is there is kept")
-        wanted = _facts(target)
+        wanted = sources.read(target)
         place = kept.Place(target, wanted.model_folder)
         model = place.model
     else:
         _check_output(target, args.overwrite)
         wanted, model = _own_app(), target / "model"
     files = _files(source, manifest)
-    findings = validate(source, wanted) + (collisions(files, model) if args.app else [])
-    for finding in findings:
-        log(f"{finding.severity}: {finding.line()}")
-    errors = sum(finding.severity == "error" for finding in findings)
+    found = validate(source, wanted)
+    if args.app:
+        found = resources.collisions(files, model, model.parent) + found
+    elif (group := resources.group(target)) is not None:
+        found = resources.collisions([*files, NAME], target, group) + found
+    findings.show(found, log)
     document = {
-        "passed": not errors,
+        "passed": not findings.errors(found),
         "artefact": str(source),
         "model": str(model),
-        "findings": [finding.document() for finding in findings],
+        "findings": [finding.document() for finding in found],
         "dry_run": args.dry_run,
     }
-    if errors:
-        log(f"{model}: not touched: {source} has {errors} error{'s' * (errors > 1)}")
+    if not document["passed"]:
+        log(f"{model}: not touched: {findings.count(found)}")
         return document
     licence.say(source)
     if args.app:
@@ -106,48 +105,17 @@ def run_restore(args: argparse.Namespace) -> dict[str, Any]:
     return {"model": str(place.model), "restored": back, "replaced": now}
 
 
-def collisions(files: Iterable[str], model: Path) -> list[Finding]:
-    """What Xcode would refuse, or the app trip over: it makes every file below the framework's folder a resource under
-    its own name, whatever folder it is in ("Multiple commands produce", as two README.md do in
-    https://github.com/rudrankriyam/Foundation-Models-Framework-Lab/issues/33).
-    """
-    framework = model.parent
-    ours = {_resource(name).lower(): name for name in files}
-    others = {framework.name.lower(): "the framework's binary", **dict.fromkeys(_OF_FRAMEWORK, "the framework's own")}
-    findings = []
-    for path in sorted(framework.rglob("*")):
-        name = path.relative_to(framework).as_posix()
-        hidden = any(part.startswith(".") for part in name.split("/"))
-        if hidden or path.is_dir() or path.is_relative_to(model):
-            continue
-        others[_resource(name).lower()] = name
-        if path.suffix == ".safetensors" and path.name.lower() not in ours:
-            findings.append(
-                Finding(
-                    "resource-stray-weights", f"{framework.name}/{name}", "weights outside the model's folder",
-                    "none: the app loads every .safetensors in its framework", "move it out of the folder",
-                )
-            )  # fmt: skip
-    for resource in sorted(set(ours) & set(others)):
-        findings.append(
-            Finding(
-                "resource-collision", f"{framework.name}: {others[resource]}",
-                f"the same name as the model's {ours[resource]}",
-                "one resource of a name: Xcode puts all into one folder", "move it out of the folder",
-            )
-        )  # fmt: skip
-    return findings
-
-
 def describe(folder: Path) -> dict[str, Any]:
     """What a model folder holds, as far as it says: published size, recipe, bytes, when it was last written."""
-    from fastvlm.synthetic import SHAPES  # takes torch with it
-
     paths = [path for path in folder.rglob("*") if not path.is_dir() or path.is_symlink()] or [folder]
     stats = [path.lstat() for path in paths]
     config, manifest = _json(folder / contract.CONFIG), _json(folder / contract.MANIFEST)
     shape = f"{config.get('num_hidden_layers')} layers of {config.get('hidden_size')}"
-    sizes = {f"{SHAPES[key].layers} layers of {SHAPES[key].hidden}": f"FastVLM {name}" for key, name in SIZES.items()}
+    sizes = {  # tests hold these to fastvlm.synthetic's, which takes torch
+        "{layers} layers of {hidden}".format(**measured("published.json")["languages"][f"qwen2-{key}"]): name
+        for key, name in SIZES.items()
+    }
+    name = f"FastVLM {sizes[shape]}" if shape in sizes else shape
     try:
         recipe = f"{manifest['llm']['recipe']['name']}, encoder {manifest['config']['vision_quant']}"
     except (KeyError, TypeError):
@@ -155,7 +123,7 @@ def describe(folder: Path) -> dict[str, Any]:
         stored = contract.stored_as(quantization) if isinstance(quantization, dict) and "bits" in quantization else None
         recipe = f"{stored or 'not quantized'}, no {contract.MANIFEST}" if config else "unknown"
     return {
-        "name": sizes.get(shape, shape) if "hidden_size" in config else "no model that we know",
+        "name": name if "hidden_size" in config else "no model that we know",
         "recipe": recipe,
         "bytes": sum(one.st_size for one in stats),
         "written": time.strftime("%Y-%m-%d %H:%M", time.localtime(max(one.st_mtime for one in stats))),
@@ -192,7 +160,7 @@ def _there(place: kept.Place, source: Path) -> tuple[dict[str, Any] | None, bool
         return None, True
     theirs = place.model / contract.MANIFEST
     same = theirs.is_file() and theirs.read_bytes() == (source / contract.MANIFEST).read_bytes()
-    return describe(place.model), not (same and kept.changes(place.model) == [])
+    return describe(place.model), not (same and kept.unchanged(place.model))
 
 
 def _stand_alone(
@@ -207,6 +175,60 @@ def _stand_alone(
         (folder / NAME).write_text(json.dumps(instructions, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     print(f"{target}: {_line(new)}: {_how(how)}; what its app has to do is in {NAME}")
     return {"new": new, "bytes": how}
+
+
+def guide(artefact: Path, manifest: Mapping[str, Any], wanted: facts.AppFacts) -> dict[str, Any]:
+    """What an app of one's own has to do with the model, as JSON. Shapes as Core ML has them; sizes in pixels."""
+    config = json.loads((artefact / contract.CONFIG).read_text(encoding="utf-8"))
+    pixels = json.loads((artefact / contract.PREPROCESSOR_CONFIG).read_text(encoding="utf-8"))
+    functions = contract.functions(manifest["vision"]["image_size"], manifest["config"]["resolutions"])
+    channels, token = manifest["vision"]["channels"], wanted.image_token
+    return {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "core_ml": {
+            "package": contract.PACKAGE,
+            "class": f"{wanted.model_class}, which Xcode makes from the package's name",
+            "minimum_deployment_target": manifest["config"]["minimum_deployment_target"],
+            "functions": {
+                name: {
+                    "input": _feature(wanted.input_name, wanted.input_dtype, contract.input_shape(size)),
+                    "output": _feature(wanted.output_name, wanted.output_dtype, contract.output_shape(size, channels)),
+                }
+                for name, size in functions.items()
+            },
+        },
+        "preprocessing": {
+            "image_strategy": manifest["image"]["image_strategy"],
+            "size": manifest["image"]["image_size"],
+            "mean": pixels["image_mean"],
+            "std": pixels["image_std"],
+            "pixels": "RGB, planes first, bicubic, divided by 255, then (x - mean) / std",
+        },
+        "language_model": {
+            "files": manifest["llm"]["files"],
+            "keys": {
+                "decoder": f"{contract.LANGUAGE_PREFIX}* (Qwen2's names)",
+                "projector": [*contract.PROJECTOR_KEYS, "a GELU between the two layers"],
+            },
+            "quantization": config.get("quantization"),
+            "checked_for": {package.name: package.minimum for package in wanted.packages},
+            "config": {key.path: key.type for key in wanted.config if key.required and "." not in key.path},
+        },
+        "prompt": {
+            "image_token": token,
+            "image_token_index": config["image_token_index"],
+            "image_tokens": manifest["image"]["tokens_per_image"],
+            "text": render_prompt("{question}"),
+            "do": f"replace {token} by that many image tokens, and their embeddings by the projected image features",
+            "demo_app": "puts them after the question, without the line break",
+        },
+        "licence": licence.term(artefact),
+    }
+
+
+def _feature(name: str, dtype: str, shape: tuple[int, ...]) -> dict[str, Any]:
+    return {"name": name, "dtype": dtype, "shape": list(shape)}
 
 
 @dataclass(frozen=True)
@@ -259,12 +281,6 @@ def _copy(source: Path, files: Mapping[str, File], folder: Path) -> dict[str, in
     return how
 
 
-def _facts(app: Path) -> facts.AppFacts:
-    from app_bridge import sources
-
-    return sources.read(app)
-
-
 def _own_app() -> facts.AppFacts:
     """What every app has to do, without what only Apple's hard-codes: its shapes, and the packages of its time."""
     from app_bridge import packages
@@ -291,21 +307,12 @@ def _check_output(target: Path, overwrite: bool) -> None:
     exported.check_target(target / "model", overwrite)
 
 
-def _resource(name: str) -> str:
-    """What Xcode calls it among the framework's resources: some folders are one, a Core ML model is compiled."""
-    for part in name.split("/"):
-        if Path(part).suffix in _COMPILED:
-            return f"{Path(part).stem}.mlmodelc"
-        if Path(part).suffix in _OPAQUE:
-            return part
-    return name.rpartition("/")[2]
-
-
 def _json(path: Path) -> dict[str, Any]:
     """A JSON file's object; empty where there is none."""
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        json.dumps(document, ensure_ascii=False).encode()  # half a surrogate pair is JSON, but can't be printed
+    except (OSError, ValueError, RecursionError):
         return {}
     return document if isinstance(document, dict) else {}
 

@@ -5,31 +5,35 @@ is its name of Apple's research licence: apple/FastVLM-0.5B, README.md.
 """
 
 import argparse
+import io
 import json
+import os
 import re
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, TemplateError
 from markupsafe import Markup
-from rich.filesize import decimal
 
 from app_bridge import licence
-from fastvlm.cli import add_common, log, progress
+from fastvlm.cli import add_common, log
 from fastvlm.errors import UserError
 from fastvlm.page import templates
 from fastvlm.staging import write_file
 from model_export import artefact as exported
 from model_export import contract
-from quantization.catalogue import LOADERS
+from quantization.catalogue import LOADERS, human
 
 FILE = "README.md"
 RESEARCH_LICENCE = "apple-amlr"
 ANYWHERE = "ORG/NAME"  # the repository of a card that was made for none
-# A path that begins at a root or a home: nobody else's business, and true on one machine only.
+# A path that begins at a root or a home: nobody else's business, and true on one machine only. At the start any folder
+# is a root; within a text only what is one on most machines, or links from a hub's root were paths, too.
 _PATH = re.compile(
-    r"(?<![\w.:/~-])(?:/(?:home|Users|root|tmp|private|var|mnt|media|opt|work|data|Volumes)/|~/|[A-Za-z]:\\)\S*"
+    r"\A/[\w.-]+(?:/\S*)?|file:/+\S*|(?<![\w./~-])(?:/(?:home|Users|root|tmp|private|var|mnt|media|opt|work|data|scratch|srv"
+    r"|Volumes)/|~(?:[a-z_][\w-]*)?/|[A-Za-z]:[\\/](?!/))\S*"
 )
 _NOT_IN_CARD = ("bytes", "peak_gb", "load_s", "encode_s", "prefill_", "decode_")  # sizes are the manifest's; no times
 
@@ -41,6 +45,7 @@ def add_parser(verbs: Any) -> None:
     add = parser.add_argument
     add("artefact", type=Path, metavar="ARTEFACT", help="what `python -m model_export all` wrote")
     add("--output", type=Path, metavar="FILE", help="where it goes (default: stdout)")
+    add("--overwrite", action="store_true", help="replace what is there")
     add("--quality", type=Path, metavar="FILE", help="the JSON that `python -m quantization evaluate --json` printed")
     add("--base-model", metavar="ORG/NAME", help="the hub repository of the checkpoint (the export does not know it)")
     add("--repo", metavar="ORG/NAME", help="where it will be published (for its title and the download command)")
@@ -50,18 +55,17 @@ def add_parser(verbs: Any) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Write the card of an artefact that is as it was exported; UserError with everything that is wrong."""
+    print_utf8()
     faults = [fault for name in (args.base_model, args.repo) if name is not None for fault in name_faults(name)]
-    if args.output is not None and args.output.is_dir():
-        faults.append(f"--output {args.output}: is a folder: expected the name of a file")
-    if args.output is not None and args.artefact.resolve() in args.output.resolve().parents:
-        faults.append(f"--output {args.output}: is inside the artefact, which is never written: choose another place")
+    if args.output is not None and (fault := _output_fault(args.output, args.artefact, args.overwrite)):
+        faults.append(f"--output {args.output}: {fault}")
     if faults:
         raise UserError("; ".join(faults))
     manifest = exported.read_manifest(args.artefact)
-    if faults := exported_faults(args.artefact, manifest):
-        raise UserError(f"{args.artefact}: {'; '.join(faults)}")
-    licence.say(args.artefact)
     quality = read_quality(args.quality, manifest) if args.quality else None
+    if faults := exported_faults(args.artefact, manifest):
+        raise UserError("; ".join(faults))
+    licence.say(args.artefact)
     text = make(args.artefact, manifest, args.repo, quality, args.base_model)
     for finding in licence.check(args.artefact, manifest):
         log(f"it can't be published: {finding.line()}")
@@ -71,6 +75,25 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     elif not args.json:
         print(text, end="")
     return {"output": str(args.output) if args.output else None, "card": text}
+
+
+def print_utf8() -> None:
+    """From here on, print in UTF-8 whatever the locale, as a card's file is."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
+
+
+def _output_fault(output: Path, artefact: Path, overwrite: bool) -> str | None:
+    """Why a card can't be written there."""
+    if output.is_dir():
+        return "is a folder: expected the name of a file"
+    if not output.parent.is_dir():
+        return f"no such folder: {output.parent}: expected one that exists"
+    if Path(os.path.realpath(artefact)) in Path(os.path.realpath(output)).parents:
+        return "is inside the artefact, which is never written: choose another place"
+    if os.path.lexists(output) and not overwrite:
+        return "exists, perhaps with changes of yours: choose another, or replace it with --overwrite"
+    return None
 
 
 def make(
@@ -111,20 +134,24 @@ def check(text: str) -> list[str]:
                 faults.append("its front matter says `license: other`: expected `license_name` and `license_link`, too")
         except (ValueError, TypeError, YAMLError) as error:
             faults.append(f"its front matter is not what the hub reads: {' '.join(str(error).split())}")
-    lines = ((number, _PATH.search(line)) for number, line in enumerate(text.splitlines(), 1))
-    return faults + [f"line {number} tells a path of this machine, {found[0]}" for number, found in lines if found]
+    lines = ((number, machine_path(line)) for number, line in enumerate(text.splitlines(), 1))
+    return faults + [f"line {number} tells a path of this machine, {path}" for number, path in lines if path]
+
+
+def machine_path(text: str) -> str | None:
+    """The first absolute path in a text of one line, None without one."""
+    found = _PATH.search(text)
+    return found[0] if found else None
 
 
 def exported_faults(artefact: Path, manifest: Mapping[str, Any]) -> list[str]:
-    """Why an artefact is not what was exported, whole: a half of a model, files that changed, are missing or extra."""
+    """Why an artefact is not what was exported for the app, whole: another layout, one half, files that differ."""
     faults = []
     try:
-        exported.check_parts(artefact, manifest)
+        exported.check_for_app(artefact, manifest)
     except UserError as error:
         faults.append(str(error))
-    total = sum(entry["size"] for entry in manifest["files"].values())
-    with progress("verify (MB)", total / 1e6) as advance:
-        return faults + exported.verify(artefact, lambda n: advance(n / 1e6))
+    return faults + [f"{artefact}: {fault}" for fault in exported.verify_aloud(artefact, manifest)]
 
 
 def name_faults(name: str) -> list[str]:
@@ -164,10 +191,11 @@ def read_quality(path: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
             runners = [", ".join(sorted(set(about[key].values()))) for key in ("runners", "reference_runners")]
             machine = environment.machine_line(document["environment"])
             said = {"runners": runners[0], "reference_runners": runners[1], "machine": machine, "about": about}
-    except (ValueError, IndexError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, RecursionError, ValueError, LookupError, TypeError, AttributeError) as error:
+        broken = "is no JSON" if isinstance(error, RecursionError | ValueError) else "is something else"
+        got = error.strerror if isinstance(error, OSError) else broken
         raise UserError(
-            f"--quality {path}: expected the JSON that `python -m quantization evaluate --json` prints"
-            f" ({type(error).__name__}: {error})"
+            f"--quality {path}: {got}: expected the JSON that `python -m quantization evaluate --json` prints"
         ) from error
     if len(found) != 1:
         raise UserError(
@@ -177,13 +205,6 @@ def read_quality(path: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
     return {"rows": rows, "figures": found[0]["figures"], **said}
 
 
-def licence_file(artefact: Path) -> str | None:
-    """The name of the weights' licence: Apple's research licence, or else the first that came with the checkpoint."""
-    paths = sorted(path for path in artefact.iterdir() if path.name.lower().startswith(("license", "licence")))
-    apples = [path for path in paths if exported.APPLE_LICENCE in path.read_text("utf-8", errors="replace")]
-    return next((path.name for path in (*apples, *paths)), None)
-
-
 def _render(
     artefact: Path,
     manifest: Mapping[str, Any],
@@ -191,12 +212,18 @@ def _render(
     quality: Mapping[str, Any] | None,
     base_model: str | None,
 ) -> str:
+    from app_bridge import check_quantization  # torch behind it
     from benchmarks.parity import LABELS
     from benchmarks.report import SOURCES
 
     vision, llm, parity = manifest["vision"], manifest["llm"], manifest.get("parity")
     shape = contract.output_shape(vision["image_size"], vision["channels"])
-    name = licence_file(artefact)
+    name = licence.file(artefact)
+    faults: list[str] = []
+    block = check_quantization.parse_block(llm.get("quantization"), faults)
+    if faults:
+        raise TypeError(f"quantization: {'; '.join(faults)}")
+    settings = block.settings() if block else set()
     pictures = parity and " and ".join(f"{count} {SOURCES[source]}" for source, count in parity["pictures"].items())
     text = _environment().get_template("card.md.j2").render(
         **{key: manifest[key] for key in ("config", "image", "llm", "vision", "sources")},
@@ -211,7 +238,7 @@ def _render(
         attribution=exported.APPLE_ATTRIBUTION,
         licence_file=name,
         sizes=_sizes(manifest),
-        total=decimal(sum(entry["size"] for entry in manifest["files"].values())),
+        total=human(sum(entry["size"] for entry in manifest["files"].values())),
         parity=parity,
         metrics=[(label, parity["metrics"][key]) for key, label in LABELS.items()] if parity else [],
         pictures=pictures,
@@ -220,7 +247,7 @@ def _render(
         mlx_lm=json.dumps(contract.MLX_LM_CONFIG),
         shape=list(shape),
         app_shape=list(contract.APP_OUTPUT_SHAPE) if shape != contract.APP_OUTPUT_SHAPE else None,
-        loaders=[(one, one.reads(_settings(llm))) for one in LOADERS if "--layout" not in one.source],
+        loaders=[(one, one.reads(settings)) for one in LOADERS if one.layout == manifest["config"]["layout"]],
         notice=(artefact / contract.NOTICE).read_text("utf-8", errors="replace"),
     )  # fmt: skip
     return text.rstrip("\n") + "\n"
@@ -234,7 +261,7 @@ def _environment() -> Environment:
     pages.filters |= {
         "code": _code,
         "fenced": _fenced,
-        "decimal": decimal,
+        "human": human,
         "figure": lambda metric: figure(metric["value"], metric["unit"]),
         "bound": bound,
         "safe": Markup,
@@ -270,15 +297,8 @@ def _sizes(manifest: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         top = name.split("/")[0]
         sizes[top if top in weights else ""] = sizes.get(top if top in weights else "", 0) + entry["size"]
     rest = sizes.pop("", 0)
-    rows = [(name, decimal(size), weights[name]) for name, size in sorted(sizes.items())]
-    return [*rows, ("*.json, …", decimal(rest), "configuration, tokenizer, licence")]
-
-
-def _settings(llm: Mapping[str, Any]) -> set[tuple[str, int, int]]:
-    """(mode, bits, group size) of everything quantized."""
-    block = llm.get("quantization") or {}
-    entries = [entry for entry in (block, *block.values()) if isinstance(entry, dict) and "bits" in entry]
-    return {(entry.get("mode", "affine"), entry["bits"], entry["group_size"]) for entry in entries}
+    rows = [(name, human(size), weights[name]) for name, size in sorted(sizes.items())]
+    return [*rows, ("*.json, …", human(rest), "configuration, tokenizer, licence")]
 
 
 def _share(key: str, value: float | None) -> str:

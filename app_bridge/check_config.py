@@ -4,9 +4,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from app_bridge.check_coreml import Encoder
 from app_bridge.facts import Key
-from app_bridge.subject import AGAIN, Subject, kind_of
+from app_bridge.subject import AGAIN, Encoder, Subject, kind_of, listed
 from model_export import contract
 
 _INT = 2**63  # Swift's Int is 64 bits wide
@@ -19,17 +18,24 @@ _COMPUTED = {
     "rope_traditional": False,
     "use_sliding_window": False,
 }
+# RoPE as it is, under both of its names in Qwen2's files (transformers renames "mrope" to "default"). What else an
+# object `rope_scaling` says, the app leaves out, unless it decodes the key.
+_UNSCALED = ("default", "mrope")
 # Numbers that differ between models: where they are absent, the app takes its default without a word.
 _ASSUMED = ("rms_norm_eps", "rope_theta")
 
 
 def check_config(subject: Subject) -> dict[str, Any] | None:
-    """config.json with every finding about it alone; None if it can't be read."""
+    """config.json with every finding about it alone; None if it can't be read.
+
+    Both numbers of heads, changed by one factor, leave every weight its shape: for them, as for rms_norm_eps and
+    rope_theta, there is nothing but the manifest's sha256 of the file.
+    """
     config = subject.read_json(contract.CONFIG)
     if config is None:
         return None
     facts = subject.facts
-    _check_keys(subject, contract.CONFIG, config, facts.config)
+    faulty = _check_keys(subject, contract.CONFIG, config, facts.config)
     _check_name(subject, contract.CONFIG, config, "model_type", facts.model_type)
     for key in facts.config:
         value = integer(config.get(key.path))
@@ -52,8 +58,33 @@ def check_config(subject: Subject) -> dict[str, Any] | None:
                 f"{kind_of(computed)}, which the app computes",
                 "the app can't run another model than Qwen2 with FastVLM's projector",
             )
-    subject.checked.append(f"{contract.CONFIG}: {len(facts.config)} keys, model_type, what the app computes")
+    if not any(path.partition(".")[0] == "rope_scaling" for path in faulty):
+        _check_rope(subject, config.get("rope_scaling"))
+    subject.checked.append(
+        f"{contract.CONFIG}: {len(facts.config)} keys, model_type, what the app computes; the numbers of heads, "
+        "rms_norm_eps and rope_theta only as the manifest's sha256 of the file: no weight's shape tells them"
+    )
     return config
+
+
+def _check_rope(subject: Subject, scaling: Any) -> None:
+    """Nothing in rope_scaling that a model computes with and the app doesn't."""
+    read = {key.path for key in subject.facts.config}
+    ignored = [
+        f"{name} {kind_of(value)}"
+        for name, value in (scaling.items() if isinstance(scaling, dict) else ())
+        if name != "mrope_section"
+        and f"rope_scaling.{name}" not in read
+        and not (name in ("type", "rope_type") and value in _UNSCALED)
+    ]
+    if ignored:
+        subject.error(
+            "config-value",
+            f"{contract.CONFIG}: rope_scaling",
+            listed(ignored),
+            "no scaling: the app computes RoPE without it, and would answer wrongly",
+            "use a model that was trained without it; the app can't run this one",
+        )
 
 
 def check_preprocessor(subject: Subject, encoder: Encoder | None) -> None:
@@ -66,7 +97,7 @@ def check_preprocessor(subject: Subject, encoder: Encoder | None) -> None:
     _check_name(subject, name, document, "processor_class", subject.facts.processor_class)
     for key in subject.facts.preprocessor:
         value = _value(document, key.path)
-        if key.type == "[CGFloat]" and key.path not in faulty and len(value) < 3:
+        if key.type == "[CGFloat]" and key.path not in faulty and isinstance(value, list) and len(value) < 3:
             subject.error(
                 "list-length",
                 f"{name}: {key.path}",
@@ -150,12 +181,21 @@ def _check_name(subject: Subject, file: str, document: Mapping[str, Any], key: s
 
 def _check_keys(subject: Subject, file: str, document: Mapping[str, Any], keys: Sequence[Key]) -> set[str]:
     """Hold every key to its type; returns the paths that are missing or wrong."""
-    optional = {key.path for key in keys if not key.required}
+    optional = {key.path: key for key in keys if not key.required}
     faulty, reported = set(), set()
     for key in keys:
         owner, absent = _absent(document, key.path)
         if absent is not None:  # the path ends early, at `absent`
             if absent in optional and owner is None:
+                taken = optional[absent]
+                if (
+                    ":" in taken.type
+                    and absent != key.path
+                    and key.path[len(absent) + 1 :] not in (taken.default or {})
+                ):
+                    faulty.add(key.path)
+                    default = f"nothing, so the app takes {kind_of(taken.default) if taken.default else 'nothing'}"
+                    subject.error("key-missing", f"{file}: {key.path}", default, f"Swift's {key.type}: the app ends")
                 continue
             faulty.add(key.path)
             if absent not in reported:

@@ -1,14 +1,14 @@
 """The Core ML package, against the class that Xcode makes of it and what the app's code does with that."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
-from app_bridge.subject import Subject, listed
+from app_bridge.subject import Encoder, Subject, listed
 from model_export import contract
 from model_export.mil import MILError, read_package
 from model_export.mil.blob import WeightFile
 from model_export.mil.program import BlobRef, Block, Constant, Function, Program, TensorType
+from model_export.mil.registry import OPSETS, lookup
 
 _SUFFIX = ".mlpackage"
 _FLOATS = {"fp16": "float16", "fp32": "float32", "fp64": "float64"}  # MIL's names -> the app's
@@ -22,15 +22,6 @@ _SYSTEMS = {
     10: {"iOS": "26", "macOS": "26", "visionOS": "26"},
 }
 _OPSETS = {"CoreML5": 6, "CoreML6": 7, "CoreML7": 8, "CoreML8": 9, "CoreML9": 10}
-
-
-@dataclass(frozen=True)
-class Encoder:
-    """What the package's interface is, as far as it is sound: pixels a side, image tokens, channels."""
-
-    side: int | None = None
-    tokens: int | None = None
-    channels: int | None = None
 
 
 def check_package(subject: Subject) -> Encoder | None:
@@ -53,7 +44,9 @@ def check_package(subject: Subject) -> Encoder | None:
         return None
     _check_weights(subject, name, program)
     _check_deployment(subject, name, program)
-    return _check_interface(subject, name, _main(subject, name, program))
+    function = _main(subject, name, program)
+    _check_operations(subject, name, function)
+    return _check_interface(subject, name, function)
 
 
 def _main(subject: Subject, name: str, program: Program) -> Function:
@@ -93,8 +86,39 @@ def _check_interface(subject: Subject, name: str, function: Function) -> Encoder
     tokens, channels = (given[1], given[2]) if given else (None, None)
     if side and tokens and not _check_tokens(subject, name, side, tokens):
         return Encoder()
+    if side and given:
+        _check_described(subject, name, function)
     subject.checked.append(f"{name}: {function.name}, {function.opset}, {facts.input_name} -> {facts.output_name}")
     return Encoder(side, tokens, channels)
+
+
+def _check_described(subject: Subject, name: str, function: Function) -> None:
+    """The description, which Xcode makes the class of, says of the program what is so."""
+    made = (item for operation in function.block.operations for item in operation.outputs)
+    own = {
+        "input": {item.name: item.type for item in function.inputs},
+        "output": {item.name: item.type for item in made if item.name in function.block.outputs},
+    }
+    described = {"input": function.described_inputs, "output": function.described_outputs}
+    for side, feature in (("input", subject.facts.input_name), ("output", subject.facts.output_name)):
+        said, found = described[side][feature], own[side].get(feature)
+        sizes = tuple(size or 0 for size in said.shape)  # the app's: none is flexible
+        if found is None or found.dtype != said.dtype or not found.accepts(sizes):
+            got = f"{said} in the description, {found or 'nothing'} in the program"
+            subject.error("package-description", f"{name}: {side} {feature}", got, "the same in both")
+
+
+def _check_operations(subject: Subject, name: str, function: Function) -> None:
+    """Operations that this project has never seen in this opset."""
+    types = {operation.type for operation in function.block.operations} - {"const"}
+    unknown = sorted(one for one in types if function.opset in OPSETS and lookup(one, function.opset) is None)
+    if unknown:
+        subject.warning(
+            "operation-unknown",
+            f"{name}: {function.opset}",
+            listed(unknown),
+            "operations that are known here: Core ML may refuse to compile the package",
+        )
 
 
 def _check_tokens(subject: Subject, name: str, side: int, tokens: int) -> bool:
@@ -180,9 +204,12 @@ def _check_deployment(subject: Subject, name: str, program: Program) -> None:
             "deployment-target",
             f"{name}: specification version",
             got,
-            f"one for {', '.join(older)}, the app's deployment target",
+            f"one for {', '.join(older)}, the lowest deployment target of the app and of the target with the model",
             "export with an older --minimum-deployment-target, or raise the app's",
         )
+    elif program.specification_version < needed:
+        got = f"{program.specification_version} for opset {listed(sorted(opsets))}"
+        subject.error("specification-version", f"{name}: specification version", got, f"{needed} or newer")
     subject.checked.append(
         f"{name}: specification {needed} for {', '.join(f'{k} {v}' for k, v in subject.facts.deployment.items())}"
     )

@@ -38,6 +38,10 @@ class Block:
     base: Setting
     modules: Mapping[str, Setting | None]
 
+    def settings(self) -> set[Setting]:
+        """All that it says, of modules or of all."""
+        return {self.base, *(setting for setting in self.modules.values() if setting)}
+
     def of(self, module: str) -> Setting | None:
         """A module's setting."""
         return self.modules.get(module, self.base)
@@ -59,26 +63,35 @@ class Groups:
             subject.error(rule, where + more, got, expected, remedies.get(rule, AGAIN))
 
 
+def parse_block(document: Any, faults: list[str]) -> Block | None:
+    """A `quantization` block as of config.json or the manifest; None for none and, with `faults`, for what is none."""
+    if document is None:
+        return None
+    base = _setting(document, faults, "")
+    entries = document.items() if isinstance(document, dict) else ()
+    modules = {
+        key: None if entry is False else _setting(entry, faults, f"{key}.")
+        for key, entry in entries
+        if isinstance(entry, dict) or entry is False
+    }
+    return Block(base, modules) if base else None
+
+
 def read_block(subject: Subject, config: dict[str, Any], loader: Loader) -> tuple[Block | None, bool]:
     """The `quantization` block (None: there is none) and whether the app can decode it."""
     document = config.get("quantization")
-    if document is None:
-        return None, True
     faults: list[str] = []
-    base = _setting(document, faults, "")
-    modules: dict[str, Setting | None] = {}
-    if isinstance(document, dict):
-        for key, entry in document.items():
-            if isinstance(entry, dict):
-                modules[key] = _setting(entry, faults, f"{key}.")
-            elif entry is False:
-                modules[key] = None
-            elif loader.mixed and not _decoded(key, entry, loader):
-                faults.append(f"{key}: {kind_of(entry)}, where this loader expects a module's settings")
-    if faults or base is None:
+    block = parse_block(document, faults)
+    if isinstance(document, dict) and loader.mixed:
+        faults += [
+            f"{key}: {kind_of(entry)}, where this loader expects a module's settings"
+            for key, entry in document.items()
+            if not isinstance(entry, dict) and entry is not False and not _decoded(key, entry, loader)
+        ]
+    if faults:
         subject.error("quantization-block", _WHERE, "; ".join(faults[:3]), "group_size and bits, both integers")
         return None, False
-    return Block(base, modules), True
+    return block, True
 
 
 def _decoded(key: str, entry: Any, loader: Loader) -> bool:
@@ -134,7 +147,7 @@ def check_block(subject: Subject, block: Block | None, quantized: set[str], load
     settings = {setting for module in quantized if (setting := block.of(module)) is not None}
     if loader.reads(settings) and all(mode != "affine" or group in GROUP_SIZES for mode, _, group in settings):
         return True
-    able = [f"{one.name} ({one.source})" for one in LOADERS if "app" in one.name and one.reads(settings)]
+    able = [f"{one.name} ({one.source})" for one in LOADERS if one.app and one.reads(settings)]
     remedy = f"read by {'; '.join(able)}" if able else "no version of the app that is known here reads it"
     subject.error(
         "quantization-unsupported",

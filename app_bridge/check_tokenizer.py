@@ -2,7 +2,8 @@
 
 Read in swift-transformers 0.1.18 to 0.1.24 (`Tokenizers/Tokenizer.swift`, `BPETokenizer.swift`, `PreTokenizer.swift`,
 `Normalizer.swift`, `PostProcessor.swift`, `Decoder.swift`) and in mlx-swift-examples 2.21.2
-(`MLXLMCommon/Evaluate.swift`: an answer ends at the tokenizer's own eos token, whatever config.json says).
+(`MLXLMCommon/Evaluate.swift`: an answer ends at the tokenizer's own eos token or unknown token, whatever config.json
+says).
 """
 
 import re
@@ -48,6 +49,7 @@ def check_tokenizer(subject: Subject, config: dict[str, Any] | None, rows: int |
     _check_components(subject, document, ids)
     if not _is_stale(subject, settings, added):
         _check_special(subject, settings, config, added)
+        _check_unknown(subject, settings, ids, added)
         _check_prompt_tokens(subject, tokenizer, tokens)
     limit = rows if rows is not None else integer((config or {}).get("vocab_size"))
     beyond = sorted((number, token) for token, number in ids.items() if limit is not None and number >= limit)
@@ -181,12 +183,11 @@ def _check_end(
     subject: Subject, settings: Mapping[str, Any], config: Mapping[str, Any] | None, added: Mapping[str, int]
 ) -> None:
     """An answer ends at the tokenizer's eos token, so that has to be what ends a turn."""
-    end = subject.facts.turn.rpartition("{content}")[2].strip()
-    eos = settings.get("eos_token")
-    eos = eos.get("content") if isinstance(eos, dict) else eos
+    end, eos = _end(subject), _token(settings, "eos_token")
     where = f"{contract.TOKENIZER_CONFIG}: eos_token"
     if eos != end:
-        subject.error("eos-token", where, kind_of(eos), f"{end!r}, which ends a turn: the app stops at nothing else")
+        expected = f"{end!r}, which ends a turn: the app stops at this and at unk_token, nowhere else"
+        subject.error("eos-token", where, kind_of(eos), expected)
         return
     said = (config or {}).get("eos_token_id")
     ids = said if isinstance(said, list) else [said]
@@ -198,6 +199,34 @@ def _check_end(
             f"{added.get(end)}, the id of {end}",
             "export again; the published app goes by the tokenizer, later loaders by this key, too",
         )
+
+
+def _check_unknown(
+    subject: Subject, settings: Mapping[str, Any], ids: Mapping[str, int], added: Mapping[str, int]
+) -> None:
+    """The unknown token ends an answer, too, and text that has it is written as bytes: it can't be a token in use."""
+    unknown = _token(settings, "unk_token")
+    if not isinstance(unknown, str) or unknown not in ids or unknown == _end(subject):
+        return
+    if unknown not in added or unknown in prompt(subject, subject.facts.image_token):
+        subject.warning(
+            "unk-token",
+            f"{contract.TOKENIZER_CONFIG}: unk_token",
+            f"{unknown!r}, a token of the {'prompt' if unknown in added else 'vocabulary'}",
+            "null, or a token that no text has: the app ends an answer there",
+            "export again, or set unk_token to null",
+        )
+
+
+def _token(settings: Mapping[str, Any], name: str) -> Any:
+    """A special token in tokenizer_config.json: text, or an object with text."""
+    said = settings.get(name)
+    return said.get("content") if isinstance(said, dict) else said
+
+
+def _end(subject: Subject) -> str:
+    """What ends a turn."""
+    return subject.facts.turn.rpartition("{content}")[2].strip()
 
 
 def _check_prompt_tokens(subject: Subject, tokenizer: Tokenizer, tokens: int | None) -> None:

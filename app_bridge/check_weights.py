@@ -8,7 +8,7 @@ mlx-swift 0.25): the module keeps its random numbers.
 
 import ast
 import operator
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
@@ -40,8 +40,12 @@ def check_weights(subject: Subject, config: dict[str, Any] | None, channels: int
 
     `channels` is what the encoder gives, None where that isn't known.
     """
-    tensors, whole = _read(subject)
-    _check_index(subject, tensors)
+    index = subject.read_json(contract.WEIGHTS_INDEX) if (subject.folder / contract.WEIGHTS_INDEX).exists() else {}
+    names = (index or {}).get("weight_map")
+    files = {name: file for name, file in names.items() if isinstance(file, str)} if isinstance(names, dict) else {}
+    tensors, whole = _read(subject, files.values())
+    if index:
+        _check_index(subject, files, tensors)
     embedding = tensors.get("language_model.model.embed_tokens.weight")
     rows = embedding.shape[0] if embedding is not None and embedding.shape else None
     if config is None or not tensors:
@@ -87,14 +91,24 @@ _REMEDIES = {
 }
 
 
-def _read(subject: Subject) -> tuple[dict[str, Stored], bool]:
-    """Every tensor of every safetensors file, and whether all of these files could be read."""
+def _read(subject: Subject, indexed: Iterable[str]) -> tuple[dict[str, Stored], bool]:
+    """Every tensor of every safetensors file, and whether all that there should be could be read."""
     tensors: dict[str, Stored] = {}
     twice: dict[str, list[str]] = {}
     paths = sorted(subject.folder.rglob("*.safetensors"))
-    whole = not any(name.endswith(".safetensors") and not (subject.folder / name).exists() for name in subject.changed)
+    meant = {*subject.weights, *indexed, *(name for name in subject.changed if name.endswith(".safetensors"))}
+    gone = sorted(name for name in meant if not (subject.folder / name).exists())
+    if gone or not paths:
+        got = "no such file" if len(gone) < 2 else f"{len(gone)} files that aren't there"
+        expected = "the language model's and the projector's weights"
+        subject.error("file-missing", ", ".join(gone) or "*.safetensors", got, expected)
+    whole = bool(paths) and not gone
     for path in paths:
         name = path.relative_to(subject.folder).as_posix()
+        if not path.is_file():
+            whole = False
+            subject.error("weights-unreadable", name, "no plain file", "a whole safetensors file")
+            continue
         try:
             with safe_open(path, "numpy") as file:
                 for key in file.keys():  # noqa: SIM118 (the handle is no mapping)
@@ -105,9 +119,6 @@ def _read(subject: Subject) -> tuple[dict[str, Stored], bool]:
         except (OSError, SafetensorError) as error:
             whole = False
             subject.error("weights-unreadable", name, " ".join(str(error).split()), "a whole safetensors file")
-    if not paths and whole:
-        whole = False
-        subject.error("file-missing", "*.safetensors", "none", "the language model's and the projector's weights")
     if twice:
         key, files = next(iter(twice.items()))
         subject.error(
@@ -120,16 +131,9 @@ def _read(subject: Subject) -> tuple[dict[str, Stored], bool]:
     return tensors, whole
 
 
-def _check_index(subject: Subject, tensors: Mapping[str, Stored]) -> None:
-    """An index beside shards: the app doesn't read it, mlx-lm and Transformers do."""
-    if not (subject.folder / contract.WEIGHTS_INDEX).exists():
-        return
-    index = subject.read_json(contract.WEIGHTS_INDEX)
-    if index is None:
-        return
-    names = index.get("weight_map")
-    names = names if isinstance(names, dict) else {}
-    shards = {file for file in names.values() if isinstance(file, str)}
+def _check_index(subject: Subject, names: Mapping[str, str], tensors: Mapping[str, Stored]) -> None:
+    """An index (tensor -> file) beside shards: the app doesn't read it, mlx-lm and Transformers do."""
+    shards = {*names.values()}
     wrong = [name for name, file in names.items() if name in tensors and tensors[name].file != file]
     unlisted = [name for name, stored in tensors.items() if stored.file in shards and name not in names]
     if not names or wrong or unlisted:
@@ -158,10 +162,10 @@ def _check_width(subject: Subject, values: dict[str, Any], channels: int | None)
 def _check_layer_count(subject: Subject, values: dict[str, Any], tensors: Mapping[str, Stored], whole: bool) -> None:
     """As many layers as are stored; sets that in `values`: nothing more is expected of layers that nobody stored."""
     said, stored = integer(values.get("num_hidden_layers")), layer_count(tensors)
-    if said is not None and said != stored and whole:
+    if said is not None and said > 0 and said != stored and whole:
         files = sorted({one.file for name, one in tensors.items() if name.startswith(contract.LANGUAGE_PREFIX)})
-        where = f"{contract.CONFIG}: num_hidden_layers"
-        subject.error("layer-count", where, str(said), f"{stored}, as many as {listed(files) or 'the weights'} has")
+        where = f"{contract.CONFIG}: num_hidden_layers, with {listed(files) or 'the weights'}"
+        subject.error("layer-count", where, str(said), f"{stored}, as many as are stored")
     values["num_hidden_layers"] = min(stored, len(tensors))  # a name may have any number in it
 
 
@@ -260,7 +264,7 @@ def _check_module(
             groups.add("weight-rank", where, got, f"{len(size)}, {list(size)}")
         elif any(want not in (None, held) for want, held in zip(size, stored.shape, strict=True)):
             groups.add("weight-shape", where, str(list(stored.shape)), str(list(size)))
-        if stored.dtype not in dtypes:
+        elif stored.dtype not in dtypes:
             groups.add("weight-dtype", where, stored.dtype, " or ".join(dtypes))
     return missing
 

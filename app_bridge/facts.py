@@ -87,7 +87,9 @@ class AppFacts:
     # Project.
     model_folder: str  # relative to app/
     bundle_resource: str  # the file by which the app finds its model folder
-    deployment: dict[str, str]  # "iOS", "macOS", "visionOS" -> least version, of the app's target
+    deployment: dict[
+        str, str
+    ]  # "iOS", "macOS", "visionOS" -> least version of the app and of its target with the model
     packages: tuple[Package, ...]
     increased_memory_limit: bool  # the entitlement
     cache_limit: int  # bytes that MLX may keep of freed buffers

@@ -1,5 +1,6 @@
 """What is wrong, in the five parts that every message of the project has."""
 
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -25,3 +26,22 @@ class Finding:
     def document(self) -> dict[str, Any]:
         """As JSON."""
         return asdict(self)
+
+
+def errors(found: Iterable[Finding]) -> list[Finding]:
+    """Those that keep the app from working."""
+    return [finding for finding in found if finding.severity == "error"]
+
+
+def show(found: Iterable[Finding], say: Callable[[str], None] = print) -> None:
+    """Say each over three lines."""
+    for finding in found:
+        say(f"{finding.severity}: {finding.rule}: {finding.where}")
+        say(f"    got {finding.got}, expected {finding.expected}")
+        say(f"    {finding.remedy}")
+
+
+def count(found: Sequence[Finding]) -> str:
+    """ "1 error, 0 warnings"."""
+    of = {"error": len(errors(found)), "warning": len(found) - len(errors(found))}
+    return ", ".join(f"{number} {what}{'s' * (number != 1)}" for what, number in of.items())

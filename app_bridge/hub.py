@@ -12,16 +12,15 @@ import hashlib
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rich.filesize import decimal
-
 from fastvlm.cli import log, one_line, progress
 from fastvlm.errors import UserError
 from fastvlm.fetch import TRANSIENT
+from quantization.catalogue import human
 
 MAIN = "main"
 WAITS = (1.0, 2.0, 4.0, 8.0)  # seconds before another attempt at what huggingface_hub itself tries only once
@@ -40,8 +39,8 @@ _LATER = "run it again later"
 
 
 @dataclass(frozen=True)
-class File:
-    """A file of the repository: its name there, its bytes or where they are, and their size and sha256."""
+class Upload:
+    """A file to publish: its name in the repository, its bytes or where they are, and their size and sha256."""
 
     name: str
     source: Path | bytes
@@ -65,7 +64,7 @@ class Held:
     branch: bool
     files: Mapping[str, tuple[int, str | None, str]]
 
-    def has(self, file: File) -> bool:
+    def has(self, file: Upload) -> bool:
         """Whether it holds these very bytes under this name."""
         size, sha256, blob = self.files.get(file.name, (-1, None, ""))
         if size != file.size or sha256 is not None:
@@ -97,7 +96,7 @@ class Wire:
         url = str(request.url)
         if url in self.urls:
             self.again += 1
-            log(f"{self.file}: not taken after {decimal(self.urls[url])}; sending it again")
+            log(f"{self.file}: not taken after {human(self.urls[url])}; sending it again")
             self.advance(-self.urls[url])
         self.urls[url] = 0
         request.stream = _counted(request.stream, self, url)
@@ -123,7 +122,7 @@ def client(debug: bool) -> Iterator[Wire]:
     import huggingface_hub
     from httpx2 import Timeout
     from huggingface_hub import constants
-    from huggingface_hub.utils import _http
+    from huggingface_hub.utils import _http  # private: as it is in 2.4.0, which requirements.txt pins
 
     wire, xet = Wire(), constants.HF_HUB_DISABLE_XET
     level = huggingface_hub.logging.get_verbosity()
@@ -136,11 +135,11 @@ def client(debug: bool) -> Iterator[Wire]:
 
     if not debug:
         huggingface_hub.logging.set_verbosity_error()
-        huggingface_hub.utils.disable_progress_bars()  # ours are shown
     constants.HF_HUB_DISABLE_XET = os.environ.get("HF_HUB_DISABLE_XET", "1").lower() not in ("0", "false", "no", "off")
     huggingface_hub.set_client_factory(make)
     try:
-        yield wire
+        with nullcontext() if debug else huggingface_hub.utils.disable_progress_bars():  # ours are shown
+            yield wire
     finally:
         huggingface_hub.set_client_factory(_http.default_client_factory)
         constants.HF_HUB_DISABLE_XET = xet
@@ -191,7 +190,7 @@ class Hub:
             raise UserError(f"{self.endpoint}/{self.name}: made, but it {'is public' if held else 'is not there'}")
         return held
 
-    def commit(self, files: Sequence[File], stale: Sequence[str], held: Held) -> str:
+    def commit(self, files: Sequence[Upload], stale: Sequence[str], held: Held) -> str:
         """Send the files, then add them and delete the stale ones by one commit on `held`; returns the commit."""
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
@@ -222,9 +221,11 @@ class Hub:
     def _held(self, revision: str, branch: bool = True) -> Held:
         info: Any = self.api.model_info(self.name, revision=revision, files_metadata=True, timeout=ANSWER_WITHIN)
         files = {one.rfilename: (one.size, one.lfs.sha256 if one.lfs else None, one.blob_id) for one in info.siblings}
+        if not all(isinstance(one, str) for one in (info.sha, *files)):
+            raise TypeError("a commit or a file without a name")
         return Held(info.sha, bool(info.private), branch, files)
 
-    def _arrived(self, files: Sequence[File], stale: Sequence[str], parent: str) -> str | None:
+    def _arrived(self, files: Sequence[Upload], stale: Sequence[str], parent: str) -> str | None:
         """The branch's commit, if it is one that holds it all: a commit may arrive and its answer be lost."""
         try:
             now = self.ask()
@@ -253,7 +254,10 @@ class Hub:
 
     @contextmanager
     def _refusals(self, what: str, otherwise: str = _LATER) -> Iterator[None]:
-        """Everything that huggingface_hub raises as one UserError that says what to do."""
+        """Everything that huggingface_hub raises as one UserError that says what to do.
+
+        A lookup or type that fails in it is an answer in another form than a hub's.
+        """
         from httpx2 import HTTPError
 
         try:
@@ -265,6 +269,11 @@ class Hub:
             where = f" at {self.wire.file}" if isinstance(error, RuntimeError) else ""
             hint = _HINTS.get(_status(cause), otherwise)
             raise UserError(f"{self.endpoint}/{self.name}: {what}{where}: {_said(cause)}; {hint}") from error
+        except (LookupError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"{self.endpoint}/{self.name}: {what}: it answered what is no repository ({_said(error)}): expected a"
+                " hub such as https://huggingface.co in HF_ENDPOINT"
+            ) from error
 
 
 def _status(error: BaseException) -> int:

@@ -112,7 +112,7 @@ class Place:
         dropped = None
         if os.path.lexists(self.previous):
             now = time.time_ns()
-            if changes(self.previous) == []:
+            if unchanged(self.previous):
                 dropped = self.home / f"dropped-{now}"
                 os.rename(self.previous, dropped)
             else:
@@ -132,6 +132,9 @@ def opened(place: Place) -> Iterator[None]:
         raise UserError(f"{model.parent}: no such folder: expected the app's")
     if home.is_symlink() or (os.path.lexists(home) and not home.is_dir()):
         raise UserError(f"{home}: got a file or a link, expected a folder of ours: move it away")
+    for folder in (model.parent, home if home.exists() else place.app):
+        if not os.access(folder, os.W_OK):
+            raise UserError(f"{folder}: is not writable: expected a folder in which the model may be replaced")
     home.mkdir(exist_ok=True)
     lock = os.open(home, os.O_RDONLY)
     try:
@@ -162,18 +165,25 @@ def found(app: Path) -> Place:
     try:
         folder = path.read_bytes().decode(errors="replace")
     except (FileNotFoundError, NotADirectoryError):
+        if not app.is_dir():
+            raise UserError(f"{app}: no such folder: expected app/ of a checkout of apple/ml-fastvlm") from None
         raise UserError(f"{app}: nothing to restore: `bundle` has put no model into it") from None
     if not folder or os.path.isabs(folder) or ".." in Path(folder).parts or not folder.isprintable():
         raise UserError(f"{path}: got {folder!r}, expected a folder inside the app: `bundle` writes it anew")
     return Place(app, folder)
 
 
-def changes(folder: Path) -> list[str] | None:
-    """How `folder` differs from what its manifest lists (Finder's own file doesn't count); None: it is no artefact."""
+def unchanged(folder: Path) -> bool:
+    """Whether `folder` is an artefact as it was exported, with no other file in it (Finder's own doesn't count).
+
+    `verify` alone passes over what a hub adds, which here may be the user's own README.md.
+    """
     try:
-        return [line for line in exported.verify(folder) if Path(line.split(": ")[0]).name != _FINDER]
+        listed = exported.read_manifest(folder)["files"]
+        differing = [line for line in exported.verify(folder) if Path(line.split(": ")[0]).name != _FINDER]
     except (UserError, OSError):
-        return None
+        return False
+    return not differing and all(name in listed or Path(name).name == _FINDER for name in exported.files_in(folder))
 
 
 def real(path: Path) -> Path:

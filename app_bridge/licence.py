@@ -15,7 +15,6 @@ from fastvlm.cli import log
 from model_export import artefact as exported
 from model_export import contract
 
-_LICENCES = ("license", "licence")
 # How the licence of Apple's code begins (LICENSE beside LICENSE_MODEL in apple/ml-fastvlm): it grants no weights.
 _OF_CODE = "This Apple software is supplied to you by Apple"
 _CHANGES = re.compile(re.escape(exported.CHANGES) + r"\n- \S")  # the heading and at least one
@@ -32,7 +31,7 @@ def check(artefact: Path, manifest: Mapping[str, Any]) -> list[Finding]:
     """
     notice = artefact / contract.NOTICE
     listed = [name for name in manifest["files"] if "/" not in name]
-    licences = [name for name in listed if name.lower().startswith(_LICENCES)]
+    licences = [name for name in listed if name.lower().startswith(exported.LICENCES)]
     findings = [
         Finding(
             "licence-changed", name, "other bytes than the export wrote", "the text as it was exported",
@@ -42,13 +41,16 @@ def check(artefact: Path, manifest: Mapping[str, Any]) -> list[Finding]:
         if name in manifest["files"] and _differs(artefact / name, manifest["files"][name]["sha256"])
     ]  # fmt: skip
     texts = {name: text for name in licences if (text := _text(artefact / name))}
-    if not any(_OF_CODE not in text for text in texts.values()):
+    changed = {finding.where for finding in findings}  # each has its finding
+    if not changed & {*licences} and not any(_OF_CODE not in text for text in texts.values()):
         findings.append(
             Finding(
                 "licence-missing", "LICENSE*", _instead(artefact, licences, texts), "the licence of the weights", _AGAIN
             )
         )
     said = _text(notice)
+    if contract.NOTICE in changed:
+        return findings
     if any(map(exported.is_apples, texts.values())) and exported.APPLE_ATTRIBUTION not in said:
         findings.append(
             Finding(
@@ -68,19 +70,27 @@ def check(artefact: Path, manifest: Mapping[str, Any]) -> list[Finding]:
     return findings
 
 
+def file(artefact: Path) -> str | None:
+    """The name of the weights' licence, by its text: Apple's research licence, or else the first that isn't of code."""
+    texts = {name: _text(artefact / name) for name in _beside(artefact)}
+    return min(
+        texts, key=lambda name: (not exported.is_apples(texts[name]), _OF_CODE in texts[name], name), default=None
+    )
+
+
 def research_only(artefact: Path) -> bool:
-    """Whether a licence in the folder is Apple's research licence, by its text, whatever the file is called."""
-    return bool(_research_licences(artefact))
+    """Whether the weights' licence is Apple's research licence."""
+    name = file(artefact)
+    return name is not None and exported.is_apples(_text(artefact / name))
 
 
 def term(artefact: Path) -> str | None:
     """The research-only term in our own words, with the licence's name and where its text lies; None without one."""
-    found = _research_licences(artefact)
-    if not found:
+    if not research_only(artefact):
         return None
     return (
         "For research only: no product, no service and nothing commercial may use this model or what is made of it"
-        f" ({exported.APPLE_LICENCE} License Agreement).\nIts text is {found[0].name} in the model's folder:"
+        f" ({exported.APPLE_LICENCE} License Agreement).\nIts text is {file(artefact)} in the model's folder:"
         f" pass it and {contract.NOTICE} on with the model."
     )
 
@@ -91,9 +101,10 @@ def say(artefact: Path) -> None:
         log(text)
 
 
-def _research_licences(artefact: Path) -> list[Path]:
-    names = sorted(path for path in artefact.iterdir() if path.name.lower().startswith(_LICENCES))
-    return [path for path in names if exported.is_apples(_text(path))]
+def _beside(artefact: Path) -> list[str]:
+    """The names of all licences in the folder, whoever put them there."""
+    files = (path.name for path in artefact.iterdir() if path.is_file())
+    return sorted(name for name in files if name.lower().startswith(exported.LICENCES))
 
 
 def _instead(artefact: Path, licences: list[str], texts: Mapping[str, str]) -> str:
@@ -102,7 +113,7 @@ def _instead(artefact: Path, licences: list[str], texts: Mapping[str, str]) -> s
         return f"{', '.join(texts)}: Apple's licence of its code, not of weights"
     if licences:
         return f"{', '.join(licences)} without a text"
-    later = sorted(path.name for path in artefact.iterdir() if path.name.lower().startswith(_LICENCES))
+    later = _beside(artefact)
     return f"{', '.join(later)}, which the export did not write" if later else "none"
 
 

@@ -113,7 +113,9 @@ def _chosen(facts: AppFacts) -> dict[str, Any] | None:
 
 
 def _broken(name: str, version: str, facts: AppFacts) -> list[str]:
-    """The interfaces that the sources use and this version of a package doesn't have."""
+    """The interfaces that the sources use and this version (or branch) of a package doesn't have."""
+    if version in (moved := _table()["packages"].get(name, {}).get("moved", {})):
+        return [moved[version]]
     number = _version(version)
     return [
         api["name"]
@@ -121,13 +123,13 @@ def _broken(name: str, version: str, facts: AppFacts) -> list[str]:
         if number is not None
         and api["name"] in facts.api
         and name in api["packages"]
-        and not (_version(api.get("since", "0")) or ()) <= number < (_version(api.get("until", "9999")) or ())
+        and not (_version(api.get("since", "0.0")) or ()) <= number < (_version(api.get("until", "9999.0")) or ())
     ]
 
 
 def _good(name: str, version: str, chosen: dict[str, Any]) -> bool:
     number = _version(version)
-    least, most = map(_version, chosen["good"].get(name, ("9999", "0")))
+    least, most = map(_version, chosen["good"].get(name, ("9999.0", "0.0")))
     known = _table()["packages"].get(name, {"versions": ()})["versions"]
     return version in known and bool(number and least and most and least <= number <= most)
 
@@ -149,7 +151,8 @@ def _allows(package: Package, version: str) -> bool:
 def _version(said: str) -> Version | None:
     """(2, 21, 2); None for a branch, a revision or a version before a release."""
     parts = said.split(".")
-    return tuple(map(int, parts)) if all(part.isascii() and part.isdigit() for part in parts) else None
+    digits = len(parts) > 1 and all(part.isascii() and part.isdigit() for part in parts)  # a revision may be one number
+    return tuple(map(int, parts)) if digits else None
 
 
 def _fixed(package: Package) -> str | None:

@@ -17,16 +17,16 @@ from app_bridge import memory_model
 from app_bridge.facts import AppFacts
 from app_bridge.facts import table as app_facts
 from app_bridge.memory_model import MIB, Model, Part
-from benchmarks.estimate import Device, devices, stored_bytes
+from benchmarks.estimate import Device, device_key, devices, language_model, stored_bytes
 from benchmarks.estimate import facts as published
-from benchmarks.estimate_work import LanguageModel, encoder_work
+from benchmarks.estimate_work import encoder_work
 from benchmarks.peers import TEXT_TOKENS
 from fastvlm.cli import add_common
 from fastvlm.errors import UserError
 from model_export import artefact as manifest
 from model_export import contract
 from model_export.package import WEIGHTS
-from quantization.catalogue import SIZES
+from quantization.catalogue import PUBLISHED_APP, SIZES, human
 
 if TYPE_CHECKING:  # torch behind it
     from fastvlm.synthetic import Shape
@@ -34,10 +34,9 @@ if TYPE_CHECKING:  # torch behind it
 
 LIMITS = Path(__file__).parent / "memory_limits.json"
 STATES = ("increased", "default")  # with the entitlement and without
-APP = "demo app"  # the loader of the published app, in quantization.catalogue
 LONGEST = 2048  # tokens of text that are still answered
 FITS, TIGHT, NOT = "fits", "tight", "does not fit"
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(MB|GB|MiB|GiB)")
+_SIZE = re.compile(r"(\d{1,7}(?:\.\d{1,9})?)\s*(MB|GB|MiB|GiB)")
 _UNITS = {"MB": 10**6, "GB": 10**9, "MiB": MIB, "GiB": MIB << 10}
 _NORM, _PROJECTOR = "language_model.model.norm.weight", "multi_modal_projector.linear_0.weight"
 
@@ -63,7 +62,7 @@ def add_parser(verbs: Any) -> None:
         description="Weights, KV cache, activations and the app itself against a device's memory limit, with and"
         " without the increased-memory entitlement. Exit 1 unless it fits, and then the largest recipe that does.",
     )
-    parser.add_argument("artefact", nargs="?", metavar="ARTEFACT", help="an exported artefact")
+    parser.add_argument("artefact", nargs="?", type=Path, metavar="ARTEFACT", help="an exported artefact")
     parser.add_argument("--shape", metavar="|".join(SIZES), help="instead of an artefact: a published model")
     parser.add_argument(
         "--recipe", metavar="R", help="with --shape: how its weights are stored, as --quant (default: fp16)"
@@ -73,7 +72,9 @@ def add_parser(verbs: Any) -> None:
         "--memory", metavar="GB", help="which of the sizes that the device was sold with (default: the least)"
     )
     parser.add_argument(
-        "--limit", metavar="SIZE", help="as 3.0GB: what os_proc_available_memory() said when the app started"
+        "--limit",
+        metavar="SIZE",
+        help="as 3.0GB: what os_proc_available_memory() said when the app started (what the app had then is added)",
     )
     parser.add_argument(
         "--prompt-length", type=int, default=TEXT_TOKENS, metavar="T",
@@ -100,16 +101,16 @@ def run_plan(args: argparse.Namespace) -> dict[str, Any]:
         if not args.json:
             report.print_overview(document)
         return document
-    model, shape = stored(Path(args.artefact)) if args.artefact else planned(args.shape, args.recipe or "fp16")
+    model, shape = stored(args.artefact.expanduser()) if args.artefact else planned(args.shape, args.recipe or "fp16")
     if args.measure:
         tokens = model.picture_tokens + args.prompt_length
-        document = memory_model.measure(Path(args.artefact), model, tokens, app_facts().cache_limit)
+        document = memory_model.measure(args.artefact.expanduser(), model, tokens, app_facts().cache_limit)
         if not args.json:
             report.print_measurement(document)
         return document
-    limits, about = _given(args.limit, args.device) if args.limit else known_limits(args.device, args.memory)
-    named = args.artefact or f"{SIZES[args.shape]} {args.recipe or 'fp16'}"
-    document = {"model": named} | about | plan(model, shape, limits, args.prompt_length)
+    known, about = _given(args.limit, args.device) if args.limit else known_limits(args.device, args.memory)
+    named = str(args.artefact) if args.artefact else f"{SIZES[args.shape]} {args.recipe or 'fp16'}"
+    document = {"model": named} | about | plan(model, shape, known, args.prompt_length)
     if not args.json:
         report.print_plan(document)
     return document
@@ -140,7 +141,7 @@ def _check(args: argparse.Namespace) -> None:
 
 
 @cache
-def table() -> dict[str, Any]:
+def limits() -> dict[str, Any]:
     """memory_limits.json."""
     document: dict[str, Any] = json.loads(LIMITS.read_text(encoding="utf-8"))
     return document
@@ -151,6 +152,7 @@ def known_limits(device: str, memory: str | None) -> tuple[dict[str, Limit], dic
 
     UserError for an unknown device or size, and where no source gives its limit.
     """
+    device = device_key(device)
     if device not in devices():
         raise UserError(
             f"--device {device}: unknown; expected one of {', '.join(devices())}, or give the limit of another:"
@@ -161,8 +163,8 @@ def known_limits(device: str, memory: str | None) -> tuple[dict[str, Limit], dic
     size = sizes.get(memory or next(iter(sizes)))
     if size is None:
         raise UserError(f"--memory {memory}: {found.name} was sold with {' or '.join(sizes)} GB: expected one of them")
-    limits = limits_of(found, size)
-    if not limits:
+    known = limits_of(found, size)
+    if not known:
         others = [f"--memory {other}" for other, gb in sizes.items() if limits_of(found, gb)]
         raise UserError(
             f"--device {device}: the limit of {found.name} with {size:g} GB is not known: measure"
@@ -170,7 +172,7 @@ def known_limits(device: str, memory: str | None) -> tuple[dict[str, Limit], dic
             + (f" (known: {', '.join(others)})" if others else "")
         )
     about = {"device": device, "name": found.name, "memory_gb": size, "sold_with_gb": list(found.memory_gb)}
-    return limits, about | {"kind": found.kind}
+    return known, about | {"kind": found.kind}
 
 
 def limits_of(device: Device, memory_gb: float) -> dict[str, Limit]:
@@ -178,8 +180,8 @@ def limits_of(device: Device, memory_gb: float) -> dict[str, Limit]:
 
     A state that has no entry, as on a Mac, is like the default.
     """
-    of_kind = table()["limits"][device.kind]
-    entry = table()["devices"].get(device.key) or of_kind.get(f"{memory_gb:g}") or of_kind.get("other")
+    of_kind = limits()["limits"][device.kind]
+    entry = limits()["devices"].get(device.key) or of_kind.get(f"{memory_gb:g}") or of_kind.get("other")
     if not entry:
         return {}
     states = {state: entry.get(state, entry["default"]) for state in STATES}
@@ -193,13 +195,18 @@ def _limit(entry: Mapping[str, Any], memory_gb: float) -> Limit:
 
 
 def _given(limit: str, device: str | None) -> tuple[dict[str, Limit], dict[str, Any]]:
-    """A limit that the user measured, whatever entitlement the app had."""
+    """The limit behind what the user measured at the app's start, whatever entitlement the app had.
+
+    os_proc_available_memory() leaves out what the app has taken by then, which the plan counts: it is added.
+    """
     size = _SIZE.fullmatch(limit)
-    if not size or not float(size[1]):
-        raise UserError(f"--limit {limit}: expected a size such as 3.0GB, 3072MiB")
-    most = int(float(size[1]) * _UNITS[size[2]])
+    left = int(float(size[1]) * _UNITS[size[2]]) if size else 0
+    if not left:
+        raise UserError(f"--limit {limit[:20]}: expected a size such as 3.0GB, 3072MiB")
+    most = left + limits()["overheads"]["app"]["mib"][0] * MIB
+    said = f"{human(left)} as you measured it, and {human(most - left)} that the app itself has at its start"
     about: dict[str, Any] = {"device": device, "name": device or "the device", "memory_gb": None, "kind": None}
-    return dict.fromkeys(STATES, Limit(most, most, ("--limit",))), about | {"sold_with_gb": []}
+    return dict.fromkeys(STATES, Limit(most, most, (said,))), about | {"sold_with_gb": []}
 
 
 def planned(shape: str, recipe: str) -> tuple[Model, "Shape"]:
@@ -218,7 +225,7 @@ def sized(shape: "Shape", recipe: "Recipe") -> Model:
     norm, projector = (recipe.choices(name)[0] for name in (_NORM, _PROJECTOR))
     work = encoder_work(published("published.json")["encoders"]["fastvithd"], shape.image_size)
     return Model(
-        _language(shape),
+        language_model(shape),
         features=shape.vision_width,
         language=round(size["language"] - size["projector"]),
         projector=round(size["projector"]),
@@ -238,12 +245,8 @@ def stored(artefact: Path) -> tuple[Model, "Shape"]:
     from model_export.language import StoredTensors
 
     document = manifest.check_whole(artefact)
-    manifest.check_parts(artefact, document)
-    made = document.get("config", {})
-    if made.get("layout", "app") != "app":
-        raise UserError(
-            f"{artefact}: is in the layout {made['layout']}, which the app can't load: export with --layout app"
-        )
+    manifest.check_for_app(artefact, document)
+    made = document["config"]
     tensors = StoredTensors(artefact)
     try:
         shape = _shape(tensors.config, document["image"]["image_size"])
@@ -257,17 +260,8 @@ def stored(artefact: Path) -> tuple[Model, "Shape"]:
         ) from None
     if made.get("vision_quant", "fp16") != "fp16":  # compressed: at most what FastViTHD is when decoded
         encoder = max(encoder, encoder_work(published("published.json")["encoders"]["fastvithd"], 1024).weights)
-    sizes = LanguageModel(
-        shape.layers,
-        shape.hidden,
-        shape.heads,
-        shape.kv_heads,
-        shape.hidden // shape.heads,
-        shape.intermediate,
-        shape.vocab,
-    )
     model = Model(
-        sizes,
+        language_model(shape),
         features=shape.vision_width,
         language=sum(
             entry["size"] for name, entry in document["files"].items() if fnmatchcase(name, contract.WEIGHTS_GLOB)
@@ -299,14 +293,7 @@ def _shape(config: Mapping[str, Any], image_size: int) -> "Shape":
     return shape
 
 
-def _language(shape: "Shape") -> LanguageModel:
-    head = shape.hidden // shape.heads
-    return LanguageModel(
-        shape.layers, shape.hidden, shape.heads, shape.kv_heads, head, shape.intermediate, shape.vocab
-    )  # fmt: skip
-
-
-def plan(model: Model, shape: "Shape", limits: Mapping[str, Limit], prompt: int = TEXT_TOKENS) -> dict[str, Any]:
+def plan(model: Model, shape: "Shape", known: Mapping[str, Limit], prompt: int = TEXT_TOKENS) -> dict[str, Any]:
     """Each part in bytes, their sum, each state's limit and verdict, and whether it fits in the state that the app has.
 
     Where it doesn't for sure, `largest` and `largest_in_app` are the largest recipe that does, of all and of those that
@@ -316,25 +303,25 @@ def plan(model: Model, shape: "Shape", limits: Mapping[str, Limit], prompt: int 
     found = parts(model, prompt, app)
     low, high = memory_model.total(found)
     state = "increased" if app.increased_memory_limit else "default"
-    sources = table()["sources"]
+    sources = limits()["sources"]
     verdicts = {
         name: {
             "low": limit.low, "high": limit.high, "verdict": limit.verdict(low, high),
-            "sources": [sources.get(source, {"url": source, "says": "as you measured it"}) for source in limit.sources],
+            "sources": [sources.get(source, {"url": "--limit", "says": source}) for source in limit.sources],
         }
-        for name, limit in limits.items()
+        for name, limit in known.items()
     }  # fmt: skip
     passed = verdicts[state]["verdict"] == FITS
     document = {
         "prompt_tokens": prompt, "picture_tokens": model.picture_tokens, "parts": [part.document() for part in found],
         "need": {"low": low, "high": high}, "limits": verdicts, "state": state, "passed": passed,
     }  # fmt: skip
-    return document if passed else document | _largest(model, shape, limits[state], prompt, app)
+    return document if passed else document | _largest(model, shape, known[state], prompt, app)
 
 
 def parts(model: Model, prompt: int, app: AppFacts) -> list[Part]:
     """`memory_model.parts` in this app, with the table's overheads."""
-    return memory_model.parts(model, prompt, app.max_tokens, app.cache_limit, table()["overheads"])
+    return memory_model.parts(model, prompt, app.max_tokens, app.cache_limit, limits()["overheads"])
 
 
 def _largest(model: Model, shape: "Shape", limit: Limit, prompt: int, app: AppFacts) -> dict[str, Any]:
@@ -351,7 +338,7 @@ def _largest(model: Model, shape: "Shape", limit: Limit, prompt: int, app: AppFa
         low, high = memory_model.total(parts(other, prompt, app))
         if limit.verdict(low, high) == FITS:
             fitting.append({"recipe": recipe["name"], "low": low, "high": high, "loads_in": recipe["loads_in"]})
-    in_app = [one for one in fitting if APP in one["loads_in"]]
+    in_app = [one for one in fitting if PUBLISHED_APP in one["loads_in"]]
     return {"largest": next(iter(fitting), None), "largest_in_app": next(iter(in_app), None)}
 
 

@@ -11,7 +11,7 @@ from app_bridge.facts import table as app_facts
 from app_bridge.plan import FITS, NOT, STATES, TIGHT
 from benchmarks.estimate import devices
 from benchmarks.peers import TEXT_TOKENS
-from quantization.catalogue import SIZES, human
+from quantization.catalogue import PUBLISHED_APP, SIZES, human
 
 _STATE = {"increased": "with the entitlement", "default": "without"}
 _KINDS = {"phone": "iPhone", "tablet": "iPad", "mac": "Mac"}
@@ -86,7 +86,7 @@ def overview() -> dict[str, Any]:
     for key, name in SIZES.items():
         seen = set()
         for recipe, model in plan.candidates(SHAPES[key]):
-            if plan.APP not in recipe["loads_in"] or model.language in seen:
+            if PUBLISHED_APP not in recipe["loads_in"] or model.language in seen:
                 continue
             seen.add(model.language)
             low, high = memory_model.total(plan.parts(model, TEXT_TOKENS, app_facts()))

@@ -59,7 +59,8 @@ class Project:
 
     def __init__(self, app: Path) -> None:
         if not app.is_dir():
-            raise UserError(f"--app: {app}: got no folder, expected the folder that holds the app's .xcodeproj")
+            got = "a file" if app.exists() else "a broken link" if app.is_symlink() else "nothing there"
+            raise UserError(f"--app: {app}: got {got}, expected the folder that holds the app's .xcodeproj")
         found = sorted(app.glob("*.xcodeproj"))
         if len(found) != 1:
             inner = " (did you mean its folder app/?)" if (app / "app").is_dir() else ""
@@ -75,9 +76,8 @@ class Project:
             self._folders = dict(self._synchronized(self.objects[self.root["mainGroup"]], PurePosixPath()))
             applications = [each for each in self.targets if each.get("productType") == APPLICATION]
         except Exception as error:  # the parser has no exceptions of its own: whatever a half file makes it run into
-            raise UserError(
-                f"{app / self.file}: cannot be read as a project file: {' '.join(str(error).split())}"
-            ) from error
+            what = "cannot be read as a project file: it is empty, cut off, or of another kind"
+            raise UserError(f"{app / self.file}: {what}") from error
         if len(applications) != 1:
             raise UserError(f"{app / self.file}: got {len(applications)} targets of type {APPLICATION}, expected one")
         self.application = applications[0]
@@ -111,19 +111,35 @@ class Project:
             raise Unclear(
                 f"model folder: {self.file}: {path or target['name']}: got no folder, expected a synchronized one"
             )
-        return str(PurePosixPath(max(groups, key=len)) / MODEL_FOLDER)
+        group = max(groups, key=len)
+        names = [name for name, folder in self._folders.items() if folder == group]
+        for target in self.targets:
+            left_out = [each for name in names for each in self._left_out(name, target)]
+            if inner := [each for each in left_out if each.startswith(f"{MODEL_FOLDER}/")]:
+                got = f"membershipExceptions: got {', '.join(inner)}, expected no file of the model"
+                raise Unclear(f"model folder: {self.file}: {got}")
+        return str(PurePosixPath(group) / MODEL_FOLDER)
 
     @_careful
-    def deployment(self) -> dict[str, str]:
-        """Platform -> the least version that the application runs on; the largest of its configurations'."""
+    def deployment(self, model_folder: str | None) -> dict[str, str]:
+        """Platform -> the least version of the application and of the target that the model is built into.
+
+        The class that Xcode makes of the package has to compile in each of their configurations.
+        """
+        targets = [self.application]
+        for target in self._reachable(self.application)[1:]:
+            folders = [self._folders[each] for each in target.get("fileSystemSynchronizedGroups", ())]
+            if any(PurePosixPath(folder) in PurePosixPath(model_folder or "").parents for folder in folders):
+                targets.append(target)
         platforms = {name for said in self.setting("SUPPORTED_PLATFORMS") for name in (said or "").split()}
         found = {}
         for name, (platform, setting) in _PLATFORMS.items():
             if name in platforms:
-                said = [value or "" for value in self.setting(setting)]
-                if not all(part.isdigit() for value in said for part in value.split(".")):
+                # where a target sets none, Xcode takes the newest
+                said = [value for target in targets for value in self.setting(setting, target) if value]
+                if not said or not all(part.isdigit() for value in said for part in value.split(".")):
                     raise Unclear(f"deployment target: {self.file}: {setting}: got {said}, expected versions")
-                found[platform] = max(said, key=lambda value: [*map(int, value.split("."))])
+                found[platform] = min(said, key=lambda value: [*map(int, value.split("."))])
         if not found:
             raise Unclear(f"deployment target: {self.file}: SUPPORTED_PLATFORMS: got none of {', '.join(_PLATFORMS)}")
         return found
@@ -168,9 +184,10 @@ class Project:
             )
         return tuple(sorted(found, key=lambda package: package.name))
 
-    def setting(self, name: str) -> list[str | None]:
-        """A build setting of the application in each configuration: the target's, else the project's, else None."""
-        own, outer = ({c["name"]: c for c in self._configurations(each)} for each in (self.application, self.root))
+    def setting(self, name: str, target: Object | None = None) -> list[str | None]:
+        """A target's (or the application's) build setting in each configuration: its own, the project's, or None."""
+        owners = (target or self.application, self.root)
+        own, outer = ({c["name"]: c for c in self._configurations(each)} for each in owners)
         return [
             self._in(configuration, name) or self._in(outer.get(key, {}), name) for key, configuration in own.items()
         ]
@@ -251,8 +268,12 @@ class Project:
             named = {pin[key].rstrip("/").rpartition("/")[2].removesuffix(".git").lower(): pin["state"] for pin in pins}
             # a branch or a revision has no version; then the revision is what is known
             found = {name: str(state.get("version") or state["revision"]) for name, state in named.items()}
-        except (UserError, ValueError, LookupError, TypeError, AttributeError) as error:
-            raise Unclear(f"packages: {name}: cannot be read as a Package.resolved ({error})") from error
+        except UserError as error:
+            raise Unclear(f"packages: {error}") from error
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise Unclear(
+                f"packages: {name}: cannot be read as a Package.resolved: no JSON object with pins"
+            ) from error
         if version not in (1, 2, 3):
             raise Unclear(f"packages: {name}: got version {version}, expected 1, 2 or 3")
         return found

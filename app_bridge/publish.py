@@ -9,14 +9,13 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from rich.filesize import decimal
-
 from app_bridge import card, licence
-from app_bridge.hub import MAIN, File, Held, Hub, client
+from app_bridge.hub import MAIN, Held, Hub, Upload, client
 from fastvlm.cli import add_common
 from fastvlm.errors import CheckFailed, UserError
 from model_export import artefact as exported
 from model_export import contract
+from quantization.catalogue import human
 
 # What a loader takes for a part of a model beside the package: an earlier artefact's are deleted, anybody else's are a
 # reason to refuse.
@@ -24,7 +23,8 @@ _OF_A_MODEL = (
     "*.safetensors", "*.safetensors.index.json", "*.jinja", "tokenizer*", "vocab.json", "merges.txt",
     "added_tokens.json", "special_tokens_map.json", "generation_config.json", "*processor_config.json",
 )  # fmt: skip
-_BRANCH = re.compile(r"[\w.][\w./-]*", re.ASCII)
+# A part of git's rules (git check-ref-format), without characters that an address would need to quote.
+_BRANCH = re.compile(r"(?!.*(?:\.\.|//|/\.|\.lock(?:/|\Z)))\w(?:[\w./-]*[\w-])?", re.ASCII)
 
 
 def add_parser(verbs: Any) -> None:
@@ -46,6 +46,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Check, ask the repository what it has, say or do the rest. UserError; CheckFailed when the listing is wrong."""
     from huggingface_hub import get_token
 
+    card.print_utf8()
     if not _BRANCH.fullmatch(args.revision):
         raise UserError(f"--revision: got {args.revision!r}, expected the name of a branch")
     files, text = prepare(args.artefact, args.repo, args.card)
@@ -57,10 +58,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         held, unknown = _ask(hub, args.upload)
         stale = _stale(held, files) if held else []
         if held:
-            _check_room(hub, held, stale, args.private)
+            _check_room(hub, held, files, stale, args.private)
         document = _plan(hub, files, held, stale) | {"dry_run": not args.upload, "unknown": unknown, "card": text}
         document["exists"] = None if unknown else held is not None
-        document |= {"token": bool(get_token()), "licence": card.licence_file(args.artefact)}
+        document |= {"token": bool(get_token()), "licence": licence.file(args.artefact)}
         document["research_only"] = licence.research_only(args.artefact)
         if not args.json:
             print("\n".join(_lines(document)))
@@ -71,12 +72,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return document
 
 
-def prepare(artefact: Path, repository: str, own_card: Path | None = None) -> tuple[list[File], str]:
+def prepare(artefact: Path, repository: str, own_card: Path | None = None) -> tuple[list[Upload], str]:
     """The files to publish and the card's text. UserError with everything that keeps them from being published."""
     faults = card.name_faults(repository)
     manifest = exported.read_manifest(artefact)
-    broken = card.exported_faults(artefact, manifest)
-    faults += [f"{artefact}: {fault}" for fault in broken]
+    faults += card.exported_faults(artefact, manifest)
     faults += [finding.line() for finding in licence.check(artefact, manifest)]
     faults += [
         f"{contract.MANIFEST}: {where} tells a path of this machine, {path}: export again, with a relative one"
@@ -92,9 +92,9 @@ def prepare(artefact: Path, repository: str, own_card: Path | None = None) -> tu
         faults.append(str(error))
     if faults:
         raise UserError(f"not publishable: {'; '.join(faults)}")
-    files = [File(name, artefact / name, entry["size"], entry["sha256"]) for name, entry in manifest["files"].items()]
+    files = [Upload(name, artefact / name, entry["size"], entry["sha256"]) for name, entry in manifest["files"].items()]
     for name, content in ((contract.MANIFEST, (artefact / contract.MANIFEST).read_bytes()), (card.FILE, text.encode())):
-        files.append(File(name, content, len(content), hashlib.sha256(content).hexdigest()))
+        files.append(Upload(name, content, len(content), hashlib.sha256(content).hexdigest()))
     return sorted(files, key=lambda file: file.name), text
 
 
@@ -119,12 +119,12 @@ def _read_card(path: Path, research_only: bool) -> str:
 
 
 def _paths(value: Any, where: str = "") -> Iterator[tuple[str, str]]:
-    """(dotted key, path) of each absolute path in a manifest."""
+    """(dotted key, path) of each path of this machine in a manifest."""
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, one in items:
         yield from _paths(one, f"{where}.{key}".strip("."))
-    if isinstance(value, str) and (value.startswith(("/", "~")) or value[1:3] == ":\\"):
-        yield where, value
+    if isinstance(value, str) and (path := card.machine_path(value)):
+        yield where, path
 
 
 def _ask(hub: Hub, needed: bool) -> tuple[Held | None, str | None]:
@@ -137,7 +137,7 @@ def _ask(hub: Hub, needed: bool) -> tuple[Held | None, str | None]:
         return None, str(error)
 
 
-def _stale(held: Held, files: list[File]) -> list[str]:
+def _stale(held: Held, files: list[Upload]) -> list[str]:
     """The repository's parts of a model that are none of `files`."""
 
     def is_part(name: str) -> bool:
@@ -147,21 +147,22 @@ def _stale(held: Held, files: list[File]) -> list[str]:
     return sorted(name for name in set(held.files) - {file.name for file in files} if is_part(name))
 
 
-def _check_room(hub: Hub, held: Held, stale: list[str], private: bool) -> None:
+def _check_room(hub: Hub, held: Held, files: list[Upload], stale: list[str], private: bool) -> None:
     """UserError for a repository that isn't one to publish to."""
-    if stale and contract.MANIFEST not in held.files:
+    lost = [file.name for file in files if file.name in held.files and file.name != card.FILE and not held.has(file)]
+    if (stale or lost) and contract.MANIFEST not in held.files:
         raise UserError(
-            f"{hub.name} holds another model, which this command did not put there ({', '.join(stale)}): its files"
-            " would be loaded with these; choose another repository, or delete them on its page"
+            f"{hub.name} holds another model, which this command did not put there ({', '.join(stale + lost)}): its"
+            " files would be loaded with these, or lost; choose another repository, or delete them on its page"
         )
     if private and not held.private:
         raise UserError(f"{hub.name} exists and is public: --private makes a new one; choose another, or leave it out")
 
 
-def _plan(hub: Hub, files: list[File], held: Held | None, stale: list[str]) -> dict[str, Any]:
+def _plan(hub: Hub, files: list[Upload], held: Held | None, stale: list[str]) -> dict[str, Any]:
     """What becomes of each file."""
 
-    def status(file: File) -> str:
+    def status(file: Upload) -> str:
         if held is None or file.name not in held.files:
             return "new"
         return "same" if held.has(file) else "changed"
@@ -181,21 +182,21 @@ def _lines(document: Mapping[str, Any]) -> Iterator[str]:
     if document["dry_run"]:
         yield f"{'-' * 20} {card.FILE} {'-' * 20}\n{document['card']}{'-' * 51}"
     yield f"{document['endpoint']}/{document['repository']} ({document['revision']}):"
-    yield from (f"{file['status']:>8}  {decimal(file['size']):>9}  {file['name']}" for file in files)
+    yield from (f"{file['status']:>8}  {human(file['size']):>9}  {file['name']}" for file in files)
     yield from (f" deleted{'':13}{name}" for name in document["deleted"])
     if document["unknown"]:
         yield f"what it has is not known: {document['unknown']}"
     elif not document["exists"]:
         yield "it will be made: there is none, or the token may not see it"
     new = [file["size"] for file in files if file["status"] != "same"]
-    yield f"{len(new)} of {len(files)} files, {decimal(sum(new))} of {decimal(sum(file['size'] for file in files))}"
+    yield f"{len(new)} of {len(files)} files, {human(sum(new))} of {human(sum(file['size'] for file in files))}"
     yield f"licence: {document['licence']}" + (": for research only" if document["research_only"] else "")
     if document["dry_run"]:
         token = "" if document["token"] else ", after `hf auth login` or with HF_TOKEN"
         yield f"nothing was sent; for real: the same command with --upload{token}"
 
 
-def _upload(hub: Hub, files: list[File], held: Held | None, stale: list[str], private: bool) -> dict[str, Any]:
+def _upload(hub: Hub, files: list[Upload], held: Held | None, stale: list[str], private: bool) -> dict[str, Any]:
     """Send what is missing, commit once, and hold the listing against the manifest. CheckFailed when they differ."""
     began, held = time.monotonic(), held or hub.make(private)
     missing = [file for file in files if not held.has(file)]
@@ -209,7 +210,7 @@ def _upload(hub: Hub, files: list[File], held: Held | None, stale: list[str], pr
             " do not use that commit; run it again"
         )
     seconds, wire = time.monotonic() - began, hub.wire
-    what = f"{decimal(wire.sent)} sent in {seconds:.0f} s" if todo else "nothing to do"
+    what = f"{human(wire.sent)} sent in {seconds:.0f} s" if todo else "nothing to do"
     lost = f", {wire.again} times sent again after a lost connection" if wire.again else ""
     said = f"{hub.endpoint}/{hub.name}/tree/{commit}: {len(files)} files, as the manifest has them ({what}{lost})"
     return {"commit": commit, "sent": wire.sent, "again": wire.again, "said": said}

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from app_bridge import packages
 from app_bridge.facts import AppFacts, Key
 from app_bridge.project import Project, read_text
 from app_bridge.swift import (
+    SIDES,
     Unclear,
     argument,
     arguments,
@@ -32,7 +33,6 @@ from app_bridge.swift_prompt import image_tokens, prompt
 from fastvlm.errors import UserError
 
 _DTYPES = {".float32": "float32", ".float": "float32", ".float16": "float16", ".double": "float64", ".int32": "int32"}
-_SIDES = ("lhs", "rhs")
 
 
 def read(app: Path) -> AppFacts:
@@ -46,6 +46,10 @@ def read(app: Path) -> AppFacts:
         except UserError as error:
             faults.append(str(error))
     reader = Reader(Program(sources), project)
+    if not (faults or reader.program.calls("registerModelType", "registerProcessorType", "prediction")):
+        raise UserError(
+            f"{app}: none of its project's {len(sources)} Swift files defines the model (registerModelType)"
+        )
     values: dict[str, Any] = {}
     for part in (
         reader.core_ml,
@@ -57,26 +61,32 @@ def read(app: Path) -> AppFacts:
         reader.cache_limit,
         reader.max_tokens,
         lambda: {"api": packages.used(reader.program.mentioned())},
-        lambda: {"deployment": project.deployment()},
+    ):
+        values |= _or_faults(part, faults) or {}
+    faults += [f"syntax: {fault}" for fault in reader.program.faults(everywhere=bool(faults))]
+    folder = values.get("model_folder")
+    for part in (
+        lambda: {"deployment": project.deployment(folder)},
         lambda: {"packages": project.packages()},
         lambda: {"increased_memory_limit": project.increased_memory_limit()},
     ):
         values |= _or_faults(part, faults) or {}
-    faults += [f"syntax: {fault}" for fault in reader.program.faults(everywhere=bool(faults))]
     if faults:
         raise UserError(f"{app}: not understood: {'; '.join(dict.fromkeys(faults))}")
     return AppFacts(**values)
 
 
 def differences(read: AppFacts, table: AppFacts) -> list[str]:
-    """One line a fact that differs: what, as read, as in the table."""
+    """One line a fact, or a field of a key, module or package, that differs: what, as read, as in the table."""
     found = []
     for name in (field.name for field in fields(AppFacts)):
-        here, there = (_entries(name, getattr(facts, name)) for facts in (read, table))
+        ours, theirs = getattr(read, name), getattr(table, name)
+        if name == "api":  # without what both have
+            ours, theirs = sorted({*ours} - {*theirs}), sorted({*theirs} - {*ours})
+        here, there = _entries(name, ours), _entries(name, theirs)
         for entry in sorted({*here, *there}):
             if here.get(entry) != there.get(entry):
-                said = (json.dumps(side[entry], default=vars) if entry in side else "nothing" for side in (here, there))
-                found.append("{}: the app has {}, the table {}".format(entry, *said))
+                found += _lines(entry, here.get(entry), there.get(entry))
     return found
 
 
@@ -84,9 +94,20 @@ def _entries(name: str, value: Any) -> dict[str, Any]:
     """A fact, or its parts where it has many."""
     if name == "deployment":
         return {f"{name} {key}": each for key, each in value.items()}
-    if isinstance(value, tuple) and value and hasattr(value[0], "__dataclass_fields__"):
+    if isinstance(value, tuple) and value and is_dataclass(value[0]):
         return {f"{name} {getattr(each, 'path', None) or each.name}": each for each in value}
     return {name: value}
+
+
+def _lines(entry: str, ours: Any, theirs: Any) -> list[str]:
+    if is_dataclass(ours) and is_dataclass(theirs):
+        pairs = ((f"{entry}: {field}", value, vars(theirs)[field]) for field, value in vars(ours).items())
+        return [line for pair in pairs if pair[1] != pair[2] for line in _lines(*pair)]
+    said = (
+        "nothing" if value is None else "it" if is_dataclass(value) else json.dumps(value, ensure_ascii=False)
+        for value in (ours, theirs)
+    )
+    return ["{}: the app has {}, the table {}".format(entry, *said)]
 
 
 def _or_faults(part: Callable[[], Any], faults: list[str]) -> Any:
@@ -117,15 +138,16 @@ class Reader:
         if shape is None or dtype is None:
             raise self.program.unclear(f"the input {name}", array, "MLMultiArray(…, shape: […], dataType: …)")
         output, wanted = self._demanded(call, "shape")
-        self._copied(call, self._shape(wanted, "the output's shape"))
+        demanded = self._shape(wanted, "the output's shape", 3)
+        self._copied(call, demanded)
         _, wanted_dtype = self._demanded(call, "dataType")
         return {
             "model_class": self._model_class(call),
             "input_name": name,
-            "input_shape": self._shape(shape, "the input's shape"),
+            "input_shape": self._shape(shape, "the input's shape", 4),
             "input_dtype": self._dtype(dtype, "the input's type"),
             "output_name": output,
-            "output_shape": self._shape(wanted, "the output's shape"),
+            "output_shape": demanded,
             "output_dtype": self._dtype(wanted_dtype, "the output's type"),
         }
 
@@ -143,7 +165,7 @@ class Reader:
         found = {}
         for kind in ("equality_expression", "infix_expression"):
             for node in self.program.nodes(kind):
-                for side, other in (_SIDES, _SIDES[::-1]):
+                for side, other in (SIDES, SIDES[::-1]):
                     left = node.child_by_field_name(side)
                     if left is None or left.type != "navigation_expression" or last_name(left) != of:
                         continue
@@ -162,16 +184,17 @@ class Reader:
         function = next((n for n in outwards(call) if n.type == "function_declaration"), call)
         for node in (n for n in walk(function) if called_or_none(n) == "MLXArray"):
             for listed in (value for _, value in arguments(node) if value.type == "array_literal"):
-                if self._shape(listed, "a shape") != shape:
+                if self._shape(listed, "the output's shape", len(shape)) != shape:
                     raise self.program.unclear(
                         "the output's shape", listed, f"{list(shape)}, as demanded of the output"
                     )
 
-    def _shape(self, node: Node, what: str) -> tuple[int | None, ...]:
+    def _shape(self, node: Node, what: str, rank: int) -> tuple[int | None, ...]:
         listed = self.program.trace(node)
-        if listed.type != "array_literal":
-            raise self.program.unclear(what, node, "a list")
-        return tuple(self._length(each) for each in listed.children_by_field_name("element"))
+        lengths = listed.children_by_field_name("element") if listed.type == "array_literal" else []
+        if len(lengths) != rank:
+            raise self.program.unclear(what, node, f"a list of {rank}")
+        return tuple(map(self._length, lengths))
 
     def _length(self, node: Node) -> int | None:
         """None for what isn't a constant: any size."""
@@ -311,5 +334,9 @@ def _by_path(found: list[Key]) -> tuple[Key, ...]:
     merged: dict[str, Key] = {}
     for key in found:
         if merged.setdefault(key.path, key) != key:
-            raise Unclear(f"{key.path}: decoded as {merged[key.path]} and as {key}, expected one")
+            one, other = (
+                f"{each.type}{'' if each.required else f'? (default {each.default})'}"
+                for each in (merged[key.path], key)
+            )
+            raise Unclear(f"{key.path}: decoded as {one} and as {other}, expected one type")
     return tuple(merged[path] for path in sorted(merged))

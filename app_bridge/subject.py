@@ -16,12 +16,14 @@ AGAIN = "export again"
 class Subject:
     """An artefact under examination.
 
-    changed: names of files that differ from the manifest. checked: what was compared, or left out and why, a line each.
+    changed: names of files that differ from the manifest. weights: the files that it says the weights are in. checked:
+    what was compared, or left out and why, a line each.
     """
 
     folder: Path
     facts: AppFacts
     changed: frozenset[str]
+    weights: frozenset[str] = frozenset()
     findings: list[Finding] = field(default_factory=list)
     checked: list[str] = field(default_factory=list)
 
@@ -36,6 +38,9 @@ class Subject:
     def read_json(self, name: str) -> dict[str, Any] | None:
         """The file's JSON object as a strict reader takes it; None after a finding."""
         path = self.folder / name
+        if path.exists() and not (path.is_file() or path.is_dir()):  # reading a pipe would wait for ever
+            self.error("file-unreadable", name, "a pipe or a device", "a file that the app reads")
+            return None
         try:
             raw = path.read_bytes()
         except OSError as error:
@@ -59,6 +64,15 @@ class Subject:
             self.error("not-json", name, kind_of(document), "a JSON object")
             return None
         return document
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """What the Core ML package's interface is, as far as it is sound: pixels a side, image tokens, channels."""
+
+    side: int | None = None
+    tokens: int | None = None
+    channels: int | None = None
 
 
 class _RepeatedError(ValueError):

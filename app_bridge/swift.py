@@ -6,6 +6,9 @@ from typing import Any
 
 from tree_sitter import Node
 
+from app_bridge.subject import shortened
+
+SIDES = ("lhs", "rhs")  # of an operator
 _ESCAPES = {"\\n": "\n", "\\t": "\t", "\\r": "\r", "\\0": "\0", "\\\\": "\\", '\\"': '"', "\\'": "'"}
 
 
@@ -46,8 +49,7 @@ def text(node: Node) -> str:
 
 def shorten(node: Node) -> str:
     """As it is written, in one short line."""
-    said = " ".join(text(node).split())
-    return repr(said if len(said) <= 60 else said[:57] + "...")
+    return repr(shortened(" ".join(text(node).split()), 60))
 
 
 def child(node: Node, field: str) -> Node:

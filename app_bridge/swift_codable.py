@@ -23,7 +23,7 @@ from app_bridge.swift import (
 )
 from app_bridge.swift_program import Program
 
-_TYPES = ("Bool", "CGFloat", "Double", "Float", "Int", "String")
+PLAIN = ("Bool", "CGFloat", "Double", "Float", "Int", "String")
 _DICTIONARY = "[String: StringOrNumber]"
 
 
@@ -71,8 +71,8 @@ def record(program: Program, declared: Node, prefix: str = "") -> Record:
         entry = Field(prefix + key, type_, optional, name.node, _default(program, declared, name.name))
         if nested is not None and kind_of(nested) == "struct":
             entry.record = record(program, nested, f"{entry.path}.")
-        elif type_.strip("[]") not in _TYPES and type_ != _DICTIONARY:
-            expected = f"a struct, {', '.join(_TYPES)}, a list of them, or {_DICTIONARY}"
+        elif type_.strip("[]") not in PLAIN and type_ != _DICTIONARY:
+            expected = f"a struct, {', '.join(PLAIN)}, a list of them, or {_DICTIONARY}"
             raise program.unclear(f"the type of {name.name}", name.node, expected)
         found.fields[name.name] = entry
     return found

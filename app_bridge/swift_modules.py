@@ -26,22 +26,17 @@ from app_bridge.swift import (
     walk,
     written_type,
 )
-from app_bridge.swift_codable import Record
+from app_bridge.swift_codable import PLAIN, Record
 from app_bridge.swift_program import Program
 
 LAYERS_KEY = "num_hidden_layers"  # what {layer} counts, see facts.Layer
-# The modules of MLXNN without weights (mlx-swift 0.21.2 to 0.31.6, Source/MLXNN), and the others that may hold some.
+# The modules of MLXNN without weights (mlx-swift 0.21.2 to 0.31.6, Source/MLXNN).
 _WITHOUT_WEIGHTS = (
     "ALiBi", "AvgPool1d", "AvgPool2d", "AvgPool3d", "CELU", "Dropout", "Dropout2d", "Dropout3d", "ELU", "GELU",
     "GLU", "HardShrink", "HardSwish", "HardTanh", "Identity", "LeakyReLU", "LogSigmoid", "LogSoftMax", "LogSoftmax",
     "MaxPool1d", "MaxPool2d", "MaxPool3d", "Mish", "ReLU", "ReLU6", "ReLUSquared", "RoPE", "SELU", "SiLU",
     "Sigmoid", "SinusoidalPositionalEncoding", "SoftMax", "SoftPlus", "SoftSign", "Softmax", "Softmin", "Softplus",
     "Softshrink", "Softsign", "Step", "Tanh", "Upsample",
-)  # fmt: skip
-_OTHERS = (
-    "BatchNorm", "Bilinear", "Conv1d", "Conv2d", "Conv3d", "ConvTransposed1d", "ConvTransposed2d",
-    "ConvTransposed3d", "GRU", "GroupNorm", "InstanceNorm", "LSTM", "LayerNorm", "Module", "MultiHeadAttention",
-    "PReLU", "QuantizedEmbedding", "QuantizedLinear", "RNN", "Sequential", "Transformer", "UnaryLayer",
 )  # fmt: skip
 
 
@@ -108,8 +103,9 @@ class Modules:
         weightless = declared is None and element in _WITHOUT_WEIGHTS
         layer = declared is None and element in _KINDS
         if weightless or not (module or layer or attribute == "ModuleInfo"):
-            if not weightless and any(map(self._may_have_weights, self._mentioned(name, start))):
-                raise self.program.unclear(f"the module {path}", name.node, "Linear, Embedding or RMSNorm")
+            if not weightless and any(map(self._may_have_weights, self._mentioned(name))):
+                expected = "Linear, Embedding, RMSNorm or what is known to have no weights"
+                raise self.program.unclear(f"the module {path}", name.node, expected)
             return
         if name.attributes and not attribute:
             raise self.program.unclear(f"the module {path}", name.node, "no attribute but @ModuleInfo")
@@ -199,16 +195,19 @@ class Modules:
                 return text(type_), key
         return "", None
 
-    def _mentioned(self, name: Name, start: Node | None) -> Iterator[Node]:
-        """The types in a property's annotation, and what is constructed for it."""
-        yield from (node for node in walk(name.type or name.node) if node.type == "type_identifier")
-        for node in walk(start) if start else ():
-            if node.type == "assignment" and assigned_name(node) == name.name:
-                yield from (n.children[0] for n in walk(child(node, "result")) if n.type == "call_expression")
+    def _mentioned(self, name: Name) -> Iterator[Node]:
+        """The types in a property's annotation; of one without, what is called for its value."""
+        for node in walk(name.type or name.value or name.node):
+            if node.type == ("type_identifier" if name.type else "call_expression"):
+                yield node if name.type else node.children[0]
 
     def _may_have_weights(self, named: Node) -> bool:
+        """Of a type of the app's that is a module, and of any other that isn't known to be none."""
+        said = text(named).rpartition(".")[2]
         declared = self.program.type_named(text(named), named)
-        return text(named) in (*_KINDS, *_OTHERS) if declared is None else self._is_module(declared)
+        if declared is not None:
+            return self._is_module(declared)
+        return said[:1].isupper() and said not in (*_WITHOUT_WEIGHTS, *PLAIN)
 
     def _is_module(self, declared: Node) -> bool:
         bases = inherits(declared)

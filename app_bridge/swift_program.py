@@ -83,7 +83,8 @@ class Program:
         searched = [*used, *(child for root in roots for child in root.children if child.is_error)]
         broken = [n for node in searched if node.has_error for n in walk(node) if n.is_error or n.is_missing]
         first = {self.path(node): node for node in sorted(broken, key=lambda n: n.start_byte, reverse=True)}
-        return [f"{self.where(node)}: got {shorten(node)}, expected Swift" for _, node in sorted(first.items())]
+        what = "isn't Swift as the grammar here knows it, so what stands there may have been missed"
+        return [f"{self.where(node)}: {shorten(node)} {what}" for _, node in sorted(first.items())]
 
     def calls(self, *names: str) -> list[Node]:
         """Calls of a function, method or type by its last name."""

@@ -5,6 +5,7 @@ from typing import Any
 from tree_sitter import Node
 
 from app_bridge.swift import (
+    SIDES,
     argument,
     arguments,
     called,
@@ -19,8 +20,6 @@ from app_bridge.swift import (
 )
 from app_bridge.swift_program import Program
 
-_SIDES = ("lhs", "rhs")
-
 
 def prompt(program: Program) -> dict[str, Any]:
     """How messages become text."""
@@ -28,9 +27,9 @@ def prompt(program: Program) -> dict[str, Any]:
     turns = [(node, turn) for node in literals if (turn := _turn(program, node))]
     turns = [(program.use(node), turn) for node, turn in turns]
     node, turn = program.one("the prompt's turn", turns, "a string with the role and the content of a message")
-    around = [n for n in outwards(node) if n.type == "call_expression"]
-    start = next((index for index, n in enumerate(around) if called(n) == "map"), len(around))
-    joined = next((n for n in around[start:] if called(n) == "joined"), None)
+    mapped = next((n for n in outwards(node) if n.type == "call_expression" and called(n) == "map"), None)
+    joins = (n for n in program.calls("joined") if n.children[0].type == "navigation_expression")
+    joined = next((n for n in joins if program.trace(child(n.children[0], "target")) == mapped), None)
     outer = joined.parent if joined else None
     separator = argument(joined, "separator") if joined else None
     if outer is None or separator is None or outer.type != "additive_expression" or child(outer, "lhs") != joined:
@@ -51,11 +50,11 @@ def _turn(program: Program, node: Node) -> str | None:
 
 
 def _part(program: Program, node: Node) -> str | None:
-    """{role} or {content}, of `$0["role"] ?? …`, `message.role`, or a constant that is one of them."""
+    """{role} or {content}, of `$0["role"] ?? …`, `message.role`, or a name that stands for it; a constant's text."""
     traced = program.trace(node)
     said = {text(n) for n in walk(traced) if n.type in ("line_str_text", "simple_identifier")}
     found = [name for name in ("role", "content") if name in said]
-    return f"{{{found[0]}}}" if len(found) == 1 else None
+    return f"{{{found[0]}}}" if len(found) == 1 else string(traced)
 
 
 def _system_prompt(program: Program, near: Node) -> str:
@@ -96,10 +95,10 @@ def _patches(program: Program, count: Node, call: Node) -> tuple[int, int]:
     if node.type == "additive_expression" and text(child(node, "op")) == "+":
         additional += _fixed(program, child(node, "rhs"), "the additional image tokens")
         node = program.trace(child(node, "lhs"))
-    sides = [program.trace(child(node, side)) for side in _SIDES] if node.type == "multiplicative_expression" else []
+    sides = [program.trace(child(node, side)) for side in SIDES] if node.type == "multiplicative_expression" else []
     if [text(child(n, "op")) if n.type == "multiplicative_expression" else "" for n in sides] == ["/", "/"]:
         patches = {_fixed(program, child(side, "rhs"), "the patch size") for side in sides}
-        if len(patches) == 1:
+        if len(patches) == 1 and min(patches) > 0:
             return patches.pop(), additional
     raise program.unclear("the image tokens", count, "(height / patch) * (width / patch) + additional")
 

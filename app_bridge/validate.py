@@ -2,21 +2,19 @@
 
 import argparse
 import re
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from app_bridge import findings, kept, licence, packages, resources
 from app_bridge.facts import AppFacts, table
 from app_bridge.findings import Finding
-from fastvlm.cli import add_common, log, progress
+from app_bridge.subject import Encoder, Subject, listed
+from fastvlm.cli import add_common, log
 from fastvlm.errors import UserError
 from model_export import artefact as exported
 from model_export import contract
 from quantization.catalogue import LOADERS, Loader
-
-if TYPE_CHECKING:  # torch is imported where the verb needs it
-    from app_bridge.subject import Subject
-
-_COMPILED = (".mlpackage", ".mlmodel", ".mlmodelc")  # Xcode makes X.mlmodelc of each
 
 
 def add_parser(verbs: Any) -> None:
@@ -39,13 +37,16 @@ def run_validate(args: argparse.Namespace) -> dict[str, Any]:
     differences: list[str] = []
     facts = table()
     if args.app is not None:
-        from app_bridge import sources
+        from app_bridge import sources  # tree-sitter
 
         facts, ours = sources.read(args.app), facts
         differences = sources.differences(facts, ours)
     subject = _examine(args.artefact, facts)
+    if args.app is not None:
+        model, names = kept.Place(kept.real(args.app), facts.model_folder).model, _bundled(args.artefact)
+        subject.findings = resources.collisions(names, model, model.parent) + subject.findings
     document = {
-        "passed": not any(finding.severity == "error" for finding in subject.findings),
+        "passed": not findings.errors(subject.findings),
         "findings": [finding.document() for finding in subject.findings],
         "checked": subject.checked,
         "facts": str(args.app) if args.app is not None else "table",
@@ -63,19 +64,19 @@ def validate(artefact: Path, facts: AppFacts) -> list[Finding]:
     return list(_examine(artefact, facts).findings)
 
 
-def _examine(artefact: Path, facts: AppFacts) -> "Subject":
-    from app_bridge import licence, packages
+def _examine(artefact: Path, facts: AppFacts) -> Subject:
+    # torch and tokenizers: two seconds
     from app_bridge.check_config import check_config, check_preprocessor
-    from app_bridge.check_coreml import Encoder, check_package
+    from app_bridge.check_coreml import check_package
     from app_bridge.check_tokenizer import check_tokenizer
     from app_bridge.check_weights import check_weights
-    from app_bridge.subject import Subject
 
     manifest = exported.read_manifest(artefact)
     if (refused := _refused(manifest)) is not None:
-        return Subject(artefact, facts, frozenset(), [refused], [contract.MANIFEST])
+        return Subject(artefact, facts, frozenset(), findings=[refused], checked=[contract.MANIFEST])
     differing = _differing(artefact, manifest)
-    subject = Subject(artefact, facts, frozenset(differing))
+    weights = frozenset(map(str, (manifest.get("llm") or {}).get("files") or ()))
+    subject = Subject(artefact, facts, frozenset(differing), weights)
     config = check_config(subject)
     encoder = check_package(subject)
     check_preprocessor(subject, encoder)
@@ -91,14 +92,29 @@ def _examine(artefact: Path, facts: AppFacts) -> "Subject":
         subject.checked.append(f"{len(facts.packages)} Swift packages")
     else:
         subject.checked.append("Swift packages: not known of this app")
+    subject.findings = [_remedied(finding, facts) for finding in subject.findings]
     subject.findings.sort(key=lambda finding: finding.severity != "error")
     return subject
 
 
+# Rules that an app's own changes can break: what is to be compared with the published app's.
+_APPS = {"model-type": "model_type", "processor-class": "processor_class", "key-missing": "config"} | dict.fromkeys(
+    ("weight-name", "weight-missing", "weight-unknown", "weight-shape"), "layers"
+)
+
+
+def _remedied(finding: Finding, facts: AppFacts) -> Finding:
+    """With another remedy than a new export where it is the app that differs from the published one."""
+    fact = _APPS.get(finding.rule)
+    if fact is None or getattr(facts, fact) == getattr(table(), fact):
+        return finding
+    return replace(
+        finding, remedy=f"the app differs from the published one ({fact}): change the app, or {finding.remedy}"
+    )
+
+
 def _loader(facts: AppFacts) -> Loader:
     """What reads the weights in this app; the newest where no version fits its sources, which is another finding."""
-    from app_bridge import packages
-
     try:
         return packages.loader(facts)
     except UserError:
@@ -111,7 +127,7 @@ def _refused(manifest: dict[str, Any]) -> Finding | None:
     layout = language.get("layout", "app") if isinstance(language, dict) else "app"
     if layout != "app":
         got = f"the layout of {layout}"
-        return Finding("artefact-layout", f"{contract.MANIFEST}: llm", got, "the app's", "export with `all`")
+        return Finding("artefact-layout", f"{contract.MANIFEST}: llm", got, "the app's", "export with --layout app")
     if absent := [part for part in ("vision", "llm") if not isinstance(parts, list) or part not in parts]:
         got = f"no {', '.join(absent)}"
         return Finding("artefact-partial", f"{contract.MANIFEST}: parts", got, "both halves", "export with `all`")
@@ -120,40 +136,26 @@ def _refused(manifest: dict[str, Any]) -> Finding | None:
 
 def _differing(artefact: Path, manifest: dict[str, Any]) -> dict[str, str]:
     """Name -> how the file differs from the manifest."""
-    total = sum(entry["size"] for entry in manifest["files"].values())
-    with progress("read the artefact", total, sized=True) as advance:
-        lines = exported.verify(artefact, advance)
+    lines = exported.verify_aloud(artefact, manifest)
     return {name: what for name, _, what in (line.partition(": ") for line in lines)}
 
 
-def _check_names(subject: "Subject") -> None:
-    """The file by which the app finds its model; no two of one name: Xcode puts all of them flat into one bundle."""
+def _bundled(artefact: Path) -> list[str]:
+    """The files that go into an app: not what a hub's client put there."""
+    return [contract.MANIFEST, *exported.read_manifest(artefact)["files"]]
+
+
+def _check_names(subject: Subject) -> None:
+    """The file by which the app finds its model; what Xcode makes of the others."""
     resource = subject.facts.bundle_resource
     if resource != contract.CONFIG and not (subject.folder / resource).is_file():
         subject.error("file-missing", resource, "no such file", "the resource by which the app finds its model")
-    found: dict[str, list[str]] = {}
-    for path in sorted(subject.folder.rglob("*")):
-        name = path.relative_to(subject.folder)
-        if any(parent.suffix in _COMPILED for parent in name.parents) or (
-            path.is_dir() and path.suffix not in _COMPILED
-        ):
-            continue
-        resource = f"{path.stem}.mlmodelc" if path.suffix in _COMPILED else path.name
-        found.setdefault(resource.lower(), []).append(name.as_posix())
-    for names in found.values():
-        if len(names) > 1:
-            subject.error(
-                "name-twice",
-                " and ".join(names),
-                f"{len(names)} resources of one name",
-                "one: Xcode puts them into one folder",
-                "move the others out of the artefact",
-            )
+    subject.findings += resources.check(_bundled(subject.folder))
 
 
-def _check_bytes(subject: "Subject", differing: dict[str, str]) -> None:
+def _check_bytes(subject: Subject, differing: dict[str, str]) -> None:
     """Files that differ from the manifest, unless an error names the file already: one fault is one finding."""
-    errors = [finding.where for finding in subject.findings if finding.severity == "error"]
+    errors = [finding.where for finding in findings.errors(subject.findings)]
     extra = []
     for name, what in differing.items():
         file = name if what.startswith("extra") else name.partition("/")[0]
@@ -175,24 +177,17 @@ def _check_bytes(subject: "Subject", differing: dict[str, str]) -> None:
         else:
             subject.error("file-changed", name, what, "what the export wrote, and proved")
     if extra:
-        from app_bridge.subject import listed
-
         subject.warning(
             "file-extra", listed(extra), f"{len(extra)} files", "only what the export wrote", "move them away"
         )
 
 
-def _print(artefact: Path, document: dict[str, Any], findings: list[Finding]) -> None:
+def _print(artefact: Path, document: dict[str, Any], found: list[Finding]) -> None:
     print(f"{artefact} against {'our table of the demo app' if document['facts'] == 'table' else document['facts']}")
-    for finding in findings:
-        print(f"{finding.severity}: {finding.rule}: {finding.where}")
-        print(f"    got {finding.got}, expected {finding.expected}")
-        print(f"    {finding.remedy}")
+    findings.show(found)
     for line in document["checked"]:
         log(f"checked: {line}")
     if document["facts"] != "table":
         for line in document["differences"] or ["none"]:
             print(f"where the app differs from our table: {line}")
-    errors = sum(finding.severity == "error" for finding in findings)
-    verdict = f"{errors} errors, {len(findings) - errors} warnings"
-    print(f"failed: {verdict}" if errors else f"passed: {verdict}")
+    print(f"{'passed' if document['passed'] else 'failed'}: {findings.count(found)}")

@@ -8,6 +8,7 @@ Nothing here is measured on the machine that it runs on.
 import argparse
 import json
 import math
+import re
 import statistics
 from collections.abc import Mapping
 from functools import cache
@@ -103,6 +104,13 @@ def devices() -> dict[str, Device]:
     return {key: _device(key, entry) for key, entry in facts("devices.json")["devices"].items()}
 
 
+def device_key(name: str) -> str:
+    """The key of the device that is meant by its key, an alias or a name as "iPhone 15 Pro Max"; else `name` itself."""
+    said = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    entries = facts("devices.json")["devices"].items()
+    return next((key for key, entry in entries if said in (key, *entry.get("aliases", ()))), name)
+
+
 def _device(key: str, entry: Mapping[str, Any]) -> Device:
     chip = facts("devices.json")["chips"][entry["chip"]]
 
@@ -134,15 +142,13 @@ def estimate(
 
     Raises UserError for an unknown shape, device or recipe, and for sizes that FastViTHD can't take.
     """
+    device = device_key(device) if device else device
     _check(shape, device, resolution, prompt)
     from fastvlm.synthetic import SHAPES  # torch behind it
     from quantization.recipe import load_recipe
 
     found, sizes = devices()[str(device)], SHAPES[str(shape)]
-    language = LanguageModel(
-        sizes.layers, sizes.hidden, sizes.heads, sizes.kv_heads, sizes.hidden // sizes.heads, sizes.intermediate,
-        sizes.vocab,
-    )  # fmt: skip
+    language = language_model(sizes)
     stored, picture = stored_bytes(load_recipe(recipe), sizes), (resolution // PATCH) ** 2
     work = encoder_work(facts("published.json")["encoders"]["fastvithd"], resolution)
     stored["encoder"] = encoder_bytes(recipe, work)
@@ -190,6 +196,14 @@ def _check(shape: str | None, device: str | None, resolution: int, prompt: int) 
         faults.append(f"--prompt-length {prompt}: expected 0 to {LONGEST}")
     if faults:
         raise UserError("; ".join(faults))
+
+
+def language_model(shape: "Shape") -> LanguageModel:
+    """The decoder of a model of this shape."""
+    head = shape.hidden // shape.heads
+    return LanguageModel(
+        shape.layers, shape.hidden, shape.heads, shape.kv_heads, head, shape.intermediate, shape.vocab
+    )  # fmt: skip
 
 
 def stored_bytes(recipe: "Recipe", shape: "Shape") -> dict[str, float]:

@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -32,9 +33,17 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         kwargs.setdefault("allow_abbrev", False)
         super().__init__(*args, **kwargs)
+        self.register("type", Path, _path)  # of every `type=Path`
 
     def error(self, message: str) -> Any:
         self.exit(EXIT_UNUSABLE, f"error: {message} (see `{self.prog} --help`)\n")
+
+
+def _path(text: str) -> Path:
+    """Path's own "" is the current folder, which nobody meant who gave an empty variable."""
+    if not text:
+        raise argparse.ArgumentTypeError("is empty: expected a path")
+    return Path(text)
 
 
 def add_common(parser: argparse.ArgumentParser) -> None:

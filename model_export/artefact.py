@@ -26,7 +26,8 @@ _CHUNK = 1 << 22
 _SOURCES = ("*.json", "merges.txt", "*.jinja", "tokenizer.model")
 # What a hub's repository has besides: the card, git's attributes and the client's notes. Not the artefact's, no fault.
 _OF_A_HUB = {"README.md", ".gitattributes", ".cache"}
-_LICENCES = ("license*", "licence*", "notice*", "acknowledgements*")
+LICENCES = ("license", "licence")  # how a licence's name begins, in lower case
+_CARRIED = (*LICENCES, "notice", "acknowledgements")
 _LICENCE_BYTES = 1 << 20
 
 # Apple's research licence: what its text calls itself, and the sentence that it asks to go along with every copy.
@@ -89,14 +90,14 @@ def carry_licences(checkpoint: Path, folder: Path, changes: Sequence[str]) -> li
     """
     carried = []
     for path in sorted(checkpoint.iterdir()):
-        if path.is_file() and any(fnmatchcase(path.name.lower(), pattern) for pattern in _LICENCES):
+        if path.is_file() and path.name.lower().startswith(_CARRIED):
             if path.stat().st_size > _LICENCE_BYTES:
                 raise UserError(f"{path}: is {path.stat().st_size} bytes, too large for a licence: move it away")
             (folder / path.name).write_bytes(path.read_bytes())
             carried.append(path.name)
     notice = folder / contract.NOTICE
     before = notice.read_text(encoding="utf-8", errors="replace").rstrip() + "\n\n" if notice.exists() else ""
-    licences = [name for name in carried if name.lower().startswith(("license", "licence"))]
+    licences = [name for name in carried if name.lower().startswith(LICENCES)]
     apples = any(is_apples((folder / name).read_text("utf-8", errors="replace")) for name in licences)
     terms = f"\n{APPLE_ATTRIBUTION}\n" if apples else "" if licences else "\n" + _APPLE
     listed = "".join(f"- {change}\n" for change in changes)
@@ -212,7 +213,8 @@ def check_parts(artefact: Path, document: Mapping[str, Any]) -> None:
 def check_for_app(artefact: Path, document: Mapping[str, Any]) -> None:
     """UserError if the manifest's artefact is one half of a model, or in another layout than the app's."""
     check_parts(artefact, document)
-    if (layout := document["config"].get("layout")) != contract.LAYOUTS[0]:
+    config = document.get("config")
+    if (layout := config.get("layout") if isinstance(config, dict) else None) != contract.LAYOUTS[0]:
         raise UserError(f"{artefact}: is in the layout {layout}, which the app can't load: export with --layout app")
 
 

@@ -22,10 +22,15 @@ ENCODER = "the Core ML encoder adds 245 MB in float16, 123 in int8, 62 in palett
 
 @dataclass(frozen=True)
 class Loader:
-    """What reads an artefact's folder, and of what settings. mixed: more than one, by entries for single modules."""
+    """What reads an artefact's folder, and of what settings. mixed: more than one, by entries for single modules.
+
+    layout: which artefacts (`--layout`); app: whether it is a version of the demo app.
+    """
 
     name: str
     source: str
+    layout: str
+    app: bool
     bits: tuple[int, ...]  # affine
     modes: tuple[str, ...]
     mixed: bool
@@ -42,15 +47,19 @@ _OLD_BITS = (2, 3, 4, 6, 8)  # mlx before 0.26 has no kernels for 5 (mlx/backend
 _MODES = ("affine", "mxfp4", "mxfp8", "nvfp4")
 # Read in the sources of these versions in November 2026; mlx-lm and mlx-vlm were run on Linux, the app was not.
 LOADERS = (
-    Loader("mlx-lm", "0.32.2, mlx 0.32.4", _BITS, _MODES, True),
-    Loader("mlx-vlm", "0.7.10, mlx 0.32.4, for --layout mlx-vlm", _BITS, _MODES, True),
+    Loader("mlx-lm", "0.32.2, mlx 0.32.4", "app", False, _BITS, _MODES, True),
+    Loader("mlx-vlm", "0.7.10, mlx 0.32.4, for --layout mlx-vlm", "mlx-vlm", False, _BITS, _MODES, True),
     # its project file names no version but a least one, and it builds with these alone (ml-fastvlm issue 39)
-    Loader("demo app", "as published: mlx-swift-examples 2.21.2, mlx 0.21.0", _OLD_BITS, ("affine",), False),
     Loader(
-        "app 2.25", "ml-fastvlm pull request 59: mlx-swift-examples 2.25.7, mlx 0.25.1", _OLD_BITS, ("affine",), True
+        "demo app", "as published: mlx-swift-examples 2.21.2, mlx 0.21.0", "app", True, _OLD_BITS, ("affine",), False
     ),
-    Loader("app 3.31", "ml-fastvlm pull request 78: mlx-swift-lm 3.31.4, mlx 0.31.1", _BITS, _MODES, True),
-)
+    Loader(
+        "app 2.25", "ml-fastvlm pull request 59: mlx-swift-examples 2.25.7, mlx 0.25.1", "app", True, _OLD_BITS,
+        ("affine",), True,
+    ),
+    Loader("app 3.31", "ml-fastvlm pull request 78: mlx-swift-lm 3.31.4, mlx 0.31.1", "app", True, _BITS, _MODES, True),
+)  # fmt: skip
+PUBLISHED_APP = next(loader.name for loader in LOADERS if loader.app)  # the app's versions stand from old to new
 
 
 def add_recipes(verbs: Any) -> None:
@@ -160,8 +169,12 @@ def _settings(schemes: Iterable["Scheme"]) -> set[tuple[str, int, int]]:
 
 
 def human(size: int) -> str:
-    """Megabytes or gigabytes, three digits."""
-    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
+    """Gigabytes with two decimals, or three digits of a smaller unit."""
+    if size >= 999.5e6:
+        return f"{size / 1e9:.2f} GB"
+    if size >= 999.5e3:
+        return f"{size / 1e6:.3g} MB"
+    return f"{size / 1e3:.3g} kB" if size >= 999.5 else f"{size} B"
 
 
 def _smallest(row: dict[str, Any]) -> float:

@@ -1,107 +1,20 @@
-"""A model into an app: whole or not at all whenever it is stopped, kept, brought back, by clone or by copy."""
+"""A model into an app: kept, brought back, by clone or by copy; refused in one line."""
 
 import errno
 import fcntl
-import hashlib
 import json
 import os
 import shutil
 import subprocess
 import sys
-import tempfile
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from app_bridge import bundle, clone, facts, kept, packages, validate
-from app_bridge.__main__ import build_parser
+from app_bridge.findings import Finding
 from fastvlm import staging
-from fastvlm.cli import run
-from model_export.artefact import write_manifest
-
-Snapshot = dict[str, tuple[Any, ...]]
-
-
-def call(*arguments: object) -> int:
-    try:
-        return run(build_parser, [str(argument) for argument in arguments])
-    except SystemExit as stopped:  # argparse's way
-        return int(str(stopped.code))
-
-
-def make_artefact(folder: Path, seed: int) -> Path:
-    """An artefact in form; what is in its files decides nothing here."""
-    for name in ("model.safetensors", "fastvithd.mlpackage/Data/model.mlmodel"):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(bytes((seed + 7 * index) % 251 for index in range(3000)))
-    (folder / "config.json").write_text(json.dumps({"hidden_size": 896, "num_hidden_layers": 24, "seed": seed}))
-    write_manifest(folder, {"config": {"vision_quant": "fp16"}, "llm": {"recipe": {"name": f"r{seed}"}}})
-    return folder
-
-
-def make_foreign(folder: Path) -> Path:
-    """A model as a user put it there: Apple's download has no manifest; odd permissions and times."""
-    (folder / "fastvithd.mlpackage" / "Data").mkdir(parents=True)
-    (folder / "fastvithd.mlpackage" / "Data" / "model.mlmodel").write_bytes(b"apple's program")
-    (folder / "model.safetensors").write_bytes(b"apple's weights" * 100)
-    (folder / "config.json").write_text('{"hidden_size": 1536, "num_hidden_layers": 28, "quantization": {"bits": 8}}')
-    (folder / "model.safetensors").chmod(0o640)
-    for name in ("config.json", "fastvithd.mlpackage/Data", "."):
-        os.utime(folder / name, ns=(10**18, 10**18 + 12345))
-    return folder
-
-
-def snapshot(folder: Path) -> Snapshot | None:
-    """Every file and folder with its permissions, time and bytes; by nothing of the project's."""
-    if not folder.exists():
-        return None
-    found = {}
-    for path in (folder, *folder.rglob("*")):
-        stat, body = path.lstat(), b"" if path.is_dir() else path.read_bytes()
-        found[str(path.relative_to(folder))] = (stat.st_mode, stat.st_mtime_ns, hashlib.sha256(body).hexdigest())
-    return found
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-@pytest.fixture
-def tmp_path(tmp_path: Path) -> Iterator[Path]:
-    """In memory where there is such a place: thousands of small files are made and removed here."""
-    memory = Path("/dev/shm")
-    if not os.access(memory, os.W_OK):
-        yield tmp_path
-        return
-    with tempfile.TemporaryDirectory(dir=memory) as folder:
-        yield Path(folder)
-
-
-@pytest.fixture
-def app(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where the app has its sources; what they say and what is found in artefacts is other tests' matter."""
-    monkeypatch.setattr(bundle, "_facts", lambda app: facts.table())
-    monkeypatch.setattr(validate, "validate", lambda artefact, wanted: [])
-    folder = tmp_path / "app"
-    (folder / "FastVLM").mkdir(parents=True)
-    (folder / "FastVLM" / "FastVLM.swift").write_text("// sources")
-    return folder
-
-
-@pytest.fixture
-def new(tmp_path: Path) -> Path:
-    return make_artefact(tmp_path / "new", 1)
-
-
-def model(app: Path) -> Path:
-    return app / "FastVLM" / "model"
-
-
-def previous(app: Path) -> Path:
-    return app / ".fastvlm-bundle" / "previous"
-
+from tests.app_bridge.models import call, contents, make_artefact, make_foreign, model, previous, snapshot
 
 # --- the two verbs
 
@@ -151,9 +64,20 @@ def test_a_foreign_model_is_kept_and_brought_back_to_the_byte(
 
 
 @pytest.mark.parametrize(
-    "text", ["[]", '{"hidden_size": [1], "quantization": {"bits": {}}}', "\x00", '{"hidden_size": NaN}']
+    "text",
+    [
+        "[]",
+        '{"hidden_size": [1], "quantization": {"bits": {}}}',
+        "\x00",
+        '{"hidden_size": NaN}',
+        "[" * 100_000,
+        '{"hidden_size": "\\ud800"}',
+    ],
 )
-def test_whatever_was_there_can_be_described(app: Path, new: Path, text: str) -> None:
+def test_whatever_was_there_can_be_described(
+    app: Path, new: Path, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And printed: `capsys` is as strict as a terminal about what is no text."""
     model(app).mkdir()
     for name in ("config.json", "export.json"):
         (model(app) / name).write_text(text)
@@ -161,6 +85,13 @@ def test_whatever_was_there_can_be_described(app: Path, new: Path, text: str) ->
     for _ in range(2):
         assert call("bundle", new, "--app", app) == 0 and call("restore", "--app", app) == 0
         assert snapshot(model(app)) == old
+
+
+def test_what_an_app_has_is_told_without_torch(new: Path) -> None:
+    """Which takes two seconds: `restore` need not wait for it."""
+    code = "import sys; from pathlib import Path; from app_bridge import __main__, bundle;"
+    code += f"bundle.describe(Path({str(new)!r})); sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_nothing_changed_is_said_and_nothing_written(app: Path, new: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -198,6 +129,18 @@ def test_an_older_model_goes_only_if_an_export_can_make_it_again(app: Path, new:
     assert [snapshot(path) for path in left] == [apples]  # `new` is gone, Apple's download is not
 
 
+@pytest.mark.parametrize("name", ["README.md", ".gitattributes", ".cache/notes.txt"])
+def test_a_file_of_the_users_in_an_older_model_is_not_lost(app: Path, new: Path, tmp_path: Path, name: str) -> None:
+    """Even one that `verify` passes over, because a hub adds files of these names to what was published."""
+    call("bundle", new, "--app", app)
+    (model(app) / name).parent.mkdir(exist_ok=True)
+    (model(app) / name).write_text("mine")
+    for seed in (2, 3):
+        assert call("bundle", make_artefact(tmp_path / f"artefact-{seed}", seed), "--app", app) == 0
+    (left,) = previous(app).parent.glob("kept-*")
+    assert (left / name).read_text() == "mine"
+
+
 def test_a_dry_run_writes_nothing(app: Path, new: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_foreign(model(app))
     before = snapshot(tmp_path)
@@ -209,16 +152,16 @@ def test_a_dry_run_writes_nothing(app: Path, new: Path, tmp_path: Path, capsys: 
 def test_errors_refuse_and_warnings_do_not(
     app: Path, new: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    found = [bundle.Finding(f"rule-{index}", "config.json", "1", "2", "mend it", "warning") for index in range(2)]
+    found = [Finding(f"rule-{index}", "config.json", "1", "2", "mend it", "warning") for index in range(2)]
     monkeypatch.setattr(validate, "validate", lambda artefact, wanted: found)
     assert call("bundle", new, "--app", app) == 0
-    assert "warning: rule-1" in capsys.readouterr().err
-    found.append(bundle.Finding("rule-2", "config.json", "1", "2", "mend it"))
+    assert "warning: rule-1: config.json\n    got 1, expected 2\n    mend it\n" in capsys.readouterr().err
+    found.append(Finding("rule-2", "config.json", "1", "2", "mend it"))
     (new / "extra").write_text("so that there would be something to do")
     before = snapshot(app)
     assert call("bundle", new, "--app", app) == 1
     err = capsys.readouterr().err
-    assert "warning: rule-0" in err and "error: rule-2" in err and "1 error" in err
+    assert "warning: rule-0" in err and "error: rule-2" in err and "1 error, 2 warnings\n" in err
     assert snapshot(app) == before
 
 
@@ -228,151 +171,7 @@ def test_only_what_the_manifest_lists_goes_in(app: Path, new: Path) -> None:
     assert not (model(app) / ".DS_Store").exists()
 
 
-def test_names_that_collide_in_the_framework_are_refused(
-    app: Path, new: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    old = app / "FastVLM" / "model-old"
-    (old / "fastvithd.mlpackage").mkdir(parents=True)
-    for name in ("Config.json", "other.safetensors", "harmless.txt", ".hidden.safetensors", "fastvithd.mlpackage/x"):
-        (old / name).write_text("")
-    assert call("bundle", new, "--app", app) == 1
-    lines = capsys.readouterr().err.splitlines()
-    rules = {line.split(": ")[1]: line for line in lines if line.startswith("error: resource")}
-    assert [line.split(": ")[1] for line in lines if line.startswith("error")] == [
-        "resource-stray-weights", "resource-collision", "resource-collision",
-    ]  # fmt: skip
-    assert "other.safetensors" in rules["resource-stray-weights"]
-    assert not model(app).exists()
-
-
-# --- stopped at any moment
-
-Stopper = Callable[..., bool]
-
-
-@pytest.fixture(scope="module")
-def stopped() -> Iterator[Stopper]:
-    """`stopped(*arguments, step=, how=, two_steps=False)`: False if the command ended before that step."""
-    command = [sys.executable, "-m", "tests.app_bridge.stopper"]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdin and process.stdout
-        into, out = process.stdin, process.stdout
-
-        def stop(*arguments: object, step: int, how: str = "kill", two_steps: bool = False) -> bool:
-            job = {"arguments": [str(argument) for argument in arguments], "step": step, "how": how}
-            into.write(json.dumps(job | {"two_steps": two_steps}) + "\n")
-            into.flush()
-            return {"stopped": True, "ended": False}[out.readline().strip()]
-
-        yield stop
-        into.close()
-
-
-def prepare(app: Path, scene: Path) -> None:
-    """The app as it was set up, its model's permissions and times included."""
-    shutil.rmtree(app)
-    shutil.copytree(scene, app)
-
-
-def is_whole(app: Path, old: Snapshot | None, new: Path) -> str:
-    """Which of the two the app has, "old" or "new"; it has nothing else below its folder. All else fails."""
-    assert {path.name for path in (app / "FastVLM").iterdir()} <= {"FastVLM.swift", "model"}
-    now = snapshot(model(app))
-    if now == old:
-        return "old"
-    assert now is not None and contents(model(app)) == contents(new)
-    return "new"
-
-
-@pytest.fixture
-def scenes(app: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
-    """Apps with no model, with a foreign one, with one of ours that replaced another.
-
-    Nothing waits for the disk: that is for power cuts, which aren't tested.
-    """
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
-    shutil.copytree(app, tmp_path / "nothing")
-    make_foreign(model(app))
-    shutil.copytree(app, tmp_path / "foreign")
-    for seed in (2, 3):
-        assert call("bundle", make_artefact(tmp_path / f"artefact-{seed}", seed), "--app", app) == 0
-    shutil.copytree(app, tmp_path / "ours")
-    return {name: tmp_path / name for name in ("nothing", "foreign", "ours")}
-
-
-@pytest.mark.parametrize(
-    ("how", "before", "exchange"),
-    [
-        *(("kill", before, "exchange") for before in ("nothing", "foreign", "ours")),
-        *(("kill", before, "two steps") for before in ("foreign", "ours")),
-        *((how, "ours", "exchange") for how in ("interrupt", "full disk")),
-        *((how, "foreign", "two steps") for how in ("interrupt", "full disk")),
-    ],
-)
-def test_bundle_stopped_anywhere(
-    scenes: dict[str, Path], app: Path, new: Path, stopped: Stopper, how: str, before: str, exchange: str,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    ends = set()
-    if exchange == "two steps":
-        monkeypatch.setattr(staging, "exchange", lambda a, b: False)
-    for step in range(1, 200):
-        prepare(app, scenes[before])
-        old, kept_before = snapshot(model(app)), snapshot(previous(app))
-        if not stopped("bundle", new, "--app", app, step=step, how=how, two_steps=exchange == "two steps"):
-            break
-        if exchange == "two steps" and not model(app).exists() and before != "nothing":
-            assert call("restore", "--app", app) in (0, 2)  # no file system can do better; the next run mends it
-            assert snapshot(model(app)) == (old if kept_before is None else kept_before)
-            ends.add("mended")
-            continue
-        end = is_whole(app, old, new)
-        ends.add(end)
-        if end == "old" and step % 2 and before == "ours":  # what was kept is not confused with what never got in
-            assert call("restore", "--app", app) == 0
-            assert snapshot(model(app)) == kept_before and snapshot(previous(app)) == old
-            continue
-        if end == "old":
-            assert call("bundle", new, "--app", app) == 0
-        if before == "nothing":
-            assert call("restore", "--app", app) == 2
-            continue
-        placed = snapshot(model(app))
-        assert call("restore", "--app", app) == 0
-        assert snapshot(model(app)) == old and snapshot(previous(app)) == placed
-        left = {path.name for path in previous(app).parent.iterdir() if not path.name.startswith("kept-")}
-        assert left == {".gitignore", "model-folder", "previous"}
-    ends.add(is_whole(app, old, new))  # the one that was not stopped
-    assert {"old", "new"} <= ends and 20 < step < 199
-
-
-@pytest.mark.parametrize("exchange", ["exchange", "two steps"])
-def test_restore_killed_anywhere(
-    scenes: dict[str, Path], app: Path, stopped: Stopper, exchange: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if exchange == "two steps":
-        monkeypatch.setattr(staging, "exchange", lambda a, b: False)
-    for step in range(1, 50):
-        prepare(app, scenes["ours"])
-        both = [snapshot(model(app)), snapshot(previous(app))]
-        if not stopped("restore", "--app", app, step=step, two_steps=exchange == "two steps"):
-            break
-        if exchange == "exchange":
-            assert snapshot(model(app)) in both
-        assert call("restore", "--app", app) == 0
-        now = [snapshot(model(app)), snapshot(previous(app))]
-        assert now in (both, both[::-1])
-    assert 2 < step < 49
-
-
-def test_a_naive_copy_fails_the_same_check(app: Path, new: Path, stopped: Stopper) -> None:
-    """The negative control of the tests above."""
-    old = snapshot(make_foreign(model(app)))
-    with pytest.raises(AssertionError):
-        for step in range(1, 50):
-            assert stopped("naive", new, model(app), step=step)
-            is_whole(app, old, new)
-    assert 1 < step < 49
+# --- stopped
 
 
 def test_interrupted_is_said_and_leaves_nothing_staged(
@@ -417,6 +216,22 @@ def test_no_permission_is_one_line(
     assert call("bundle", new, "--app", app) == 2
     assert capsys.readouterr().err.splitlines()[-1].startswith("error: Permission denied: ")
     assert snapshot(model(app)) == old
+
+
+@pytest.mark.parametrize("folder", ["FastVLM", ".fastvlm-bundle"])
+def test_the_folder_that_is_not_writable_is_named(
+    app: Path, new: Path, folder: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (app / ".fastvlm-bundle").mkdir()
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != app / folder)
+    assert call("bundle", new, "--app", app) == 2
+    assert f"error: {app / folder}: is not writable" in capsys.readouterr().err
+    assert not model(app).exists()
+
+
+def test_no_such_app_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("restore", "--app", tmp_path / "none") == 2
+    assert f"error: {tmp_path / 'none'}: no such folder" in capsys.readouterr().err
 
 
 def test_two_at_once(app: Path, new: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -523,6 +338,8 @@ def test_a_stand_alone_bundle_replaces_nothing_but_another(
         ("bundle", "new", "--output-dir", "new"),
         ("restore", "--app", "app"),
         ("restore", "--app", "nothing"),
+        ("restore", "--app", ""),
+        ("bundle", "", "--app", "app"),
         ("restore", "--app", "new/config.json"),
         ("restore", "--app", "loop"),
         ("restore",),

@@ -2,8 +2,11 @@
 
 import argparse
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -72,8 +75,8 @@ def command(*argv: str | Path) -> int:
 
 
 def written(folder: Path, *argv: str | Path) -> str:
-    path = folder.parent / "out" / "README.md"
-    assert command(folder, "--output", path, *argv) == 0
+    path = folder.parent / "README.md"
+    assert command(folder, "--output", path, "--overwrite", *argv) == 0
     return path.read_text()
 
 
@@ -118,7 +121,8 @@ def test_figures_are_the_manifests(made: Callable[..., Path]) -> None:
     for value in (manifest["sources"]["sha256"], manifest["llm"]["recipe"]["name"], *manifest["versions"].values()):
         assert value in text
     total = sum(entry["size"] for entry in manifest["files"].values())
-    assert found["all"][0] == f"{total / 1e6:.1f} MB"
+    assert found["all"][0] == f"{total / 1e6:.3g} MB"
+    assert found["`multi_modal_projector.safetensors`"][0].endswith("B")
     shown = html(text)
     assert shown.count("<table>") == 3 and shown.count("<pre>") == 4 and "|" not in re.sub("<pre>.*?</pre>", "", shown)
     assert "no Apple hardware" in text and "time to first token" in text
@@ -151,12 +155,72 @@ def test_quality_of_these_bytes_only(made: Callable[..., Path], capsys: pytest.C
     assert "expected one candidate that is this artefact" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("content", [b"", b"{}", b"[1]", b"\xff\xfe", b'{"candidates": 3, "reference": {}}', b"null"])
+@pytest.mark.parametrize(
+    "content", [b"", b"{}", b"[1]", b"\xff\xfe", b'{"candidates": 3, "reference": {}}', b"null", b"[" * 100_000]
+)
 def test_no_quality(content: bytes, app_artefact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "quality.json").write_bytes(content)
     assert command(app_artefact, "--quality", tmp_path / "quality.json") == 2
     err = capsys.readouterr().err.splitlines()
-    assert "quality.json: expected the JSON" in err[-1] and "Traceback" not in "".join(err)
+    assert f"--quality {tmp_path / 'quality.json'}: " in err[-1] and ": expected the JSON" in err[-1]
+    assert "Traceback" not in "".join(err) and "Error" not in err[-1]
+
+
+def test_a_card_is_not_overwritten(app_artefact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (edited := tmp_path / "README.md").write_text("mine")
+    assert command(app_artefact, "--output", edited) == 2
+    assert "--overwrite" in capsys.readouterr().err.splitlines()[-1] and edited.read_text() == "mine"
+    assert command(app_artefact, "--output", edited, "--overwrite") == 0 and "# " in edited.read_text()
+    assert command(app_artefact, "--output", tmp_path / "no" / "card.md") == 2
+    assert f"no such folder: {tmp_path / 'no'}" in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "no").exists()
+    (loop := tmp_path / "loop").symlink_to(loop)
+    for argv in ((loop, "--output", tmp_path / "card.md"), (app_artefact, "--output", loop / "card.md")):
+        assert command(*argv) == 2
+
+
+def test_a_locale_without_utf8(app_artefact: Path) -> None:
+    environment = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONPATH": str(Path(card.__file__).parents[1])}
+    ran = subprocess.run(
+        [sys.executable, "-m", "app_bridge", "card", app_artefact], env=environment, capture_output=True
+    )
+    assert ran.returncode == 0 and "…".encode() in ran.stdout
+
+
+def test_a_quality_that_cannot_be_read(app_artefact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for path, why in ((tmp_path, "Is a directory"), (tmp_path / "none", "No such file or directory")):
+        assert command(app_artefact, "--quality", path) == 2
+        assert f"--quality {path}: {why}: expected the JSON" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_only_of_the_apps_layout(made: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+    config = exported.read_manifest(folder := made())["config"] | {"layout": "mlx-vlm"}
+    shutil.rmtree(folder)
+    assert command(made(config=config)) == 2
+    assert "which the app can't load: export with --layout app" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "block, no",
+    [
+        (None, set()), ({"bits": 5, "group_size": 64}, {"demo app", "app 2.25"}),
+        ({"bits": 4, "group_size": 64, "a": {"bits": 8, "group_size": 64}}, {"demo app"}),
+        ({"bits": 4, "group_size": 64, "a": False, "mode": "affine"}, set()),
+        ({"bits": 4, "group_size": 32, "mode": "mxfp4"}, {"demo app", "app 2.25"}),
+    ],
+)  # fmt: skip
+def test_what_reads_these_weights(made: Callable[..., Path], app_artefact: Path, block: Any, no: set[str]) -> None:
+    text = written(made(llm=exported.read_manifest(app_artefact)["llm"] | {"quantization": block}))
+    said = dict(re.findall(r"^- (.*) \(.*\): (yes|no)$", text, re.MULTILINE))
+    assert set(said) == {"mlx-lm", "demo app", "app 2.25", "app 3.31"}
+    assert {name for name, reads in said.items() if reads == "no"} == no
+
+
+def test_a_quantization_that_is_none(made: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+    llm = exported.read_manifest(folder := made())["llm"] | {"quantization": {"bits": "four"}}
+    shutil.rmtree(folder)
+    assert command(made(llm=llm)) == 2
+    assert "lacks what a card tells (quantization: " in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_research_only_is_said_aloud(made: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
@@ -255,8 +319,12 @@ def test_unusable_input_is_one_line(app_artefact: Path, tmp_path: Path, capsys: 
         ("---\na: [\n---\n", "not what the hub reads"),
         ("---\nlicense: other\n---\n", "license_name"),
         ("---\nlicense: mit\n---\nsee ~/x\n", "line 4 tells a path"),
+        ("---\nlicense: mit\n---\n\n/lustre7/me/x is mine\n", "line 5 tells a path of this machine, /lustre7/me/x"),
+        ("---\nlicense: mit\n---\nmade from:/home/me/x\n", "/home/me/x"),
     ],
 )
 def test_check_finds(text: str, fault: str) -> None:
     assert fault in "; ".join(card.check(text))
-    assert card.check("---\nlicense: mit\n---\n# fine: https://a/tmp/b, and/or, a/home/b\n") == []
+    assert (
+        card.check("---\nlicense: mit\n---\n# fine: https://a/tmp/b, and/or, a/home/b, ~5 GB, [x](/org/name)\n") == []
+    )

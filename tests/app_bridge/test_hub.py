@@ -1,6 +1,7 @@
 """A hub that breaks off, falls silent, refuses or lies: the repository holds what it held, or all; a rerun goes on."""
 
 import hashlib
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -129,6 +130,40 @@ def test_one_line_each(
     line = refusal(capsys)
     assert said in line and f"HTTP {status}" in line and TOKEN not in line
     assert all(set(repository.files()) == {".gitattributes"} for repository in hub.repositories.values())
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [[], {}, [[1]], {"id": "x"}, {"id": "x", "siblings": []}, {"id": "x", "sha": "1", "siblings": [{"size": 1}]},
+     {"id": "x", "sha": "1", "siblings": [{"rfilename": 3}]}, {"id": "x", "sha": "1", "siblings": [[]]}, 7],
+)  # fmt: skip
+def test_an_answer_that_is_no_repository(
+    hub: Hub, artefact: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, answer: Any
+) -> None:
+    hub.faults = [Fault(f"GET /api/models/{REPO}", 200, body=json.dumps(answer).encode())]
+    assert command(artefact, "--upload") == 2
+    assert "it answered what is no repository" in (said := refusal(capsys)) and "HF_ENDPOINT" in said
+    assert command(artefact) == 0  # a dry run says so and goes on
+    assert "answered what is no repository" in capsys.readouterr().out
+    assert hub.writes() == []
+
+
+def test_an_answer_to_the_clients_own_question(
+    hub: Hub, artefact: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub.utils import _detect_agent
+
+    monkeypatch.setattr(_detect_agent, "_registry", [])  # as a hub might answer /api/agent-harnesses
+    assert command(artefact, "--upload") == 2
+    assert "it answered what is no repository" in refusal(capsys) and hub.writes() == []
+
+
+def test_the_client_is_left_as_it_was(hub: Hub, artefact: Path) -> None:
+    from huggingface_hub.utils import are_progress_bars_disabled
+
+    assert not are_progress_bars_disabled()
+    assert command(artefact, "--upload") == 0
+    assert not are_progress_bars_disabled()
 
 
 def test_a_wrong_token(hub: Hub, artefact: Path, capsys: pytest.CaptureFixture[str]) -> None:

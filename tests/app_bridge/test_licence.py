@@ -114,6 +114,8 @@ def test_a_text_changed_since_the_export(make: Callable[..., Path], name: str) -
         file.write("and for commercial use, too\n")
     (finding,) = licence.check(folder, read_manifest(folder))
     assert finding.rule == "licence-changed" and finding.where == name
+    (folder / name).write_text(" \n")
+    assert rules(folder) == ["licence-changed"]  # that it has no text now is the same fault
 
 
 def test_a_text_that_is_no_text(make: Callable[..., Path]) -> None:
@@ -134,6 +136,22 @@ def test_the_research_term_is_by_the_text_not_the_name(
     assert not licence.research_only(folder) and licence.term(folder) is None
     licence.say(folder)
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("files", "name"),
+    [
+        ({}, None),
+        ({"LICENSE": CODE, "LICENSE_MODEL": RESEARCH}, "LICENSE_MODEL"),
+        ({"LICENSE": CODE, "LICENSE_MODEL": OTHER}, "LICENSE_MODEL"),
+        ({"LICENCE.txt": OTHER, "LICENSE": RESEARCH}, "LICENSE"),  # though its name is broken over two lines
+        ({"LICENCE.txt": OTHER, "License": OTHER}, "LICENCE.txt"),
+    ],
+)
+def test_the_weights_licence_is_named(make: Callable[..., Path], files: dict[str, str], name: str | None) -> None:
+    folder = make(**files)
+    (folder / "licences").mkdir()
+    assert licence.file(folder) == name
 
 
 def test_nothing_overrides_it(app_artefact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

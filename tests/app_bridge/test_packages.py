@@ -72,7 +72,9 @@ CASES = [
     ("mlx-swift-examples", "upToNextMinorVersion: 2.25.4", PUBLISHED.api, "package-known-to-break"),
     ("mlx-swift-examples", "upToNextMinorVersion: 2.21.2", PUBLISHED.api, None),
     ("mlx-swift-examples", "upToNextMajorVersion: 2.21.2", PUBLISHED.api, "package-may-float"),
-    ("mlx-swift-examples", "branch: main", PUBLISHED.api, "package-unknown-version"),
+    ("mlx-swift-examples", "branch: main", PUBLISHED.api, "package-known-to-break"),
+    ("mlx-swift-examples", "branch: develop", PUBLISHED.api, "package-unknown-version"),
+    ("mlx-swift-examples", f"revision: {'0123456789' * 4}", PUBLISHED.api, "package-unknown-version"),
     ("mlx-swift-examples", "revision: 592b4ad", PUBLISHED.api, "package-unknown-version"),
     ("mlx-swift-examples", "2.21.3", PUBLISHED.api, "package-unknown-version"),
     ("mlx-swift-examples", "1.18.2", PUBLISHED.api, "package-unknown-version"),
@@ -96,6 +98,14 @@ def test_one_package(name: str, version: str, api: tuple[str, ...], rule: str | 
     good = {PUBLISHED.api: GOOD, PULL_59: GOOD_59, PULL_78: GOOD_78}[api]
     severity = "error" if rule == "package-known-to-break" else "warning"
     assert said(app(good | {name: version}, api)) == ([(severity, rule, name)] if rule else [])
+
+
+@pytest.mark.parametrize(
+    ("version", "rule"), [("2.29.2", "package-unknown-version"), ("2.29.3", "package-known-to-break")]
+)
+def test_a_registry_that_is_an_actor_breaks_calls_without_await(version: str, rule: str) -> None:
+    found = said(app(GOOD | {"mlx-swift-lm": version}, ("registerModelType without await",)))
+    assert [each for _, each, name in found if name == "mlx-swift-lm"] == [rule]
 
 
 @pytest.mark.parametrize("name", GOOD)

@@ -13,7 +13,7 @@ import pytest
 from app_bridge import plan, plan_report
 from app_bridge.memory_model import MIB
 from app_bridge.plan import FITS, NOT, TIGHT, Limit
-from benchmarks.estimate import devices
+from benchmarks.estimate import devices, facts
 from fastvlm.cli import Parser, run
 from fastvlm.synthetic import SHAPES
 from quantization.recipe import load_recipe
@@ -117,7 +117,25 @@ def test_a_given_limit_takes_any_device(command: Run) -> None:
     assert document(command, "--shape", "0.5b", "--limit", "3.0GB")[0] == 0
     code, found = document(command, "--shape", "0.5b", "--limit", "1GiB", "--device", "vision-pro")
     assert code == 1
-    assert found["limits"]["default"]["low"] == found["limits"]["increased"]["high"] == 1024 * MIB
+    started = next(part["low"] for part in found["parts"] if part["name"] == "app")
+    assert found["limits"]["default"]["low"] == found["limits"]["increased"]["high"] == 1024 * MIB + started
+    assert started == 95 * MIB  # what was given is what was left beside it
+    said = command("--shape", "0.5b", "--limit", "1GiB")[1]
+    assert "1.07 GB as you measured it, and 99.6 MB that the app itself has at its start" in said
+
+
+@pytest.mark.parametrize("name", ["iphone-15-pro-max", "iPhone 15 Pro Max", "IPHONE-15-PRO", "iphone 15 pro"])
+def test_a_device_by_its_other_names(command: Run, name: str) -> None:
+    assert document(command, "--shape", "0.5b", "--device", name)[1]["device"] == "iphone-15-pro"
+
+
+def test_aliases_are_of_one_device_that_says_so() -> None:
+    entries = facts("devices.json")["devices"]
+    aliases = [(alias, entry) for entry in entries.values() for alias in entry.get("aliases", ())]
+    assert len({alias for alias, _ in aliases}) == len(aliases) > 5
+    for alias, entry in aliases:
+        assert alias not in entries
+        assert all(word in entry["name"].lower() for word in alias.split("-")), alias
 
 
 def test_memory_chooses_among_the_sizes_sold(command: Run) -> None:
@@ -141,6 +159,9 @@ def test_memory_chooses_among_the_sizes_sold(command: Run) -> None:
         (("--shape", "0.5b", "--memory", "8", "--limit", "3GB"), "--memory: expected with --device"),
         (("--shape", "0.5b", "--limit", "3"), "expected a size such as"),
         (("--shape", "0.5b", "--limit", "0GB"), "expected a size such as"),
+        (("--shape", "0.5b", "--limit", "0.0000000001MB"), "expected a size such as"),
+        (("--shape", "0.5b", "--limit", "9" * 400 + "GB"), "expected a size such as"),
+        (("--shape", "0.5b", "--device", "iphone-15-promax"), "unknown; expected one of m1,"),
         (("--shape", "0.5b", "--device", "m1", "--recipe", "int7"), "unknown recipe 'int7'"),
         (("--shape", "0.5b", "--device", "m1", "--recipe", "fit"), "say how large"),
         (("--shape", "0.5b", "--device", "m1", "--prompt-length", "-1"), "expected 0 to 2048"),
@@ -201,6 +222,8 @@ def test_an_artefact_of_another_layout_or_half_is_refused(command: Run, app_arte
     whole = json.loads((copy / "export.json").read_text())
     for change, said in (
         ({"config": {**whole["config"], "layout": "mlx-vlm"}}, "layout mlx-vlm"),
+        ({"config": {}}, "layout None"),
+        ({"config": None}, "layout None"),
         ({"parts": ["llm"]}, "only part of a model"),
         ({"image": {}}, "is not what the export wrote"),
     ):
@@ -213,7 +236,7 @@ def test_an_artefact_of_another_layout_or_half_is_refused(command: Run, app_arte
 
 
 def test_every_device_has_a_sourced_limit_or_asks() -> None:
-    sources, unknown = plan.table()["sources"], set()
+    sources, unknown = plan.limits()["sources"], set()
     for device in devices().values():
         for memory in device.memory_gb:
             limits = plan.limits_of(device, memory)
@@ -229,12 +252,17 @@ def test_every_device_has_a_sourced_limit_or_asks() -> None:
 
 
 def test_every_source_says_something_and_is_used() -> None:
-    text = json.dumps({key: value for key, value in plan.table().items() if key != "sources"})
-    for name, source in plan.table()["sources"].items():
+    text = json.dumps({key: value for key, value in plan.limits().items() if key != "sources"})
+    for name, source in plan.limits()["sources"].items():
         assert source["url"].startswith("http")
         assert source["says"]
         assert f'"{name}"' in text
-    assert set(plan.table()["devices"]) <= set(devices())
+    assert set(plan.limits()["devices"]) <= set(devices())
+    unconfirmed = {name for name, source in plan.limits()["sources"].items() if "not confirmed" in source["says"]}
+    assert unconfirmed == {"examples-359", "nx2apple", "macotakara"}
+    for of_kind in plan.limits()["limits"].values():
+        for entry in of_kind.values():
+            assert all(set(state["sources"]) - unconfirmed for state in entry.values())  # none rests on that alone
 
 
 def test_the_plan_agrees_with_what_was_reported(command: Run) -> None:
@@ -252,6 +280,12 @@ def test_the_plan_agrees_with_what_was_reported(command: Run) -> None:
     assert verdicts["iphone-15"]["increased"] == FITS  # tested
     assert verdicts["iphone-16-pro"]["increased"] == FITS  # 24 doesn't say which model
     assert document(command, "--shape", "7b", "--recipe", "int8", "--device", "iphone-16-pro")[0] == 1
+
+
+def test_the_table_in_the_docs_is_what_is_printed(command: Run) -> None:
+    text = (Path(plan.__file__).parents[1] / "docs" / "APP.md").read_text(encoding="utf-8")
+    stands = text.partition("<!-- plan --table -->\n")[2].partition("<!-- /plan --table -->")[0]
+    assert stands.strip() == command("--table")[1].strip()
 
 
 def test_the_table_is_what_plan_says(command: Run, capsys: pytest.CaptureFixture[str]) -> None:

@@ -58,7 +58,7 @@ def test_a_dry_run_writes_nothing(hub: Hub, artefact: Path, capsys: pytest.Captu
     assert hub.writes() == [] and hub.repositories == {}
     for name in (*CONTENT, "README.md", "export.json"):
         assert name in out
-    assert "300.0 kB  model.safetensors" in out and "license: other" in out and "licence: LICENSE" in out
+    assert "300 kB  model.safetensors" in out and "license: other" in out and "licence: LICENSE" in out
     assert "--upload" in out and TOKEN not in out and "there is none" in out
 
 
@@ -139,7 +139,9 @@ def test_private_and_branch(hub: Hub, artefact: Path) -> None:
     assert_published(hub, artefact, "int4")
     assert command(artefact, "--upload", "--revision", "int4") == 0
     assert [request for request in hub.requests if "/branch/" in request] == [f"POST /api/models/{REPO}/branch/int4"]
-    assert command(artefact, "--revision", "") == 2
+    for name in ("", "a..b", "../..", "a//b", ".a", "a/.b", "a.lock", "a.lock/b", "a/", "a.", "-a", "a b", "a~1"):
+        assert command(artefact, f"--revision={name}") == 2, name
+    assert command(artefact, "--revision", "releases/v1.0-int4_x") == 0
     assert set(hub.repositories[REPO].files("main")) == {".gitattributes"}
 
 
@@ -183,7 +185,7 @@ def test_everything_that_is_wrong_at_once(hub: Hub, artefact: Path, capsys: pyte
     assert command(artefact, "--upload", repo="tiny") == 2
     said = refusal(capsys)
     for part in ("'tiny'", "model.safetensors: changed", "config.json: missing", "notes.txt: extra", "licence-missing",
-                 "licence-change-record-missing"):  # fmt: skip
+                 "licence-changed: NOTICE"):  # fmt: skip
         assert part in said
     assert hub.requests == []
 
@@ -220,16 +222,42 @@ def test_half_a_model(hub: Hub, artefact: Path, app_artefact: Path, capsys: pyte
 def test_paths_in_the_manifest(
     hub: Hub, artefact: Path, app_artefact: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = exported.read_manifest(app_artefact)["config"] | {"quant": "/home/somebody/mine.json"}
-    folder = make(artefact.parent / "told", app_artefact, config=config)
+    told = {
+        "quant": "/home/somebody/mine.json", "from": "made from /home/me/x, in a hurry", "scratch": "/lustre7/x",
+        "home": "see ~/x", "other": "of ~me/x", "windows": "C:\\Users\\me",
+    }  # fmt: skip
+    fine = {"about": "~5 GB, ~1/2 of https://a/tmp/b; and/or a/home/b", "what": "~"}
+    config = exported.read_manifest(app_artefact)["config"]
+    folder = make(artefact.parent / "told", app_artefact, config=config | told | fine)
     assert command(folder) == 2
-    assert "config.quant tells a path of this machine, /home/somebody/mine.json" in refusal(capsys)
+    said = refusal(capsys)
+    for where, path in (("quant", "/home/somebody/mine.json"), ("from", "/home/me/x,"), ("scratch", "/lustre7/x"),
+                        ("home", "~/x"), ("other", "~me/x"), ("windows", "C:\\Users\\me")):  # fmt: skip
+        assert f"config.{where} tells a path of this machine, {path}" in said
+    assert not any(f"config.{where} " in said for where in fine)
+    assert command(make(artefact.parent / "fine", app_artefact, config=config | fine)) == 0
+
+
+def test_another_layout(hub: Hub, artefact: Path, app_artefact: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = exported.read_manifest(app_artefact)["config"] | {"layout": "mlx-vlm"}
+    folder = make(artefact.parent / "vlm", app_artefact, config=config)
+    assert command(folder, "--upload") == 2
+    assert "which the app can't load" in refusal(capsys) and hub.requests == []
 
 
 def test_repositories_of_others(hub: Hub, artefact: Path, capsys: pytest.CaptureFixture[str]) -> None:
     existing(hub, {".gitattributes": b"", "model-00001-of-00002.safetensors": b""})
     assert command(artefact, "--upload") == 2
     assert "holds another model" in refusal(capsys)
+    theirs = {"config.json": b"theirs", "model.safetensors": WEIGHTS[1:], "README.md": b"theirs"}
+    repository = existing(hub, {".gitattributes": b"", **theirs})
+    for flags in ((), ("--upload",)):
+        assert command(artefact, *flags) == 2
+        assert "holds another model" in (said := refusal(capsys)) and "(config.json, model.safetensors)" in said
+    assert theirs.items() <= repository.files().items() and hub.writes() == []
+    existing(hub, {"README.md": b"made on the page", "model.safetensors": WEIGHTS})  # nothing that would be lost
+    assert command(artefact) == 0
+    capsys.readouterr()
     existing(hub, FORMER)
     assert command(artefact, "--upload", "--private") == 2
     assert "is public" in refusal(capsys) and hub.writes() == []

@@ -12,12 +12,12 @@ from app_changes import (
     DECODER,
     ENTITLEMENTS,
     PROJECT,
-    REFUSED,
     RESOLVED,
     SAME,
     SESSION,
     VIEWING,
 )
+from app_refusals import REFUSED
 
 from app_bridge import facts, sources
 from fastvlm.errors import UserError
@@ -102,7 +102,24 @@ def test_one_change_is_one_difference(name: str, change: Change) -> None:
         return
     found = sources.differences(sources.read(app), TABLE)
     said = [line.partition(":")[0].replace("language_model.model.layers.{layer}.", "…") for line in found]
-    assert said == expected, found
+    assert list(dict.fromkeys(said)) == expected, found
+    assert all(len(line) < 180 for line in found), found
+
+
+def test_a_difference_says_only_what_differs(change: Change) -> None:
+    """Of three changes: a field of a module, a fact, a module that only one of them has."""
+    change(DECODER, "Linear(wide, text.channels, bias: false)", "Linear(wide, text.channels)")
+    change(DECODER, '"linear_2"', '"linear_1"')
+    change(VIEWING, "imageGridThw:", "frames:")
+    app = change(VIEWING, "tokens = 256", "tokens = 64")
+    assert sources.differences(sources.read(app), TABLE) == [
+        "output_shape: the app has [1, 64, 3072], the table [1, 256, 3072]",
+        "layers language_model.model.layers.{layer}.self_attn.o_proj: bias: the app has true, the table false",
+        "layers multi_modal_projector.linear_1: the app has it, the table nothing",
+        "layers multi_modal_projector.linear_2: the app has nothing, the table it",
+        'api: the app has ["LMInput.ProcessedImage(pixels:frames:)"], the table '
+        '["LMInput.ProcessedImage.imageGridThw"]',
+    ]
 
 
 @pytest.mark.parametrize("name", SAME)
@@ -218,6 +235,21 @@ def test_all_faults_at_once(change: Change) -> None:
         assert said.count(part) == 1
 
 
+def test_what_the_grammar_cannot_read_is_told_where_a_swift_fact_is_missing(change: Change) -> None:
+    """Apple's own sources have such a place, and are valid."""
+    change(SESSION, "@MainActor", "func other() { #unknown( }\n@MainActor")
+    change(ENTITLEMENTS, "<plist", "<list")
+    assert "syntax" not in refusal(change(PROJECT, "MACOSX_DEPLOYMENT_TARGET = 15.2", "MACOSX_DEPLOYMENT_TARGET = x"))
+    assert "syntax: Viewer/Session.swift" in refusal(change(VIEWING, "forResource:", "named:"))
+
+
+def test_an_app_without_the_models_sources_is_one_line(app: Path) -> None:
+    for name in ("Decoder", "Settings", "Viewing"):
+        (app / f"FastVLM/{name}.swift").unlink()
+    said = refusal(app)
+    assert said.endswith("none of its project's 1 Swift files defines the model (registerModelType)")
+
+
 @pytest.mark.parametrize("file", [DECODER, SESSION, ENTITLEMENTS, PROJECT, RESOLVED])
 @pytest.mark.parametrize("fault", ["not UTF-8", "a folder", "truncated", "empty", "a dead link"])
 def test_broken_files(app: Path, file: str, fault: str) -> None:
@@ -244,12 +276,15 @@ def test_a_project_file_cut_anywhere(app: Path, cut: int) -> None:
     assert f"{PROJECT}: cannot be read as a project file" in refusal(app)
 
 
-@pytest.mark.parametrize("what", ["missing", "a file", "no project", "two projects", "the repository"])
+@pytest.mark.parametrize("what", ["missing", "a file", "a broken link", "no project", "two projects", "the repository"])
 def test_no_app(tmp_path: Path, app: Path, what: str) -> None:
     if what == "missing":
         app = app / "nowhere"
     elif what == "a file":
         app = app / PROJECT
+    elif what == "a broken link":
+        (app / "link").symlink_to("nowhere")
+        app = app / "link"
     elif what == "no project":
         shutil.rmtree(app / "Viewer.xcodeproj")
     elif what == "two projects":
@@ -257,4 +292,6 @@ def test_no_app(tmp_path: Path, app: Path, what: str) -> None:
     else:
         app = tmp_path
     said = refusal(app)
+    if what in ("a file", "a broken link", "missing"):
+        assert f": got {what if what != 'missing' else 'nothing there'}, expected the folder" in said
     assert said.startswith("--app: ") and ("app/?" in said) == (what == "the repository")

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import broken
 import pytest
@@ -97,6 +98,13 @@ BENIGN: dict[str, Callable[[Path], None]] = {
     "rope scaling with sections": in_json(
         "config.json", lambda c: c.update(rope_scaling={"type": "mrope", "mrope_section": [2, 3, 3]})
     ),
+    "rope scaling by default": in_json(
+        "config.json", lambda c: c.update(rope_scaling={"rope_type": "default", "mrope_section": [2, 3, 3]})
+    ),
+    "an unknown token that no text has": in_json(
+        "tokenizer_config.json", lambda t: t.update(unk_token={"content": "<|endoftext|>"})
+    ),
+    "an unknown token that ends a turn": in_json("tokenizer_config.json", lambda t: t.update(unk_token="<|im_end|>")),
     "tied by default": in_json("config.json", lambda c: c.pop("tie_word_embeddings")),
     "integers for colours, and a fourth": in_json(
         "preprocessor_config.json", lambda p: p.update(image_std=[1, 1, 1, 1], image_mean=[0, 0, 0, 0])
@@ -116,6 +124,7 @@ def one_file(folder: Path) -> None:
     projector = load_file(folder / "multi_modal_projector.safetensors")
     broken.in_tensors(lambda tensors: tensors.update(projector))(folder)
     (folder / "multi_modal_projector.safetensors").unlink()
+    broken.signed(folder, llm={"files": ["model.safetensors"]})
 
 
 @pytest.mark.parametrize("name", BENIGN)
@@ -126,9 +135,23 @@ def test_what_the_app_takes_is_no_finding(name: str, app_artefact: Path, tmp_pat
     assert errors(folder, app_facts.table()) == [] and warnings(folder) == []
 
 
+def first_convolution(spec: Any) -> Any:
+    main = spec.mlProgram.functions["main"]
+    operations = main.block_specializations[main.opset].operations
+    return next(one for one in operations if one.type == "conv")
+
+
 DOUBTFUL: dict[str, tuple[Callable[[Path], None], str]] = {
     "an assumed number": (in_json("config.json", lambda c: c.pop("rope_theta")), "config-default"),
     "another end in config.json": (in_json("config.json", lambda c: c.update(eos_token_id=[1])), "eos-token-id"),
+    "an ordinary token as the unknown one": (
+        in_json("tokenizer_config.json", lambda t: t.update(unk_token="a")),
+        "unk-token",
+    ),
+    "a token of the prompt as the unknown one": (
+        in_json("tokenizer_config.json", lambda t: t.update(unk_token={"content": "<image>"})),
+        "unk-token",
+    ),
     "a block for nothing": (
         in_json("config.json", lambda c: c.update(quantization={"bits": 4, "group_size": 64})),
         "quantization-unused",
@@ -150,6 +173,10 @@ DOUBTFUL: dict[str, tuple[Callable[[Path], None], str]] = {
         in_json("tokenizer_config.json", lambda t: t.update(chat_template="{{ range(10**12) | list }}")),
         "chat-template",
     ),
+    "an operation of nobody's": (
+        broken.in_package(lambda spec: setattr(first_convolution(spec), "type", "fancy_conv")),
+        "operation-unknown",
+    ),
     "a stale index": (
         lambda folder: (folder / "model.safetensors.index.json").write_text('{"weight_map": {}}'),
         "index-stale",
@@ -164,6 +191,22 @@ def test_what_the_app_takes_otherwise_is_a_warning(name: str, app_artefact: Path
     change(folder)
     broken.signed(folder)
     assert errors(folder, app_facts.table()) == [] and warnings(folder) == [rule]
+
+
+def test_lists_that_an_app_can_do_without_may_be_absent(app_artefact: Path, tmp_path: Path) -> None:
+    """`[CGFloat]?`: nothing there is no list that is too short."""
+    folder = broken.linked(app_artefact, tmp_path / "other")
+    in_json("preprocessor_config.json", lambda p: p.pop("image_mean"))(folder)
+    broken.signed(folder)
+    facts = app_facts.table()
+    lenient = tuple(replace(key, required="." in key.path) for key in facts.preprocessor)
+    assert errors(folder, replace(facts, preprocessor=lenient)) == []
+
+
+def test_what_no_weight_can_tell_is_said(app_artefact: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(command.build_parser, ["validate", str(app_artefact), "--json"])
+    checked = json.loads(capsys.readouterr().out.splitlines()[-1])["checked"]
+    assert any("heads" in line and "sha256" in line for line in checked)
 
 
 def test_an_app_with_another_system_prompt_is_warned_of(app_artefact: Path) -> None:
@@ -203,6 +246,11 @@ def test_a_checkpoint_of_another_resolution_needs_an_app_that_knows_it(
     def smaller(spec: object) -> None:
         spec.description.input[0].type.multiArrayType.shape[:] = (1, 3, 512, 512)  # type: ignore[attr-defined]
         spec.description.output[0].type.multiArrayType.shape[:] = (1, 64, 3072)  # type: ignore[attr-defined]
+        main = spec.mlProgram.functions["main"]  # type: ignore[attr-defined]
+        given = main.block_specializations[main.opset].operations[-1].outputs[0]
+        for type, sizes in ((main.inputs[0].type, (1, 3, 512, 512)), (given.type, (1, 64, 3072))):
+            for dimension, size in zip(type.tensorType.dimensions, sizes, strict=True):
+                dimension.constant.size = size
 
     broken.in_package(smaller)(folder)
     in_json(
@@ -215,6 +263,20 @@ def test_a_checkpoint_of_another_resolution_needs_an_app_that_knows_it(
     assert (finding.rule, finding.got) == ("output-shape", "[1, 64, 3072]")
     assert "--image-size" in finding.remedy and "--app" in finding.remedy
     assert errors(folder, replace(facts, output_shape=(1, 64, 3072))) == []
+
+
+def test_where_the_app_differs_the_remedy_is_the_apps(app_artefact: Path) -> None:
+    (finding,) = (
+        one for one in validate(app_artefact, replace(app_facts.table(), model_type="qwen2")) if one.severity == "error"
+    )
+    assert finding.rule == "model-type" and finding.remedy.startswith("the app differs from the published one")
+
+
+def test_an_artefact_of_another_layout_is_to_be_exported_for_the_app(app_artefact: Path, tmp_path: Path) -> None:
+    folder = broken.linked(app_artefact, tmp_path / "other")
+    broken.signed(folder, llm={"layout": "mlx-vlm"})
+    (finding,) = validate(folder, app_facts.table())
+    assert (finding.rule, finding.remedy) == ("artefact-layout", "export with --layout app")
 
 
 def test_several_functions_pass_if_main_is_the_default(app_artefact: Path, tmp_path: Path) -> None:
@@ -258,11 +320,13 @@ def test_shards_pass_and_a_missing_one_is_one_finding(app_artefact: Path, tmp_pa
         save_file({name: tensors[name] for name in part}, folder / file)
         index |= dict.fromkeys(part, file)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
-    broken.signed(folder)
+    broken.signed(folder, llm={"files": sorted({*index.values()})})
     assert errors(folder, app_facts.table()) == [] and warnings(folder) == []
     (folder / "model-00002-of-00002.safetensors").unlink()
-    (finding,) = (one for one in validate(folder, app_facts.table()) if one.severity == "error")
-    assert (finding.rule, finding.where) == ("file-missing", "model-00002-of-00002.safetensors")
+    for _ in range(2):  # a fault of the copy, then one of the export
+        (finding,) = (one for one in validate(folder, app_facts.table()) if one.severity == "error")
+        assert (finding.rule, finding.where) == ("file-missing", "model-00002-of-00002.safetensors")
+        broken.signed(folder)
 
 
 def test_an_apps_own_sources_are_read_and_compared_with_the_table(

@@ -1,6 +1,7 @@
 """Single faults of the configuration files, the Core ML package and the app: each is found by its own rule at its own
 place, and none is reported as another."""
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -40,6 +41,15 @@ def second_input(specification: Any) -> None:
     specification.description.input[1].name = "mask"
 
 
+def size_of(type: Any, number: int, size: int) -> None:
+    type.tensorType.dimensions[number].constant.size = size
+
+
+def last(specification: Any) -> Any:
+    function = specification.mlProgram.functions["main"]
+    return function.block_specializations[function.opset].operations[-1]
+
+
 def an_image(specification: Any) -> None:
     image = specification.description.input[0].type.imageType
     image.width = image.height = 1024
@@ -54,6 +64,11 @@ def flexible(specification: Any) -> None:
 def a_folder(folder: Path) -> None:
     (folder / CONFIG).unlink()
     (folder / CONFIG).mkdir()
+
+
+def a_pipe(folder: Path) -> None:
+    (folder / CONFIG).unlink()
+    os.mkfifo(folder / CONFIG)
 
 
 def with_head(tensors: dict[str, np.ndarray]) -> None:
@@ -90,9 +105,21 @@ FAULTS: dict[str, Fault] = {
         "key-type",
         "rope_scaling",
     ),
+    "rope scaling that the app leaves out": (
+        put(CONFIG, "rope_scaling", {"mrope_section": [2], "type": "linear", "factor": 2.0}),
+        "config-value",
+        "rope_scaling",
+    ),
+    "rope scaling of transformers' name": (
+        put(CONFIG, "rope_scaling", {"mrope_section": [2], "rope_type": "yarn"}),
+        "config-value",
+        "rope_type",
+    ),
     "rope scaling a list": (put(CONFIG, "rope_scaling", [1]), "key-type", "rope_scaling"),
     "model type": (put(CONFIG, "model_type", "qwen2_vl"), "model-type", "model_type"),
     "model type missing": (without(CONFIG, "model_type"), "key-missing", "model_type"),
+    "no layers": (put(CONFIG, "num_hidden_layers", 0), "config-value", "num_hidden_layers"),
+    "config a pipe": (a_pipe, "file-unreadable", CONFIG),
     "no vocabulary": (put(CONFIG, "vocab_size", 0), "config-value", "vocab_size"),
     "another activation": (put(CONFIG, "hidden_act", "gelu"), "config-value", "hidden_act"),
     "larger vocabulary": (put(CONFIG, "vocab_size", 600), "weight-shape", "embed_tokens"),
@@ -199,6 +226,21 @@ FAULTS: dict[str, Fault] = {
         "deployment-target",
         PACKAGE,
     ),
+    "too old a specification": (
+        in_package(lambda spec: setattr(spec, "specificationVersion", 6)),
+        "specification-version",
+        PACKAGE,
+    ),
+    "a program of another input": (
+        in_package(lambda spec: size_of(spec.mlProgram.functions["main"].inputs[0].type, 2, 512)),
+        "package-description",
+        "images",
+    ),
+    "a program of another output": (
+        in_package(lambda spec: size_of(last(spec).outputs[0].type, 1, 64)),
+        "package-description",
+        "image_features",
+    ),
     "an unknown system": (
         in_package(lambda spec: setattr(spec, "specificationVersion", 99)),
         "deployment-target",
@@ -236,6 +278,16 @@ def pinned(**versions: str) -> Callable[[AppFacts], AppFacts]:
     return change
 
 
+def without_default(facts: AppFacts) -> AppFacts:
+    config = tuple(replace(key, default=None) if key.path == "rope_scaling" else key for key in facts.config)
+    return replace(facts, config=config)
+
+
+def another_section(facts: AppFacts) -> AppFacts:
+    config = (replace(key, path=key.path.replace(".mrope_section", ".sections")) for key in facts.config)
+    return replace(facts, config=tuple(config))
+
+
 # Another app: name: (its facts, the one rule, what its finding names)
 APPS: dict[str, tuple[Callable[[AppFacts], AppFacts], str, str]] = {
     "class": (changed(model_class="FastViTHD"), "package-name", PACKAGE),
@@ -248,6 +300,8 @@ APPS: dict[str, tuple[Callable[[AppFacts], AppFacts], str, str]] = {
     "model type": (changed(model_type="fast_vlm"), "model-type", "model_type"),
     "processor": (changed(processor_class="FastVLMProcessor"), "processor-class", "processor_class"),
     "a key more": (one_more_key, "key-missing", "sliding_window"),
+    "no default for what the app ends without": (without_default, "key-missing", "rope_scaling.mrope_section"),
+    "a default without it": (another_section, "key-missing", "rope_scaling.sections"),
     "a bias more": (with_bias, "weight-missing", "o_proj.bias"),
     "patches": (changed(patch_size=32), "prompt-tokens", "prompt"),
     "additional tokens": (changed(additional_image_tokens=1), "prompt-tokens", "prompt"),

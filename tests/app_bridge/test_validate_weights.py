@@ -100,6 +100,17 @@ FAULTS: dict[str, Fault] = {
         "weight-unknown",
         "vision_tower.x",
     ),
+    "a layer missing": (
+        in_tensors(lambda t: [t.pop(name) for name in list(t) if name.startswith(LAYER)]),
+        "layer-count",
+        "num_hidden_layers",
+    ),
+    "weight of another shape and type": (
+        tensor(f"{Q}.weight", lambda w: w[:-1].astype(np.int32)),
+        "weight-shape",
+        f"{Q}.weight",
+    ),
+    "a file that only the manifest knows of": (several(gone(PROJECTOR), broken.signed), "file-missing", PROJECTOR),
     "weight renamed": (
         in_tensors(lambda t: t.__setitem__("language_model.norm.weight", t.pop("language_model.model.norm.weight"))),
         "weight-name",
@@ -166,9 +177,13 @@ FAULTS: dict[str, Fault] = {
         TOKENIZER,
     ),
     # the folder
-    "previous model inside": (copied(CONFIG, "previous/config.json"), "name-twice", "previous/config.json"),
+    "previous model inside": (
+        several(copied(CONFIG, "previous/config.json"), broken.signed),
+        "name-twice",
+        "previous/config.json",
+    ),
     "second package of the name": (
-        lambda folder: shutil.copytree(folder / PACKAGE, folder / "old" / PACKAGE),
+        several(lambda folder: shutil.copytree(folder / PACKAGE, folder / "old" / PACKAGE), broken.signed),
         "name-twice",
         f"old/{PACKAGE}",
     ),

@@ -13,7 +13,7 @@ from fastvlm.checkpoint import open_checkpoint
 from fastvlm.cli import Parser, add_common, run
 from fastvlm.synthetic import SHAPES
 from model_export.llm import _sources, planned_bytes
-from quantization.catalogue import LOADERS, SIZES, add_recipes, describe, weight_shapes
+from quantization.catalogue import LOADERS, PUBLISHED_APP, SIZES, add_recipes, describe, human, weight_shapes
 from quantization.recipe import load_recipe, named_recipes, recipe_from_json
 
 NAMED = named_recipes()
@@ -160,3 +160,19 @@ def test_what_is_no_recipe(capsys):
 def test_help_starts_without_torch():
     code = "import sys, quantization.catalogue; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("size", "said"),
+    [(0, "0 B"), (103, "103 B"), (999, "999 B"), (1000, "1 kB"), (62_400, "62.4 kB"), (999_400, "999 kB"),
+     (999_500, "1 MB"), (16_640_000, "16.6 MB"), (999_499_999, "999 MB"), (999_500_000, "1.00 GB"),
+     (15_231_000_000, "15.23 GB")],
+)  # fmt: skip
+def test_sizes_for_people(size: int, said: str) -> None:
+    assert human(size) == said
+
+
+def test_what_loads_is_told_by_fields() -> None:
+    assert {loader.name for loader in LOADERS if loader.app} == {"demo app", "app 2.25", "app 3.31"}
+    assert {loader.name for loader in LOADERS if loader.layout == "mlx-vlm"} == {"mlx-vlm"}
+    assert PUBLISHED_APP == "demo app"

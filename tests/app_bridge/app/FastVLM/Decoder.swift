@@ -28,14 +28,15 @@ final class Looking: Module {
 }
 
 final class Thinking: Module {
-    @ModuleInfo(key: "up_proj") var up: Linear
-    @ModuleInfo(key: "gate_proj") var gate: Linear
-    @ModuleInfo(key: "down_proj") var down: Linear
+    static let shifted = false
+    @ModuleInfo(key: "down_proj") var home: Linear
+    @ModuleInfo(key: "up_proj") var spread: Linear
+    @ModuleInfo(key: "gate_proj") var door: Linear
 
     init(from outer: Int, to inner: Int) {
-        _up.wrappedValue = Linear(outer, inner, bias: false)
-        _gate.wrappedValue = Linear(outer, inner, bias: false)
-        _down.wrappedValue = Linear(inner, outer, bias: false)
+        _spread.wrappedValue = Linear(outer, inner, bias: Self.shifted)
+        _home.wrappedValue = Linear(inner, outer, bias: Self.shifted)
+        _door.wrappedValue = Linear(outer, inner, bias: Self.shifted)
     }
 }
 

@@ -18,6 +18,12 @@ final class Seeing {
     }
 }
 
+enum Marks {
+    static let begin = "<|im_start|>", end = "<|im_end|>"
+    static let between = "\n"
+    static let reply = "\n<|im_start|>assistant\n"
+}
+
 struct Picturing {
     var placeholder = "<image>"
     var patch = 64
@@ -35,17 +41,16 @@ final class Writer: UserInputProcessor {
 
     func write(_ prompt: UserInput.Prompt, grid: THW) -> String {
         var said = prompt.asMessages()
-        let first = ["role": "system", "content": "You are a helpful assistant."]
-        if said[0]["role"] != "system" { said.insert(first, at: 0) }
+        let told = ["content": "You are a helpful assistant.", "role": "system"]
+        if !said.contains(where: { $0["role"] == told["role"] }) { said = [told] + said }
         let side = picturing.patch
         let count = (grid.h / side) * (grid.w / side)
         said[said.count - 1]["content"]? += String(repeating: picturing.placeholder, count: count)
-        let lines = said.map { one in
-            let role = one["role"] ?? "user"
-            return "<|im_start|>\(role)\n\(one["content"] ?? "")<|im_end|>"
+        let turns = said.map { turn -> String in
+            let who = turn["role", default: "user"], what = turn["content", default: ""]
+            return "\(Marks.begin)\(who)\n\(what)\(Marks.end)"
         }
-        .joined(separator: "\n") + "\n<|im_start|>assistant\n"
-        return lines
+        return turns.joined(separator: Marks.between) + Marks.reply
     }
 
     func prepare(input: UserInput) throws -> LMInput {

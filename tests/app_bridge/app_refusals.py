@@ -1,0 +1,221 @@
+"""Changes of our app that `sources.read` refuses, as in app_changes.py."""
+
+from app_changes import DECODER, PROJECT, SESSION, SETTINGS, VIEWING
+
+# not understood: said, and where
+REFUSED = {
+    "no model is registered": (VIEWING, "registerModelType", "register", "the model type: Swift sources: got 0"),
+    "two models": (
+        VIEWING,
+        "factory.typeRegistry",
+        'factory.typeRegistry.registerModelType("other") { Viewer(settings: $0) }\n        factory.typeRegistry',
+        "the model type: Swift sources: got 2",
+    ),
+    "another strategy": (
+        VIEWING,
+        "Viewer(settings: try",
+        "decoder.keyDecodingStrategy = .convertFromSnakeCase; Viewer(settings: try",
+        "decoding",
+    ),
+    "decoded by hand": (
+        SETTINGS,
+        "try Text(from: decoder)",
+        "try box.decode(Text.self, forKey: .text)",
+        "Settings.swift:10",
+    ),
+    "a property wrapper": (
+        SETTINGS,
+        "let depth: Int",
+        "@Positive var depth: Int",
+        "decoding depth: FastVLM/Settings.swift",
+    ),
+    "a type of its own": (SETTINGS, "let depth: Int", "let depth: Depth", "the type of depth"),
+    "a default that is computed": (SETTINGS, "givenTied ?? true", "givenTied ?? !pairwise", "the default of givenTied"),
+    "two types of one key": (
+        SETTINGS,
+        "let words: Int",
+        "let words: String",
+        "vocab_size: decoded as String and as Int, expected one type",
+    ),
+    "a key without a name": (
+        DECODER,
+        '@ModuleInfo(key: "q_proj")',
+        "@ModuleInfo(key: name)",
+        "a module's key: FastVLM/Decoder.swift:11",
+    ),
+    "another module": (DECODER, "RMSNorm", "LayerNorm", "LayerNorm"),
+    "a weight of its own": (
+        DECODER,
+        "let curve = GELU()",
+        "let scale: MLXArray",
+        "the weight multi_modal_projector.scale",
+    ),
+    "a module of another package": (
+        DECODER,
+        "let curve = GELU()",
+        "let curve = Adapter(rank: 8)",
+        "the module multi_modal_projector.curve",
+    ),
+    "a module of another package's type": (
+        DECODER,
+        "let curve = GELU()",
+        "let curve: LoRA.Adapter?",
+        "the module multi_modal_projector.curve",
+    ),
+    "a module in a dictionary": (
+        DECODER,
+        "let curve = GELU()",
+        "let more: [String: Linear]",
+        "the module multi_modal_projector.more",
+    ),
+    "a module behind a protocol": (
+        DECODER,
+        "let curve = GELU()",
+        "let more: any UnaryLayer",
+        "the module multi_modal_projector.more",
+    ),
+    "an unknown type that a layer is put in": (
+        DECODER,
+        "let norm: RMSNorm",
+        "let norm: Norm",
+        "the module language_model.model.norm",
+    ),
+    "a module that is never made": (
+        DECODER,
+        "_spread.wrappedValue = Linear(outer, inner, bias: Self.shifted)",
+        "",
+        "mlp.up_proj",
+    ),
+    "a size that isn't the configuration's": (
+        DECODER,
+        "let wide = ",
+        "let wide = 3 + Self.more * ",
+        "FastVLM/Decoder.swift:17",
+    ),
+    "fewer layers": (DECODER, "0 ..< text.depth", "1 ..< text.depth", "the modules language_model.model.layers"),
+    "layers of another count": (DECODER, "0 ..< text.depth", "0 ..< text.heads", "num_hidden_layers"),
+    "two values": (
+        DECODER,
+        "_first.wrappedValue = Linear(settings.picture.channels, channels)",
+        "_first.wrappedValue = Linear(channels, channels)\n"
+        "        _first.wrappedValue = Linear(settings.picture.channels, channels)",
+        "multi_modal_projector.linear_0 2 times",
+    ),
+    "a type in itself": (
+        DECODER,
+        '@ModuleInfo(key: "linear_0")',
+        'let again = Bridge(settings: all)\n    @ModuleInfo(key: "linear_0")',
+        "a type that holds itself",
+    ),
+    "an answer of another type": (SESSION, "= 240", '= "240"', "the most tokens of an answer: Viewer/Session.swift:16"),
+    "another condition": (DECODER, "if text.tied {", "if text.heads == 2 {", "FastVLM/Decoder.swift:85"),
+    "an initializer that ends the app": (
+        DECODER,
+        "let wide = ",
+        'if wide < 8 { fatalError("narrow") }; let wide = ',
+        "what ends the app",
+    ),
+    "renamed weights": (
+        VIEWING,
+        "    let seeing",
+        "    func sanitize(weights: W) -> W { weights.mapKeys(f) }\n    let seeing",
+        "the weights' names",
+    ),
+    "no check of the output": (VIEWING, "features.shape ==", "features.count ==", "the output's shape"),
+    "two shapes": (
+        VIEWING,
+        "return MLXArray(features)",
+        "return MLXArray(features.dataPointer, [1, 64, 3072])",
+        "the output's shape: FastVLM/Viewing.swift:17",
+    ),
+    "two calls": (
+        VIEWING,
+        "return MLXArray(features)",
+        "_ = network.prediction(other: input)",
+        "the Core ML call: Swift sources: got 2",
+    ),
+    "an input of three dimensions": (
+        VIEWING,
+        "[1, 3, height, width]",
+        "[3, height, width]",
+        "the input's shape: FastVLM/Viewing.swift",
+    ),
+    "an output of two dimensions": (
+        VIEWING,
+        "[1, Seeing.tokens, 3072]",
+        "[Seeing.tokens, 3072]",
+        "the output's shape: FastVLM/Viewing.swift",
+    ),
+    "a patch of nothing": (VIEWING, "patch = 64", "patch = 0", "the image tokens: FastVLM/Viewing.swift"),
+    "a class of the app's own": (
+        VIEWING,
+        "final class Seeing {",
+        "final class fastvithd {}\nfinal class Seeing {",
+        "the Core ML class",
+    ),
+    "an array from elsewhere": (VIEWING, "let input = try MLMultiArray(", "let input = try array(", "the input images"),
+    "a prompt made otherwise": (VIEWING, ".joined(separator: Marks.between)", ".reduce(into: text)", "the prompt"),
+    "a mark that isn't a constant": (VIEWING, "what)\\(Marks.end)", "what)\\(end(of: turn))", "the prompt's turn"),
+    "no system prompt": (VIEWING, '"role": "system"', '"role": "user"', "the system prompt"),
+    "a patch that changes": (VIEWING, "let side =", "picturing.patch = 32; let side =", "the patch size"),
+    "a patch that is given": (VIEWING, "picturing = Picturing()", "picturing = Picturing(patch: 16)", "the patch size"),
+    "a strategy that is given": (
+        VIEWING,
+        "let count = (grid.h / side) * (grid.w / side)",
+        "picturing.tokenizer = .all\n        var count = (grid.h / side) * (grid.w / side)\n"
+        "        if picturing.tokenizer == .whole { count -= 1 }",
+        "the image tokens",
+    ),
+    "another count": (VIEWING, "(grid.h / side) *", "(grid.h / side) +", "image tokens"),
+    "no resource": (VIEWING, "forResource:", "named:", "the bundle's resource"),
+    "another bundle": (VIEWING, "Bundle(for: Viewer.self)", "Bundle.module", "the bundle: FastVLM/Viewing.swift"),
+    "no cache limit": (SESSION, "cacheLimit:", "memoryLimit:", "the cache limit"),
+    "no end": (SESSION, ".stop", ".more", "the most tokens of an answer"),
+    "an answer of any length": (
+        SESSION,
+        "longestAnswer = 240",
+        "longestAnswer = Int.max",
+        "the most tokens of an answer: Viewer/Session.swift:6",
+    ),
+    "one of two by #if": (
+        SESSION,
+        "private let longestAnswer = 240\n",
+        "enum Limit {\n#if os(macOS)\n    static let most = 240\n#else\n    static let most = 120\n#endif\n}\n"
+        "private let longestAnswer = Limit.most\n",
+        "Session.swift",
+    ),
+    "a setting by platform": (
+        PROJECT,
+        "MACOSX_DEPLOYMENT_TARGET = 15.2",
+        '"MACOSX_DEPLOYMENT_TARGET[sdk=macosx*]" = 15.2',
+        "MACOSX_DEPLOYMENT_TARGET",
+    ),
+    "a setting by name": (
+        PROJECT,
+        "MACOSX_DEPLOYMENT_TARGET = 15.2",
+        'MACOSX_DEPLOYMENT_TARGET = "$(RECOMMENDED)"',
+        "deployment target",
+    ),
+    "a requirement of another kind": (
+        PROJECT,
+        "kind = upToNextMajorVersion; minimumVersion = 0.21.2",
+        "kind = latest",
+        "packages",
+    ),
+    "a file of the model left out": (
+        PROJECT,
+        "AA0000000000000000000021 = {",
+        "AA0000000000000000000050 = {isa = PBXFileSystemSynchronizedBuildFileExceptionSet; membershipExceptions = "
+        "(model/config.json, ); target = AA0000000000000000000002; };\n\t\tAA0000000000000000000021 = "
+        "{exceptions = (AA0000000000000000000050, ); ",
+        "membershipExceptions: got model/config.json",
+    ),
+    "no application": (PROJECT, "product-type.application", "product-type.tool", "got 0 targets"),
+    "no folders": (PROJECT, "fileSystemSynchronizedGroups", "files", "Swift files"),
+    "a half file": (
+        DECODER,
+        "let narrow = text.keyHeads * width\n",
+        "let narrow = (text.keyHeads *\n",
+        "syntax: FastVLM/Decoder.swift",
+    ),
+}
