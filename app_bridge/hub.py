@@ -12,7 +12,7 @@ import hashlib
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -138,8 +138,7 @@ def client(debug: bool) -> Iterator[Wire]:
     constants.HF_HUB_DISABLE_XET = os.environ.get("HF_HUB_DISABLE_XET", "1").lower() not in ("0", "false", "no", "off")
     huggingface_hub.set_client_factory(make)
     try:
-        with nullcontext() if debug else huggingface_hub.utils.disable_progress_bars():  # ours are shown
-            yield wire
+        yield wire
     finally:
         huggingface_hub.set_client_factory(_http.default_client_factory)
         constants.HF_HUB_DISABLE_XET = xet

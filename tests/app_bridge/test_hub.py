@@ -158,14 +158,6 @@ def test_an_answer_to_the_clients_own_question(
     assert "it answered what is no repository" in refusal(capsys) and hub.writes() == []
 
 
-def test_the_client_is_left_as_it_was(hub: Hub, artefact: Path) -> None:
-    from huggingface_hub.utils import are_progress_bars_disabled
-
-    assert not are_progress_bars_disabled()
-    assert command(artefact, "--upload") == 0
-    assert not are_progress_bars_disabled()
-
-
 def test_a_wrong_token(hub: Hub, artefact: Path, capsys: pytest.CaptureFixture[str]) -> None:
     hub.token = "hf_other"
     assert command(artefact, "--upload") == 2
