@@ -12,7 +12,7 @@ import hashlib
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -138,7 +138,8 @@ def client(debug: bool) -> Iterator[Wire]:
     constants.HF_HUB_DISABLE_XET = os.environ.get("HF_HUB_DISABLE_XET", "1").lower() not in ("0", "false", "no", "off")
     huggingface_hub.set_client_factory(make)
     try:
-        yield wire
+        with nullcontext() if debug else huggingface_hub.utils.disable_progress_bars():  # ours are shown
+            yield wire
     finally:
         huggingface_hub.set_client_factory(_http.default_client_factory)
         constants.HF_HUB_DISABLE_XET = xet
