@@ -218,7 +218,7 @@ def _render(
 
     vision, llm, parity = manifest["vision"], manifest["llm"], manifest.get("parity")
     shape = contract.output_shape(vision["image_size"], vision["channels"])
-    name = licence.file(artefact)
+    name, research_only = licence.file(artefact), licence.research_only(artefact)
     faults: list[str] = []
     block = check_quantization.parse_block(llm.get("quantization"), faults)
     if faults:
@@ -229,11 +229,11 @@ def _render(
         **{key: manifest[key] for key in ("config", "image", "llm", "vision", "sources")},
         versions=", ".join(f"{package} {version}" for package, version in manifest["versions"].items()),
         parameters=f"{llm['parameters']:,}",
-        metadata=Markup(_metadata(manifest, licence.research_only(artefact), name, base_model)),
+        metadata=Markup(_metadata(manifest, research_only, name, base_model)),
         title=(repository or f"/FastVLM, {llm['recipe']['name']}, {vision['image_size']} px").partition("/")[2],
         repository=repository or ANYWHERE,
         base_model=base_model,
-        research_only=licence.research_only(artefact),
+        research_only=research_only,
         licence_name=f"{exported.APPLE_LICENCE} License Agreement",
         attribution=exported.APPLE_ATTRIBUTION,
         licence_file=name,

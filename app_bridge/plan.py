@@ -23,7 +23,7 @@ from benchmarks.estimate_work import encoder_work
 from benchmarks.peers import TEXT_TOKENS
 from fastvlm.cli import add_common
 from fastvlm.errors import UserError
-from model_export import artefact as manifest
+from model_export import artefact as exported
 from model_export import contract
 from model_export.package import WEIGHTS
 from quantization.catalogue import PUBLISHED_APP, SIZES, human
@@ -244,8 +244,8 @@ def stored(artefact: Path) -> tuple[Model, "Shape"]:
     """
     from model_export.language import StoredTensors
 
-    document = manifest.check_whole(artefact)
-    manifest.check_for_app(artefact, document)
+    document = exported.check_whole(artefact)
+    exported.check_for_app(artefact, document)
     made = document["config"]
     tensors = StoredTensors(artefact)
     try:

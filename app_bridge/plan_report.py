@@ -2,7 +2,6 @@
 
 from typing import Any
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -11,6 +10,7 @@ from app_bridge.facts import table as app_facts
 from app_bridge.plan import FITS, NOT, STATES, TIGHT
 from benchmarks.estimate import devices
 from benchmarks.peers import TEXT_TOKENS
+from fastvlm.cli import wide_console
 from quantization.catalogue import PUBLISHED_APP, SIZES, human
 
 _STATE = {"increased": "with the entitlement", "default": "without"}
@@ -20,7 +20,7 @@ _WORD = {FITS: "yes", TIGHT: "tight", NOT: "no"}
 
 def print_plan(document: dict[str, Any]) -> None:
     """The parts, their sum, the limits with their sources, the verdict, and what would fit."""
-    console = _console()
+    console = wide_console(150)
     memory = f" with {document['memory_gb']:g} GB" if document["memory_gb"] else ""
     table = Table(title=f"{escape(document['model'])} in the app on {document['name']}{memory}", title_justify="left")
     for column, justify in (("part", "left"), ("least", "right"), ("most", "right"), ("how", "left")):
@@ -159,7 +159,7 @@ def _cell(verdicts: dict[str, str]) -> str:
 
 def print_measurement(document: dict[str, Any]) -> None:
     """Predicted beside measured."""
-    console, predicted, measured = _console(), document["predicted"], document["measured"]
+    console, predicted, measured = wide_console(150), document["predicted"], document["measured"]
     table = Table(title=f"{document['runner']}, {document['tokens']} tokens", title_justify="left")
     for column in ("", "predicted", "measured"):
         table.add_column(column, justify="right" if column else "left")
@@ -179,9 +179,3 @@ def _range(entry: dict[str, Any]) -> str:
 
 def _style(verdict: str) -> str:
     return {FITS: "green", TIGHT: "yellow", NOT: "red"}[verdict]
-
-
-def _console() -> Console:
-    console = Console(highlight=False)
-    console.width = max(console.width, 150) if not console.is_terminal else console.width
-    return console

@@ -16,14 +16,15 @@ AGAIN = "export again"
 class Subject:
     """An artefact under examination.
 
-    changed: names of files that differ from the manifest. weights: the files that it says the weights are in. checked:
-    what was compared, or left out and why, a line each.
+    changed: names of files that differ from the manifest. weights: the files that it says the weights are in. bundled:
+    the files that go into an app. checked: what was compared, or left out and why, a line each.
     """
 
     folder: Path
     facts: AppFacts
     changed: frozenset[str]
     weights: frozenset[str] = frozenset()
+    bundled: tuple[str, ...] = ()
     findings: list[Finding] = field(default_factory=list)
     checked: list[str] = field(default_factory=list)
 

@@ -43,8 +43,8 @@ def run_validate(args: argparse.Namespace) -> dict[str, Any]:
         differences = sources.differences(facts, ours)
     subject = _examine(args.artefact, facts)
     if args.app is not None:
-        model, names = kept.Place(kept.real(args.app), facts.model_folder).model, _bundled(args.artefact)
-        subject.findings = resources.collisions(names, model, model.parent) + subject.findings
+        model = kept.Place(kept.real(args.app), facts.model_folder).model
+        subject.findings = resources.collisions(subject.bundled, model, model.parent) + subject.findings
     document = {
         "passed": not findings.errors(subject.findings),
         "findings": [finding.document() for finding in subject.findings],
@@ -72,11 +72,12 @@ def _examine(artefact: Path, facts: AppFacts) -> Subject:
     from app_bridge.check_weights import check_weights
 
     manifest = exported.read_manifest(artefact)
+    bundled = (contract.MANIFEST, *manifest["files"])  # not what a hub's client put there
     if (refused := _refused(manifest)) is not None:
-        return Subject(artefact, facts, frozenset(), findings=[refused], checked=[contract.MANIFEST])
+        return Subject(artefact, facts, frozenset(), bundled=bundled, findings=[refused], checked=[contract.MANIFEST])
     differing = _differing(artefact, manifest)
     weights = frozenset(map(str, (manifest.get("llm") or {}).get("files") or ()))
-    subject = Subject(artefact, facts, frozenset(differing), weights)
+    subject = Subject(artefact, facts, frozenset(differing), weights, bundled)
     config = check_config(subject)
     encoder = check_package(subject)
     check_preprocessor(subject, encoder)
@@ -140,17 +141,12 @@ def _differing(artefact: Path, manifest: dict[str, Any]) -> dict[str, str]:
     return {name: what for name, _, what in (line.partition(": ") for line in lines)}
 
 
-def _bundled(artefact: Path) -> list[str]:
-    """The files that go into an app: not what a hub's client put there."""
-    return [contract.MANIFEST, *exported.read_manifest(artefact)["files"]]
-
-
 def _check_names(subject: Subject) -> None:
     """The file by which the app finds its model; what Xcode makes of the others."""
     resource = subject.facts.bundle_resource
     if resource != contract.CONFIG and not (subject.folder / resource).is_file():
         subject.error("file-missing", resource, "no such file", "the resource by which the app finds its model")
-    subject.findings += resources.check(_bundled(subject.folder))
+    subject.findings += resources.check(subject.bundled)
 
 
 def _check_bytes(subject: Subject, differing: dict[str, str]) -> None:

@@ -8,11 +8,12 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.estimate_model import MEANINGS
+from fastvlm.cli import wide_console
 
 
 def print_devices(document: dict[str, Any]) -> None:
     """The table of `--list`."""
-    console = _console()
+    console = wide_console(140)
     table = Table(title="devices", title_justify="left")
     for column in ("device", "name", "Neural Engine, float16", "weights", "GPU, float32", "memory", "sizes", "points"):
         table.add_column(column, justify="left" if column in ("device", "name") else "right", overflow="fold")
@@ -33,7 +34,7 @@ def print_devices(document: dict[str, Any]) -> None:
 
 def print_calibration(document: dict[str, Any]) -> None:
     """The parameters, every point beside its prediction, and the JSON that published.json holds."""
-    console = _console()
+    console = wide_console(140)
     table = Table(title="parameters", title_justify="left")
     for column in ("parameter", "value", "meaning"):
         table.add_column(column, overflow="fold")
@@ -55,7 +56,7 @@ def print_calibration(document: dict[str, Any]) -> None:
 
 def print_estimate(result: dict[str, Any]) -> None:
     """The ranges, the warnings and what they rest on."""
-    console = _console()
+    console = wide_console(140)
     tokens = result["tokens"]
     title = (
         f"estimate: {result['shape']} {result['recipe']} on {_named(result)}, {result['resolution']}"
@@ -102,10 +103,3 @@ def _ms(seconds: float) -> str:
 def _named(device: Mapping[str, Any]) -> str:
     """Its name, with the chip where that doesn't say it."""
     return str(device["name"]) if device["chip"] in device["name"] else f"{device['name']} ({device['chip']})"
-
-
-def _console() -> Console:
-    """Wide enough for the tables where there is no terminal that says otherwise."""
-    console = Console(highlight=False)
-    console.width = max(console.width, 140) if not console.is_terminal else console.width
-    return console

@@ -134,9 +134,8 @@ def _places(args: argparse.Namespace) -> dict[str, str]:
     if args.model is not None:
         from model_export import artefact
 
-        held = artefact.check_whole(args.model.expanduser()).get("parts", ())
-        if faults := [part for part in ("vision", "llm") if part not in held]:
-            raise UserError(f"--model {args.model}: holds no {', '.join(faults)}; expected an artefact of `all`")
+        folder = args.model.expanduser()
+        artefact.check_parts(folder, artefact.check_whole(folder))
     made = work / "artefact" if args.model is None else args.model.expanduser().resolve()
     paths = {"work": work, "artefact": made, "checkpoint": checkpoint}
     return {name: str(path) for name, path in paths.items()} | {"device": known_device() or ""}

@@ -105,6 +105,14 @@ def log(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
+def wide_console(width: int) -> Console:
+    """A console for tables on stdout, at least `width` characters wide where no terminal says otherwise."""
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = max(console.width, width)
+    return console
+
+
 @contextmanager
 def progress(description: str, total: float | None = None, sized: bool = False) -> Iterator[Callable[..., None]]:
     """Show progress on stderr; yields `advance(n=1)`. Without a terminal it prints one line at the start.

@@ -9,11 +9,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from fastvlm.cli import progress
+from fastvlm.cli import progress, wide_console
 from fastvlm.errors import UserError
 from model_export import contract
 from model_export.config import size_faults
@@ -251,8 +250,7 @@ def print_table(ranges: list["Range"], top: int) -> None:
             f"{found.subnormal:.1%}" if found.subnormal else "",
             f"{found.weight_subnormal:.1%}" if found.weight_subnormal else "",
         )
-    console = Console(highlight=False)
-    console.width = max(console.width, 150) if not console.is_terminal else console.width
+    console = wide_console(150)
     console.print(table)
 
 

@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from fastvlm.cli import wide_console
+
 if TYPE_CHECKING:  # torch is imported where a verb needs it
     from fastvlm.synthetic import Shape
     from quantization.recipe import Recipe, Rule
@@ -78,8 +80,7 @@ def run_recipes(args: argparse.Namespace) -> dict[str, Any]:
 
     recipes = [load_recipe(name) for name in args.recipe] or list(named_recipes().values())
     rows = [describe(recipe) for recipe in recipes]
-    console = Console(highlight=False)
-    console.width = max(console.width, 180) if not console.is_terminal else console.width
+    console = wide_console(180)
     console.print(_table(rows if args.recipe else sorted(rows, key=_smallest)))
     console.print(f"Sizes are of the language model and the projector; {ENCODER}.")
     for loader in LOADERS:
