@@ -16,6 +16,7 @@ from quantization.sweep_point import ROOT, stop
 
 PATIENCE = 30  # seconds that a cluster may be without workers
 ANSWER = 10  # seconds that a scheduler has to answer
+RETRIES = 3  # of a call whose connection broke: Dask's executor never ends a point whose result it could not fetch
 Identity = Callable[[], Mapping[str, Any]]
 
 
@@ -26,9 +27,10 @@ def cluster(address: str, work: Path, identity: Identity, run: str) -> Iterator[
     `identity` must give on every worker what it gives here, and `work` must be the same folder there. Ends the points
     of `run` on the workers when the block ends with an error.
     """
+    import dask
     import distributed
 
-    for name in [name for name in logging.root.manager.loggerDict if name.startswith("distributed")]:
+    for name in [name for name in logging.root.manager.loggerDict if name.startswith(("distributed", "tornado"))]:
         logging.getLogger(name).setLevel(logging.CRITICAL)  # each has a level of its own; what is wrong is said below
     try:
         client = distributed.Client(address, timeout=ANSWER, set_as_default=False)
@@ -40,7 +42,8 @@ def cluster(address: str, work: Path, identity: Identity, run: str) -> Iterator[
     gone = UserError(f"--scheduler {address}: went away: finished points are kept in {work}: sweep again to go on")
     try:
         _check_workers(client, address, work, identity)
-        yield client.get_executor(pure=False), _watch(client, address, gone)
+        with dask.config.set({"distributed.comm.retry.count": RETRIES}):
+            yield client.get_executor(pure=False), _watch(client, address, gone)
     except BaseException as error:
         if client.status == "running":
             with suppress(Exception):

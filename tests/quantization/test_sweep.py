@@ -1,12 +1,15 @@
 """The engine: what decides a key, what is measured once, what fails alone, the same report after interruptions."""
 
+import io
 import json
+import logging
 import os
 import random
 import signal
 import subprocess
 import sys
 import time
+from concurrent import futures
 from dataclasses import replace
 from pathlib import Path
 
@@ -266,6 +269,34 @@ def test_two_workers_give_the_report_of_one_process(tmp_path, scheduler, uninter
     outcome = sweep.run(fakes.sweep_of(tmp_path), points, scheduler=scheduler)
     assert without_timings(report(points, outcome)) == uninterrupted
     assert sum(fakes.runs(tmp_path).values()) == 16
+
+
+@pytest.mark.parametrize("breaks", [1, 100])
+def test_a_connection_that_breaks_while_a_result_is_fetched(tmp_path, scheduler, monkeypatch, breaks):
+    import distributed.comm
+    import distributed.core
+
+    send_recv, broken, said = distributed.core.send_recv, [], logging.StreamHandler(io.StringIO())
+
+    async def breaking(comm, *, op, **kwargs):
+        if op == "gather" and len(broken) < breaks:
+            broken.append(op)
+            raise distributed.comm.CommClosedError("Connection reset by peer")
+        return await send_recv(comm=comm, op=op, **kwargs)
+
+    monkeypatch.setattr(distributed.core, "send_recv", breaking)
+    logging.getLogger("tornado.application").addHandler(said)
+    try:
+        with sweep_cluster.cluster(scheduler, tmp_path, fakes.identity, "run") as (pool, _):
+            future = pool.submit(fakes.identity)
+            if breaks == 1:
+                assert future.result(timeout=30) == fakes.identity()
+            else:  # as when the scheduler goes away between two checks: the next one says so, and nobody else
+                with pytest.raises(futures.TimeoutError):
+                    future.result(timeout=8)
+    finally:
+        logging.getLogger("tornado.application").removeHandler(said)
+    assert len(broken) == min(breaks, 1 + sweep_cluster.RETRIES) and not said.stream.getvalue()
 
 
 def test_a_worker_with_other_code_is_refused(tmp_path, scheduler, points, monkeypatch):
