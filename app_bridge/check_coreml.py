@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from app_bridge.subject import Encoder, Subject, listed
+from app_bridge.subject import NUMBERS, Encoder, Subject, is_finite, listed
 from model_export import contract
 from model_export.mil import MILError, read_package
 from model_export.mil.blob import WeightFile
@@ -220,30 +220,34 @@ def _version(text: str) -> tuple[int, ...]:
 
 
 def _check_weights(subject: Subject, name: str, program: Program) -> None:
-    """Every tensor that the program refers to is in its weight file, whole."""
+    """Every tensor that the program refers to is in its weight file, whole and finite."""
     files: dict[Any, WeightFile] = {}
-    count = 0
+    count, infinite = 0, []
     try:
         for function in program.functions.values():
-            for constant in _constants(function.block):
+            for label, constant in _constants(function.block):
                 if isinstance(constant.data, BlobRef):
                     if constant.data.file not in files:
                         files[constant.data.file] = WeightFile(constant.data.file)
-                    files[constant.data.file].read(constant.data.offset, constant.type)
+                    values = files[constant.data.file].read(constant.data.offset, constant.type)
+                    if values.is_floating_point() and not is_finite(values):
+                        infinite.append(label)
                     count += 1
     except MILError as error:
         subject.error(
             "package-weights", name, _without_path(error, subject), "a weight file with every tensor of the program"
         )
         return
+    if infinite:
+        subject.error("weight-value", f"{name}: {listed(infinite)}", "NaN or infinite values", NUMBERS)
     subject.checked.append(f"{name}: {count} stored tensors")
 
 
-def _constants(block: Block) -> Iterator[Constant]:
+def _constants(block: Block) -> Iterator[tuple[str, Constant]]:
+    """Each with the name of its operation."""
     for operation in block.operations:
-        yield from operation.attributes.values()
-        for given in operation.inputs.values():
-            yield from (item for item in given if isinstance(item, Constant))
+        given = (*operation.attributes.values(), *(item for items in operation.inputs.values() for item in items))
+        yield from ((operation.name, item) for item in given if isinstance(item, Constant))
         for inner in operation.blocks:
             yield from _constants(inner)
 

@@ -33,6 +33,7 @@ _TYPES = {
 _PARTS = ("normalizers", "pretokenizers", "processors", "decoders")  # of a Sequence
 _ADDED = f"{contract.TOKENIZER} and {contract.TOKENIZER_CONFIG}: added tokens"
 _QUESTION = "Describe the image."
+_TEXT = "A \"Café\" isn't at 12:30,  it's #5 (東京 🙂)!\n\n\tYes."  # NFC; cases, signs, blanks, bytes beyond ASCII
 
 
 def check_tokenizer(subject: Subject, config: dict[str, Any] | None, rows: int | None, tokens: int | None) -> None:
@@ -51,6 +52,7 @@ def check_tokenizer(subject: Subject, config: dict[str, Any] | None, rows: int |
         _check_special(subject, settings, config, added)
         _check_unknown(subject, settings, ids, added)
         _check_prompt_tokens(subject, tokenizer, tokens)
+    _check_text(subject, settings, tokenizer)
     limit = rows if rows is not None else integer((config or {}).get("vocab_size"))
     beyond = sorted((number, token) for token, number in ids.items() if limit is not None and number >= limit)
     if beyond:
@@ -251,6 +253,28 @@ def _check_prompt_tokens(subject: Subject, tokenizer: Tokenizer, tokens: int | N
             f"{contract.TOKENIZER}: {subject.facts.image_token}",
             got,
             "one token each, as the app writes them",
+        )
+
+
+def _check_text(subject: Subject, settings: Mapping[str, Any], tokenizer: Tokenizer) -> None:
+    """Text comes back from its tokens as it was: another normalizer or decoder shows up in every answer."""
+    if settings.get("clean_up_tokenization_spaces") is not False:
+        subject.warning(
+            "text-clean-up",
+            f"{contract.TOKENIZER_CONFIG}: clean_up_tokenization_spaces",
+            kind_of(settings.get("clean_up_tokenization_spaces")),
+            "false: without it the app takes the blanks before . , ? ! and 's out of every answer",
+        )
+    if any(finding.rule in ("tokenizer-bytes", "tokenizer-component") for finding in subject.findings):
+        return
+    back = tokenizer.decode(tokenizer.encode(_TEXT, add_special_tokens=False).ids, skip_special_tokens=False)
+    if back != _TEXT:
+        subject.error(
+            "tokenizer-text",
+            f"{contract.TOKENIZER}: normalizer, pre_tokenizer and decoder",
+            f"{back!r} for {_TEXT!r}",
+            "the same text: a byte-level tokenizer loses nothing",
+            "use the tokenizer that the model was trained with",
         )
 
 

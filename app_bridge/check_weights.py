@@ -27,7 +27,7 @@ from app_bridge.check_quantization import (
     triple_fault,
 )
 from app_bridge.facts import Layer
-from app_bridge.subject import Subject, kind_of, listed
+from app_bridge.subject import NUMBERS, Subject, is_finite, kind_of, listed
 from model_export import contract
 from quantization.catalogue import Loader
 from quantization.recipe import layer_count
@@ -95,6 +95,7 @@ def _read(subject: Subject, indexed: Iterable[str]) -> tuple[dict[str, Stored], 
     """Every tensor of every safetensors file, and whether all that there should be could be read."""
     tensors: dict[str, Stored] = {}
     twice: dict[str, list[str]] = {}
+    infinite: list[str] = []
     paths = sorted(subject.folder.rglob("*.safetensors"))
     meant = {*subject.weights, *indexed, *(name for name in subject.changed if name.endswith(".safetensors"))}
     gone = sorted(name for name in meant if not (subject.folder / name).exists())
@@ -110,12 +111,14 @@ def _read(subject: Subject, indexed: Iterable[str]) -> tuple[dict[str, Stored], 
             subject.error("weights-unreadable", name, "no plain file", "a whole safetensors file")
             continue
         try:
-            with safe_open(path, "numpy") as file:
+            with safe_open(path, "pt") as file:
                 for key in file.keys():  # noqa: SIM118 (the handle is no mapping)
                     part = file.get_slice(key)
                     if key in tensors:
                         twice.setdefault(key, [tensors[key].file]).append(name)
                     tensors[key] = Stored(name, part.get_dtype(), tuple(part.get_shape()))
+                    if part.get_dtype() in FLOATING and not is_finite(file.get_tensor(key)):
+                        infinite.append(f"{name}: {key}")
         except (OSError, SafetensorError) as error:
             whole = False
             subject.error("weights-unreadable", name, " ".join(str(error).split()), "a whole safetensors file")
@@ -128,6 +131,8 @@ def _read(subject: Subject, indexed: Iterable[str]) -> tuple[dict[str, Stored], 
             "one model: the app loads every *.safetensors that it finds",
             f"remove the file that isn't this model's ({listed(files)})",
         )
+    if infinite:
+        subject.error("weight-value", listed(infinite), "NaN or infinite values", NUMBERS)
     return tensors, whole
 
 

@@ -1,15 +1,20 @@
 """What the checks of an artefact share: where it is, the app's facts, and the list that their findings go into."""
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from app_bridge.facts import AppFacts
 from app_bridge.findings import Finding
 
+if TYPE_CHECKING:  # two seconds
+    from torch import Tensor
+
 AGAIN = "export again"
+NUMBERS = "numbers: one NaN makes every answer nonsense"
 
 
 @dataclass
@@ -90,6 +95,11 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _refuse(constant: str) -> Any:
     raise ValueError(f"{constant} is not JSON")
+
+
+def is_finite(tensor: "Tensor") -> bool:
+    """Whether all values are; `aminmax` reads 4 GB/s, not-a-number spreads into both ends."""
+    return not tensor.numel() or all(math.isfinite(edge) for edge in tensor.aminmax())
 
 
 def kind_of(value: Any) -> str:

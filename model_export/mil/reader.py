@@ -104,6 +104,8 @@ class _Reader:
             name: self.function(name, message, described.get(name, description))
             for name, message in specification.mlProgram.functions.items()
         }
+        if absent := sorted(described.keys() - functions.keys()):
+            raise MILError(f"{self.package}: the description has functions {', '.join(absent)}, the program has not")
         default = description.defaultFunctionName or "main"
         return Program(self.package, specification.specificationVersion, functions, default)
 

@@ -168,6 +168,10 @@ DOUBTFUL: dict[str, tuple[Callable[[Path], None], str]] = {
         in_json("tokenizer_config.json", lambda t: t.update(chat_template="{{ messages[0]['content'] }}")),
         "prompt",
     ),
+    "answers tidied up": (
+        in_json("tokenizer_config.json", lambda t: t.pop("clean_up_tokenization_spaces")),
+        "text-clean-up",
+    ),
     "no template": (in_json("tokenizer_config.json", lambda t: t.update(chat_template="{% for %}")), "chat-template"),
     "a template that hangs on": (
         in_json("tokenizer_config.json", lambda t: t.update(chat_template="{{ range(10**12) | list }}")),

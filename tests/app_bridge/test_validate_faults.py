@@ -33,6 +33,18 @@ def other_default(specification: Any) -> None:
     specification.description.defaultFunctionName = "encode_512"
 
 
+def described_only(specification: Any) -> None:
+    other_default(specification)
+    specification.description.defaultFunctionName = "main"
+    specification.description.functions.add().name = "encode_256"
+
+
+def nan_in(weights: bytes) -> bytes:
+    """The file's first tensor, whose place stands 16 bytes into the record after the header, begins with a NaN."""
+    start = int.from_bytes(weights[80:88], "little")
+    return weights[:start] + b"\x00\x7e" + weights[start + 2 :]
+
+
 def second_input(specification: Any) -> None:
     function = specification.mlProgram.functions["main"]
     function.inputs.add().CopyFrom(function.inputs[0])
@@ -167,6 +179,12 @@ FAULTS: dict[str, Fault] = {
         PACKAGE,
     ),
     "weights of the package gone": (gone(f"{PACKAGE}/Data/com.apple.CoreML/weights"), "package-weights", PACKAGE),
+    "a NaN in the package": (
+        in_text(f"{PACKAGE}/Data/com.apple.CoreML/weights/weight.bin", nan_in),
+        "weight-value",
+        PACKAGE,
+    ),
+    "a function that is only described": (in_package(described_only), "package-unreadable", "encode_256"),
     "input renamed": (
         in_package(lambda spec: setattr(spec.description.input[0], "name", "image")),
         "input-name",

@@ -23,6 +23,11 @@ def tensor(name: str, change: Callable[[np.ndarray], np.ndarray]) -> Callable[[P
     return in_tensors(lambda tensors: tensors.__setitem__(name, np.ascontiguousarray(change(tensors[name]))))
 
 
+def with_value(weight: np.ndarray, value: float) -> np.ndarray:
+    weight.flat[weight.size // 2] = value
+    return weight
+
+
 def dropped(name: str, file: str = WEIGHTS) -> Callable[[Path], None]:
     return in_tensors(lambda tensors: tensors.pop(name), file)
 
@@ -126,6 +131,8 @@ FAULTS: dict[str, Fault] = {
     "weight transposed": (tensor(f"{LAYER}mlp.up_proj.weight", lambda w: w.T), "weight-shape", "up_proj"),
     "weight of another rank": (tensor(NORM, lambda w: w[None]), "weight-rank", NORM),
     "weight of another type": (tensor(NORM, lambda w: w.astype(np.int32)), "weight-dtype", NORM),
+    "one NaN": (tensor(NORM, lambda w: with_value(w, np.nan)), "weight-value", NORM),
+    "one infinite value": (tensor(f"{Q}.weight", lambda w: with_value(w, -np.inf)), "weight-value", f"{Q}.weight"),
     "two models": (copied(WEIGHTS, "old.safetensors"), "weight-twice", "old.safetensors"),
     "a bit flipped": (in_text(WEIGHTS, lambda data: data[:-1] + bytes([data[-1] ^ 1])), "file-changed", WEIGHTS),
     # tokenizer
@@ -164,6 +171,17 @@ FAULTS: dict[str, Fault] = {
         put(TOKENIZER, "normalizer", {"type": "Sequence", "normalizers": [{"type": "Nmt"}]}),
         "tokenizer-component",
         "normalizer",
+    ),
+    "another decoder": (put(TOKENIZER, "decoder", {"type": "Fuse"}), "tokenizer-text", TOKENIZER),
+    "small letters only": (
+        put(TOKENIZER, "normalizer", {"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "Lowercase"}]}),
+        "tokenizer-text",
+        TOKENIZER,
+    ),
+    "no blanks": (
+        in_json(TOKENIZER, lambda document: document["pre_tokenizer"]["pretokenizers"][0].update(behavior="Removed")),
+        "tokenizer-text",
+        TOKENIZER,
     ),
     "byte without a token": (in_json(TOKENIZER, without_byte), "tokenizer-bytes", TOKENIZER),
     "tokens around the prompt": (in_json(TOKENIZER, begins), "tokenizer-adds-tokens", "post_processor"),
