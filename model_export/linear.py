@@ -21,7 +21,7 @@ class PackedLinear(nn.Module):
         return self.run(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
 
 
-class Int8Linear(nn.Module):
+class DynamicInt8Linear(nn.Module):
     """The same with 8-bit operands: the weight by output, x by token (each row by its own largest magnitude)."""
 
     def __init__(self, linear: nn.Linear) -> None:
@@ -39,5 +39,5 @@ class Int8Linear(nn.Module):
 def packed(linear: nn.Linear, dtype: str = "bfloat16") -> nn.Module:
     """The layer packed to compute in bfloat16 or int8, if it is in bfloat16 and PyTorch has oneDNN; else itself."""
     if dtype == "int8":
-        return Int8Linear(linear)
+        return DynamicInt8Linear(linear)
     return PackedLinear(linear) if onednn.AVAILABLE and linear.weight.dtype == torch.bfloat16 else linear
