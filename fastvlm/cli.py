@@ -57,10 +57,11 @@ def add_common(parser: argparse.ArgumentParser) -> None:
 def run(build_parser: Callable[[], argparse.ArgumentParser], argv: Sequence[str] | None = None) -> int:
     """Parse, run the verb (`args.run(args) -> document or None`), and return the exit code (0, 1, 2 or 130)."""
     signal.signal(signal.SIGTERM, _terminate)  # so that `finally` blocks clean up after a kill, as after Ctrl-C
-    args = build_parser().parse_args(argv)
-    debug = getattr(args, "debug", False)
-    quiet_libraries(debug)
+    debug = False
     try:
+        args = build_parser().parse_args(argv)
+        debug = getattr(args, "debug", False)
+        quiet_libraries(debug)
         document = args.run(args)
         failed = isinstance(document, dict) and document.get("passed") is False
         if getattr(args, "json", False):

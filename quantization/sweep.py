@@ -124,6 +124,8 @@ def run(
             start = time.monotonic()
             _measure_all(sweep, missing, outcome, jobs or cores(), memory, scheduler)
             outcome.seconds = time.monotonic() - start
+        for left in sweep.work.rglob(".*.partial"):  # by a kill in the middle of a write
+            left.unlink(missing_ok=True)
         sweep.tidy()
     return outcome
 

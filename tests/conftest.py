@@ -1,13 +1,24 @@
 """Fixtures shared by all tests: tiny synthetic checkpoints, written once a session. Treat them as read-only."""
 
 import functools
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 from fastvlm.synthetic import write_checkpoint
+
+# Hypothesis draws the same examples every time (`--hypothesis-profile default` draws others), and each may take any
+# time: a busy machine isn't a failure.
+settings.register_profile("same", deadline=None, derandomize=True)
+settings.load_profile("same")
+
+for name in [*os.environ]:  # the caller's terminal and network have no part in the tests
+    if name in ("COLUMNS", "FORCE_COLOR", "TTY_COMPATIBLE") or name.lower().endswith("_proxy"):
+        del os.environ[name]
 
 
 @pytest.fixture(scope="session")

@@ -64,7 +64,7 @@ def test_another_machines_figures_change_nothing(monkeypatch: pytest.MonkeyPatch
     assert estimate.estimate("0.5b", "m1", "int8")["label"] == "estimate"
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     st.sampled_from(estimate.SHAPE_NAMES), st.sampled_from(DEVICES), st.integers(1, 15), st.integers(0, 500),
     st.integers(1, 500),

@@ -1,7 +1,7 @@
 """What a check's process does, and how it is judged."""
 
+import os
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -64,15 +64,24 @@ def test_whatever_a_process_does_is_an_outcome(code: str, reason: str | None) ->
     assert fault is None if reason is None else reason in str(fault)
 
 
-def test_a_process_that_hangs_is_stopped_with_its_children(tmp_path: Path) -> None:
-    child = f"import time\nfor _ in range(600):\n time.sleep(0.05); open({str(tmp_path / 'alive')!r}, 'a').write('x')"
+def test_a_process_that_hangs_is_stopped_with_its_children(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The child holds a pipe open: the time runs from then on, and the pipe ends when the child is gone."""
+    os.mkfifo(pipe := tmp_path / "pipe")
+    child = f"import time; pipe = open({str(pipe)!r}, 'w'); time.sleep(60); pipe.write('survived')"
     code = f"import subprocess, sys, time; {JSON}; subprocess.Popen([sys.executable, '-c', {child!r}]); time.sleep(600)"
-    done = python(code, 1.5)
-    assert done.ended == "stopped after 1.5 s"
+    opened, original = [], mac_check.subprocess.Popen.wait
+
+    def wait(self: Any, timeout: float | None = None) -> int:
+        if not opened:
+            opened.append(pipe.open())  # returns when the child opens it, too
+        return original(self, timeout)
+
+    monkeypatch.setattr(mac_check.subprocess.Popen, "wait", wait)
+    done = python(code, 0.5)
+    with opened[0] as held:
+        assert held.read() == ""
+    assert done.ended == "stopped after 0.5 s" and done.document == {"passed": True}
     assert "stopped after" in str(mac_check.judge(check(require=[["passed", "is", True]]), done))
-    size = (tmp_path / "alive").stat().st_size if (tmp_path / "alive").exists() else 0
-    time.sleep(0.5)
-    assert (tmp_path / "alive").stat().st_size == size if size else not (tmp_path / "alive").exists()
 
 
 def test_a_huge_output_is_read_from_its_end() -> None:

@@ -5,6 +5,7 @@ They import it too, before pytest would load it (PYTEST_DONT_REWRITE).
 
 import argparse
 import contextlib
+import fcntl
 import hashlib
 import io
 import json
@@ -12,6 +13,7 @@ import random
 import socket
 import struct
 import sys
+import termios
 import threading
 import time
 import types
@@ -30,8 +32,8 @@ from fastvlm.errors import UserError
 
 NAME = "fastvlm_0.5b_stage3"
 FILE = "/llava-fastvithd_0.5b_stage3.zip"
-QUICK = fetch.Retries(waits=(0.01, 0.01, 0.01), timeout=5.0)
-ONCE = fetch.Retries(waits=(), timeout=5.0)
+QUICK = fetch.Retries(waits=(0.01, 0.01, 0.01), timeout=60.0)
+ONCE = fetch.Retries(waits=(), timeout=60.0)
 WEIGHTS = random.Random(0).randbytes(300_000)
 CONTENT = {
     "config.json": b'{"model_type": "llava_qwen2"}',
@@ -51,7 +53,7 @@ class Act:
     status: int = 200
     drop: int | None = None  # bytes of the body after which the connection ends
     reset: bool = False  # ... with a TCP reset
-    stall: float = 0.0  # seconds to wait there first
+    stall: float = 0.0  # seconds to wait there first, at most until the server is closed
     ranges: bool = True
     if_range: bool = True
     announce: int = 0  # added to the true length in Content-Length
@@ -69,6 +71,7 @@ class Server:
         self.files: dict[str, bytes] = {}
         self.acts: dict[str, list[Act]] = defaultdict(list)
         self.requests: list[dict[str, str]] = []
+        self.closed = threading.Event()
         server = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -127,12 +130,18 @@ class Server:
         for i in range(0, len(sent), 16384):
             http.wfile.write(sent[i : i + 16384])
             time.sleep(act.pace)
-        time.sleep(act.stall)
+        self.closed.wait(act.stall)
         if act.reset:
-            http.wfile.flush()
-            time.sleep(0.05)  # let what was sent arrive before the reset throws it away
+            deadline = time.monotonic() + 60
+            while unsent(http.connection) and time.monotonic() < deadline:  # the reset would throw it away
+                time.sleep(0.005)
             http.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             http.connection.close()
+
+    def close(self) -> None:
+        self.closed.set()
+        self.httpd.shutdown()
+        self.httpd.server_close()
 
     def ranges(self, path: str = FILE) -> list[str]:
         """The Range header of each request for `path` ('' where there was none)."""
@@ -143,8 +152,14 @@ class Server:
 def server() -> Iterator[Server]:
     server = Server()
     yield server
-    server.httpd.shutdown()
-    server.httpd.server_close()
+    server.close()
+
+
+def unsent(connection: socket.socket) -> int:
+    """The bytes sent that the other end's system has not taken yet."""
+    if sys.platform == "darwin":
+        return connection.getsockopt(socket.SOL_SOCKET, 0x1024)  # SO_NWRITE
+    return int(struct.unpack("i", fcntl.ioctl(connection, termios.TIOCOUTQ, bytes(4)))[0])
 
 
 def make_zip(content: dict[str, bytes] = CONTENT, top: str = "llava-fastvithd_0.5b_stage3/", **extra: Any) -> bytes:

@@ -303,7 +303,7 @@ def test_an_index_names_no_file_outside(tiny_llava: Path, tmp_path: Path, name: 
         open_checkpoint(folder)
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_damage_is_a_user_error(
     tiny_llava: Path, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject

@@ -176,7 +176,7 @@ DRIVER = """
     checkpoint.open_checkpoint = lambda path: types.SimpleNamespace(warnings=())
     sys.modules["fastvlm.checkpoint"] = checkpoint
     def get(overwrite):
-        retries = fetch.Retries(waits=(0.01, 0.01), timeout=5.0)
+        retries = fetch.Retries(waits=(0.01, 0.01), timeout=60.0)
         download.download({name!r}, Path({folder!r}), overwrite=overwrite, retries=retries)
 """
 
@@ -259,21 +259,22 @@ def test_the_kill_test_sees_what_is_not_atomic(zoo: Server, tmp_path: Path) -> N
 
 
 def test_killed_while_bytes_come_in(zoo: Server, tmp_path: Path) -> None:
-    zoo.acts[FILE] = [Act(pace=0.1)]  # 1.9 s in all
-    chance, kept = random.Random(3), []
-    for _ in range(4):
+    part, chance, kept = tmp_path / f"{NAME}.partial" / "part", random.Random(3), [0]
+    for _ in range(4):  # each gets some bytes, never all: the server stops in the middle
+        zoo.acts[FILE] = [Act(drop=chance.randrange(20_000, 70_000), pace=0.02, stall=600.0)]
         with driver("get(False)", tmp_path) as process:
-            requests, deadline = len(zoo.requests), time.monotonic() + 20
-            while len(zoo.requests) == requests and process.poll() is None and time.monotonic() < deadline:
+            deadline = time.monotonic() + 300
+            while process.poll() is None and time.monotonic() < deadline:
+                if part.exists() and part.stat().st_size > kept[-1]:
+                    break
                 time.sleep(0.005)
-            time.sleep(chance.uniform(0.0, 0.4))
+            time.sleep(chance.uniform(0.0, 0.1))
             process.kill()
-        part = tmp_path / f"{NAME}.partial" / "part"
-        kept.append(part.stat().st_size if part.exists() else 0)
-        assert not (tmp_path / NAME).exists() and kept == sorted(kept)
+        kept.append(part.stat().st_size)
+        assert not (tmp_path / NAME).exists() and kept[-1] > kept[-2]
     zoo.acts[FILE] = []
     get(tmp_path)
-    assert zoo.ranges()[-1] == f"bytes={kept[-1]}-" and kept[-1] > 0
+    assert zoo.ranges()[-1] == f"bytes={kept[-1]}-"
     assert_whole(tmp_path)
 
 

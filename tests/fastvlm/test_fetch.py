@@ -42,10 +42,11 @@ def test_progress_counts_failures_anew(zoo: Server, tmp_path: Path) -> None:
 
 
 def test_stalled_connection_is_dropped(zoo: Server, tmp_path: Path) -> None:
-    zoo.acts[FILE] = [Act(drop=60_000, stall=20.0), Act()]
+    zoo.acts[FILE] = [Act(drop=60_000, stall=600.0), Act()]
     began = time.monotonic()
-    get(tmp_path, fetch.Retries(waits=(0.01,), timeout=0.3))
-    assert zoo.ranges() == ["", "bytes=60000-"] and time.monotonic() - began < 15
+    get(tmp_path, fetch.Retries(waits=(0.01,) * 9, timeout=2.0))
+    # On a machine that stands still the second attempt may stall too: more may follow.
+    assert zoo.ranges()[:2] == ["", "bytes=60000-"] and time.monotonic() - began < 300
     assert_whole(tmp_path)
 
 
@@ -176,8 +177,7 @@ def test_redirects_keep_the_range_and_guard_secrets(zoo: Server, tmp_path: Path)
     zoo.acts["/old"] = [Act(status=302, location=FILE)]
     zoo.acts[FILE] = [Act(status=307, location=other.url + "/elsewhere")]
     fetch.fetch(zoo.url + "/old", tmp_path / "got", QUICK, secrets={"Authorization": "Bearer s3cret"})
-    other.httpd.shutdown()
-    other.httpd.server_close()
+    other.close()
     assert (tmp_path / "got").read_bytes() == zoo.files[FILE]
     assert other.ranges("/elsewhere") == ["", "bytes=100000-"]
     assert all(request.get("authorization") == "Bearer s3cret" for request in zoo.requests) and len(zoo.requests) == 4

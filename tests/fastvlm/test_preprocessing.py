@@ -91,7 +91,7 @@ def test_mean_and_deviation_to_the_last_bit(strategy: str) -> None:
     assert not np.array_equal(Preprocessor(256, strategy, mean[::-1], std)(GOLDEN / "landscape.jpg"), expected)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     width=st.integers(1, 70),
     height=st.integers(1, 70),
@@ -214,7 +214,7 @@ def test_truncated_anywhere_it_is_refused(name: str, tmp_path: Path) -> None:
         assert str(tmp_path / name) in refusal(tmp_path / name)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(name=st.sampled_from(["tiny.png", "palette.png", "grey.jpg"]), at=st.floats(0, 1), value=st.integers(1, 255))
 def test_a_damaged_file_is_read_or_refused_never_a_crash(name: str, at: float, value: int) -> None:
     content = bytearray((GOLDEN / name).read_bytes())
@@ -250,11 +250,11 @@ def png_claiming(width: int, height: int) -> bytes:
 )
 def test_absurd_pictures_are_refused_from_the_header(width: int, height: int, said: str, tmp_path: Path) -> None:
     (tmp_path / "absurd.png").write_bytes(png_claiming(width, height))
-    started = time.perf_counter()
+    started = time.thread_time()  # of the processor: whatever else runs there does not count
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert said in refusal(tmp_path / "absurd.png")
-    assert time.perf_counter() - started < 1
+    assert time.thread_time() - started < 1
 
 
 def test_the_limits_hold_even_if_pillows_is_switched_off(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -213,7 +213,7 @@ def test_a_unit_that_never_ran_is_not_proved() -> None:
         reparam.fold_and_prove(model, SMALL)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(data=st.data())
 def test_every_kind_of_branch_folds_exactly(data: st.DataObject) -> None:
     channels, kernel = data.draw(st.sampled_from([4, 8])), data.draw(st.sampled_from([1, 3, 5, 7]))
@@ -246,7 +246,7 @@ def test_every_kind_of_branch_folds_exactly(data: st.DataObject) -> None:
         assert relative(folded(x), module(x)) > 1e-10  # the comparison sees one kernel off by a millionth
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     kernel=st.sampled_from([1, 3, 7]),
     stride=st.sampled_from([1, 2]),

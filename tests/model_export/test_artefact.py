@@ -2,13 +2,12 @@
 
 import json
 import os
-import random
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -114,56 +113,82 @@ def test_live_staging_is_left_alone_and_dead_is_removed(tmp_path: Path) -> None:
     assert contents(tmp_path) == {"model/a": "1"} and (tmp_path / ".other.staging-x").exists()
 
 
+# For each (n, text) read, a child writes the target and kills itself before the nth line of ours, or of shutil's.
 WRITER = """
-import sys, time
+import os, shutil, signal, sys
 from pathlib import Path
 from fastvlm import staging
-if sys.argv[3] == "two-renames":
-    def exchange(a, b): return False
-    staging.exchange = exchange
-    rename = staging.os.rename
-    def slow(a, b):
-        rename(a, b); time.sleep(0.02)
-    staging.os.rename = slow
-print("ready", flush=True)
-with staging.staged(Path(sys.argv[1]), replace=True) as folder:
-    for i in range(20):
-        (folder / f"{i}").write_text(sys.argv[2]); time.sleep(0.001)
-time.sleep(0.02)
+def child(moment, text):
+    seen = 0
+    def trace(frame, event, argument):
+        nonlocal seen
+        if frame.f_code.co_filename not in ("<string>", staging.__file__, shutil.__file__):
+            return None
+        if event == "line":
+            seen += 1
+            if seen == moment:
+                os.kill(os.getpid(), signal.SIGKILL)
+        return trace
+    sys.settrace(trace)
+    with staging.staged(Path(sys.argv[1]), replace=True) as folder:
+        for i in range(3):
+            (folder / f"{i}").write_text(text)
+    os._exit(0)
+if sys.argv[2] == "two-renames":
+    staging.exchange = lambda a, b: False
+if sys.argv[2] == "copy":
+    staging._publish = lambda folder, target, replace: shutil.copytree(folder, target, dirs_exist_ok=True)
+for line in sys.stdin:
+    moment, text = line.split()
+    pid = os.fork() or child(int(moment), text)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 """
 
 
-def write(target: Path, text: str, how: str, kill_after: float | None) -> float:
-    """Run WRITER, killed after so many seconds or not at all; returns the seconds that it took."""
-    process = subprocess.Popen([sys.executable, "-c", WRITER, str(target), text, how], stdout=subprocess.PIPE)
-    assert process.stdout is not None and process.stdout.readline()
-    start = time.perf_counter()
-    if kill_after is not None:
-        time.sleep(kill_after)
-        process.send_signal(signal.SIGKILL)
-    process.communicate()
-    return time.perf_counter() - start
+def swaps(folder: Path) -> bool:
+    """Whether the file system can exchange names."""
+    with TemporaryDirectory(dir=folder) as a, TemporaryDirectory(dir=folder) as b:
+        return exchange(Path(a), Path(b))
 
 
-@pytest.mark.parametrize("how", ["exchange", "two-renames"])
+def published(target: Path, how: str) -> list[bool]:
+    """Kill a writer at each moment in turn; for each whether the new folder was there, whole, and not the old one."""
+    found, code = [], -int(signal.SIGKILL)
+    in_steps = how == "two-renames" or not swaps(target.parent)
+    if how != "new":
+        with staged(target) as folder:
+            for name in "012":
+                (folder / name).write_text("old")
+    command = [sys.executable, "-c", WRITER, str(target), how]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin and process.stdout
+        while code == -signal.SIGKILL:
+            if how == "new":
+                shutil.rmtree(target, ignore_errors=True)
+            print(len(found) + 1, f"text{len(found)}", file=process.stdin, flush=True)
+            code = int(process.stdout.readline())
+            if in_steps:
+                clean(target)  # what the next run does first: the old folder may be waiting under its other name
+            if target.exists() or how != "new":
+                assert set(contents(target)) == set("012") and len(set(contents(target).values())) == 1, "torn"
+            found.append(f"text{len(found)}" in contents(target).values())
+    assert code == 0
+    return found
+
+
+@pytest.mark.parametrize("how", ["new", "exchange", "two-renames"])
 def test_killed_at_any_moment_leaves_old_or_new_whole(tmp_path: Path, how: str) -> None:
-    target, rng = tmp_path / "model", random.Random(0)
-    whole = {str(i) for i in range(20)}
-    write(target, "first", how, kill_after=0.005)
-    assert not target.exists()
-    seconds = write(target, "first", how, kill_after=None)
-    outcomes = set()
-    for attempt in range(16):
-        write(target, f"run {attempt}", how, kill_after=rng.uniform(0, 1.1 * seconds))
-        if how == "two-renames":
-            clean(target)  # what the next run does first: the old folder may be waiting under its other name
-        found = contents(target)
-        assert set(found) == whole and len(set(found.values())) == 1, found
-        outcomes.add(f"run {attempt}" in found.values())
-    assert outcomes == {True, False}, "the moments were all too early or all too late to say anything"
+    target = tmp_path / "model"
+    outcomes = published(target, how)
+    assert outcomes.count(False) > 20 and outcomes.count(True) > 5
     with staged(target, replace=True) as folder:
         (folder / "last").touch()
     assert os.listdir(tmp_path) == ["model"], "remains of killed runs"
+
+
+def test_the_kill_test_sees_what_is_not_atomic(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="torn"):
+        published(tmp_path / "model", "copy")
 
 
 # --- what may be replaced

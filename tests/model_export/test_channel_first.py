@@ -66,7 +66,7 @@ def attention_blocks(draw: Callable[..., int]) -> tuple[nn.Module, torch.Tensor]
     return block, torch.randn(shape, generator=generator, dtype=torch.float64) * draw(st.sampled_from([0.3, 40.0]))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(attention_blocks(), st.data())
 def test_attention_block_of_any_shape_stays_what_it_was(
     drawn: tuple[AttentionBlock, torch.Tensor], data: st.DataObject
@@ -88,7 +88,7 @@ def test_attention_block_of_any_shape_stays_what_it_was(
     assert relative(channel_first(nn.ModuleList([block]))[0](x), expected) > EXACT
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(
     seed=st.integers(0, 99),
     depths=st.tuples(*[st.integers(1, 2)] * 5),

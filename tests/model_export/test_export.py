@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -367,6 +366,20 @@ def test_verify_and_inspect(tiny_artefact: Path, tmp_path: Path, capsys: pytest.
     assert document["passed"] is False and "weight.bin" in document["findings"][0]
 
 
+# The command, which the system ends, as by SIGKILL, when it has worked on the stage argv[1] for a moment.
+KILLED = """
+import runpy, signal, sys
+from fastvlm import cli
+log, stage = cli.log, sys.argv.pop(1)
+def log_and_die(message):
+    log(message)
+    if stage in message:
+        signal.setitimer(signal.ITIMER_PROF, 0.05)  # of the processor's time, however busy the machine is
+cli.log = log_and_die
+runpy.run_module("model_export", run_name="__main__")
+"""
+
+
 @pytest.mark.slow
 def test_killed_command_leaves_the_old_artefact(tmp_path: Path) -> None:
     """The real command, killed in its stages (the moments between them are test_artefact's), then run to its end."""
@@ -375,12 +388,8 @@ def test_killed_command_leaves_the_old_artefact(tmp_path: Path) -> None:
     before = hashes(target)
     command = ["all", "--checkpoint", str(DEMO), "--output-dir", str(target), "--overwrite", "--parity-limit", "1"]
     for stage in ("language model:", "vision encoder: fold", "parity (pictures)"):
-        process = subprocess.Popen([sys.executable, "-m", "model_export", *command], stderr=subprocess.PIPE, text=True)
-        assert process.stderr is not None
-        assert any(stage in line for line in process.stderr), stage
-        time.sleep(0.05)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
+        killed = subprocess.run([sys.executable, "-c", KILLED, stage, *command], capture_output=True, text=True)
+        assert killed.returncode == -signal.SIGPROF, f"{stage}: {killed.stderr}"
         assert hashes(target) == before
         left = os.listdir(tmp_path)  # the artefact, one staging folder (each run removes the last one's), and
         assert len(left) == 3 and ".model.resume" in left  # the finished files

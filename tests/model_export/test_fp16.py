@@ -80,7 +80,7 @@ def in_stream(name: str) -> int | None:
 # --- rescaling
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     seed=st.integers(0, 99),
     depths=st.tuples(*[st.integers(1, 2)] * 5),
@@ -186,7 +186,7 @@ SMALL = {
 }
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(
     factors=st.dictionaries(st.sampled_from(sorted(SMALL)), st.integers(-22, 2), max_size=5),
     exponents=exponents_of_five,
@@ -257,7 +257,7 @@ def test_silent_branches_are_left_alone(fastvit: nn.Module) -> None:
 magnitudes = st.floats(1e-3, 1e12) | st.sampled_from([0.0, LARGEST / 16, LARGEST, LARGEST * 2**10])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data(), headroom=st.sampled_from([4.0, 16.0, 64.0]))
 def test_exponent_is_the_smallest_that_keeps_the_headroom(
     fastvit: nn.Module, data: st.DataObject, headroom: float
@@ -330,7 +330,7 @@ def test_measured_modules_are_enough_and_give_the_same(fastvit: nn.Module) -> No
     assert all(exponents)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(exponents=exponents_of_five)
 def test_hottest_is_what_the_rescaled_encoder_holds(fastvit: nn.Module, exponents: list[int]) -> None:
     found = hottest(fastvit, measured(fastvit), exponents)

@@ -116,7 +116,7 @@ def heated(fastvit: nn.Module, stage: int, factor: float) -> nn.Module:
 
 
 @given(arrays.arrays(np.float16, arrays.array_shapes(max_dims=4, max_side=6)))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_subnormals_are_those_of_ieee_754(values: np.ndarray) -> None:
     bits = values.view(np.uint16)
     subnormal, zero = ((bits & 0x7C00) == 0) & ((bits & 0x3FF) != 0), (bits & 0x7FFF) == 0
@@ -125,7 +125,7 @@ def test_subnormals_are_those_of_ieee_754(values: np.ndarray) -> None:
 
 
 @given(arrays.arrays(np.float32, (2, 4, 3, 5), elements=st.floats(-1e6, 1e6, width=32)), st.integers(0, 3))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_largest_square_is_numpys(values: np.ndarray, axis: int) -> None:
     wide = values.astype(np.float64)
     expected = ((wide - wide.mean(axis=axis, keepdims=True)) ** 2).max()

@@ -10,6 +10,7 @@ import resource
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from fastvlm.cli import run
+from fastvlm import cli
 from fastvlm.errors import UserError
 from model_export import contract, llm, resume
 from model_export.__main__ import build_parser
@@ -148,17 +149,28 @@ def test_what_cannot_be_stored_leaves_nothing(interrupted: Path, monkeypatch: py
 # --- real processes: a fork server that has imported everything once
 
 
-def _command(checkpoint: str, target: str, limit: int | None, slow: bool, out: Any) -> None:
-    """`model_export llm` in a process of its own, with files of at most `limit` bytes; stderr and the exit code."""
+def _command(checkpoint: str, target: str, limit: int | None, most: int | None, out: Any) -> None:
+    """`model_export llm` in a process of its own, with files of at most `limit` bytes; stderr and the exit code.
+
+    With `most` it is slow, and stops when about so many files are kept, until a signal comes.
+    """
     os.environ["TERM"] = "dumb"
     llm.SHARD_BYTES = SMALL
     if limit:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    if slow:
-        convert = llm.Weight.convert
-        llm.Weight.convert = lambda *arguments: time.sleep(0.1) or convert(*arguments)  # type: ignore
+    if most is not None:
+        convert, terminate, ended = llm.Weight.convert, cli._terminate, threading.Event()
+
+        def slow(*arguments: Any) -> Any:
+            time.sleep(0.1)
+            while len(kept(Path(target).parent)) >= most and not ended.wait(0.05):
+                pass
+            return convert(*arguments)
+
+        llm.Weight.convert = slow  # type: ignore[method-assign]
+        cli._terminate = lambda *arguments: ended.set() or terminate(*arguments)  # type: ignore[func-returns-value]
     sys.stderr = io.StringIO()
-    code = run(build_parser, ["llm", "--checkpoint", checkpoint, "--output-dir", target, "--quant", "int4"])
+    code = cli.run(build_parser, ["llm", "--checkpoint", checkpoint, "--output-dir", target, "--quant", "int4"])
     out.put((code, sys.stderr.getvalue()))
 
 
@@ -167,9 +179,9 @@ def start() -> Callable[..., Any]:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__, "transformers", "timm"])
 
-    def start(checkpoint: Path, target: Path, limit: int | None = None, slow: bool = False) -> Any:
+    def start(checkpoint: Path, target: Path, limit: int | None = None, most: int | None = None) -> Any:
         results = context.Queue()
-        process = context.Process(target=_command, args=(str(checkpoint), str(target), limit, slow, results))
+        process = context.Process(target=_command, args=(str(checkpoint), str(target), limit, most, results))
         process.start()
         return process, results
 
@@ -182,9 +194,8 @@ def test_killed_at_random_moments(
 ) -> None:
     dice, most = random.Random(5), 0
     for kill in range(5):
-        process, _ = start(tiny_checkpoint, tmp_path / "model", slow=True)
-        deadline = time.monotonic() + 60
-        before = len(kept(tmp_path))
+        before, deadline = len(kept(tmp_path)), time.monotonic() + 300
+        process, _ = start(tiny_checkpoint, tmp_path / "model", most=before + 1)
         while process.is_alive() and len(kept(tmp_path)) <= before and time.monotonic() < deadline:
             time.sleep(0.005)
         time.sleep(dice.uniform(0, 0.05))
@@ -194,7 +205,7 @@ def test_killed_at_random_moments(
         most = max(most, len(kept(tmp_path)))
         assert len(kept(tmp_path)) > before, kill
     process, results = start(tiny_checkpoint, tmp_path / "model")
-    assert results.get(timeout=60)[0] == 0
+    assert results.get(timeout=600)[0] == 0
     process.join()
     assert hashes(tmp_path / "model") == whole and os.listdir(tmp_path) == ["model"] and most > 3
 
@@ -204,13 +215,13 @@ def test_a_full_disk_is_one_line_and_goes_on_later(
     tiny_checkpoint: Path, tmp_path: Path, whole: dict[str, str], start: Callable[..., Any]
 ) -> None:
     process, results = start(tiny_checkpoint, tmp_path / "model", limit=25_000)
-    code, lines = results.get(timeout=60)
+    code, lines = results.get(timeout=600)
     process.join()
     errors = [line for line in lines.splitlines() if line.startswith("error: ")]
     assert code == 2 and len(errors) == 1 and "Traceback" not in lines
     assert errors[0].startswith("error: File too large: ") and errors[0].endswith(contract.PROJECTOR_WEIGHTS)
     assert kept(tmp_path) and os.listdir(tmp_path) == [".model.resume"]
     process, results = start(tiny_checkpoint, tmp_path / "model")
-    assert results.get(timeout=60)[0] == 0
+    assert results.get(timeout=600)[0] == 0
     process.join()
     assert hashes(tmp_path / "model") == whole

@@ -285,7 +285,7 @@ def test_more_rounds_where_none_passes(capsys: pytest.CaptureFixture[str]) -> No
     assert "warning: --min-snr 30: only float16 keeps it: no layer is compressed" in capsys.readouterr().err
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60)
 @given(
     count=st.integers(1, 8),
     factor=st.floats(0.01, 100),

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import signal
 import time
@@ -24,9 +25,11 @@ def need(point):
 
 
 def fake(point, settings):
-    """Figures out of the point's hash, after a moment; notes that it ran."""
+    """Figures out of the point's hash, after a moment, or never when `most` are finished; notes that it ran."""
     digest = hashlib.sha256(point["name"].encode()).digest()
     time.sleep(settings.get("sleep", 0))
+    while finished(Path(settings["ran"]).parent) >= (settings.get("most") or math.inf):
+        time.sleep(0.05)
     note(point, settings)
     figures = {
         "bytes": 1000 + digest[0], "bytes_vision": 500, "bytes_language": 500 + digest[0],
@@ -67,21 +70,24 @@ def infinite(point, settings):
 
 
 def crowd(point, settings):
-    """How many run at once, by files that each holds while it runs."""
-    here = Path(settings["crowd"])
-    mine = here / f"{os.getpid()}"
+    """How many run at once, by files that each holds while it runs, once as many as should have come."""
+    here, deadline = Path(settings["crowd"]), time.monotonic() + 120
+    mine = here / f"{os.getpid()}.here"
     mine.touch()
-    time.sleep(0.3)
+    mine.with_suffix(".came").touch()
+    while len(list(here.glob("*.came"))) < settings["should"] and time.monotonic() < deadline:
+        time.sleep(0.02)
+    time.sleep(0.3)  # in which one too many would come
     result = fake(point, settings)
-    result["timings"]["crowd"] = len(list(here.iterdir()))
+    result["timings"]["crowd"] = len(list(here.glob("*.here")))
     mine.unlink()
     return result
 
 
 def patient(point, settings):
-    """Says that it started, then takes a minute."""
+    """Says that it started, then takes ten minutes."""
     note(point, settings)
-    time.sleep(60)
+    time.sleep(600)
     return fake(point, settings)
 
 
@@ -98,12 +104,16 @@ def runs(work):
     return Counter(ran.read_text().splitlines() if ran.exists() else ())
 
 
-def main(work, report, jobs, scheduler=None):
-    """Sweep and write the report."""
+def finished(work):
+    return len(list((work / "points").glob("*.json")))
+
+
+def main(work, report, jobs, most=0, scheduler=None):
+    """Sweep and write the report; with `most` it stops when about so many points are finished, until it is killed."""
     from quantization import sweep, sweep_report
 
     points = sweep.grid(RECIPES, FORMS, RESOLUTIONS)
     work = Path(work)
-    outcome = sweep.run(sweep_of(work, sleep=0.15), points, int(jobs), None, scheduler)
+    outcome = sweep.run(sweep_of(work, sleep=0.15, most=int(most)), points, int(jobs), None, scheduler)
     document = sweep_report.document(points, outcome, {}, {}, sweep_report.Wish())
     Path(report).write_text(json.dumps(document, sort_keys=True))

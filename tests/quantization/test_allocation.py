@@ -13,7 +13,7 @@ from quantization.allocation import allocate
 OPTION = st.tuples(st.integers(1, 100), st.floats(0, 10, width=32))
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=200)
 @given(
     options=st.lists(st.lists(OPTION, min_size=1, max_size=4), min_size=1, max_size=4),
     share=st.floats(0, 1),

@@ -94,7 +94,7 @@ def test_every_float16_as_mlx(mode):
     assert_as_mlx(rows, mode)
 
 
-@settings(max_examples=80, deadline=None, derandomize=True)
+@settings(max_examples=80)
 @given(
     values=st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=32, max_size=32),
     mode=st.sampled_from(list(FORMATS)),
@@ -107,7 +107,7 @@ def test_any_finite_values_as_mlx(values, mode, dtype):
     assert_as_mlx(weight, mode)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60)
 @given(
     seed=st.integers(0, 2**31),
     rows=st.integers(1, 9),

@@ -48,7 +48,7 @@ def error_of(histogram: Histogram, centroids: np.ndarray) -> float:
     return float((histogram.weights * nearest**2).sum())
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60)
 @given(
     values=st.lists(HALF, min_size=1, max_size=40, unique=True),
     seed=st.integers(0, 2**31),
@@ -95,7 +95,7 @@ def test_histograms_together_get_what_each_gets_alone():
     assert all(np.array_equal(row, cluster([h], 16)[0]) for row, h in zip(together, histograms))
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60)
 @given(
     weight=arrays.arrays(np.float16, st.tuples(st.sampled_from([2, 4]), st.integers(1, 6)), elements=HALF),
     bits=st.sampled_from([1, 2, 4, 8]),
@@ -143,9 +143,9 @@ def test_a_tenth_of_coremltools_time():
     palettize(weight[:16], 4, 16)
 
     def seconds(function) -> float:
-        start = time.perf_counter()
+        start = time.process_time()  # of the processor: whatever else runs there does not count
         function(weight, 4, 16)
-        return time.perf_counter() - start
+        return time.process_time() - start
 
     ours, theirs = zip(*((seconds(palettize), seconds(coremltools_palette)) for _ in range(3)))
     assert min(ours) < min(theirs) / 3  # a shared machine and a small tensor: the bar of 1/10 is the benchmark's

@@ -49,7 +49,7 @@ def blob_lists(draw: st.DrawFn) -> list[tuple[str, np.ndarray]]:
     return blobs
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(blob_lists())
 def test_reads_what_coremltools_writes(tmp_path_factory: pytest.TempPathFactory, blobs: list) -> None:
     path = tmp_path_factory.mktemp("blob") / "weight.bin"

@@ -25,7 +25,7 @@ def gelu(x: np.ndarray) -> np.ndarray:
 
 
 @given(low=st.floats(-1e4, 1e4), width=st.floats(1e-3, 1e4), seed=st.integers(0, 1000))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_quantized_holds_every_value_to_half_a_step_and_zero_exactly(low: float, width: float, seed: int) -> None:
     x = torch.from_numpy(np.random.default_rng(seed).uniform(low, low + width, 200).astype(np.float32))
     found = int8.Quantized.of(x)
