@@ -9,9 +9,11 @@ from typing import Any
 import broken
 import numpy as np
 import pytest
+import torch
 from broken import Fault, expect_fault, gone, in_json, in_tensors, in_text, put, rules, several, without
 
 from app_bridge.facts import table
+from app_bridge.subject import is_finite
 
 CONFIG, TOKENIZER, TOKENIZER_CONFIG = "config.json", "tokenizer.json", "tokenizer_config.json"
 PACKAGE, WEIGHTS, PROJECTOR = "fastvithd.mlpackage", "model.safetensors", "multi_modal_projector.safetensors"
@@ -292,3 +294,11 @@ def test_each_fault_of_a_quantized_artefact_is_one_finding(name: str, int4_artef
 
 def test_the_unbroken_quantized_artefact_has_none(int4_artefact: Path) -> None:
     assert rules(int4_artefact, table()) == []
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64", "float8_e5m2", "float8_e4m3fn"])
+def test_values_of_every_type_are_looked_at(dtype: str) -> None:
+    values = torch.zeros(3, 2).to(getattr(torch, dtype))
+    assert is_finite(values) and is_finite(values[:0])
+    values[1, 1] = float("nan")
+    assert not is_finite(values)
