@@ -1,15 +1,18 @@
 """The app's Swift packages: which versions its sources build with, as far as anybody has said so.
 
-packages.json has the versions that exist, the parts of their interfaces that came and went and that an app may use, and
-the combinations that are reported to work. An app is matched with them by what its sources use (`AppFacts.api`).
+packages.json has the versions that exist, what they ask of each other, the parts of their interfaces that came and went
+and that an app may use, and the combinations that are reported to work. An app is matched with them by what its sources
+use (`AppFacts.api`).
 """
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
+from app_bridge import findings
 from app_bridge.facts import AppFacts, Package
 from app_bridge.findings import Finding
 from fastvlm.errors import UserError
@@ -37,6 +40,10 @@ def check(facts: AppFacts) -> list[Finding]:
     for package in facts.packages:
         if package.name in _table()["packages"]:
             found += _check(package, facts, chosen)
+    breaking = {finding.where for finding in findings.errors(found)}
+    for pair, finding in _conflicts(facts, chosen):
+        if not breaking & pair:  # else they have their error
+            found = [each for each in found if each.where not in pair] + [finding]
     return found
 
 
@@ -50,9 +57,7 @@ def loader(facts: AppFacts) -> Loader:
 
 def _check(package: Package, facts: AppFacts, chosen: dict[str, Any]) -> list[Finding]:
     """Of one package, against the combination that the sources are for."""
-    known: list[str] = _table()["packages"][package.name]["versions"]
-    fixed = _fixed(package)
-    allowed = [fixed] if fixed else [version for version in known if _allows(package, version)]
+    fixed, allowed = _fixed(package), _allowed(package)
     broken = {version: why for version in allowed if (why := _broken(package.name, version, facts))}
     strange = [version for version in allowed if version not in broken and not _good(package.name, version, chosen)]
     pin = chosen["pins"].get(package.name)
@@ -62,8 +67,7 @@ def _check(package: Package, facts: AppFacts, chosen: dict[str, Any]) -> list[Fi
         if pin
         else f"replace {package.name} by {', '.join(chosen['pins'])}"
     )
-    where = f"Swift package {package.name}"
-    got = _requirement(package)
+    where, got = _where(package.name), _requirement(package)
     if allowed and len(broken) == len(allowed):
         return [
             Finding(
@@ -79,10 +83,47 @@ def _check(package: Package, facts: AppFacts, chosen: dict[str, Any]) -> list[Fi
     return []
 
 
+def _conflicts(facts: AppFacts, chosen: dict[str, Any]) -> Iterator[tuple[set[str], Finding]]:
+    """Pairs of packages of which no two versions that the app allows go together: both `where`s and the finding."""
+    requires, packages = _table()["requires"], {package.name: package for package in facts.packages}
+    pins = ", ".join(f"{each} {pin}" for each, pin in chosen["pins"].items())
+    for name, other in product(requires["packages"], packages):
+        asking = _allowed(packages[name]) if name in packages else []
+        spans = [requires["versions"].get(version, {}).get(other) for version in asking]
+        numbers = [number for version in _allowed(packages[other]) if (number := _version(version))]
+        if not spans or not numbers or None in spans:  # nothing asked, or nothing known
+            continue
+        if any(
+            (_version(least) or ()) <= number < (_version(most) or ()) for least, most in spans for number in numbers
+        ):
+            continue
+        asked = f"{asking[-1]}, which asks for {other} from {spans[-1][0]} to below {spans[-1][1]}"
+        yield (
+            {_where(name), _where(other)},
+            Finding(
+                "package-conflict",
+                f"Swift packages {name} and {other}",
+                f"{asked}, and {_requirement(packages[other])}",
+                f"{pins} ({chosen['name']})",
+                "in Xcode give each the rule Exact Version with that number: these it can't resolve",
+            ),
+        )
+
+
+def _allowed(package: Package) -> list[str]:
+    """The versions that Xcode may take, of those that the table knows."""
+    fixed, known = _fixed(package), _table()["packages"].get(package.name, {"versions": ()})["versions"]
+    return [fixed] if fixed else [version for version in known if _allows(package, version)]
+
+
+def _where(name: str) -> str:
+    return f"Swift package {name}"
+
+
 def _missing(name: str, chosen: dict[str, Any]) -> Finding:
     return Finding(
         "package-missing",
-        f"Swift package {name}",
+        _where(name),
         "none in the project file",
         f"{chosen['pins'][name]} ({chosen['name']})",
         f"add the package {name} in Xcode",

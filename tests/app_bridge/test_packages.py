@@ -79,7 +79,7 @@ CASES = [
     ("mlx-swift-examples", "2.21.3", PUBLISHED.api, "package-unknown-version"),
     ("mlx-swift-examples", "1.18.2", PUBLISHED.api, "package-unknown-version"),
     ("mlx-swift-examples", "2.21.2", PULL_59, "package-known-to-break"),
-    ("mlx-swift-examples", "2.25.8", PULL_59, "package-unknown-version"),
+    ("mlx-swift-examples", "2.25.5", PULL_59, "package-unknown-version"),
     ("mlx-swift-examples", "upToNextMajorVersion: 2.21.2", PULL_59, "package-may-float"),
     ("mlx-swift-lm", "2.29.2", PULL_78, "package-known-to-break"),
     ("mlx-swift-lm", "3.31.5", PULL_78, "package-unknown-version"),
@@ -104,8 +104,40 @@ def test_one_package(name: str, version: str, api: tuple[str, ...], rule: str | 
     ("version", "rule"), [("2.29.2", "package-unknown-version"), ("2.29.3", "package-known-to-break")]
 )
 def test_a_registry_that_is_an_actor_breaks_calls_without_await(version: str, rule: str) -> None:
-    found = said(app(GOOD | {"mlx-swift-lm": version}, ("registerModelType without await",)))
+    pins = {"mlx-swift-lm": version, "mlx-swift": "0.29.1", "swift-transformers": "1.1.6"}
+    found = said(app(pins, ("registerModelType without await",)))
     assert [each for _, each, name in found if name == "mlx-swift-lm"] == [rule]
+
+
+@pytest.mark.parametrize(
+    ("pins", "api", "pair"),
+    [
+        (GOOD | {"mlx-swift": "0.18.1"}, PUBLISHED.api, "mlx-swift-examples and mlx-swift"),
+        (GOOD | {"swift-transformers": "1.0.0"}, PUBLISHED.api, "mlx-swift-examples and swift-transformers"),
+        (GOOD_59 | {"mlx-swift-examples": "2.25.8"}, PULL_59, "mlx-swift-examples and swift-transformers"),
+        (
+            GOOD_59 | {"mlx-swift-examples": "upToNextMinorVersion: 2.25.8"},
+            PULL_59,
+            "mlx-swift-examples and swift-transformers",
+        ),
+        (GOOD_59 | {"mlx-swift": "upToNextMajorVersion: 0.29.1"}, PULL_59, "mlx-swift-examples and mlx-swift"),
+        (GOOD_78 | {"mlx-swift": "0.31.3"}, PULL_78, "mlx-swift-lm and mlx-swift"),
+    ],
+)
+def test_versions_that_xcode_can_not_resolve(pins: dict[str, str], api: tuple[str, ...], pair: str) -> None:
+    (found,) = packages.check(app(pins, api))
+    assert (found.severity, found.rule, found.where) == ("error", "package-conflict", f"Swift packages {pair}")
+    assert "which asks for" in found.got
+
+
+def test_no_conflict_where_some_allowed_version_goes_with_some_other() -> None:
+    for pins, api in (
+        (GOOD_59 | {"mlx-swift-examples": "upToNextMinorVersion: 2.25.4"}, PULL_59),  # 2.25.7, not 2.25.8
+        (GOOD_59 | {"mlx-swift": "upToNextMajorVersion: 0.21.2"}, PULL_59),
+        (GOOD_78 | {"swift-transformers": "0.1.19"}, PULL_78),  # mlx-swift-lm 3 asks for none
+        (GOOD | {"mlx-swift": "branch: main"}, PUBLISHED.api),
+    ):
+        assert "package-conflict" not in [rule for _, rule, _ in said(app(pins, api))]
 
 
 @pytest.mark.parametrize("name", GOOD)
