@@ -87,9 +87,8 @@ class AppFacts:
     # Project.
     model_folder: str  # relative to app/
     bundle_resource: str  # the file by which the app finds its model folder
-    deployment: dict[
-        str, str
-    ]  # "iOS", "macOS", "visionOS" -> least version of the app and of its target with the model
+    # "iOS", "macOS", "visionOS" -> least version of the app and of its target with the model
+    deployment: dict[str, str]
     packages: tuple[Package, ...]
     increased_memory_limit: bool  # the entitlement
     cache_limit: int  # bytes that MLX may keep of freed buffers

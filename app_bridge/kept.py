@@ -82,7 +82,7 @@ class Place:
     def recover(self) -> None:
         """Finish or undo what a stopped run left; says so."""
         staging.clean(self.next)
-        for path in (self.next, *self.home.glob("dropped-*"), *self.home.glob(".*.partial")):
+        for path in (self.next, *self.home.glob("dropped-*"), *self.home.glob(staging.PARTIAL)):
             _remove(path)
         aside = self.home / "aside"
         if os.path.lexists(aside) and not self.occupied():

@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+PARTIAL = ".*.partial"  # what a `write_file` leaves in its folder when it is killed in the middle
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2  # linux/fs.h; RENAME_SWAP of macOS's stdio.h has the same value
 _UNSUPPORTED = {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP}

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fastvlm import staging
 from fastvlm.cli import log, one_line
 from fastvlm.errors import UserError
 from quantization.compression import COMPRESSIONS
@@ -124,9 +125,9 @@ def run(
             start = time.monotonic()
             _measure_all(sweep, missing, outcome, jobs or cores(), memory, scheduler)
             outcome.seconds = time.monotonic() - start
-        for left in sweep.work.rglob(".*.partial"):  # by a kill in the middle of a write
-            left.unlink(missing_ok=True)
         sweep.tidy()
+        for left in sweep.work.rglob(staging.PARTIAL):
+            left.unlink(missing_ok=True)
     return outcome
 
 
