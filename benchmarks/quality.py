@@ -19,7 +19,7 @@ import numpy as np
 from benchmarks import metrics
 from benchmarks.text_model import TextModel
 from fastvlm.conversations import Sample
-from fastvlm.errors import CheckFailed, UserError
+from fastvlm.errors import UserError
 from fastvlm.prompt import encode_prompt
 from fastvlm.surface import FastVLM
 
@@ -113,7 +113,7 @@ def reference_results(model: Model, samples: Sequence[Sample], text: Text | None
             answer_nats.append(_answer_nats(model, embeds, logits, one))
         text_kept, text_best = [], []
         for number, ids in enumerate(parts):
-            logits = _logits(model, model.language.embed(np.array([ids])))[:-1]
+            logits = model.language.logits(model.language.embed(np.array([ids])))[0, :-1]
             text_nats.append(metrics.negative_log_likelihood(logits, ids[1:]))
             text_best.append(logits.argmax(axis=-1).tolist())
             text_kept.append(_evenly(len(logits), _VALUES_KEPT // (logits.shape[1] * len(parts)), 0))
@@ -258,14 +258,7 @@ def _forced(model: Model, embeds: np.ndarray, answer: list[int], prompt_rows: in
     """Logits (n, V) of the prompt's last rows and of the answer fed after it, in one pass."""
     if answer:
         embeds = np.concatenate([embeds, model.language.embed(np.array([answer]))], axis=1)
-    return _logits(model, embeds)[-prompt_rows - len(answer) :]
-
-
-def _logits(model: Model, embeds: np.ndarray) -> np.ndarray:
-    logits = model.language.logits(embeds)[0]
-    if not np.isfinite(logits).all():
-        raise CheckFailed(f"{model.language.name}: logits that are not finite: this model cannot be used")
-    return logits
+    return model.language.logits(embeds)[0][-prompt_rows - len(answer) :]
 
 
 def _answer_nats(model: Model, embeds: np.ndarray, logits: np.ndarray, one: _Asked) -> np.ndarray:
@@ -284,7 +277,7 @@ def _text_nats(model: Model, file: zipfile.ZipFile, meta: dict[str, Any], rows: 
     """Negative log-likelihood of each of the text's tokens, window by window; its divergences go into `rows`."""
     nats = []
     for number, ids in enumerate(meta["windows"]):
-        logits = _logits(model, model.language.embed(np.array([ids])))[:-1]
+        logits = model.language.logits(model.language.embed(np.array([ids])))[0, :-1]
         _check_vocabulary(logits, meta["vocabulary"])
         nats.append(metrics.negative_log_likelihood(logits, ids[1:]))
         kl = metrics.kl_positions(_read(file, f"text/{number}"), logits[meta["text_kept"][number]])

@@ -144,7 +144,8 @@ def _torch(folder: Path, tokenizer: Any) -> "Language":
     model.eval().requires_grad_(False)
     release = torch.__version__.split("+")[0]
     ends = eos_ids(tokenizer, document.get("eos_token_id"))
-    return TorchLanguage(model, ends, f"PyTorch {release} CPU float32 over {_stored_as(document)} tensors")
+    name = f"PyTorch {release} CPU float32 over {_stored_as(document)} tensors"
+    return TorchLanguage(model, ends, name, _remedy(folder))
 
 
 def _dequantized(folder: Path, quantization: dict[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -184,16 +185,14 @@ def _mlx(folder: Path, tokenizer: Any) -> "Language":
         from mlx_lm.utils import load_model
     except ImportError as error:
         raise UserError(f"MLX is not usable here ({error}): use --llm torch") from None
+    from fastvlm.limits import positions
     from fastvlm.surface import eos_ids
     from model_export.language import MlxLanguage
 
     class MlxText(MlxLanguage):
         """Its embeddings are the token ids themselves, (1, T): what every model of mlx-lm takes."""
 
-        def __init__(self, model: Any, eos: set[int], name: str) -> None:
-            self.text, self.eos_ids, self.name = model, frozenset(eos), name
-
-        def embed(self, ids: np.ndarray) -> np.ndarray:
+        def _embed(self, ids: np.ndarray) -> np.ndarray:
             return ids
 
         def _hidden(self, embeds: np.ndarray, cache: Any) -> Any:
@@ -208,7 +207,12 @@ def _mlx(folder: Path, tokenizer: Any) -> "Language":
         raise UserError(f"{folder}: mlx-lm refuses it ({_short(error)})") from None
     device = "GPU" if mx.default_device() == mx.gpu else "CPU"
     name = f"MLX {version('mlx')} {device} over {_stored_as(document)} tensors"
-    return MlxText(model, eos_ids(tokenizer, document.get("eos_token_id")), name)
+    ends = eos_ids(tokenizer, document.get("eos_token_id"))
+    return MlxText(model, ends, name, _remedy(folder), positions(document))
+
+
+def _remedy(folder: Path) -> str:
+    return f"the weights of {folder} are damaged, or too large for their dtype: give another model"
 
 
 def _short(error: BaseException) -> str:

@@ -14,7 +14,6 @@ from PIL import Image
 
 from benchmarks.ttft_runner import Stage
 from fastvlm import surface
-from fastvlm.prompt import encode_prompt
 
 CHECKPOINT_SETTINGS = {"dtype": "float32", "device": "cpu", "memory_format": "contiguous", "attention": "sdpa"}
 
@@ -77,8 +76,7 @@ class ModelRunner:
                 state["answer"].append(int(np.argmax(logits)))
 
         def next_question(state: dict[str, Any]) -> None:
-            tokens = (model.image_size // 64) ** 2
-            ids = encode_prompt(model.tokenizer, self.question, model.image_token_id, tokens)
+            ids = model.tokenize(self.question)
             kept = int(np.flatnonzero(ids[0] == model.image_token_id)[-1]) + 1
             past = language.rewind(state["past"], kept)
             logits, _ = language.prefill(language.embed(ids[:, kept:]), past)

@@ -29,6 +29,25 @@ def torch_dtype(name: str) -> torch.dtype:
     return DTYPES[name]
 
 
+def computed_in(stored: str, device: str) -> tuple[str, str]:
+    """What `--dtype auto` is on a device for weights stored in a dtype: encoder's and projector's, language model's.
+
+    float32 on the CPU; elsewhere as stored, but never the encoder in float16, whose range the published weights leave
+    (2.5e5 against 65504), and nothing in bfloat16 where the device has none.
+    """
+    if device == "cpu":
+        return "float32", "float32"
+    language = stored if stored != "bfloat16" or has_bfloat16(device) else "float32"
+    return ("float32" if language == "float16" else language), language
+
+
+def has_bfloat16(device: str) -> bool:
+    """Whether a device computes in bfloat16 itself: CUDA from Ampere on, Metal from macOS 14 on."""
+    if device == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device != "mps" or torch.backends.mps.is_macos_or_newer(14, 0)
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     """`torch.float16` -> `float16`."""
     return str(dtype).removeprefix("torch.")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastvlm.errors import UserError
+from fastvlm.prompt import prompt_fault
 from fastvlm.weights import Fault, read_json
 
 if TYPE_CHECKING:
@@ -51,6 +52,8 @@ def check_config(config: dict[str, Any], layout: str, form: str, faults: list[Fa
     """What config.json says that this project can't honour (faults) or that the weights contradict (warnings)."""
     if "quantization_config" in config or "quantization" in config:
         faults.append(Fault("a quantized checkpoint: config.json has a quantization entry; give the original weights"))
+    if fault := prompt_fault(config):
+        faults.append(Fault(f"config.json: {fault}"))
     args = _model_args(config, layout)
     unknown = sorted(set(args) - _MODEL_ARGS)
     if unknown:
@@ -83,8 +86,6 @@ def _check_llava(config: dict[str, Any], faults: list[Fault], warnings: list[str
     width = 2 * _widths(config, "llava_qwen2")[-1]
     if config.get("mm_hidden_size", width) != width:
         warnings.append(f"config.json says mm_hidden_size {config['mm_hidden_size']}, but the encoder gives {width}")
-    if config.get("mm_use_im_start_end"):
-        warnings.append("config.json asks for <im_start>/<im_end> around images, which prompts here don't have")
     ratio = str(config.get("image_aspect_ratio", "square"))
     if ratio.startswith("anyres"):
         warnings.append(f"config.json says image_aspect_ratio {ratio}: tiles aren't supported, one centre crop is used")

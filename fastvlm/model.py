@@ -91,17 +91,19 @@ def build(
     dtype: str | torch.dtype = "float32",
     device: str | torch.device = "cpu",
     attn_implementation: str = "sdpa",
+    vision_dtype: str | torch.dtype | None = None,
 ) -> "FastVlmForConditionalGeneration":
     """The whole model in the checkpoint's form (training or folded), eval mode, no gradients.
 
-    `attn_implementation` is the text decoder's; the vision tower's attention is timm's own. Weights already in `dtype`
+    `attn_implementation` is the text decoder's; the vision tower's attention is timm's own. `vision_dtype` is the
+    vision tower's and the projector's (None: `dtype`). Weights already in `dtype`
     stay memory-mapped on the CPU (changes in memory never reach the file); others are converted one at a time.
     """
     config: Any = copy.deepcopy(checkpoint.hf_config)  # Any: Transformers types its parts as dict | config | None
     config.text_config._attn_implementation = attn_implementation
     config.image_token_index = checkpoint.image_token_id
     model = skeleton(config)
-    _load(model, checkpoint, "", _dtype(dtype), torch.device(device))
+    _load(model, checkpoint, "", _dtype(dtype), torch.device(device), _dtype(vision_dtype or dtype))
     decoder = model.model.language_model
     decoder.rotary_emb = type(decoder.rotary_emb)(config=config.text_config).to(
         device
@@ -119,7 +121,7 @@ def folded_skeleton(checkpoint: Checkpoint) -> nn.Module:
 def encoder(checkpoint: Checkpoint, dtype: str | torch.dtype = torch.float32) -> nn.Module:
     """Only the vision tower, timm's FastVit: `forward_features` takes (B,3,S,S) in 0..1 and gives (B,C,S/64,S/64)."""
     model = _fastvit(checkpoint)
-    _load(model, checkpoint, naming.VISION, _dtype(dtype), torch.device("cpu"))
+    _load(model, checkpoint, naming.VISION, _dtype(dtype), torch.device("cpu"), _dtype(dtype))
     return _frozen(model)
 
 
@@ -142,13 +144,21 @@ def _dtype(dtype: str | torch.dtype) -> torch.dtype:
     return torch_dtype(dtype) if isinstance(dtype, str) else dtype
 
 
-def _load(model: nn.Module, checkpoint: Checkpoint, prefix: str, dtype: torch.dtype, device: torch.device) -> None:
+def _load(
+    model: nn.Module,
+    checkpoint: Checkpoint,
+    prefix: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    vision_dtype: torch.dtype,
+) -> None:
     """Assign every tensor below `prefix` to the module on the meta device; anything left over or missing raises."""
     state: dict[str, Any] = {}
     for name in checkpoint.tensors:
         if name.startswith(prefix):
-            same = dtype_name(dtype) == checkpoint.tensors[name].dtype
-            state[name[len(prefix) :]] = checkpoint.read(name, mapped=same).to(device=device, dtype=dtype)
+            wanted = vision_dtype if name.startswith((naming.VISION, naming.PROJECTOR)) else dtype
+            same = dtype_name(wanted) == checkpoint.tensors[name].dtype
+            state[name[len(prefix) :]] = checkpoint.read(name, mapped=same).to(device=device, dtype=wanted)
     for name in model.state_dict():
         if naming.is_ignored(name):
             state[name] = torch.zeros((), dtype=torch.int64, device=device)  # BatchNorm's counter

@@ -1,6 +1,7 @@
 """`python -m fastvlm predict`: ask a checkpoint about pictures, in PyTorch."""
 
 import argparse
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -51,7 +52,12 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--device", choices=DEVICES, default="auto", help="auto takes cuda or mps where there is one, and says so"
     )
-    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="auto: float32 on the CPU, float16 elsewhere")
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default="auto",
+        help="auto: float32 on the CPU; elsewhere the checkpoint's own, but float32 for an encoder in float16",
+    )
     parser.add_argument(
         "--attn-implementation",
         choices=("eager", "sdpa"),
@@ -94,7 +100,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     _check(args)
     jobs = plan(len(args.image_file), args.prompt)
     device = choose_device(args.device)
-    dtype = args.dtype if args.dtype != "auto" else "float32" if device == "cpu" else "float16"
 
     from fastvlm.preprocessing import open_image
     from fastvlm.surface import Sampler, load_checkpoint
@@ -102,11 +107,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     Sampler(args.temperature, args.top_p)  # refuses values before the model is loaded
     pictures = [open_image(path) for path in args.image_file]
     started = time.monotonic()
-    model = load_checkpoint(args.model_path, dtype, device, args.attn_implementation, args.image_strategy)
+    model = load_checkpoint(args.model_path, args.dtype, device, args.attn_implementation, args.image_strategy)
     pixels = f"{model.image_size} × {model.image_size} pixels, {model.preprocessor.image_strategy}"
-    log(f"{model.language.name}, {pixels}; loaded in {time.monotonic() - started:.1f} s")
+    log(f"{', '.join(dict.fromkeys(model.runners.values()))}, {pixels}; loaded in {time.monotonic() - started:.1f} s")
     if any(len(job.pictures) > 1 for job in jobs):
         log("warning: FastVLM was trained with one picture a prompt; answers about several may be poor")
+    _check_lengths(model, jobs, args.conv_mode)
     image_embeddings = [model.project(model.encode_image(model.preprocess(picture))) for picture in pictures]
     embeds = [
         model.merge(job.prompt, [image_embeddings[picture] for picture in job.pictures], args.conv_mode) for job in jobs
@@ -146,6 +152,18 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError("; ".join(faults))
 
 
+def _check_lengths(model: Any, jobs: Sequence[Job], conv_mode: str) -> None:
+    """Refuse every prompt that is too long before the first picture is looked at."""
+    faults = []
+    for job in jobs:
+        try:
+            model.tokenize(job.prompt, len(job.pictures), conv_mode)
+        except UserError as error:
+            faults.append(str(error))
+    if faults:
+        raise UserError("; ".join(dict.fromkeys(faults)))
+
+
 def _shown(pieces: Iterator[str], quiet: bool) -> str:
     text = ""
     for piece in pieces:
@@ -158,10 +176,20 @@ def _shown(pieces: Iterator[str], quiet: bool) -> str:
 
 
 def generate_batch(model: Any, embeds: Sequence[np.ndarray], args: argparse.Namespace) -> list[str]:
-    """Answer several prompts, each (1, T, H), in one left-padded batch by Transformers' `generate`."""
+    """Answer several prompts, each (1, T, H), in one left-padded batch by Transformers' `generate`.
+
+    Prompts whose answers could reach the model's last position are answered one by one, each up to there.
+    """
     import torch
+    from transformers import LogitsProcessorList
+
+    from fastvlm.limits import finite, stopped
 
     language = model.language
+    positions = math.inf if language.positions is None else language.positions
+    room = [positions - one.shape[1] + 1 for one in embeds]
+    if len(embeds) > 1 and min(room) < args.max_new_tokens:
+        return [answer for one in embeds for answer in generate_batch(model, [one], args)]
     length = max(one.shape[1] for one in embeds)
     batch = np.zeros((len(embeds), length, embeds[0].shape[2]), np.float32)
     mask = torch.zeros(len(embeds), length, dtype=torch.long)
@@ -173,14 +201,26 @@ def generate_batch(model: Any, embeds: Sequence[np.ndarray], args: argparse.Name
         if args.temperature > 0
         else {"do_sample": False}
     )
+    ends = torch.tensor(sorted(language.eos_ids), device=language.like.device)
+
+    def check(generated: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Before each token: the rows that go on must be finite."""
+        step = generated.shape[1]
+        going = scores if not step else scores[~torch.isin(generated[:, -1], ends)]
+        finite(going.cpu().numpy(), f"language model: logits of token {step + 1} of the answer", language)
+        return scores
+
     with torch.inference_mode():
         ids = language.model.generate(
             inputs_embeds=torch.from_numpy(batch).to(language.like.device, language.like.dtype),
             attention_mask=mask.to(language.like.device),
-            max_new_tokens=args.max_new_tokens,
+            max_new_tokens=min(args.max_new_tokens, *room),
             num_beams=args.num_beams,
             eos_token_id=sorted(language.eos_ids),
             pad_token_id=min(language.eos_ids),
+            logits_processor=LogitsProcessorList([check]),
             **sampling,
         )
+    if ids.shape[1] == min(room) < args.max_new_tokens and ids[0, -1] not in ends:
+        log(stopped(language.positions))
     return model.tokenizer.batch_decode(ids, skip_special_tokens=True)

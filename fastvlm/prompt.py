@@ -1,5 +1,6 @@
 """From a question to token ids: Qwen2's chat template with the image tokens in front of the question."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,20 @@ CHAT_TEMPLATE = (
     "{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+
+
+def prompt_fault(config: Mapping[str, Any]) -> str | None:
+    """What a config.json asks of prompts that nobody here builds, the demo app least of all; None for nothing.
+
+    `mm_use_im_start_end` is the one setting by which Apple's predict.py builds another prompt: `mm_use_im_patch_token`
+    adds a token that no prompt has, `tune_mm_mlp_adapter` is for training, and the template is a flag's choice.
+    """
+    if not config.get("mm_use_im_start_end"):
+        return None
+    return (
+        "mm_use_im_start_end: prompts with <im_start> and <im_end> around the picture, which the app doesn't build:"
+        " fine-tune without it, or set it to false in a copy if the model was trained without these tokens"
+    )
 
 
 def render_prompt(prompt: str, images: int = 1, conv_mode: str = "qwen_2") -> str:

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from fastvlm.preprocessing import as_rgb
-from fastvlm.prompt import encode_prompt
 from fastvlm.surface import FastVLM, Sampler
 
 KEPT_PICTURES = 16  # image embeddings of 0.9 MB each in the 0.5B model
@@ -48,10 +47,9 @@ class Session:
         `image` as in `FastVLM.stream`.
         """
         model, images = self.model, [] if image is None else image if isinstance(image, (list, tuple)) else [image]
+        ids = model.tokenize(prompt, len(images))[0].tolist()
         hashes, embeddings = zip(*map(self.picture, images), strict=True) if images else ((), ())
-        each = (model.image_size // 64) ** 2
-        ids = encode_prompt(model.tokenizer, prompt, model.image_token_id, each, len(images))[0].tolist()
-        shown = iter([key for key in hashes for _ in range(each)])
+        shown = iter([key for key in hashes for _ in range(model.tokens_per_image)])
         keys = [next(shown) if token == model.image_token_id else token for token in ids]
         known = min(_common(keys, self._keys), len(keys) - 1)  # the last position's logits are asked for
         past = model.language.rewind(self._past, known) if known else None

@@ -1,7 +1,7 @@
 """The Python surface, the same over a PyTorch checkpoint and over an exported artefact. NumPy in and out.
 
 A `FastVLM` is put together from three parts: what encodes the picture, what projects it, what speaks. Here are the
-PyTorch parts; `model_export.runtime` has those of an artefact.
+PyTorch parts; `model_export.runtime` has those of an artefact. Whatever a part computes is finite, or an error.
 """
 
 from abc import ABC, abstractmethod
@@ -13,25 +13,24 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from fastvlm.cli import log
+from fastvlm.dtypes import computed_in, dtype_name
 from fastvlm.errors import UserError
+from fastvlm.limits import Part, finite, positions, stopped, warn_once
 from fastvlm.preprocessing import Preprocessor
 from fastvlm.prompt import encode_prompt
 
 
-class Vision(Protocol):
+class Vision(Part, Protocol):
     """Encodes pictures."""
-
-    name: str
 
     def encode(self, pixel_values: np.ndarray) -> np.ndarray:
         """(1, 3, S, S) float32 -> (1, N, C) float32, N = (S / 64)²."""
         ...
 
 
-class Projector(Protocol):
+class Projector(Part, Protocol):
     """Maps the encoder's features into the language model's width."""
-
-    name: str
 
     def __call__(self, features: np.ndarray) -> np.ndarray:
         """(1, N, C) float32 -> (1, N, H) float32."""
@@ -39,23 +38,55 @@ class Projector(Protocol):
 
 
 class Language(ABC):
-    """A causal language model over embeddings: NumPy in and out, nothing left to be computed on return."""
+    """A causal language model over embeddings: NumPy in and out, nothing left to be computed on return.
+
+    `positions` is how many it was made for (None: unknown): a prompt past them is refused, an answer ends there.
+    """
 
     name: str
+    remedy: str
     eos_ids: frozenset[int]
+    positions: int | None
 
-    @abstractmethod
     def embed(self, ids: np.ndarray) -> np.ndarray:
         """(1, T) int64 -> (1, T, H) float32."""
+        return finite(self._embed(ids), "language model: embeddings of tokens", self)
 
-    @abstractmethod
     def logits(self, embeds: np.ndarray) -> np.ndarray:
         """(1, T, H) float32 -> (1, T, V) float32."""
+        self.check_length(embeds.shape[1])
+        return finite(self._logits(embeds), "language model: logits at position {}", self)
 
-    @abstractmethod
     def prefill(self, embeds: np.ndarray, past: Any = None) -> tuple[np.ndarray, Any]:
         """(1, T, H) float32 behind what the KV cache `past` holds -> the last position's logits (V,) float32, and the
         cache, which now holds these positions too (`past` itself, extended)."""
+        last = (0 if past is None else self.length(past)) + embeds.shape[1] - 1
+        self.check_length(last + 1)
+        logits, past = self._prefill(embeds, past)
+        return finite(logits, f"language model: logits at position {last}", self), past
+
+    def check_length(self, tokens: int, of_pictures: int = 0) -> None:
+        """UserError for a prompt of more tokens than there are positions."""
+        if self.positions is not None and tokens > self.positions:
+            counted = f", {of_pictures} of them for pictures" if of_pictures else ""
+            raise UserError(
+                f"prompt: {tokens} tokens{counted}, but the language model has {self.positions} positions"
+                " (max_position_embeddings): shorten the text, or show fewer pictures at once"
+            )
+
+    @abstractmethod
+    def _embed(self, ids: np.ndarray) -> np.ndarray:
+        """`embed`, whatever comes out; so the next two."""
+
+    @abstractmethod
+    def _logits(self, embeds: np.ndarray) -> np.ndarray: ...
+
+    @abstractmethod
+    def _prefill(self, embeds: np.ndarray, past: Any) -> tuple[np.ndarray, Any]: ...
+
+    @abstractmethod
+    def length(self, past: Any) -> int:
+        """How many positions a KV cache holds."""
 
     @abstractmethod
     def rewind(self, past: Any, length: int) -> Any:
@@ -80,8 +111,12 @@ class Language(ABC):
             if token in self.eos_ids:
                 return
             yield token
-            if count < max_new_tokens:
-                logits, past = self.prefill(self.embed(np.array([[token]])), past)
+            if count == max_new_tokens:
+                return
+            if self.positions is not None and self.length(past) >= self.positions:
+                log(stopped(self.positions))
+                return
+            logits, past = self.prefill(self.embed(np.array([[token]])), past)
 
 
 @dataclass(frozen=True)
@@ -109,6 +144,11 @@ class FastVLM:
         """What runs each part."""
         return {"vision": self.vision.name, "projector": self.projector.name, "language": self.language.name}
 
+    @property
+    def tokens_per_image(self) -> int:
+        """How many tokens of the prompt a picture takes."""
+        return (self.image_size // 64) ** 2
+
     def preprocess(self, image: Any) -> np.ndarray:
         """A picture (PIL image, path, or uint8 (height, width, 3)) -> pixel values (1, 3, S, S) float32, 0…1 before
         the checkpoint's mean and standard deviation. Raises UserError for what is no usable picture."""
@@ -116,11 +156,13 @@ class FastVLM:
 
     def encode_image(self, pixel_values: np.ndarray) -> np.ndarray:
         """Pixel values (1, 3, S, S) float32 -> encoder features (1, N, C) float32."""
-        return self.vision.encode(_checked(pixel_values, (1, 3, self.image_size, self.image_size), "pixel_values"))
+        pixels = _checked(pixel_values, (1, 3, self.image_size, self.image_size), "pixel_values")
+        return finite(self.vision.encode(pixels), "vision encoder: features", self.vision)
 
     def project(self, features: np.ndarray) -> np.ndarray:
         """Encoder features (1, N, C) -> image embeddings (1, N, H) float32."""
-        return self.projector(_checked(features, (1, (self.image_size // 64) ** 2, None), "features"))
+        checked = _checked(features, (1, self.tokens_per_image, None), "features")
+        return finite(self.projector(checked), "projector: embeddings of a picture", self.projector)
 
     def embed(self, prompt: str, image: Any = None, conv_mode: str = "qwen_2") -> np.ndarray:
         """The merged embeddings (1, T, H) float32 that the language model reads.
@@ -133,13 +175,28 @@ class FastVLM:
 
     def merge(self, prompt: str, image_embeddings: Sequence[np.ndarray], conv_mode: str = "qwen_2") -> np.ndarray:
         """Put image embeddings, each (1, N, H), in the places of the prompt's image tokens -> (1, T, H) float32."""
-        tokens = (self.image_size // 64) ** 2
-        ids = encode_prompt(self.tokenizer, prompt, self.image_token_id, tokens, len(image_embeddings), conv_mode)
+        ids = self.tokenize(prompt, len(image_embeddings), conv_mode)
         embeds = self.language.embed(ids)
         if image_embeddings:
             embeds = embeds.copy()
             embeds[ids == self.image_token_id] = np.concatenate([one[0] for one in image_embeddings])
         return embeds
+
+    def tokenize(self, prompt: str, images: int = 1, conv_mode: str = "qwen_2") -> np.ndarray:
+        """The prompt's token ids (1, T) int64, N for each picture. UserError for none, and for more than the language
+        model has positions; more than the tokenizer's `model_max_length` is warned of."""
+        ids = encode_prompt(self.tokenizer, prompt, self.image_token_id, self.tokens_per_image, images, conv_mode)
+        count, of_pictures = ids.shape[1], images * self.tokens_per_image
+        if not count:
+            raise UserError("prompt: empty: expected text, or a picture")
+        self.language.check_length(count, of_pictures)
+        most = self.tokenizer.model_max_length  # 1e30 where the files don't say
+        if count > most:
+            warn_once(
+                f"prompt: {count} tokens, {of_pictures} of them for pictures: more than the tokenizer's"
+                f" model_max_length {most}: the model may not have been trained with so many"
+            )
+        return ids
 
     def logits(self, prompt: str, image: Any = None, conv_mode: str = "qwen_2") -> np.ndarray:
         """Prefill logits (1, T, V) float32 for every position of the prompt."""
@@ -189,8 +246,8 @@ def _checked(array: np.ndarray, shape: tuple[int | None, ...], name: str) -> np.
 class TorchVision:
     """The encoder in PyTorch: a timm FastViT whose `forward_features` gives (1, C, H, W)."""
 
-    def __init__(self, encoder: Any, name: str) -> None:
-        self.encoder, self.name = encoder, name
+    def __init__(self, encoder: Any, name: str, remedy: str) -> None:
+        self.encoder, self.name, self.remedy = encoder, name, remedy
         self.like = next(encoder.parameters())
 
     @torch.inference_mode()
@@ -203,8 +260,8 @@ class TorchVision:
 class TorchProjector:
     """A projector module in PyTorch."""
 
-    def __init__(self, module: torch.nn.Module, name: str) -> None:
-        self.module, self.name = module, name
+    def __init__(self, module: torch.nn.Module, name: str, remedy: str) -> None:
+        self.module, self.name, self.remedy = module, name, remedy
         self.like = next(module.parameters())
 
     @torch.inference_mode()
@@ -215,29 +272,32 @@ class TorchProjector:
 class TorchLanguage(Language):
     """Any Transformers causal language model as a `Language`."""
 
-    def __init__(self, model: Any, eos_ids: Iterable[int], name: str) -> None:
-        self.model, self.eos_ids, self.name = model, frozenset(eos_ids), name
-        self.like = next(model.parameters())
+    def __init__(self, model: Any, eos_ids: Iterable[int], name: str, remedy: str) -> None:
+        self.model, self.eos_ids, self.name, self.remedy = model, frozenset(eos_ids), name, remedy
+        self.like, self.positions = next(model.parameters()), positions(model.config.to_dict())
 
     def _tensor(self, embeds: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(embeds)).to(self.like.device, self.like.dtype)
 
     @torch.inference_mode()
-    def embed(self, ids: np.ndarray) -> np.ndarray:
+    def _embed(self, ids: np.ndarray) -> np.ndarray:
         return self.model.get_input_embeddings()(torch.from_numpy(ids).to(self.like.device)).float().cpu().numpy()
 
     @torch.inference_mode()
-    def logits(self, embeds: np.ndarray) -> np.ndarray:
+    def _logits(self, embeds: np.ndarray) -> np.ndarray:
         return self.model(inputs_embeds=self._tensor(embeds), use_cache=False).logits.float().cpu().numpy()
 
     @torch.inference_mode()
-    def prefill(self, embeds: np.ndarray, past: Any = None) -> tuple[np.ndarray, Any]:
+    def _prefill(self, embeds: np.ndarray, past: Any) -> tuple[np.ndarray, Any]:
         # By index and not as `1`, a view, for which PyTorch's matmul copies a frozen bfloat16 matrix (272 MB at 0.5B).
         last = torch.tensor([embeds.shape[1] - 1], device=self.like.device)
         output = self.model(
             inputs_embeds=self._tensor(embeds), past_key_values=past, use_cache=True, logits_to_keep=last
         )
         return output.logits[0, -1].float().cpu().numpy(), output.past_key_values
+
+    def length(self, past: Any) -> int:
+        return past.get_seq_length()
 
     def rewind(self, past: Any, length: int) -> Any:
         past.crop(length - past.get_seq_length())
@@ -275,22 +335,19 @@ def load_checkpoint(
     attn_implementation: str = "sdpa",
     image_strategy: str | None = None,
 ) -> FastVLM:
-    """Load a checkpoint in any supported layout as a FastVLM run by PyTorch."""
+    """Load a checkpoint in any supported layout as a FastVLM run by PyTorch; `dtype` may be "auto", too (see
+    `dtypes.computed_in`)."""
     from fastvlm.checkpoint import open_checkpoint
     from fastvlm.model import build
     from fastvlm.preprocessing import read_preprocessor
 
     checkpoint = open_checkpoint(path)
-    model = build(checkpoint, dtype, device, attn_implementation)
-    return from_model(
-        model,
-        checkpoint,
-        read_preprocessor(checkpoint.path, image_strategy),
-        f"PyTorch {torch.__version__} {device} {dtype}",
-    )
+    vision, language = computed_in(checkpoint.dtype, device) if dtype == "auto" else (dtype, dtype)
+    model = build(checkpoint, language, device, attn_implementation, vision)
+    return from_model(model, checkpoint, read_preprocessor(checkpoint.path, image_strategy))
 
 
-def from_model(model: Any, checkpoint: Any, preprocessor: Preprocessor, name: str) -> FastVLM:
+def from_model(model: Any, checkpoint: Any, preprocessor: Preprocessor) -> FastVLM:
     """The surface over a built `FastVlmForConditionalGeneration`."""
     from transformers import Qwen2ForCausalLM
 
@@ -300,14 +357,24 @@ def from_model(model: Any, checkpoint: Any, preprocessor: Preprocessor, name: st
     language.eval()
     tokenizer = checkpoint.tokenizer()
     eos = eos_ids(tokenizer, model.config.text_config.eos_token_id)
+    encoder, projector = model.model.vision_tower.timm_model, model.model.multi_modal_projector
     return FastVLM(
         preprocessor=preprocessor,
         tokenizer=tokenizer,
         image_token_id=checkpoint.image_token_id,
-        vision=TorchVision(model.model.vision_tower.timm_model, name),
-        projector=TorchProjector(model.model.multi_modal_projector, name),
-        language=TorchLanguage(language, eos, name),
+        vision=TorchVision(encoder, *_name_and_remedy(encoder, checkpoint.path)),
+        projector=TorchProjector(projector, *_name_and_remedy(projector, checkpoint.path)),
+        language=TorchLanguage(language, eos, *_name_and_remedy(language, checkpoint.path)),
     )
+
+
+def _name_and_remedy(module: torch.nn.Module, path: Path) -> tuple[str, str]:
+    """Of what runs a part of the checkpoint at `path`."""
+    like = next(module.parameters())
+    name = f"PyTorch {torch.__version__} {like.device.type} {dtype_name(like.dtype)}"
+    if like.dtype == torch.float16:
+        return name, "float16 ends at 65504: run the checkpoint with --dtype bfloat16 or float32"
+    return name, f"weights are damaged, or too large: `python -m fastvlm doctor {path}` reads them all"
 
 
 def eos_ids(tokenizer: Any, configured: int | Sequence[int] | None) -> set[int]:

@@ -48,7 +48,7 @@ def calibrate(
     samples = built_in(checkpoint.path) if samples is None else samples
     stored = {info.dtype for name, info in checkpoint.tensors.items() if name.startswith(naming.LANGUAGE)}
     dtype = "bfloat16" if stored == {"bfloat16"} else "float32"
-    model = from_model(build(checkpoint, dtype, "cpu"), checkpoint, preprocessor, f"PyTorch {dtype}")
+    model = from_model(build(checkpoint, dtype, "cpu"), checkpoint, preprocessor)
     if exported is not None:
         model = replace(model, vision=ExecutorVision(exported))
     text: Any = checkpoint.hf_config.text_config

@@ -4,6 +4,7 @@ PyTorch computes with the values that MLX's quantized tensors stand for, dequant
 """
 
 import json
+from collections.abc import Iterable
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -16,11 +17,19 @@ from torch import Tensor, nn
 
 from fastvlm.dtypes import dtype_name, torch_dtype
 from fastvlm.errors import UserError
+from fastvlm.limits import positions
+from fastvlm.prompt import prompt_fault
 from fastvlm.surface import Language, TorchLanguage, TorchProjector
 from model_export import contract
 from model_export.linear import packed
 from model_export.mil.allocator import returned_buffers
 from quantization import affine, floating
+
+# What to do when an artefact's language model or projector computes NaN or infinity.
+_REMEDY = (
+    "its weights are damaged (`python -m model_export verify` tells), or too large for their dtype: export the"
+    " checkpoint again, with --quant bf16 if they are float16"
+)
 
 
 class StoredTensors:
@@ -136,6 +145,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     wrong = [key for key, kind in contract.CONFIG_REQUIRED.items() if type(config.get(key)) is not kind]
     if wrong:
         raise UserError(f"{path}: missing or of the wrong type: {', '.join(wrong)}; export again")
+    if fault := prompt_fault(config):
+        raise UserError(f"{path}: {fault}")
     return contract.CONFIG_DEFAULTS | config
 
 
@@ -215,7 +226,7 @@ def torch_language(folder: Path, dtype: str = "float32") -> tuple[TorchLanguage,
     name = f"PyTorch {release} CPU {computed} over MLX {stored.label} tensors"
     for module in (model, projector):
         module.eval().requires_grad_(False)
-    return TorchLanguage(model, eos_ids(config), name), TorchProjector(projector, name)
+    return TorchLanguage(model, eos_ids(config), name, _REMEDY), TorchProjector(projector, name, _REMEDY)
 
 
 def _fill(
@@ -250,18 +261,17 @@ def _fill(
 class MlxLanguage(Language):
     """The text model that mlx-lm loads, as a `Language`; quantized weights stay quantized."""
 
-    def __init__(self, model: Any, eos: list[int], name: str) -> None:
-        self.text, self.eos_ids, self.name = model.language_model, frozenset(eos), name
+    def __init__(self, text: Any, eos: Iterable[int], name: str, remedy: str, positions: int | None) -> None:
+        self.text, self.eos_ids, self.name = text, frozenset(eos), name
+        self.remedy, self.positions = remedy, positions
 
-    def embed(self, ids: np.ndarray) -> np.ndarray:
-        """(1, T) int64 -> (1, T, H) float32."""
+    def _embed(self, ids: np.ndarray) -> np.ndarray:
         return _to_numpy(self.text.model.embed_tokens(_to_mlx(ids.astype(np.int32))))
 
-    def logits(self, embeds: np.ndarray) -> np.ndarray:
-        """(1, T, H) float32 -> (1, T, V) float32."""
+    def _logits(self, embeds: np.ndarray) -> np.ndarray:
         return _to_numpy(self._head(self._hidden(embeds, None)))
 
-    def prefill(self, embeds: np.ndarray, past: Any = None) -> tuple[np.ndarray, Any]:
+    def _prefill(self, embeds: np.ndarray, past: Any) -> tuple[np.ndarray, Any]:
         import mlx.core as mx
         from mlx_lm.models.cache import make_prompt_cache
 
@@ -270,10 +280,13 @@ class MlxLanguage(Language):
         mx.eval(logits, [layer.state for layer in cache])
         return _to_numpy(logits)[0, -1], cache
 
+    def length(self, past: Any) -> int:
+        return max(getattr(layer, "offset", 0) for layer in past)  # layers without attention keep no count
+
     def rewind(self, past: Any, length: int) -> Any:
         from mlx_lm.models.cache import trim_prompt_cache
 
-        trim_prompt_cache(past, past[0].offset - length)
+        trim_prompt_cache(past, self.length(past) - length)
         return past
 
     def _hidden(self, embeds: np.ndarray, cache: Any) -> Any:
@@ -292,7 +305,7 @@ class MlxProjector:
         import mlx.core as mx
         import mlx.nn as mlx_nn
 
-        self.name = name
+        self.name, self.remedy = name, _REMEDY
         weights: Any = mx.load(str(stored.folder / contract.PROJECTOR_WEIGHTS))
         self.layers: list[Any] = []
         for layer in contract.PROJECTOR_LAYERS:
@@ -329,7 +342,8 @@ def mlx_language(folder: Path) -> tuple[MlxLanguage, MlxProjector]:
         raise UserError(f"{folder}: mlx-lm refuses it ({error}); export again") from None
     device = "GPU" if mx.default_device() == mx.gpu else "CPU"
     name = f"MLX {version('mlx')} {device} over {stored.label} tensors"
-    return MlxLanguage(model, eos_ids(stored.config), name), MlxProjector(stored, name)
+    language = MlxLanguage(model.language_model, eos_ids(stored.config), name, _REMEDY, positions(stored.config))
+    return language, MlxProjector(stored, name)
 
 
 def _to_mlx(array: np.ndarray) -> Any:

@@ -94,6 +94,13 @@ def function_for(document: dict[str, Any], folder: Path, resolution: int | None)
     return None if resolution is None or len(held) == 1 else contract.function_name(resolution)
 
 
+# What to do when an artefact's encoder computes NaN or infinity.
+_REMEDY = (
+    "the program leaves its range: export the checkpoint with this version of the tool, which keeps float16 in range;"
+    " if it was, with --compute-precision float32 --compute-units CPU_AND_GPU"
+)
+
+
 class ExecutorVision:
     """The saved Core ML program, computed by the MIL executor."""
 
@@ -102,7 +109,7 @@ class ExecutorVision:
             self.executor = mil.load(folder / contract.PACKAGE, compute=compute, function_name=function)
         except mil.MILError as error:
             raise UserError(f"{folder / contract.PACKAGE}: {error}") from error
-        self.name = f"MIL executor ({compute})"
+        self.name, self.remedy = f"MIL executor ({compute})", _REMEDY
 
     def encode(self, pixel_values: np.ndarray) -> np.ndarray:
         """(1, 3, S, S) float32 -> (1, N, C) float32."""
@@ -128,7 +135,7 @@ class CoreMLVision:
         if getattr(self.model, "__proxy__", None) is None:  # a refusal by the framework is only warned of, and kept
             reason = getattr(self.model, "_framework_error", None)
             raise UserError(f"{self.package}: Core ML refuses it ({' '.join(str(reason).split())})")
-        self.name = f"Core ML ({units})"
+        self.name, self.remedy = f"Core ML ({units})", _REMEDY
 
     def encode(self, pixel_values: np.ndarray) -> np.ndarray:
         """(1, 3, S, S) float32 -> (1, N, C) float32."""

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 
 from fastvlm.conversations import Sample
-from fastvlm.prompt import encode_prompt
 from fastvlm.surface import FastVLM
 
 ANSWER_TOKENS = 64  # of an answer that the model gives itself
@@ -75,8 +74,7 @@ def collect(
         pictures = []
         if sample.image is not None:
             pictures = [model.project(model.encode_image(model.preprocess(sample.image())))]
-        tokens = (model.image_size // 64) ** 2
-        ids = encode_prompt(model.tokenizer, sample.question, model.image_token_id, tokens, len(pictures))[0]
+        ids = model.tokenize(sample.question, len(pictures))[0]
         ids = np.concatenate([ids, _answer(model, sample, pictures)])
         places = np.flatnonzero(ids == model.image_token_id) if pictures else np.empty(0, np.int64)
         ids[places] = vocabulary + sum(map(len, rows)) + np.arange(len(places))

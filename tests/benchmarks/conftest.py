@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from benchmarks.pictures import Picture
-from fastvlm.surface import FastVLM
+from fastvlm.surface import FastVLM, Language
 
 SIZE, CHANNELS, HIDDEN, VOCAB, EOS, IMAGE_ID = 128, 12, 8, 40, 38, 39
 
@@ -28,6 +28,8 @@ class FakePreprocessor:
 class FakeTokenizer:
     """Letters are tokens."""
 
+    model_max_length = int(1e30)
+
     def __call__(self, text, add_special_tokens=False):
         return {"input_ids": [ord(letter) % 36 for letter in text]}
 
@@ -44,6 +46,7 @@ class FakeTokenizer:
 class FakeVision:
     weight: np.ndarray
     name: str = "fake vision"
+    remedy: str = "mend it"
 
     def encode(self, pixels):
         patches = pixels.reshape(1, 3, 2, 64, 2, 64).transpose(0, 2, 4, 1, 3, 5).reshape(1, 4, 3, -1)
@@ -54,28 +57,36 @@ class FakeVision:
 class FakeProjector:
     weight: np.ndarray
     name: str = "fake projector"
+    remedy: str = "mend it"
 
     def __call__(self, features):
         return (features @ self.weight).astype(np.float32)
 
 
 @dataclass
-class FakeLanguage:
+class FakeLanguage(Language):
     embedding: np.ndarray
     head: np.ndarray
     name: str = "fake language"
+    remedy: str = "mend it"
+    positions: int | None = None
     seen: list[Any] = field(default_factory=list)
 
-    def embed(self, ids):
+    def _embed(self, ids):
         return self.embedding[ids]
 
-    def logits(self, embeds):
+    def _logits(self, embeds):
         steps = np.arange(1, embeds.shape[1] + 1, dtype=np.float32)[None, :, None]
         before = np.roll(embeds, 1, axis=1)
         return (np.tanh(embeds + 0.8 * before + np.cumsum(embeds, axis=1) / steps) @ self.head).astype(np.float32)
 
-    def prefill(self, embeds, past=None):
-        return self.logits(embeds)[0, -1], past
+    def _prefill(self, embeds, past):
+        return self._logits(embeds)[0, -1], past
+
+    def length(self, past):
+        raise NotImplementedError
+
+    rewind = length
 
     def stream(self, embeds, max_new_tokens, temperature=0.0, top_p=None, seed=None):
         for _ in range(min(max_new_tokens, 12)):
