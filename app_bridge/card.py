@@ -178,8 +178,9 @@ def read_quality(path: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
     try:
         document = json.loads(path.read_text(encoding="utf-8").strip().splitlines()[-1])
         reference = document["reference"]
-        found = [one for one in document["candidates"] if one["figures"]["bytes"] == size]
-        sizes = [one["figures"]["bytes"] for one in document["candidates"]]
+        measured = [one for one in document["candidates"] if "failed" not in one]
+        found = [one for one in measured if one["figures"]["bytes"] == size]
+        sizes = [one["figures"]["bytes"] for one in measured]
         rows = [
             (label, _share(key, reference["figures"].get(key)), _share(key, one["figures"][key]))
             for one in found[:1]

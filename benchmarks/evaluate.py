@@ -211,21 +211,30 @@ def run_evaluate(args: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="evaluate.") as work:
         common["results"] = str(Path(work, "reference.zip"))
         reference = _timed(Job(str(args.reference.resolve()), is_reference=True, **common))
-        candidates = [
-            {"name": name} | _timed(Job(str(model.resolve()), resolution=args.resolution, **common))
-            for name, model in zip(_names(args.model), args.model)
-        ]
+        candidates = []
+        for name, model in zip(_names(args.model), args.model):
+            try:
+                found = _timed(Job(str(model.resolve()), resolution=args.resolution, **common))
+            except CheckFailed as error:  # of this one; the others go on
+                found = {"failed": str(error)}
+            candidates.append({"name": name} | found)
     document: dict[str, Any] = {"reference": {"name": args.reference.resolve().name} | reference}
     document |= {"candidates": candidates, "environment": environment.describe()}
     short = []
     if args.min_agreement is not None:
         key = "text_top1" if text_only else "same_answers"
-        short = [one["name"] for one in candidates if one["figures"][key] < args.min_agreement]
+        whole = [one for one in candidates if "failed" not in one]
+        short = [one["name"] for one in whole if one["figures"][key] < args.min_agreement]
         document["passed"] = not short
+    failed = [one for one in candidates if "failed" in one]
+    if failed:
+        document["passed"] = False
     if not args.json:
         _print(document)
     for name in short:
         log(f"{name}: agreement below {args.min_agreement:g}")
+    for one in failed:
+        log(f"error: {one['name']}: {one['failed']}")
     return document
 
 
@@ -317,7 +326,10 @@ def _tokens(folder: Path) -> dict[str, int] | None:
 
 def _print(document: dict[str, Any]) -> None:
     """Figures by candidate, then where they part from the reference most, then what ran it all."""
-    console, reference, candidates = Console(highlight=False), document["reference"], document["candidates"]
+    console, reference = Console(highlight=False), document["reference"]
+    candidates = [one for one in document["candidates"] if "failed" not in one]
+    if not candidates:
+        return
     table = Table(title="evaluate", title_justify="left")
     table.add_column("figure", overflow="fold")
     for one in (reference, *candidates):

@@ -9,7 +9,7 @@ import math
 import statistics
 import time
 import zipfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -231,8 +231,10 @@ def _first(stream: Iterator[int]) -> Iterator[int]:
         return
 
 
-def _prompts(model: Model, samples: Iterable[Sample], clock: Clock) -> Iterator[tuple[Sample, list[int], np.ndarray]]:
+def _prompts(model: Model, samples: Sequence[Sample], clock: Clock) -> Iterator[tuple[Sample, list[int], np.ndarray]]:
     """Each sample with its tokens behind the picture, and its embeddings (1, T, H)."""
+    if not isinstance(model, TextModel):
+        model.check_prompts((one.name, one.question, int(one.image is not None)) for one in samples)
     for sample in samples:
         if isinstance(model, TextModel):
             tokens = _ids(model, sample.question)

@@ -15,6 +15,7 @@ from mlx_vlm.utils import load
 from PIL import Image
 
 from benchmarks.ttft_runner import Stage
+from fastvlm.errors import CheckFailed
 
 _PLACEHOLDER = "<image>"
 
@@ -77,6 +78,8 @@ class MlxVlm:
             state["answer"] = [int(mx.argmax(state["last"]))]
             self.processor.tokenizer.decode(state["answer"])
             state["features"], state["logits"] = (state[one].astype(mx.float32) for one in ("encoded", "last"))
+            if bad := [one for one in ("features", "logits") if not mx.isfinite(state[one]).all().item()]:
+                raise CheckFailed(f"mlx-vlm ({self.dtype}): {' and '.join(bad)} that are NaN or infinite")
 
         def decode(state: dict[str, Any]) -> None:
             for _ in range(self.tokens):

@@ -87,7 +87,8 @@ def measure(asked: Asked, say: Say = log) -> dict[str, Any]:
         "load_before": before, "load_after": environment.load(),
         "search": searches, "points": points,
     }  # fmt: skip
-    if all("error" in runner for point in points for runner in point["runners"]):
+    runners = [runner for point in points for runner in point["runners"]]
+    if all("error" in one for one in runners) or any(one.get("passed") is False for one in runners):
         document["passed"] = False
     if asked.against:
         from benchmarks import peers

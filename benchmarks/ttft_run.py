@@ -36,7 +36,15 @@ Specification = Mapping[str, Any]
 
 
 class RunnerError(Exception):
-    """A runner could not be opened, or a round failed: one line."""
+    """A runner could not be opened, or a round failed: one line. `failed`: its model computed what isn't finite."""
+
+    def __init__(self, line: str, failed: bool = False) -> None:
+        super().__init__(line)
+        self.failed = failed
+
+    def record(self) -> dict[str, Any]:
+        """What is written down of the runner; "passed" false makes the run's exit code."""
+        return {"error": str(self)} | ({"passed": False} if self.failed else {})
 
 
 @dataclass(frozen=True)
@@ -118,7 +126,7 @@ class Process:
                 raise RunnerError(self._why()) from None
             raise RunnerError(f"its process wrote what is no JSON: {line.strip()[:80]}") from None
         if "error" in message:
-            raise RunnerError(message["error"])
+            raise RunnerError(message["error"], message.get("failed", False))
         return message
 
     def _why(self) -> str:
@@ -246,7 +254,7 @@ def _cold(specification: Specification) -> dict[str, Any]:
             answered = process.round()
             took, peak = time.perf_counter() - begun, process.close()
     except RunnerError as error:
-        return {"error": str(error)}
+        return error.record()
     round_ = {**_kept(answered), "yardstick": None}
     cold = {"dropped": dropped, "load_s": process.ready["load_s"], "import_s": process.ready["import_s"]}
     cold |= {"round": round_, "process_s": took}
@@ -317,4 +325,4 @@ def _failing(record: dict[str, Any]) -> Iterator[None]:
     try:
         yield
     except RunnerError as error:
-        record.setdefault("error", str(error))
+        record |= error.record() if "error" not in record else {}

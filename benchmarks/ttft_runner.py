@@ -2,13 +2,14 @@
 
 It opens the runner that the specification (JSON) describes, prints a line {"ready": true, "name", "settings",
 "import_s", "load_s", "delay"}, does one round for each line that it reads and prints {"stages": {name: seconds},
-"waited": {...}, "answer"}, and at the end of its input {"peak_bytes"}. What goes wrong is a line {"error"}. Nothing
-else reaches stdout.
+"waited": {...}, "answer"}, and at the end of its input {"peak_bytes"}. What goes wrong is a line {"error", "failed"},
+the latter true where the model computed what isn't finite. Nothing else reaches stdout.
 
 A runner is an object with `name`, `settings` and `stages() -> [(stage, callable(state))]`; the state is a new dict for
 each round. The stages' work is finished when they return: whoever computes lazily synchronises inside them.
 
-It imports the standard library only, because the environment that mlx-vlm lives in has no torch.
+It imports the standard library only (`fastvlm.errors` is no more), because the environment that mlx-vlm lives in has no
+torch.
 """
 
 import importlib
@@ -21,6 +22,8 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
+
+from fastvlm.errors import CheckFailed
 
 STAGES = ("preprocess", "encode", "project", "prefill", "first_token", "decode", "next_question")
 # The paper: vision encoding and prefill. The app also counts preprocessing, and the token has to be text.
@@ -209,7 +212,7 @@ def main(specification: dict[str, Any]) -> int:
         if os.environ.get("FASTVLM_DEBUG"):
             raise
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        say(error="; ".join(lines[:3]) or type(error).__name__)
+        say(error="; ".join(lines[:3]) or type(error).__name__, failed=isinstance(error, CheckFailed))
         return 1
     return 0
 

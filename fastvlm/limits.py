@@ -48,5 +48,5 @@ def stopped(positions: int) -> str:
 
 @cache
 def warn_once(line: str) -> None:
-    """A warning on stderr, the same one only the first time."""
+    """A warning on stderr, the same one the first time only."""
     log(f"warning: {line}")

@@ -112,7 +112,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     log(f"{', '.join(dict.fromkeys(model.runners.values()))}, {pixels}; loaded in {time.monotonic() - started:.1f} s")
     if any(len(job.pictures) > 1 for job in jobs):
         log("warning: FastVLM was trained with one picture a prompt; answers about several may be poor")
-    _check_lengths(model, jobs, args.conv_mode)
+    asked = ((f"--prompt {job.prompt[:32]!r}", job.prompt, len(job.pictures)) for job in jobs)
+    model.check_prompts(asked, args.conv_mode)
     image_embeddings = [model.project(model.encode_image(model.preprocess(picture))) for picture in pictures]
     embeds = [
         model.merge(job.prompt, [image_embeddings[picture] for picture in job.pictures], args.conv_mode) for job in jobs
@@ -150,18 +151,6 @@ def _check(args: argparse.Namespace) -> None:
         faults.append(f"--prompt: names {IMAGE} but there is no --image-file")
     if faults:
         raise UserError("; ".join(faults))
-
-
-def _check_lengths(model: Any, jobs: Sequence[Job], conv_mode: str) -> None:
-    """Refuse every prompt that is too long before the first picture is looked at."""
-    faults = []
-    for job in jobs:
-        try:
-            model.tokenize(job.prompt, len(job.pictures), conv_mode)
-        except UserError as error:
-            faults.append(str(error))
-    if faults:
-        raise UserError("; ".join(dict.fromkeys(faults)))
 
 
 def _shown(pieces: Iterator[str], quiet: bool) -> str:

@@ -20,6 +20,8 @@ from fastvlm.limits import Part, finite, positions, stopped, warn_once
 from fastvlm.preprocessing import Preprocessor
 from fastvlm.prompt import encode_prompt
 
+_SHOWN = 5  # faults a line
+
 
 class Vision(Part, Protocol):
     """Encodes pictures."""
@@ -197,6 +199,18 @@ class FastVLM:
                 f" model_max_length {most}: the model may not have been trained with so many"
             )
         return ids
+
+    def check_prompts(self, prompts: Iterable[tuple[str, str, int]], conv_mode: str = "qwen_2") -> None:
+        """UserError with all of these (name, prompt, pictures) that `tokenize` refuses, before any is answered."""
+        faults: dict[str, None] = {}
+        for name, prompt, images in prompts:
+            try:
+                self.tokenize(prompt, images, conv_mode)
+            except UserError as error:
+                faults[f"{name}: {error}"] = None
+        if faults:
+            more = [f"and {len(faults) - _SHOWN} more"] if len(faults) > _SHOWN else []
+            raise UserError("; ".join([*[*faults][:_SHOWN], *more]))
 
     def logits(self, prompt: str, image: Any = None, conv_mode: str = "qwen_2") -> np.ndarray:
         """Prefill logits (1, T, V) float32 for every position of the prompt."""

@@ -273,6 +273,7 @@ def run_generate(args: argparse.Namespace) -> dict[str, Any]:
         log(f"{part}: {name}")
     if len(images) > 1:
         log("warning: several pictures in one prompt: the model was not trained for it")
+    model.check_prompts((f"--prompt {prompt[:32]!r}", prompt, len(pictures)) for prompt in args.prompt)
     session, answers = Session(model), []
     sampling = {"temperature": args.temperature, "top_p": args.top_p, "seed": args.seed}
     for prompt in args.prompt:

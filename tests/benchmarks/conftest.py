@@ -1,14 +1,18 @@
 """A small FastVLM out of numpy, whose every part has weights to perturb, so that parity itself is what is tested."""
 
 import copy
+import shutil
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from benchmarks.pictures import Picture
+from fastvlm import demo
 from fastvlm.surface import FastVLM, Language
 
 SIZE, CHANNELS, HIDDEN, VOCAB, EOS, IMAGE_ID = 128, 12, 8, 40, 38, 39
@@ -95,6 +99,18 @@ class FakeLanguage(Language):
                 return
             yield token
             embeds = np.concatenate([embeds, self.embed(np.array([[token]]))], axis=1)
+
+
+@pytest.fixture(scope="session")
+def hot_demo(tmp_path_factory) -> Path:
+    """The demo checkpoint with a projector whose sums leave even float32's range."""
+    hot = tmp_path_factory.mktemp("hot") / "demo"
+    shutil.copytree(demo.CHECKPOINT, hot)
+    tensors = load_file(hot / "model.safetensors")
+    name = next(name for name in tensors if name.endswith("multi_modal_projector.linear_1.weight"))
+    tensors[name] = tensors[name].float() * 5e38
+    save_file(tensors, hot / "model.safetensors", metadata={"format": "pt"})
+    return hot
 
 
 @pytest.fixture

@@ -233,6 +233,35 @@ def test_agreement_makes_the_exit_code(canned, capsys, least, code):
     assert ("below 0.8" in err) == (code == 1)
 
 
+def test_a_candidate_that_fails_is_a_line_and_the_others_are_measured(canned, monkeypatch, capsys, tmp_path):
+    measured, hot = evaluate.measured, tmp_path / "hot"
+    shutil.copytree(demo.CHECKPOINT, hot)
+
+    def failing(job):
+        if job.model == str(hot):
+            raise CheckFailed("vision encoder: features: 1 of 2 values are NaN or infinite (fake): mend it")
+        return measured(job)
+
+    monkeypatch.setattr(evaluate, "measured", failing)
+    flags = ("--model", hot, demo.CHECKPOINT, "--reference", demo.CHECKPOINT, "--count", 1, "--min-agreement", 0.5)
+    assert run(*flags, "--json") == 1
+    out, err = capsys.readouterr()
+    document = json.loads(out.splitlines()[-1])
+    assert err.splitlines()[-1] == f"error: hot: {document['candidates'][0]['failed']}"
+    assert document["passed"] is False and document["candidates"][1]["figures"]["same_answers"] == 0.75
+    assert run(*flags) == 1 and "75.00%" in capsys.readouterr().out
+    assert run("--model", hot, "--reference", demo.CHECKPOINT, "--count", 1) == 1  # nothing is left to show
+    assert run("--model", demo.CHECKPOINT, "--reference", hot, "--count", 1) == 1
+    assert "error: vision encoder" in capsys.readouterr().err
+
+
+def test_a_hot_candidate_end_to_end(hot_demo, capsys):
+    """The process of its own says so, and the exit code is 1."""
+    assert run("--model", hot_demo, "--reference", demo.CHECKPOINT, "--count", 1, "--json") == 1
+    failed = json.loads(capsys.readouterr().out.splitlines()[-1])["candidates"][0]["failed"]
+    assert failed.startswith("projector: embeddings of a picture: ") and "python -m fastvlm doctor" in failed
+
+
 def test_end_to_end_with_a_file_of_questions(capsys, tmp_path):
     """Two processes; the checkpoint is as good as itself."""
     from PIL import Image

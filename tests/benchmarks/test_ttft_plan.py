@@ -229,6 +229,27 @@ def test_a_delay_that_is_none_is_refused_before_anything_starts(monkeypatch, cap
     assert f"{DELAY}: got encode=fast" in capsys.readouterr().err
 
 
+def test_a_runner_whose_values_are_not_finite_fails_the_run(hot_demo, capsys):
+    arguments = ["--checkpoint", str(hot_demo), "--runner", "transformers-cpu", "--no-search", "--launches", "1"]
+    assert run(command.build_parser, ["ttft", *arguments, "--json"]) == 1
+    document = json.loads(capsys.readouterr().out.splitlines()[-1])
+    ((runner,),) = [point["runners"] for point in document["points"]]
+    assert runner["passed"] is document["passed"] is False
+    assert runner["error"].startswith("projector: embeddings of a picture: ")
+
+
+def test_one_failed_runner_beside_a_sound_one_fails_the_run(monkeypatch):
+    def document(**hot):
+        found = [{"name": "hot", "error": "why", **hot}, {"name": "sound"}]
+        monkeypatch.setattr(ttft_plan.ttft_run, "measure", lambda *asked: ([dict(one) for one in found], False))
+        monkeypatch.setattr(ttft_plan, "_devices", lambda: ["cpu", "mps"])
+        return ttft_plan.measure(ttft_plan.Asked(DEMO, patterns=("transformers-*",), search=False), lambda line: None)
+
+    monkeypatch.setattr(ttft_plan, "_compare", lambda *asked: None)
+    assert document(passed=False)["passed"] is False
+    assert "passed" not in document()  # one that is killed is a line
+
+
 @pytest.mark.slow
 def test_a_run_end_to_end_with_a_stage_held_up(tmp_path, demo_artefact, monkeypatch, capsys):
     """Every stage of both kinds of runner; the delay is in the encoder's time, in the document and on the page."""

@@ -200,7 +200,7 @@ class Fake:
     def round(self):
         self.rounds += 1
         if self.rounds > self.fails:
-            raise RunnerError("killed")
+            raise RunnerError("killed", failed=self.name == "hot")
         Fake.started.append(f"{self.name} round")
         return {"stages": {"encode": 0.1, "project": 0.1, "prefill": 0.1}, "waited": {}, "answer": [7]}
 
@@ -227,6 +227,7 @@ def specification(name, **keys):
 def test_rounds_are_interleaved_and_one_failing_runner_is_a_line(fakes, monkeypatch):
     monkeypatch.setattr(ttft_run.psutil, "virtual_memory", lambda: type("Memory", (), {"available": 10**12}))
     runners = [specification("a"), specification("b"), specification("dead", fails=0), specification("dies", fails=2)]
+    runners += [specification("hot", fails=2)]
     found, turns = ttft_run.measure(
         [*runners, {"kind": "mlx-vlm", "name": "absent", "absent": "not installed"}],
         Effort(2, 4, 60.0),
@@ -236,7 +237,8 @@ def test_rounds_are_interleaved_and_one_failing_runner_is_a_line(fakes, monkeypa
     assert not turns
     assert [len(launch["rounds"]) for launch in by_name["a"]["launches"]] == [4, 4]
     assert by_name["dead"]["error"] == "no such checkpoint" and by_name["absent"]["error"] == "not installed"
-    assert by_name["dies"]["error"] == "killed"
+    assert by_name["dies"]["error"] == by_name["hot"]["error"] == "killed"
+    assert by_name["hot"]["passed"] is False and not any("passed" in by_name[name] for name in ("dead", "dies", "a"))
     assert set(by_name["b"]["launches"][0]["rounds"][0]) == {"stages", "waited", "yardstick"}
     rounds = [name for name in fakes if name in ("a round", "b round")][2:]  # without the cold ones
     for start in range(0, len(rounds), 2):
