@@ -11,12 +11,13 @@ from model_export import contract
 _INT = 2**63  # Swift's Int is 64 bits wide
 _FLOAT = 3.4028234663852886e38  # the largest Float
 # What the app computes whatever config.json says (FastVLM.swift: silu in its MLP, GELU between two linear layers, RoPE
-# in halves, attention over everything); the export refuses other checkpoints.
+# in halves, attention over everything, nothing around a picture in the prompt); the export refuses other checkpoints.
 _COMPUTED = {
     "hidden_act": "silu",
     "mm_projector_type": "mlp2x_gelu",
     "rope_traditional": False,
     "use_sliding_window": False,
+    "mm_use_im_start_end": False,
 }
 # RoPE as it is, under both of its names in Qwen2's files (transformers renames "mrope" to "default"). What else an
 # object `rope_scaling` says, the app leaves out, unless it decodes the key.
@@ -56,7 +57,7 @@ def check_config(subject: Subject) -> dict[str, Any] | None:
                 f"{contract.CONFIG}: {name}",
                 kind_of(config[name]),
                 f"{kind_of(computed)}, which the app computes",
-                "the app can't run another model than Qwen2 with FastVLM's projector",
+                "the app can't run another model than Qwen2 with FastVLM's projector and prompt",
             )
     if not any(path.partition(".")[0] == "rope_scaling" for path in faulty):
         _check_rope(subject, config.get("rope_scaling"))

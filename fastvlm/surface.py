@@ -4,6 +4,7 @@ A `FastVLM` is put together from three parts: what encodes the picture, what pro
 PyTorch parts; `model_export.runtime` has those of an artefact. Whatever a part computes is finite, or an error.
 """
 
+import shlex
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -388,7 +389,8 @@ def _name_and_remedy(module: torch.nn.Module, path: Path) -> tuple[str, str]:
     name = f"PyTorch {torch.__version__} {like.device.type} {dtype_name(like.dtype)}"
     if like.dtype == torch.float16:
         return name, "float16 ends at 65504: run the checkpoint with --dtype bfloat16 or float32"
-    return name, f"weights are damaged, or too large: `python -m fastvlm doctor {path}` reads them all"
+    doctor = f"python -m fastvlm doctor {shlex.quote(str(path))}"
+    return name, f"weights are damaged, or too large: `{doctor}` reads them all"
 
 
 def eos_ids(tokenizer: Any, configured: int | Sequence[int] | None) -> set[int]:

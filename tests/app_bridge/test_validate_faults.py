@@ -134,6 +134,7 @@ FAULTS: dict[str, Fault] = {
     "config a pipe": (a_pipe, "file-unreadable", CONFIG),
     "no vocabulary": (put(CONFIG, "vocab_size", 0), "config-value", "vocab_size"),
     "another activation": (put(CONFIG, "hidden_act", "gelu"), "config-value", "hidden_act"),
+    "another prompt": (put(CONFIG, "mm_use_im_start_end", True), "config-value", "mm_use_im_start_end"),
     "larger vocabulary": (put(CONFIG, "vocab_size", 600), "weight-shape", "embed_tokens"),
     "more heads": (put(CONFIG, "num_key_value_heads", 4), "weight-shape", "k_proj"),
     "another layer": (put(CONFIG, "num_hidden_layers", 3), "layer-count", "num_hidden_layers"),
