@@ -137,7 +137,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
 def _add_audit(verbs: Any) -> None:
     text = "check an .mlpackage for the Neural Engine: findings with remedies, operations, costs"
     parser = verbs.add_parser("audit", help=text, description=text)
-    parser.add_argument("package", type=Path, metavar="PACKAGE", help="an .mlpackage")
+    parser.add_argument("package", type=Path, metavar="PACKAGE", help="an .mlpackage, or an artefact with one")
     parser.add_argument("--function", metavar="NAME", help="only this function (default: all)")
     parser.set_defaults(run=run_audit)
 
@@ -192,7 +192,10 @@ def run_inspect(args: argparse.Namespace) -> dict[str, Any]:
     if args.model.suffix == ".mlpackage":
         document: dict[str, Any] = {"package": package.describe_package(args.model)}
     else:
-        document = artefact.read_manifest(args.model)
+        document = artefact.read(args.model)
+        if not artefact.is_ours(document):
+            document = artefact.read_whole(args.model)
+            print(f"made elsewhere, no {contract.MANIFEST}; not known: {', '.join(document['unknown'])}")
         if (args.model / contract.PACKAGE).exists():
             document["package"] = package.describe_package(args.model / contract.PACKAGE)
     for name, entry in document.get("files", {}).items():
@@ -205,8 +208,9 @@ def run_inspect(args: argparse.Namespace) -> dict[str, Any]:
             print(f"vision: {line}")
     if "llm" in document:
         language = document["llm"]
-        stored = f"recipe {language['recipe']['name']}, {language['bits_per_weight']} bits a weight"
-        print(f"llm: {stored}, {_flat(language['decisions'])}")
+        stored = f"recipe {language['recipe']['name']}" if "recipe" in language else language["stored_as"]
+        decisions = f", {_flat(language['decisions'])}" if "decisions" in language else ""
+        print(f"llm: {stored}, {language['bits_per_weight']} bits a weight{decisions}")
     for key, value in document.get("package", {}).items():
         print(f"package {key}: {_flat(value)}")
     if "parity" in document:
@@ -249,8 +253,10 @@ def run_audit(args: argparse.Namespace) -> dict[str, Any]:
     """Print the audit and the compute plan; the document's "passed" makes the exit code."""
     from model_export import audit, compute_plan
 
-    document = audit.audit(args.package, args.function)
-    document["compute_plan"] = compute_plan.read(args.package, args.function)
+    inside = args.package / contract.PACKAGE
+    package = inside if inside.exists() else args.package
+    document = audit.audit(package, args.function)
+    document["compute_plan"] = compute_plan.read(package, args.function)
     print("\n".join(audit.lines(document)))
     return document
 

@@ -1,4 +1,4 @@
-"""An artefact folder: its manifest, its licences, and whether every byte is what the export wrote."""
+"""An artefact folder: what it says of itself, its licences, and whether every byte is what the export wrote."""
 
 import hashlib
 import json
@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from fastvlm.cli import progress
 from fastvlm.errors import UserError
-from model_export import contract
+from fastvlm.exported import recognise
+from model_export import contract, elsewhere
 
 if TYPE_CHECKING:  # torch, which verify and the app's verbs need not wait for
     from fastvlm.checkpoint import Checkpoint
@@ -155,7 +156,11 @@ def read_manifest(artefact: Path, older: bool = False) -> dict[str, Any]:
         document = json.loads(path.read_bytes())
         _canonical(document)  # half a surrogate pair is JSON, but no text
     except FileNotFoundError:
-        raise UserError(f"{artefact}: is no artefact: it has no {contract.MANIFEST}") from None
+        made = "it was exported elsewhere" if recognise(artefact) else "is no artefact"
+        raise UserError(
+            f"{artefact}: {made}: it has no {contract.MANIFEST}, the record of sources and sha256 that this needs:"
+            " export the checkpoint with `model_export all`"
+        ) from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: is not JSON ({error}): export again") from None
     if not isinstance(document, dict) or document.get("format") != FORMAT:
@@ -167,6 +172,27 @@ def read_manifest(artefact: Path, older: bool = False) -> dict[str, Any]:
     if not isinstance(files, dict) or not all(_is_entry(name, entry) for name, entry in files.items()):
         raise UserError(f"{path}: `files` does not list files inside the artefact with sha256 and size: export again")
     return document
+
+
+def read(artefact: Path) -> dict[str, Any]:
+    """What the artefact says of itself: its export.json, or for one made elsewhere the same keys as far as names tell.
+
+    Nothing of an artefact made elsewhere is opened. UserError for a folder that is no artefact.
+    """
+    found = None if (artefact / contract.MANIFEST).exists() else recognise(artefact)
+    return read_manifest(artefact) if found is None else elsewhere.listed(artefact, found, _OF_A_HUB)
+
+
+def is_ours(document: Mapping[str, Any]) -> bool:
+    """Whether `read` or `read_whole` had an export.json to read."""
+    return document.get("format") == FORMAT
+
+
+def read_whole(artefact: Path) -> dict[str, Any]:
+    """`read` of an artefact that can be run: ours is as large as it was exported, and of one made elsewhere package and
+    headers were read. UserError with what is missing."""
+    document = read(artefact)
+    return check_whole(artefact) if is_ours(document) else elsewhere.described(artefact, document)
 
 
 def verify(artefact: Path, advance: Callable[[int], Any] | None = None) -> list[str]:
@@ -205,17 +231,17 @@ def check_whole(artefact: Path) -> dict[str, Any]:
 
 
 def check_parts(artefact: Path, document: Mapping[str, Any]) -> None:
-    """UserError if the manifest's artefact is one half of a model."""
+    """UserError if the artefact is one half of a model."""
     if absent := [part for part in ("vision", "llm") if part not in document.get("parts", ())]:
         raise UserError(f"{artefact}: holds only part of a model (no {', '.join(absent)}): export with `all`")
 
 
 def check_for_app(artefact: Path, document: Mapping[str, Any]) -> None:
     """UserError if the manifest's artefact is one half of a model, or in another layout than the app's."""
-    check_parts(artefact, document)
     config = document.get("config")
     if (layout := config.get("layout") if isinstance(config, dict) else None) != contract.LAYOUTS[0]:
         raise UserError(f"{artefact}: is in the layout {layout}, which the app can't load: export with --layout app")
+    check_parts(artefact, document)
 
 
 def _missing_or_resized(artefact: Path, files: Mapping[str, Mapping[str, Any]]) -> list[str]:

@@ -39,13 +39,29 @@ class StoredTensors:
         self.folder, self.config = folder, read_config(folder)
         self.quantization: dict[str, Any] = self.config.get("quantization") or {}
         self._files: dict[str, Path] = {}
-        paths = [*sorted(folder.glob(contract.WEIGHTS_GLOB)), folder / contract.PROJECTOR_WEIGHTS]
+        paths = sorted(folder.glob("*.safetensors"))  # all that an app reads, however they are divided
+        if not paths:
+            raise UserError(f"{folder}: has no *.safetensors: expected an artefact's folder")
         for path in paths:
             try:
                 with safe_open(path, "pt") as file:
                     self._files |= dict.fromkeys(file.keys(), path)
             except (OSError, SafetensorError) as error:
                 raise UserError(f"{path}: not a readable safetensors file ({error}); export again") from None
+
+    def nbytes(self, prefix: str = "") -> int:
+        """Bytes of all stored tensors whose names begin so."""
+        return sum(self._get(name).nbytes for name in self._files if name.startswith(prefix))
+
+    def arrays(self, prefix: str) -> dict[str, Any]:
+        """The stored tensors whose names begin so as MLX's arrays, by the rest of their names."""
+        import mlx.core as mx
+
+        found: dict[str, Any] = {}
+        for path in {path for name, path in self._files.items() if name.startswith(prefix)}:
+            loaded: Any = mx.load(str(path))  # lazy: only what is used is read
+            found |= {name.removeprefix(prefix): value for name, value in loaded.items() if name.startswith(prefix)}
+        return found
 
     def names(self) -> set[str]:
         """The weights' names, without the `.scales` and `.biases` that belong to quantized ones."""
@@ -302,15 +318,13 @@ class MlxProjector:
     """The projector in MLX, as the app computes it: float32 features, weights as they are stored."""
 
     def __init__(self, stored: StoredTensors, name: str) -> None:
-        import mlx.core as mx
         import mlx.nn as mlx_nn
 
         self.name, self.remedy = name, _REMEDY
-        weights: Any = mx.load(str(stored.folder / contract.PROJECTOR_WEIGHTS))
         self.layers: list[Any] = []
         for layer in contract.PROJECTOR_LAYERS:
             key = f"{contract.PROJECTOR_PREFIX}{layer}."
-            own = {name.removeprefix(key): value for name, value in weights.items() if name.startswith(key)}
+            own = stored.arrays(key)
             linear: Any = mlx_nn.Linear(1, 1)
             if "scales" in own:
                 linear = mlx_nn.QuantizedLinear(128, 1, **stored.scheme(key[:-1]))
@@ -337,13 +351,25 @@ def mlx_language(folder: Path) -> tuple[MlxLanguage, MlxProjector]:
     folder = Path(folder)
     stored = StoredTensors(folder)
     try:
-        model, _ = load_model(folder, model_config=dict(contract.MLX_LM_CONFIG))
+        model, _ = load_model(folder, model_config=dict(contract.MLX_LM_CONFIG), get_model_classes=_text_model)
     except (ValueError, KeyError, RuntimeError) as error:
         raise UserError(f"{folder}: mlx-lm refuses it ({error}); export again") from None
     device = "GPU" if mx.default_device() == mx.gpu else "CPU"
     name = f"MLX {version('mlx')} {device} over {stored.label} tensors"
     language = MlxLanguage(model.language_model, eos_ids(stored.config), name, _REMEDY, positions(stored.config))
     return language, MlxProjector(stored, name)
+
+
+def _text_model(config: dict[str, Any]) -> tuple[type, type]:
+    """mlx-lm's text model and its arguments, for folders that have the projector among the model's weights, too."""
+    from mlx_lm.models import qwen2_vl
+
+    class Model(qwen2_vl.Model):
+        def sanitize(self, weights: dict[str, Any]) -> dict[str, Any]:
+            kept = {name: value for name, value in weights.items() if not name.startswith(contract.PROJECTOR_PREFIX)}
+            return super().sanitize(kept)
+
+    return Model, qwen2_vl.ModelArgs
 
 
 def _to_mlx(array: np.ndarray) -> Any:

@@ -10,7 +10,7 @@ import numpy as np
 from fastvlm import layouts
 from fastvlm.errors import UserError
 from fastvlm.preprocessing import read_preprocessor
-from fastvlm.surface import FastVLM, Vision
+from fastvlm.surface import FastVLM, Vision, eos_ids
 from model_export import artefact as manifest
 from model_export import contract, fastest, language, mil
 from model_export.config import COMPUTE_UNITS, COMPUTES, LLM_RUNNERS, VISION_RUNNERS
@@ -53,8 +53,8 @@ def load(
     on_mac = sys.platform == "darwin"
     if vision == "coreml" and not on_mac:
         raise UserError("--vision coreml: Core ML runs on macOS only: use --vision executor here")
-    document = manifest.check_whole(folder)
-    manifest.check_parts(folder, document)
+    document = manifest.read_whole(folder)
+    manifest.check_for_app(folder, document)
     use_coreml = vision == "coreml" or (vision == "auto" and on_mac)
     use_mlx = llm == "mlx" or (llm == "auto" and on_mac)
     if units and not use_coreml:
@@ -67,15 +67,17 @@ def load(
         compute = "float32" if use_coreml and use_mlx else fastest.choose()
     encoder: Vision
     if use_coreml:
-        encoder = CoreMLVision(folder, units or document["config"]["compute_units"], function)
+        encoder = CoreMLVision(folder, units or document["config"].get("compute_units", "ALL"), function)
     else:
         encoder = ExecutorVision(folder, compute, function)
     dtype = compute if compute in ("bfloat16", "int8") else "float32"
     speaker, projector = language.mlx_language(folder) if use_mlx else language.torch_language(folder, dtype)
     image_token, preprocessor = config["image_token_index"], read_preprocessor(folder)
+    tokenizer = layouts.load_tokenizer(folder, image_token)
+    speaker.eos_ids = frozenset(eos_ids(tokenizer, [*speaker.eos_ids]))
     return FastVLM(
         preprocessor=preprocessor if resolution is None else replace(preprocessor, image_size=resolution),
-        tokenizer=layouts.load_tokenizer(folder, image_token),
+        tokenizer=tokenizer,
         image_token_id=image_token,
         vision=encoder,
         projector=projector,
