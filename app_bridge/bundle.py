@@ -55,7 +55,7 @@ def run_bundle(args: argparse.Namespace) -> dict[str, Any]:
     from app_bridge.validate import validate
 
     source = args.artefact.expanduser()
-    manifest = exported.read_manifest(source)
+    manifest = exported.read(source)
     target = real(args.app or args.output_dir)
     if target.is_relative_to(real(source)):
         raise UserError(f"{target}: is inside the artefact, which is never written: choose another folder")
@@ -88,7 +88,8 @@ def run_bundle(args: argparse.Namespace) -> dict[str, Any]:
     licence.say(source)
     if args.app:
         return document | _into_app(source, files, place, args.dry_run)
-    return document | _stand_alone(source, files, target, guide(source, manifest, wanted), args)
+    instructions = guide(source, exported.read_whole(source), wanted)
+    return document | _stand_alone(source, files, target, instructions, args)
 
 
 def run_restore(args: argparse.Namespace) -> dict[str, Any]:
@@ -133,13 +134,13 @@ def describe(folder: Path) -> dict[str, Any]:
 def _into_app(source: Path, files: Mapping[str, "File"], place: kept.Place, dry_run: bool) -> dict[str, Any]:
     new = describe(source)
     if dry_run:
-        old, changed = _there(place, source)
+        old, changed = _there(place, files)
         print(f"{place.model}: {'would become' if changed else 'is already'}: {_line(new)}")
         if changed and old:
             print(f"  would be kept in {place.previous}: {_line(old)}")
         return {"new": new, "replaced": old if changed else None, "changed": changed}
     with kept.opened(place):
-        old, changed = _there(place, source)
+        old, changed = _there(place, files)
         if not changed:
             print(f"{place.model}: is already this model, nothing changed: {_line(new)}")
             return {"new": new, "replaced": None, "changed": False}
@@ -154,13 +155,11 @@ def _into_app(source: Path, files: Mapping[str, "File"], place: kept.Place, dry_
     return {"new": new, "replaced": old, "changed": True, "bytes": how, "kept": str(place.previous) if old else None}
 
 
-def _there(place: kept.Place, source: Path) -> tuple[dict[str, Any] | None, bool]:
+def _there(place: kept.Place, files: Mapping[str, "File"]) -> tuple[dict[str, Any] | None, bool]:
     """What the app has now, and whether it is anything else than the artefact, in any file."""
     if not place.occupied():
         return None, True
-    theirs = place.model / contract.MANIFEST
-    same = theirs.is_file() and theirs.read_bytes() == (source / contract.MANIFEST).read_bytes()
-    return describe(place.model), not (same and kept.unchanged(place.model))
+    return describe(place.model), not kept.holds(place.model, {name: file.sha256 for name, file in files.items()})
 
 
 def _stand_alone(
@@ -241,8 +240,13 @@ class File:
 
 
 def _files(source: Path, manifest: Mapping[str, Any]) -> dict[str, File]:
-    """Everything that is bundled: all files of the manifest, and itself. Missing ones are `verify`'s to report."""
-    entries = {**manifest["files"], contract.MANIFEST: exported.hash_file(source / contract.MANIFEST)}
+    """Everything that is bundled: all files of the manifest, and itself (missing ones are `verify`'s to report); of an
+    artefact made elsewhere what is there."""
+    if exported.is_ours(manifest):
+        entries = {**manifest["files"], contract.MANIFEST: exported.hash_file(source / contract.MANIFEST)}
+    else:
+        with progress("hash", sum(entry["size"] for entry in manifest["files"].values()), sized=True) as advance:
+            entries = exported.hash_files(source, manifest["files"], advance)
     return {name: File(entry["size"], entry["sha256"], _stamp(source / name)) for name, entry in entries.items()}
 
 

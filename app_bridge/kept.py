@@ -19,7 +19,7 @@ import fcntl
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -171,6 +171,16 @@ def found(app: Path) -> Place:
     if not folder or os.path.isabs(folder) or ".." in Path(folder).parts or not folder.isprintable():
         raise UserError(f"{path}: got {folder!r}, expected a folder inside the app: `bundle` writes it anew")
     return Place(app, folder)
+
+
+def holds(folder: Path, sha256: Mapping[str, str]) -> bool:
+    """Whether `folder` has exactly these plain files, name -> sha256 (Finder's own doesn't count)."""
+    paths = [path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()]
+    names = {path.relative_to(folder).as_posix(): path for path in paths if path.name != _FINDER}
+    return names.keys() == sha256.keys() and all(
+        path.is_file() and not path.is_symlink() and exported.hash_file(path)["sha256"] == sha256[name]
+        for name, path in names.items()
+    )
 
 
 def unchanged(folder: Path) -> bool:

@@ -22,13 +22,19 @@ _AGAIN = (
     "put LICENSE_MODEL from https://github.com/apple/ml-fastvlm (for weights of your own: your LICENSE) beside the"
     " checkpoint's weights and export again"
 )
+_BESIDE = (
+    "put LICENSE_MODEL from https://github.com/apple/ml-fastvlm (for other weights than Apple's: their LICENSE) into the"
+    " artefact's folder"
+)
 
 
 def check(artefact: Path, manifest: Mapping[str, Any]) -> list[Finding]:
     """Everything that keeps the artefact from being passed on, bundled or published; empty when it may be.
 
-    Only files that the export wrote count: a licence put into the artefact afterwards is none of its manifest's.
+    Only files that the export wrote count: a licence put into the artefact afterwards is none of its manifest's. In an
+    artefact made elsewhere every file counts, and what was changed in its weights isn't known.
     """
+    ours = exported.is_ours(manifest)
     notice = artefact / contract.NOTICE
     listed = [name for name in manifest["files"] if "/" not in name]
     licences = [name for name in listed if name.lower().startswith(exported.LICENCES)]
@@ -38,14 +44,15 @@ def check(artefact: Path, manifest: Mapping[str, Any]) -> list[Finding]:
             "export again: to change it, change it beside the checkpoint's weights",
         )
         for name in (*licences, contract.NOTICE)
-        if name in manifest["files"] and _differs(artefact / name, manifest["files"][name]["sha256"])
+        if ours and name in manifest["files"] and _differs(artefact / name, manifest["files"][name]["sha256"])
     ]  # fmt: skip
     texts = {name: text for name in licences if (text := _text(artefact / name))}
     changed = {finding.where for finding in findings}  # each has its finding
     if not changed & {*licences} and not any(_OF_CODE not in text for text in texts.values()):
         findings.append(
             Finding(
-                "licence-missing", "LICENSE*", _instead(artefact, licences, texts), "the licence of the weights", _AGAIN
+                "licence-missing", "LICENSE*", _instead(artefact, licences, texts), "the licence of the weights",
+                _AGAIN if ours else _BESIDE,
             )
         )
     said = _text(notice)
@@ -56,10 +63,12 @@ def check(artefact: Path, manifest: Mapping[str, Any]) -> list[Finding]:
             Finding(
                 "licence-attribution-missing", contract.NOTICE, "a notice without it" if said else "no text",
                 f"the sentence that the weights' licence asks for: {exported.APPLE_ATTRIBUTION!r}",
-                "export again: the export writes it where the checkpoint carries the licence",
+                "export again: the export writes it where the checkpoint carries the licence"
+                if ours
+                else f"write that sentence into {contract.NOTICE} in the artefact's folder",
             )
         )  # fmt: skip
-    if not _CHANGES.search(_raw(notice)):
+    if ours and not _CHANGES.search(_raw(notice)):
         findings.append(
             Finding(
                 "licence-change-record-missing", contract.NOTICE,

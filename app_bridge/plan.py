@@ -8,7 +8,6 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -244,14 +243,14 @@ def stored(artefact: Path) -> tuple[Model, "Shape"]:
     """
     from model_export.language import StoredTensors
 
-    document = exported.check_whole(artefact)
+    document = exported.read_whole(artefact)
     exported.check_for_app(artefact, document)
     made = document["config"]
     tensors = StoredTensors(artefact)
     try:
         shape = _shape(tensors.config, document["image"]["image_size"])
         picture_tokens = int(document["image"]["tokens_per_image"])
-        projector = document["files"][contract.PROJECTOR_WEIGHTS]["size"]
+        projector = tensors.nbytes(contract.PROJECTOR_PREFIX)
         encoder = document["files"][f"{contract.PACKAGE}/{WEIGHTS.as_posix()}"]["size"]
         width, quantized = tensors.stored(_NORM)["weight"].dtype.itemsize, "scales" in tensors.stored(_PROJECTOR)
     except (KeyError, TypeError, ValueError) as error:
@@ -263,9 +262,7 @@ def stored(artefact: Path) -> tuple[Model, "Shape"]:
     model = Model(
         language_model(shape),
         features=shape.vision_width,
-        language=sum(
-            entry["size"] for name, entry in document["files"].items() if fnmatchcase(name, contract.WEIGHTS_GLOB)
-        ),
+        language=tensors.nbytes(contract.LANGUAGE_PREFIX),
         projector=projector,
         encoder=encoder,
         itemsize=width,

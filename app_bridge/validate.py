@@ -71,11 +71,12 @@ def _examine(artefact: Path, facts: AppFacts) -> Subject:
     from app_bridge.check_tokenizer import check_tokenizer
     from app_bridge.check_weights import check_weights
 
-    manifest = exported.read_manifest(artefact)
-    bundled = (contract.MANIFEST, *manifest["files"])  # not what a hub's client put there
+    manifest = exported.read(artefact)
+    ours = exported.is_ours(manifest)
+    bundled = (*((contract.MANIFEST,) if ours else ()), *manifest["files"])  # not what a hub's client put there
     if (refused := _refused(manifest)) is not None:
         return Subject(artefact, facts, frozenset(), bundled=bundled, findings=[refused], checked=[contract.MANIFEST])
-    differing = _differing(artefact, manifest)
+    differing = _differing(artefact, manifest) if ours else {}
     weights = frozenset(map(str, (manifest.get("llm") or {}).get("files") or ()))
     subject = Subject(artefact, facts, frozenset(differing), weights, bundled)
     config = check_config(subject)
@@ -87,7 +88,17 @@ def _examine(artefact: Path, facts: AppFacts) -> Subject:
     _check_names(subject)
     subject.findings += licence.check(artefact, manifest)
     _check_bytes(subject, differing)
-    subject.checked += ["the licence and what goes with it", "every file's sha256"]
+    subject.checked.append("the licence and what goes with it")
+    if ours:
+        subject.checked.append("every file's sha256")
+    else:
+        subject.warning(
+            "made-elsewhere",
+            contract.MANIFEST,
+            "no such file",
+            f"what an export records: not known are {', '.join(manifest['unknown'])}",
+            "trust who made it, or export the checkpoint yourself",
+        )
     if facts.packages:
         subject.findings += packages.check(facts)
         subject.checked.append(f"{len(facts.packages)} Swift packages")
@@ -126,12 +137,13 @@ def _refused(manifest: dict[str, Any]) -> Finding | None:
     """The one finding about an artefact that isn't for an app at all."""
     parts, language = manifest.get("parts"), manifest.get("llm")
     layout = language.get("layout", "app") if isinstance(language, dict) else "app"
+    where = f"{contract.MANIFEST}: " if exported.is_ours(manifest) else "its files: "
     if layout != "app":
         got = f"the layout of {layout}"
-        return Finding("artefact-layout", f"{contract.MANIFEST}: llm", got, "the app's", "export with --layout app")
+        return Finding("artefact-layout", f"{where}llm", got, "the app's", "export with --layout app")
     if absent := [part for part in ("vision", "llm") if not isinstance(parts, list) or part not in parts]:
         got = f"no {', '.join(absent)}"
-        return Finding("artefact-partial", f"{contract.MANIFEST}: parts", got, "both halves", "export with `all`")
+        return Finding("artefact-partial", f"{where}parts", got, "both halves", "export with `all`")
     return None
 
 

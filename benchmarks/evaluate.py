@@ -300,11 +300,11 @@ def _mismatches(reference: Path, model: Path, kinds: dict[Path, str]) -> Iterato
 
 
 def _resolution_fault(model: Path, resolution: int) -> Iterator[str]:
-    from model_export.artefact import read_manifest
+    from model_export.artefact import read_whole
     from model_export.runtime import function_for
 
     try:
-        function_for(read_manifest(model), model, resolution)
+        function_for(read_whole(model), model, resolution)
     except UserError as error:
         yield str(error)
 

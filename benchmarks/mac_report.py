@@ -135,7 +135,7 @@ def _places(args: argparse.Namespace) -> dict[str, str]:
         from model_export import artefact
 
         folder = args.model.expanduser()
-        artefact.check_parts(folder, artefact.check_whole(folder))
+        artefact.check_parts(folder, artefact.read_whole(folder))
     made = work / "artefact" if args.model is None else args.model.expanduser().resolve()
     paths = {"work": work, "artefact": made, "checkpoint": checkpoint}
     return {name: str(path) for name, path in paths.items()} | {"device": known_device() or ""}

@@ -2,13 +2,13 @@
 
 Two comparisons. *Rounding*: each operation as typed against the same operation of the same program in float32.
 *Layers*: each convolution and linear layer of the program, in order, against the PyTorch layer that it came from (a
-linear layer may have become a 1 x 1 convolution).
+linear layer may have become a 1 x 1 convolution; a BatchNorm that follows its convolution is part of the layer).
 Nothing is kept: a pair of values is compared as soon as both are there.
 """
 
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
 from queue import SimpleQueue
@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from timm.models.fastvit import Attention
+from timm.models.fastvit import Attention, AttentionBlock, LayerScale2d
 from torch import nn
 
 from benchmarks.metrics import snr_db
@@ -125,6 +125,22 @@ def layer_scales(encoder: nn.Module, fp16: Mapping[str, Any] | None) -> dict[str
     return scales
 
 
+def traced_scales(encoder: nn.Module) -> dict[str, np.ndarray]:
+    """`layer_scales` of a program that was traced from the model as it is: coremltools takes the layer scale behind a
+    convolution into its weights, one behind a linear layer stays an operation of its own, and so is not in the layer's
+    output. `encoder` is the unfolded one."""
+    scales = {
+        name: np.ones(len(layer.weight), np.float32)  # type: ignore[arg-type]
+        for name, layer in encoder.named_modules()
+        if type(layer) in _LAYERS
+    }
+    for name, block in encoder.named_modules():
+        if isinstance(block, AttentionBlock) and isinstance(block.layer_scale_1, LayerScale2d):
+            gamma = block.layer_scale_1.gamma.detach().float().flatten().numpy()
+            scales[f"{name}.token_mixer.proj"] = np.divide(1, gamma, out=np.zeros_like(gamma), where=gamma != 0)
+    return scales
+
+
 def layer_values(
     encoder: nn.Module, pixels: np.ndarray, scales: Mapping[str, np.ndarray] | None = None
 ) -> Callable[[Emit], Any]:
@@ -196,9 +212,22 @@ def layer_errors(
 
 
 def _numbered_layers(package: Path, pixels: np.ndarray, function: str | None) -> Iterator[tuple[int, Value]]:
+    """Each layer's output with the index of its operation, channels first."""
+    pending: tuple[int, Value] | None = None
     for index, value in enumerate(lockstep(program_values(package, pixels, "as-typed", function))):
-        if value.type in _LAYERS.values():
+        if value.type == "batch_norm" and pending is not None:
             yield index, value
+            pending = None
+            continue
+        if pending is not None:
+            yield pending
+        pending = None
+        if value.type == "linear" and value.array.ndim == 3:
+            value = replace(value, array=value.array.swapaxes(1, -1))
+        if value.type in _LAYERS.values():
+            pending = index, value
+    if pending is not None:
+        yield pending
 
 
 def _snr(reference: np.ndarray, candidate: np.ndarray) -> float:

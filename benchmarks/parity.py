@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from benchmarks import environment, metrics, pictures, tolerances
-from benchmarks.operations import Error, layer_errors, layer_scales, rounding_errors
+from benchmarks.operations import Error, layer_errors, layer_scales, rounding_errors, traced_scales
 from benchmarks.pictures import LIMIT, Picture
 from fastvlm.errors import CheckFailed, UserError
 from fastvlm.surface import FastVLM
@@ -153,19 +153,24 @@ def compare_operations(
     from fastvlm.checkpoint import open_checkpoint
     from fastvlm.model import encoder
     from fastvlm.reparam import fold
-    from model_export.artefact import read_manifest
+    from model_export.artefact import is_ours, read_whole
     from model_export.runtime import function_for
 
-    manifest = read_manifest(artefact)
+    manifest = read_whole(artefact)
     package, function = artefact / contract.PACKAGE, function_for(manifest, artefact, resolution)
     rounding, precision = rounding_errors(package, pixels, function)
-    folded = fold(encoder(open_checkpoint(checkpoint)))
-    if manifest["vision"].get("compression", {}).get("forms"):
+    stored = encoder(open_checkpoint(checkpoint))
+    folded = fold(stored)
+    if manifest["vision"].get("compression", {}).get("forms") or manifest["config"].get("vision_quant") == "compressed":
         precision = "compressed"
+    if is_ours(manifest):
+        scales = layer_scales(folded, manifest["vision"].get("fp16"))
+    else:
+        scales = traced_scales(stored)
     layers: list[Error] = []
     fault = None
     try:
-        layers = layer_errors(package, folded, pixels, function, layer_scales(folded, manifest["vision"].get("fp16")))
+        layers = layer_errors(package, folded, pixels, function, scales)
     except CheckFailed as error:
         fault = str(error)
     return {"precision": precision, "rounding": _listed(rounding), "layers": _listed(layers), "fault": fault}

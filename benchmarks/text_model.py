@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastvlm.errors import UserError
+from fastvlm.exported import recognise
 from model_export import contract
 
 if TYPE_CHECKING:  # they import torch
@@ -40,10 +41,10 @@ def kind(folder: Path) -> str:
     """ "artefact", "checkpoint" (of FastVLM) or "text" by the folder's small files. UserError where it is none."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder: expected an artefact, a FastVLM checkpoint or an mlx-lm folder")
-    if (folder / contract.MANIFEST).exists():
-        from model_export.artefact import read_manifest
+    if recognise(folder):
+        from model_export.artefact import read
 
-        document = read_manifest(folder)
+        document = read(folder)
         if document["config"].get("layout", contract.LAYOUTS[0]) != contract.LAYOUTS[0]:
             raise UserError(
                 f"{folder}: exported for mlx-vlm, which alone runs it: evaluate the same recipe's app layout"
@@ -80,7 +81,7 @@ def load(folder: Path, vision: str = "auto", llm: str = "auto", resolution: int 
         import fastvlm
 
         return fastvlm.load(folder)
-    if (folder / contract.MANIFEST).exists():
+    if recognise(folder):
         from fastvlm import layouts
 
         document = language.read_config(folder)

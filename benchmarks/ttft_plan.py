@@ -262,6 +262,8 @@ def _mlx_vlm(asked: Asked, identity: Mapping[str, Any], say: Say) -> dict[str, A
     """The specification of mlx-vlm: one runner, by the first recipe."""
     recipe, (document, _) = next(iter(_recipes(asked).items()))
     one: dict[str, Any] = {"kind": "mlx-vlm", "name": "mlx-vlm", "recipe": recipe}
+    if "rules" not in document:
+        return {**one, "absent": f"{recipe}: was made elsewhere, by a recipe that isn't known: no export for mlx-vlm"}
     python = os.environ.get(MLX_VLM_PYTHON) or (sys.executable if importlib.util.find_spec("mlx_vlm") else "")
     if not python:
         return {
@@ -293,11 +295,14 @@ def _exported(
 
 
 def _recipes(asked: Asked) -> dict[str, tuple[dict[str, Any], Path | None]]:
-    """A recipe's name -> its document, and the artefact that was made by it, or None. UserError for a name twice."""
+    """A recipe's name -> its document, and the artefact that was made by it, or None. UserError for a name twice.
+
+    The recipe of an artefact made elsewhere is not known: how its weights are stored names it, without a document's rules.
+    """
     from quantization.recipe import load_recipe
 
     known: list[tuple[dict[str, Any], Path | None]]
-    known = [(_manifest(path)["llm"]["recipe"], path) for path in asked.artefacts]
+    known = [(_recipe(_manifest(path)["llm"]), path) for path in asked.artefacts]
     known = known or [(load_recipe(one).to_json(), None) for one in asked.recipes]
     names = [document["name"] for document, _ in known]
     if twice := sorted({name for name in names if names.count(name) > 1}):
@@ -308,17 +313,25 @@ def _recipes(asked: Asked) -> dict[str, tuple[dict[str, Any], Path | None]]:
     return dict(zip(names, known))
 
 
-def _manifest(artefact: Path) -> dict[str, Any]:
-    """The manifest of an artefact with both parts. UserError for anything else."""
-    from model_export.artefact import check_parts, read_manifest
+def _recipe(language: Mapping[str, Any]) -> dict[str, Any]:
+    """What an artefact says of its recipe."""
+    return dict(language.get("recipe") or {"name": f"elsewhere-{language['stored_as'].replace(' ', '-')}"})
 
-    document = read_manifest(artefact)
-    check_parts(artefact, document)
+
+def _manifest(artefact: Path) -> dict[str, Any]:
+    """What an artefact with both parts says of itself. UserError for anything else."""
+    from model_export.artefact import check_for_app, read_whole
+
+    document = read_whole(artefact)
+    check_for_app(artefact, document)
     return document
 
 
 def _same_weights(artefact: Path, identity: Mapping[str, Any]) -> None:
-    if (made_from := _manifest(artefact)["sources"]["sha256"]) != identity["sha256"]:
+    sources = _manifest(artefact).get("sources")
+    if sources is None:
+        log(f"warning: {artefact}: made elsewhere: whether its weights are those of {identity['name']} is not known")
+    elif (made_from := sources["sha256"]) != identity["sha256"]:
         raise UserError(
             f"--artefact {artefact}: made from another checkpoint ({made_from[:12]}…, expected"
             f" {identity['sha256'][:12]}… of {identity['name']}): all runners need the same weights, so name its"
