@@ -89,6 +89,8 @@ def run_bundle(args: argparse.Namespace) -> dict[str, Any]:
     if args.app:
         return document | _into_app(source, files, place, args.dry_run)
     instructions = guide(source, exported.read_whole(source), wanted)
+    if not exported.is_ours(manifest):  # what --overwrite will be able to replace
+        instructions |= {"files": {name: file.sha256 for name, file in files.items()}}
     return document | _stand_alone(source, files, target, instructions, args)
 
 
@@ -308,7 +310,11 @@ def _check_output(target: Path, overwrite: bool) -> None:
         raise UserError(f"--output-dir {target}: is no bundle, or holds more than one: choose another")
     if not overwrite:
         raise UserError(f"--output-dir {target}: exists: choose another, or replace it with --overwrite")
-    exported.check_target(target / "model", overwrite)
+    files = _json(target / NAME).get("files")
+    if (target / "model" / contract.MANIFEST).exists():
+        exported.check_target(target / "model", overwrite)
+    elif not isinstance(files, dict) or not kept.holds(target / "model", files):
+        raise UserError(f"--output-dir {target}: its model is not as it was bundled: move it away yourself")
 
 
 def _json(path: Path) -> dict[str, Any]:

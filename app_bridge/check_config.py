@@ -63,7 +63,7 @@ def check_config(subject: Subject) -> dict[str, Any] | None:
         _check_rope(subject, config.get("rope_scaling"))
     subject.checked.append(
         f"{contract.CONFIG}: {len(facts.config)} keys, model_type, what the app computes; the numbers of heads, "
-        "rms_norm_eps and rope_theta only as the manifest's sha256 of the file: no weight's shape tells them"
+        "rms_norm_eps and rope_theta only by a manifest's sha256 of the file: no weight's shape tells them"
     )
     return config
 
@@ -88,8 +88,9 @@ def _check_rope(subject: Subject, scaling: Any) -> None:
         )
 
 
-def check_preprocessor(subject: Subject, encoder: Encoder | None) -> None:
-    """preprocessor_config.json, against the encoder's input and the prompt, too."""
+def check_preprocessor(subject: Subject, encoder: Encoder | None, config: Mapping[str, Any] | None) -> None:
+    """preprocessor_config.json, against the encoder's input and the prompt, too. `config` is config.json, which says in
+    LLaVA's way how pictures become square."""
     document = subject.read_json(contract.PREPROCESSOR_CONFIG)
     if document is None:
         return
@@ -108,7 +109,8 @@ def check_preprocessor(subject: Subject, encoder: Encoder | None) -> None:
             )
             faulty.add(key.path)
     _check_normalisation(subject, document, faulty)
-    strategy = document.get("image_strategy", contract.APP_IMAGE_STRATEGY)
+    trained = "pad" if (config or {}).get("image_aspect_ratio") == "pad" else contract.APP_IMAGE_STRATEGY
+    strategy = document.get("image_strategy", trained)
     if strategy != contract.APP_IMAGE_STRATEGY:
         subject.warning(
             "image-strategy",

@@ -23,8 +23,8 @@ _AGAIN = (
     " checkpoint's weights and export again"
 )
 _BESIDE = (
-    "put LICENSE_MODEL from https://github.com/apple/ml-fastvlm (for other weights than Apple's: their LICENSE) into the"
-    " artefact's folder"
+    f"put LICENSE_MODEL from https://github.com/apple/ml-fastvlm and a {contract.NOTICE} with the line"
+    f" {exported.APPLE_ATTRIBUTION!r} into the artefact's folder (for other weights than Apple's: their LICENSE)"
 )
 
 
@@ -51,7 +51,10 @@ def check(artefact: Path, manifest: Mapping[str, Any]) -> list[Finding]:
     if not changed & {*licences} and not any(_OF_CODE not in text for text in texts.values()):
         findings.append(
             Finding(
-                "licence-missing", "LICENSE*", _instead(artefact, licences, texts), "the licence of the weights",
+                "licence-missing",
+                "LICENSE*",
+                _instead(artefact, licences, texts),
+                "the licence of the weights",
                 _AGAIN if ours else _BESIDE,
             )
         )

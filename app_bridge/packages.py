@@ -34,9 +34,10 @@ def check(facts: AppFacts) -> list[Finding]:
     """What is wrong or doubtful about the app's packages; nothing is said of packages that the table doesn't have."""
     chosen = _chosen(facts)
     if chosen is None:
-        return [_no_set(facts)]
+        return _without_set(facts)
     names = {package.name for package in facts.packages}
-    found = [_missing(name, chosen) for name in chosen["pins"] if name not in names]
+    absent = [name for name in chosen["pins"] if name not in names]
+    found = [_missing(name, chosen) for name in absent if not any(_stands_for(p, name, facts) for p in facts.packages)]
     for package in facts.packages:
         if package.name in _table()["packages"]:
             found += _check(package, facts, chosen)
@@ -128,6 +129,33 @@ def _missing(name: str, chosen: dict[str, Any]) -> Finding:
         f"{chosen['pins'][name]} ({chosen['name']})",
         f"add the package {name} in Xcode",
     )
+
+
+def _stands_for(package: Package, name: str, facts: AppFacts) -> bool:
+    """Whether a package has the libraries of the one named, and every interface that the sources use."""
+    same = any({package.name, name} <= {*api["packages"]} for api in _table()["apis"])
+    return same and any(not _broken(package.name, version, facts) for version in _allowed(package))
+
+
+def _without_set(facts: AppFacts) -> list[Finding]:
+    """Of sources that no combination which is reported to work has the interfaces for: versions that have them are none
+    the less in doubt only."""
+    asked = {name for api in _table()["apis"] if api["name"] in facts.api for name in api["packages"]}
+    having = [package for package in facts.packages if package.name in asked]
+    good = {p: [v for v in _allowed(p) if _version(v) and not _broken(p.name, v, facts)] for p in having}
+    if not having or not all(good.values()):
+        return [_no_set(facts)]
+    return [
+        Finding(
+            "package-unknown-version",
+            _where(package.name),
+            f"{_requirement(package)}, with the interfaces that the sources use",
+            "a combination that is reported to work",
+            f"build it once in Xcode with {package.name} {versions[-1]}, and commit Package.resolved",
+            "warning",
+        )
+        for package, versions in good.items()
+    ]
 
 
 def _no_set(facts: AppFacts) -> Finding:

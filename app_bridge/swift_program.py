@@ -102,17 +102,20 @@ class Program:
         return found[0]
 
     def mentioned(self) -> set[str]:
-        """Names of types, members and variables; `f(a:b:)` of calls, `await f`, and `A.b` of members."""
+        """Names of types, members and variables; `f(a:b:)` of calls, `await f`, and `A.b` of members. `let f(a:b:)`
+        where a call alone says what type a name has: elsewhere Swift takes the overload of the type that is asked for.
+        """
         found = {text(node) for kind in ("simple_identifier", "type_identifier") for node in self.nodes(kind)}
         for node in self.nodes("navigation_expression"):
             found.add(".".join(text(node).split(".")[-2:]))
         for call in self.nodes("call_expression"):
             if not is_subscript(call) and (name := called(call)):
-                labels = "".join(f"{label or '_'}:" for label, _ in arguments(call))
-                found.add(f"{name}({labels})")
+                found.add(_signature(call))
                 if call.parent is not None and call.parent.type == "await_expression":
                     found.add(f"await {name}")
-        return found
+        inferred = (n for d in self.nodes("property_declaration") for n in names(d, "local") if not n.type)
+        values = (peel(n.value) for n in inferred if n.value and n.value.type != "as_expression")
+        return found | {f"let {_signature(n)}" for n in values if n.type == "call_expression" and not is_subscript(n)}
 
     @cached_property
     def _types(self) -> list[Node]:
@@ -308,6 +311,11 @@ _ARITHMETIC = {
     "*": lambda a, b: a * b,
     "<<": lambda a, b: a << b,
 }
+
+
+def _signature(call: Node) -> str:
+    labels = "".join(f"{label or '_'}:" for label, _ in arguments(call))
+    return f"{called(call)}({labels})"
 
 
 def _inside(node: Node, outer: Node) -> bool:

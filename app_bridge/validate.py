@@ -9,7 +9,7 @@ from typing import Any
 from app_bridge import findings, kept, licence, packages, resources
 from app_bridge.facts import AppFacts, table
 from app_bridge.findings import Finding
-from app_bridge.subject import Encoder, Subject, listed
+from app_bridge.subject import AGAIN, Encoder, Subject, listed
 from fastvlm.cli import add_common, log
 from fastvlm.errors import UserError
 from model_export import artefact as exported
@@ -81,7 +81,7 @@ def _examine(artefact: Path, facts: AppFacts) -> Subject:
     subject = Subject(artefact, facts, frozenset(differing), weights, bundled)
     config = check_config(subject)
     encoder = check_package(subject)
-    check_preprocessor(subject, encoder)
+    check_preprocessor(subject, encoder, config)
     encoder = encoder or Encoder()
     rows = check_weights(subject, config, encoder.channels, _loader(facts))
     check_tokenizer(subject, config, rows, encoder.tokens)
@@ -104,7 +104,7 @@ def _examine(artefact: Path, facts: AppFacts) -> Subject:
         subject.checked.append(f"{len(facts.packages)} Swift packages")
     else:
         subject.checked.append("Swift packages: not known of this app")
-    subject.findings = [_remedied(finding, facts) for finding in subject.findings]
+    subject.findings = [_remedied(finding, facts, ours) for finding in subject.findings]
     subject.findings.sort(key=lambda finding: finding.severity != "error")
     return subject
 
@@ -115,8 +115,11 @@ _APPS = {"model-type": "model_type", "processor-class": "processor_class", "key-
 )
 
 
-def _remedied(finding: Finding, facts: AppFacts) -> Finding:
-    """With another remedy than a new export where it is the app that differs from the published one."""
+def _remedied(finding: Finding, facts: AppFacts, ours: bool) -> Finding:
+    """With another remedy than a new export where it is the app that differs from the published one, and for what no
+    export of ours wrote."""
+    if not ours and finding.remedy == AGAIN:
+        finding = replace(finding, remedy="export its checkpoint with `model_export all`, or ask who made it")
     fact = _APPS.get(finding.rule)
     if fact is None or getattr(facts, fact) == getattr(table(), fact):
         return finding

@@ -163,10 +163,7 @@ def compare_operations(
     folded = fold(stored)
     if manifest["vision"].get("compression", {}).get("forms") or manifest["config"].get("vision_quant") == "compressed":
         precision = "compressed"
-    if is_ours(manifest):
-        scales = layer_scales(folded, manifest["vision"].get("fp16"))
-    else:
-        scales = traced_scales(stored)
+    scales = layer_scales(folded, manifest["vision"].get("fp16")) if is_ours(manifest) else traced_scales(stored)
     layers: list[Error] = []
     fault = None
     try:

@@ -297,7 +297,7 @@ def _exported(
 def _recipes(asked: Asked) -> dict[str, tuple[dict[str, Any], Path | None]]:
     """A recipe's name -> its document, and the artefact that was made by it, or None. UserError for a name twice.
 
-    The recipe of an artefact made elsewhere is not known: how its weights are stored names it, without a document's rules.
+    The recipe of an artefact made elsewhere isn't known: how its weights are stored names it, and it has no rules.
     """
     from quantization.recipe import load_recipe
 

@@ -1,7 +1,8 @@
-"""`python -m fastvlm download`: the published checkpoints and hub repositories, resumable, checked, atomic.
+"""`python -m fastvlm download`: what Apple publishes, and hub repositories: resumable, checked, atomic.
 
-Until a download is whole, checked and opens as a checkpoint, all of it lives in the folder TARGET.partial beside its
-target; then one rename publishes it. Run again, an interrupted one goes on from the byte where it stopped.
+Until a download is whole, checked and opens as a checkpoint (or is an artefact, as Apple's ready-made models are), all
+of it lives in the folder TARGET.partial beside its target; then one rename publishes it. Run again, an interrupted one goes
+on from the byte where it stopped.
 """
 
 import argparse
@@ -51,6 +52,7 @@ from fastvlm.fetch import (
 from fastvlm.unpack import name_faults, unpack
 
 ZOO = json.loads(Path(__file__).with_name("zoo.json").read_text(encoding="utf-8"))
+PUBLISHED = ZOO["checkpoints"] | ZOO["artefacts"]
 RETRIES = Retries()
 RECORD = ".download.json"  # in a finished folder: where it came from, and each file's size and sha256
 DATA_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.md", "*.model", "LICENSE*", "NOTICE*")
@@ -62,9 +64,11 @@ LINE_EVERY = 30.0  # seconds between progress lines when stderr is no terminal
 
 def add_parser(subparsers: Any) -> None:
     """Add the verb `download`."""
-    parser = subparsers.add_parser("download", help="download a published checkpoint or a hub repository")
+    parser = subparsers.add_parser(
+        "download", help="download a published checkpoint or ready-made model, or a hub repository"
+    )
     add = parser.add_argument
-    add("name", nargs="?", metavar="NAME", help=f"{', '.join(ZOO['checkpoints'])}, or a hub's org/name[@revision]")
+    add("name", nargs="?", metavar="NAME", help=f"{', '.join(PUBLISHED)}, or a hub's org/name[@revision]")
     add("--all", action="store_true", help="the six published checkpoints")
     add("--output-dir", type=Path, default=Path("checkpoints"), help="makes NAME in it (default: %(default)s)")
     add("--overwrite", action="store_true", help="download again; the new one replaces the old when it is whole")
@@ -76,7 +80,7 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Download NAME, or all: a failure doesn't stop the others, and is reported at the end (UserError, exit 2)."""
     if args.all == bool(args.name):
-        raise UserError(f"give one NAME or --all: {', '.join(ZOO['checkpoints'])}, or a hub repository org/name")
+        raise UserError(f"give one NAME or --all: {', '.join(PUBLISHED)}, or a hub repository org/name")
     results: list[dict[str, Any]] = []
     for name in ZOO["checkpoints"] if args.all else [args.name]:
         try:
@@ -104,19 +108,19 @@ def download(
     dry_run: bool = False,
     retries: Retries = RETRIES,
 ) -> dict[str, Any]:
-    """Download the published checkpoint or hub repository `name` (`org/name`, `org/name@revision`) to output_dir/name.
+    """Download what Apple published as `name`, or a hub's `org/name` or `org/name@revision`, to output_dir/name.
 
     Returns {name, status, path, source, revision, licence, bytes, files, warnings}; sizes in bytes. UserError when it
     can't be had whole, isn't safe to unpack, doesn't open as a checkpoint, or would replace something else.
     """
     repository, _, revision = name.partition("@")
-    if repository in ZOO["checkpoints"] and not revision:
+    if repository in PUBLISHED and not revision:
         base = os.environ.get("FASTVLM_ZOO_URL") or ZOO["base_url"]
-        source = f"{base.rstrip('/')}/{ZOO['checkpoints'][repository]}"
+        source = f"{base.rstrip('/')}/{PUBLISHED[repository]}"
     elif REPOSITORY.fullmatch(repository):
         source = f"{_endpoint()}/{repository}"
     else:
-        raise UserError(f"unknown NAME {name!r}: expected {', '.join(ZOO['checkpoints'])}, or a hub's org/name")
+        raise UserError(f"unknown NAME {name!r}: expected {', '.join(PUBLISHED)}, or a hub's org/name")
     target = output_dir / repository
     work = target.with_name(target.name + ".partial")
     done = _finished(target, revision, overwrite)
@@ -189,23 +193,34 @@ def _ready(work: Path, source: str, revision: str) -> dict[str, Any] | None:
 
 
 def _complete(name: str, source: str, revision: str, work: Path, retries: Retries) -> dict[str, Any]:
-    """Fill work/files with a checked checkpoint and its record; returns the record."""
-    if name in ZOO["checkpoints"]:
+    """Fill work/files with a checked checkpoint or artefact and its record; returns the record."""
+    if name in PUBLISHED:
         facts = _from_zoo(name, source, work, retries)
     else:
         facts = _from_hub(name.partition("@")[0], revision, work, retries)
-    from fastvlm.checkpoint import open_checkpoint  # torch takes seconds: not at import
-
-    try:
-        warnings = [*facts.pop("warnings"), *open_checkpoint(work / "files").warnings]
-    except UserError as error:
-        raise UserError(f"{name} arrived whole but is no usable checkpoint (kept in {work}): {error}") from error
+    warnings = [*facts.pop("warnings"), *_opened(name, work)]
     for warning in warnings:
         log(f"warning: {name}: {warning}")
     size = sum(file["size"] for file in facts["files"].values())
     record = {"name": name, "source": source, "requested": revision, "bytes": size, **facts, "warnings": warnings}
     write_json(work / "files" / RECORD, record)
     return record
+
+
+def _opened(name: str, work: Path) -> tuple[str, ...]:
+    """The warnings about what has arrived. UserError where it is no checkpoint and no whole artefact."""
+    from fastvlm.exported import recognise
+
+    exported = recognise(work / "files")
+    if exported is not None and (exported.ours or len(exported.parts) == 2):
+        log(f"{name} is {exported}")
+        return ()
+    from fastvlm.checkpoint import open_checkpoint  # torch takes seconds: not at import
+
+    try:
+        return open_checkpoint(work / "files").warnings
+    except UserError as error:
+        raise UserError(f"{name} arrived whole but is no usable checkpoint (kept in {work}): {error}") from error
 
 
 def _publish(work: Path, target: Path) -> None:
@@ -220,7 +235,7 @@ def _publish(work: Path, target: Path) -> None:
 
 def _ask_size(source: str, repository: str, revision: str, work: Path, retries: Retries) -> int:
     """The download's bytes as the server announces them, after checking that the disk has room."""
-    if repository in ZOO["checkpoints"]:
+    if repository in PUBLISHED:
         size = persist(lambda: remote_size(source, retries.timeout), retries, source)
         need_disk(work.parent, 2 * size)
     else:
@@ -247,7 +262,8 @@ def _from_zoo(name: str, url: str, work: Path, retries: Retries) -> dict[str, An
     except UserError as error:
         archive.unlink()  # going on from these bytes would never end well
         raise UserError(f"{url}: {error}; removed, run again to download it anew") from error
-    odd = [file for file in files if not any(fnmatch(file, pattern) for pattern in DATA_FILES)]
+    data = (*DATA_FILES, "*.mlpackage/*")
+    odd = [file for file in files if not any(fnmatch(file, pattern) for pattern in data)]
     warnings = [f"holds files that are not read or run: {', '.join(odd)}"] if odd else []
     return {"revision": validator, "licence": licence["name"], "files": files, "warnings": warnings}
 

@@ -1,7 +1,7 @@
 """What an exported artefact's folder is, by the names in it: made here or elsewhere, for which loader, which halves.
 
-`model_export` writes artefacts and reads them; this is what a checkpoint's verbs need to know of them. Nothing is opened
-but JSON files and the headers of weights.
+`model_export` writes artefacts and reads them; this is what a checkpoint's verbs need to know of them. Nothing is
+opened but JSON files and the headers of weights.
 """
 
 import os
@@ -17,6 +17,7 @@ MANIFEST = "export.json"
 _PACKAGE = "fastvithd.mlpackage"
 _MODEL_TYPE = "llava_qwen2"
 _DECODER = "language_model."  # in front of Qwen2's names; LLaVA's own checkpoints have `model.layers.*`
+_READERS = {"app": "Apple's demo app", "mlx-vlm": "mlx-vlm"}
 _OF_MLX_VLM = ("vision_tower.", "mm_projector.")  # what mlx-vlm loads and the app refuses
 
 
@@ -30,10 +31,10 @@ class Exported:
 
     def __str__(self) -> str:
         if self.ours:
-            return f"an exported artefact, not a checkpoint: it has {MANIFEST}"
+            return f"an exported artefact: it has {MANIFEST}"
         halves = {"vision": "Core ML encoder", "llm": "MLX language model"}
         held = " and ".join(halves[part] for part in self.parts)
-        return f"an artefact exported elsewhere, not a checkpoint: {held} in {self.layout}'s layout, no {MANIFEST}"
+        return f"an artefact exported elsewhere: {held}, laid out for {_READERS[self.layout]}, without {MANIFEST}"
 
 
 def recognise(folder: str | os.PathLike[str]) -> Exported | None:
@@ -45,7 +46,8 @@ def recognise(folder: str | os.PathLike[str]) -> Exported | None:
     names = _weight_names(path)
     llm = any(name.startswith(_DECODER) for name in names) and known
     vision = (path / _PACKAGE).is_dir() or (known and any(path.glob("*.mlpackage")))
-    if not llm and (names or not vision):  # Apple's script puts the package into the checkpoint: that is still one
+    # Apple's script puts the package into the checkpoint, which stays one
+    if not llm and (names or not vision or any(path.glob("*.bin"))):
         return None
     layout = "mlx-vlm" if any(name.startswith(_OF_MLX_VLM) for name in names) else "app"
     llm |= known and any(path.glob("*.safetensors"))  # damaged, for whoever opens it to say

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastvlm.errors import UserError
+from fastvlm.exported import recognise
 from fastvlm.prompt import prompt_fault
 from fastvlm.weights import Fault, read_json
 
@@ -39,8 +40,9 @@ _MODEL_ARGS = frozenset({
 def layout_of(config: dict[str, Any], path: Path, faults: list[Fault]) -> str | None:
     """The layout that config.json's model_type names, or None and a fault for another model."""
     said = config.get("model_type")
-    if (path / "export.json").is_file():
-        faults.append(Fault(f"an exported artefact, not a checkpoint: {path} has export.json; use model_export on it"))
+    if (found := recognise(path)) is not None:
+        uses = "model_export inspect and generate, benchmarks, app_bridge validate, plan and bundle take it"
+        faults.append(Fault(f"not a checkpoint: {path} is {found}; {uses}"))
         return None
     if said in LAYOUTS:
         return str(said)

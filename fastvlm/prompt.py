@@ -10,6 +10,7 @@ from fastvlm.errors import UserError
 IMAGE = "<image>"
 SYSTEM = "You are a helpful assistant."
 CONV_MODES = ("qwen_2", "plain")
+END_OF_TURN = "<|im_end|>"
 # Qwen2's ChatML with its default system line; the same text as LLaVA's conversation template "qwen_2".
 # Contents may be strings or Transformers' lists of parts; a list's pictures come first, as in `render_prompt`.
 CHAT_TEMPLATE = (

@@ -74,8 +74,8 @@ def _of_package(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
             f"{package}: is not a FastVLM encoder: expected {contract.INPUT} [1, 3, S, S] in and {contract.OUTPUT}"
             " [1, tokens, channels] out"
         ) from None
-    values = [item for operation in function.block.operations for item in operation.outputs if item.type is not None]
-    half = any(item.type.dtype == "fp16" for item in values)
+    types = (item.type for operation in function.block.operations for item in operation.outputs)
+    half = any(type_ is not None and type_.dtype == "fp16" for type_ in types)
     compressed = any(operation.type.startswith("constexpr_") for operation in function.block.operations)
     return {
         "config": config

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fastvlm.checkpoint import Checkpoint
-from fastvlm.prompt import CHAT_TEMPLATE
+from fastvlm.prompt import CHAT_TEMPLATE, END_OF_TURN
 from model_export import contract
 
 _BICUBIC = 3  # PIL.Image.Resampling.BICUBIC, by number as Transformers' image processors store it
@@ -15,11 +15,16 @@ _BICUBIC = 3  # PIL.Image.Resampling.BICUBIC, by number as Transformers' image p
 def write_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:
     """Write tokenizer.json and tokenizer_config.json. `<image>` is a special token at the checkpoint's image token id.
 
+    `eos_token` is what ends a turn in the chat template, whatever the checkpoint names (base models: <|endoftext|>):
+    the app stops at it, and nowhere else.
+
     swift-transformers picks its class by `tokenizer_class` and takes the chat template from tokenizer_config.json (not
     from a .jinja file, where Transformers 5 would put it); paths and settings of this machine stay out.
     """
     tokenizer: Any = checkpoint.tokenizer()
     text: Any = checkpoint.hf_config.text_config
+    template = tokenizer.chat_template or CHAT_TEMPLATE
+    ends = END_OF_TURN in template and END_OF_TURN in tokenizer.get_vocab()
     (folder / contract.TOKENIZER).write_text(tokenizer.backend_tokenizer.to_str(pretty=True) + "\n", encoding="utf-8")
     added = {
         str(token): {
@@ -38,9 +43,9 @@ def write_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:
         "additional_special_tokens": [entry["content"] for entry in added.values() if entry["special"]],
         "add_prefix_space": False,
         "bos_token": tokenizer.bos_token,
-        "chat_template": tokenizer.chat_template or CHAT_TEMPLATE,
+        "chat_template": template,
         "clean_up_tokenization_spaces": False,
-        "eos_token": tokenizer.eos_token,
+        "eos_token": END_OF_TURN if ends else tokenizer.eos_token,
         "errors": "replace",
         "model_max_length": min(tokenizer.model_max_length, text.max_position_embeddings),
         "pad_token": tokenizer.pad_token,

@@ -112,7 +112,7 @@ def _converted_name(name: str) -> str:
 
 
 def _write_files(checkpoint: Checkpoint, folder: Path, bits: int | None) -> None:
-    """config.json is the checkpoint's with the image token's id; tokenizer and processors as Transformers saves them."""
+    """config.json: the checkpoint's with the image token's id; tokenizer and processors as Transformers saves them."""
     config = {key: value for key, value in checkpoint.config.items() if key not in _DROPPED}
     config |= {"image_token_index": checkpoint.image_token_id, "tie_word_embeddings": checkpoint.tied}
     if bits:
