@@ -1,8 +1,8 @@
 """`python -m fastvlm download`: what Apple publishes, and hub repositories: resumable, checked, atomic.
 
 Until a download is whole, checked and opens as a checkpoint (or is an artefact, as Apple's ready-made models are), all
-of it lives in the folder TARGET.partial beside its target; then one rename publishes it. Run again, an interrupted one goes
-on from the byte where it stopped.
+of it lives in the folder TARGET.partial beside its target; then one rename publishes it. Run again, an interrupted one
+goes on from the byte where it stopped.
 """
 
 import argparse
@@ -56,6 +56,7 @@ PUBLISHED = ZOO["checkpoints"] | ZOO["artefacts"]
 RETRIES = Retries()
 RECORD = ".download.json"  # in a finished folder: where it came from, and each file's size and sha256
 DATA_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.md", "*.model", "LICENSE*", "NOTICE*")
+PACKAGE_FILES = "*.mlpackage/*"  # a Core ML package is a folder, the only one that is taken
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 RESEARCH_ONLY = "apple-amlr"  # the hub's tag for Apple's research licence
 LISTING_LIMIT = 64 << 20  # bytes of a hub's answer that are read
@@ -213,7 +214,7 @@ def _opened(name: str, work: Path) -> tuple[str, ...]:
 
     exported = recognise(work / "files")
     if exported is not None and (exported.ours or len(exported.parts) == 2):
-        log(f"{name} is {exported}")
+        log(f"{name} is {exported.name}, not a checkpoint: it has {exported.holds}")
         return ()
     from fastvlm.checkpoint import open_checkpoint  # torch takes seconds: not at import
 
@@ -262,8 +263,7 @@ def _from_zoo(name: str, url: str, work: Path, retries: Retries) -> dict[str, An
     except UserError as error:
         archive.unlink()  # going on from these bytes would never end well
         raise UserError(f"{url}: {error}; removed, run again to download it anew") from error
-    data = (*DATA_FILES, "*.mlpackage/*")
-    odd = [file for file in files if not any(fnmatch(file, pattern) for pattern in data)]
+    odd = [file for file in files if not any(fnmatch(file, pattern) for pattern in (*DATA_FILES, PACKAGE_FILES))]
     warnings = [f"holds files that are not read or run: {', '.join(odd)}"] if odd else []
     return {"revision": validator, "licence": licence["name"], "files": files, "warnings": warnings}
 
@@ -286,7 +286,8 @@ def _secrets() -> dict[str, str]:
 
 
 def _from_hub(repository: str, revision: str, work: Path, retries: Retries) -> dict[str, Any]:
-    """Fill work/files with the repository's data files (top level, no pickles, no code), each hash checked.
+    """Fill work/files with the repository's data files (top level and Core ML packages, no pickles, no code), each hash
+    checked.
 
     Not by huggingface_hub's `snapshot_download`, which (2.4.0) begins an interrupted file anew in the next run and
     checks sizes, not hashes.
@@ -301,7 +302,7 @@ def _from_hub(repository: str, revision: str, work: Path, retries: Retries) -> d
         shutil.rmtree(folder, ignore_errors=True)
         write_json(work / "revision.json", {"sha": sha})
     folder.mkdir(exist_ok=True)
-    need_disk(work, total - min(total, sum(path.stat().st_size for path in folder.iterdir())))
+    need_disk(work, total - min(total, sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())))
     files: dict[str, Any] = {}
     with _bar(repository) as report:
         for file in wanted:
@@ -315,6 +316,7 @@ def _from_hub(repository: str, revision: str, work: Path, retries: Retries) -> d
                 if not sha256:
                     part.unlink()
                     raise UserError(f"{url}: content differs from the hash that the hub lists; removed, run again")
+                path.parent.mkdir(parents=True, exist_ok=True)
                 os.replace(part, path)
             done += size
             files[name] = {"size": size, "sha256": sha256}
@@ -352,6 +354,7 @@ def _listing(repository: str, revision: str, retries: Retries) -> tuple[dict[str
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{where} sent no usable listing ({one_line(error)}); check HF_ENDPOINT") from error
     wanted = [file for file in top if any(fnmatch(file["rfilename"], pattern) for pattern in DATA_FILES)]
+    wanted += [file for file in info["siblings"] if fnmatch(file["rfilename"], PACKAGE_FILES)]
     if not any(file["rfilename"].endswith(".safetensors") for file in wanted):
         held = ", ".join(file["rfilename"] for file in top) or "nothing"
         raise UserError(f"{where} has no *.safetensors at its top level (it has {held}); pickles are not downloaded")

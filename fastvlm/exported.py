@@ -29,12 +29,19 @@ class Exported:
     layout: str
     parts: tuple[str, ...]
 
-    def __str__(self) -> str:
+    @property
+    def name(self) -> str:
+        """What it is, in a few words."""
+        return "an exported artefact" if self.ours else "an artefact exported elsewhere"
+
+    @property
+    def holds(self) -> str:
+        """How that shows."""
         if self.ours:
-            return f"an exported artefact: it has {MANIFEST}"
-        halves = {"vision": "Core ML encoder", "llm": "MLX language model"}
+            return MANIFEST
+        halves = {"vision": "a Core ML encoder", "llm": "an MLX language model"}
         held = " and ".join(halves[part] for part in self.parts)
-        return f"an artefact exported elsewhere: {held}, laid out for {_READERS[self.layout]}, without {MANIFEST}"
+        return f"{held}, laid out for {_READERS[self.layout]}, and no {MANIFEST}"
 
 
 def recognise(folder: str | os.PathLike[str]) -> Exported | None:

@@ -42,7 +42,7 @@ def layout_of(config: dict[str, Any], path: Path, faults: list[Fault]) -> str | 
     said = config.get("model_type")
     if (found := recognise(path)) is not None:
         uses = "model_export inspect and generate, benchmarks, app_bridge validate, plan and bundle take it"
-        faults.append(Fault(f"not a checkpoint: {path} is {found}; {uses}"))
+        faults.append(Fault(f"{found.name}, not a checkpoint: {path} has {found.holds}; {uses}"))
         return None
     if said in LAYOUTS:
         return str(said)

@@ -91,8 +91,10 @@ def write_language(checkpoint: Checkpoint, folder: Path, bits: int | None) -> No
         stem, _, leaf = target.rpartition(".")
         if bits and leaf == "weight" and value.ndim == 2 and value.shape[1] % _GROUP == 0:
             parts = mx.quantize(value, group_size=_GROUP, bits=bits)
+            mx.eval(parts)  # or else every float32 original stays in memory
             stored |= {f"{stem}.{part}": one for part, one in zip(("weight", "scales", "biases"), parts, strict=True)}
         else:
+            mx.eval(value)
             stored[target] = value
     mx.save_safetensors(str(folder / "model.safetensors"), stored, metadata={"format": "mlx"})
     index = {

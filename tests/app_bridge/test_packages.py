@@ -7,6 +7,7 @@ import pytest
 
 from app_bridge import facts, packages
 from app_bridge.facts import AppFacts, Package
+from app_bridge.swift_program import Program
 from fastvlm.errors import UserError
 from quantization.catalogue import LOADERS
 
@@ -155,6 +156,46 @@ def test_the_successor_is_not_for_the_published_sources() -> None:
 def test_sources_that_fit_several_are_measured_by_the_nearest() -> None:
     assert said(app(GOOD_59, ())) == said(app(GOOD, ())) == []
     assert packages.loader(app(GOOD_59, ())).name == "app 2.25"
+
+
+# sources that no combination of the table is for -> pins -> what is said
+LATER = (*PULL_59[:1], "LoRAModel.loraLayers", "loadContainer(configuration:)")
+
+
+@pytest.mark.parametrize(
+    ("version", "rule"),
+    [
+        ("2.30.3", "package-unknown-version"),
+        ("upToNextMajorVersion: 2.21.2", "package-unknown-version"),
+        ("2.29.1", "package-known-to-break"),
+        ("3.31.4", "package-known-to-break"),
+    ],
+)
+def test_a_pin_that_has_the_interfaces_is_no_error(version: str, rule: str) -> None:
+    pins = {"mlx-swift-lm": version, "mlx-swift": "0.30.3", "swift-transformers": "1.1.6"}
+    (finding,) = packages.check(app(pins, LATER))
+    assert (finding.rule, finding.severity) == (rule, "warning" if "unknown" in rule else "error")
+
+
+def test_the_successor_has_the_same_libraries() -> None:
+    pins = {"mlx-swift-lm": "2.29.1", "mlx-swift": "0.29.1", "swift-transformers": "1.0.0"}
+    assert {severity for severity, _, _ in said(app(pins, PULL_59))} == {"warning"}
+
+
+@pytest.mark.parametrize(
+    ("line", "breaks"),
+    [
+        ("let mask = createAttentionMask(h: h, cache: cache)", True),
+        ("let mask = (try createAttentionMask(h: h, cache: cache))", True),
+        ("let mask: MLXArray? = createAttentionMask(h: h, cache: cache)", False),
+        ("let mask = createAttentionMask(h: h, cache: cache) as MLXArray?", False),
+        ("return layer(h, mask: createAttentionMask(h: h, cache: cache))", False),
+        ("let a: MLXArray? = createAttentionMask(h: h, cache: c)\n let b = createAttentionMask(h: h, cache: c)", True),
+    ],
+)  # fmt: skip
+def test_a_declared_type_chooses_the_overload(line: str, breaks: bool) -> None:
+    program = Program({"A.swift": f"func f() {{\n {line}\n}}\n".encode()})
+    assert packages.used(program.mentioned()) == (("createAttentionMask(h:cache:) as an MLXArray",) if breaks else ())
 
 
 def test_sources_that_no_version_fits() -> None:

@@ -16,6 +16,7 @@ import types
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from download_server import (
     CONTENT,
@@ -33,6 +34,7 @@ from download_server import (
     make_zip,
 )
 from rich.console import Console
+from safetensors.numpy import save
 
 from fastvlm import download
 from fastvlm.errors import UserError
@@ -45,6 +47,29 @@ def test_zoo_lists_the_six_published_checkpoints() -> None:
     assert download.ZOO["checkpoints"] == {f"fastvlm_{kind}": f"llava-fastvithd_{kind}.zip" for kind in kinds}
     assert download.ZOO["base_url"] == "https://ml-site.cdn-apple.com/datasets/fastvlm"
     assert "research" in download.ZOO["licence"]["notice"]
+
+
+ARTEFACT = {  # what Apple's ready-made models are, in little
+    "config.json": b'{"model_type": "llava_qwen2"}',
+    "model.safetensors": save({"language_model.model.norm.weight": np.ones(4, np.float16)}),
+    "fastvithd.mlpackage/Manifest.json": b"{}",
+    "fastvithd.mlpackage/Data/com.apple.CoreML/weights/weight.bin": b"weights" * 1000,
+}
+
+
+@pytest.mark.parametrize("kind", ["0.5b_stage3_llm.fp16", "1.5b_stage3_llm.int8", "7b_stage3_llm.int4"])
+def test_apples_ready_made_models_go_on_and_are_taken_for_what_they_are(
+    zoo: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    name = f"llava-fastvithd_{kind}"
+    zoo.files[f"/{name}.zip"] = make_zip(ARTEFACT, f"{name}/")
+    zoo.acts[f"/{name}.zip"] = [Act(drop=300), Act()]
+    assert command(name, "--output-dir", tmp_path, "--json") == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out.splitlines()[-1])["checkpoints"][0]["warnings"] == []
+    assert "an artefact exported elsewhere, not a checkpoint" in err and "research purposes only" in err
+    assert zoo.ranges(f"/{name}.zip") == ["", "bytes=300-"]
+    assert_whole(tmp_path, name, ARTEFACT)
 
 
 def test_command_downloads_then_does_nothing(zoo: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

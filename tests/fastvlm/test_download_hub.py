@@ -4,6 +4,7 @@ import hashlib
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from download_server import (
     HUB_CONTENT,
@@ -22,6 +23,7 @@ from download_server import (
     get,
     publish,
 )
+from safetensors.numpy import save
 
 from fastvlm.errors import UserError
 
@@ -43,6 +45,22 @@ def test_hub_download(hub: Server, tmp_path: Path, capsys: pytest.CaptureFixture
     hub.requests.clear()
     assert command(REPOSITORY, "--output-dir", tmp_path) == 0
     assert hub.requests == [] and "already complete" in capsys.readouterr().out
+
+
+def test_hub_repository_of_an_artefact(hub: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    held = {
+        "config.json": b'{"model_type": "llava_qwen2"}',
+        "model.safetensors": save({"language_model.model.norm.weight": np.ones(4, np.float16)}),
+        "fastvithd.mlpackage/Manifest.json": b"{}",
+        "fastvithd.mlpackage/Data/com.apple.CoreML/weights/weight.bin": WEIGHTS,
+    }
+    publish(hub, {**held, "images/logo.png": b"png"})
+    get(tmp_path, name=REPOSITORY)
+    assert_whole(tmp_path, REPOSITORY, held)
+    assert "an artefact exported elsewhere" in capsys.readouterr().err
+    publish(hub, {**held, "fastvithd.mlpackage/../../x": b"x"})
+    with pytest.raises(UserError, match="outside the folder"):
+        get(tmp_path / "other", name=REPOSITORY)
 
 
 def test_hub_goes_on_in_the_next_run(hub: Server, tmp_path: Path) -> None:
