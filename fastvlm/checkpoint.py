@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fastvlm import layouts, naming
+from fastvlm import folder_kind, layouts, naming
 from fastvlm.dtypes import DTYPES
 from fastvlm.errors import UserError
 from fastvlm.layouts import hf_config_of
@@ -82,9 +82,10 @@ def nonfinite_fault(bad: list[str]) -> Fault:
 
 @dataclass
 class Examination:
-    """What `examine` found: a checkpoint if there is no fault."""
+    """What `examine` found: a checkpoint if there is no fault; `kind` when the folder is something else altogether."""
 
     path: Path
+    kind: folder_kind.FolderKind | None = None
     layout: str | None = None
     checkpoint: Checkpoint | None = None
     faults: list[Fault] = field(default_factory=list)
@@ -103,27 +104,33 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
 def examine(path: str | os.PathLike[str]) -> Examination:
     """Check the folder at `path`, collecting every fault and warning instead of stopping at the first."""
     found = Examination(Path(path))
+    if not _is_folder(path, found.faults) or _is_other(found):
+        return found
     config = _read_config(found.path, found.faults)
-    layout = layouts.layout_of(config, found.path, found.faults) if config is not None else None
+    if _is_other(found, config):
+        return found
+    layout = layouts.layout_of(config, found.faults) if config is not None else None
     found.layout = layout
     if config is None or layout is None:
         return found
     weights = scan(found.path)
+    if _is_other(found, config, weights.tensors):
+        return found
     found.faults += weights.faults
     found.warnings += weights.warnings
-    tensors, unknown = _canonical(weights, layout)
+    tensors, unknown = _canonical(weights, layout, found.warnings)
     form = _form(tensors, bool(weights.faults), found)
     vocabulary = layouts.read_vocabulary(found.path, found.faults)
     image_size, strategy = layouts.image_contract(found.path, config, layout, found.faults, found.warnings)
-    layouts.check_config(config, layout, form, found.faults, found.warnings)
+    complete = not weights.faults  # with a shard missing, what the others hold is no news
+    layouts.check_config(config, layout, form if complete else None, found.faults, found.warnings)
     hf_config = _hf_config(config, layout, form, found)
     if hf_config is None:
         return found
-    complete = not weights.faults  # with a shard missing, what it holds is no news
     tied = _resolve_tie(weights, tensors, config, layout, found.warnings if complete else [])
     hf_config = hf_config_of(config, layout, form, tied)
     _compare(tensors, unknown, hf_config, tied, complete, found.faults)
-    dtype = _dtype(tensors, config, found)
+    dtype = _dtype(tensors, config, complete, found)
     rows = getattr(hf_config.text_config, "vocab_size", 0)
     token = layouts.image_token(config, layout, vocabulary, rows, found.faults, found.warnings)
     if not found.faults:
@@ -136,13 +143,23 @@ def examine(path: str | os.PathLike[str]) -> Examination:
     return found
 
 
+def _is_folder(path: str | os.PathLike[str], faults: list[Fault]) -> bool:
+    where = Path(path)
+    if not where.is_dir():
+        faults.append(Fault(folder_kind.of_file(where) if where.exists() else folder_kind.absent(path)))
+    return not faults
+
+
+def _is_other(found: Examination, config: Any = None, tensors: Mapping[str, Any] | None = None) -> bool:
+    """Whether the folder is something else by what is known so far; then that alone is the fault."""
+    found.kind = folder_kind.identify(found.path, config, tensors or ())
+    if found.kind is None:
+        return False
+    found.faults[:], found.warnings[:] = [Fault(found.kind.line())], []
+    return True
+
+
 def _read_config(path: Path, faults: list[Fault]) -> dict[str, Any] | None:
-    if not path.exists():
-        faults.append(Fault(f"path not there: {path} doesn't exist"))
-        return None
-    if not path.is_dir():
-        faults.append(Fault(f"not a folder: {path} is a file; give the checkpoint's folder (unpack an archive first)"))
-        return None
     file = path / "config.json"
     if not file.is_file():
         inner = sorted(child.parent.name for child in path.glob("*/config.json"))
@@ -156,11 +173,14 @@ def _read_config(path: Path, faults: list[Fault]) -> dict[str, Any] | None:
     return config
 
 
-def _canonical(weights: Weights, layout: str) -> tuple[dict[str, TensorInfo], list[str]]:
+def _canonical(weights: Weights, layout: str, warnings: list[str]) -> tuple[dict[str, TensorInfo], list[str]]:
     rename = naming.from_llava if layout == "llava_qwen2" else naming.from_transformers
     tensors, unknown = {}, []
+    prefix = naming.wrapper_prefix(weights.tensors)
+    if prefix:
+        warnings.append(f"every tensor name begins with {prefix}, which a training wrapper added: read without it")
     for source, info in weights.tensors.items():
-        name = rename(source)
+        name = rename(source.removeprefix(prefix))
         if naming.is_ignored(source):
             continue
         if name is None or name in tensors:
@@ -245,7 +265,7 @@ def _compare(
         faults.append(Fault(f"{len(misshapen)} tensors of the wrong shape", tuple(misshapen)))
 
 
-def _dtype(tensors: Mapping[str, TensorInfo], config: dict[str, Any], found: Examination) -> str:
+def _dtype(tensors: Mapping[str, TensorInfo], config: dict[str, Any], complete: bool, found: Examination) -> str:
     sizes: dict[str, int] = {}
     for info in tensors.values():
         sizes[info.dtype] = sizes.get(info.dtype, 0) + info.size
@@ -257,6 +277,8 @@ def _dtype(tensors: Mapping[str, TensorInfo], config: dict[str, Any], found: Exa
         )
         found.faults.append(Fault(line, names))
     main = max(sizes, key=lambda name: sizes[name], default="float32")
+    if not complete:
+        return main
     if len(sizes) > 1:
         parts = ", ".join(f"{name} {count:,}" for name, count in sorted(sizes.items()))
         found.warnings.append(f"mixed weight types ({parts} parameters): read as {main}")

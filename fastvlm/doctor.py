@@ -14,6 +14,7 @@ from fastvlm.errors import UserError
 
 if TYPE_CHECKING:
     from fastvlm.checkpoint import Checkpoint
+    from fastvlm.folder_kind import FolderKind
     from fastvlm.weights import Fault
 
 _APP_FEATURES = (256, 3072)  # image tokens and channels that apple/ml-fastvlm's app is compiled for
@@ -29,10 +30,11 @@ class Part:
 
 @dataclass
 class Report:
-    """What the doctor found. Without faults `facts`, `parts` and `export` are filled."""
+    """What the doctor found. Without faults `facts`, `parts` and `export` are filled; `kind`: it is something else."""
 
     path: Path
     layout: str | None = None
+    kind: "FolderKind | None" = None
     facts: dict[str, Any] = field(default_factory=dict)
     parts: dict[str, Part] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
@@ -45,6 +47,7 @@ class Report:
             "path": str(self.path),
             "usable": not self.faults,
             "layout": self.layout,
+            **({"kind": self.kind.name, "base": self.kind.base} if self.kind else {}),
             **self.facts,
             "parts": {name: vars(part) for name, part in self.parts.items()},
             "warnings": self.warnings,
@@ -54,7 +57,8 @@ class Report:
 
     def text(self) -> str:
         """The report as lines for a person; every fault and every tensor it names has its own."""
-        lines = [f"{'path':<16}{self.path}", f"{'layout':<16}{self.layout or 'unknown'}"]
+        what = ("kind", self.kind.what) if self.kind else ("layout", self.layout or "unknown")
+        lines = [f"{'path':<16}{self.path}", f"{what[0]:<16}{what[1]}"]
         lines += [f"{name.replace('_', ' '):<16}{value}" for name, value in self.facts.items()]
         lines += [
             f"  {name:<14}{part.parameters:>14,} parameters {part.megabytes:>10,.1f} MB"
@@ -76,7 +80,7 @@ def diagnose(path: str | os.PathLike[str], deep: bool = True, advance: Callable[
     from fastvlm.checkpoint import examine, nonfinite_fault
 
     found = examine(path)
-    report = Report(found.path, found.layout, warnings=list(found.warnings), faults=list(found.faults))
+    report = Report(found.path, found.layout, found.kind, warnings=list(found.warnings), faults=list(found.faults))
     checkpoint = found.checkpoint
     if checkpoint is None:
         return report

@@ -49,6 +49,7 @@ from fastvlm.fetch import (
     remote_size,
     write_json,
 )
+from fastvlm.folder_kind import REPOSITORY
 from fastvlm.unpack import name_faults, unpack
 
 ZOO = json.loads(Path(__file__).with_name("zoo.json").read_text(encoding="utf-8"))
@@ -57,7 +58,6 @@ RETRIES = Retries()
 RECORD = ".download.json"  # in a finished folder: where it came from, and each file's size and sha256
 DATA_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.md", "*.model", "LICENSE*", "NOTICE*")
 PACKAGE_FILES = "*.mlpackage/*"  # a Core ML package is a folder, the only one that is taken
-REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 RESEARCH_ONLY = "apple-amlr"  # the hub's tag for Apple's research licence
 LISTING_LIMIT = 64 << 20  # bytes of a hub's answer that are read
 LINE_EVERY = 30.0  # seconds between progress lines when stderr is no terminal

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastvlm.errors import UserError
-from fastvlm.exported import recognise
 from fastvlm.prompt import prompt_fault
 from fastvlm.weights import Fault, read_json
 
@@ -37,21 +36,22 @@ _MODEL_ARGS = frozenset({
 })  # fmt: skip
 
 
-def layout_of(config: dict[str, Any], path: Path, faults: list[Fault]) -> str | None:
+def layout_of(config: dict[str, Any], faults: list[Fault]) -> str | None:
     """The layout that config.json's model_type names, or None and a fault for another model."""
     said = config.get("model_type")
-    if (found := recognise(path)) is not None:
-        uses = "model_export inspect and generate, benchmarks, app_bridge validate, plan and bundle take it"
-        faults.append(Fault(f"{found.name}, not a checkpoint: {path} has {found.holds}; {uses}"))
-        return None
     if said in LAYOUTS:
         return str(said)
     faults.append(Fault(f"another model: config.json says model_type {said!r}, expected {' or '.join(LAYOUTS)}"))
     return None
 
 
-def check_config(config: dict[str, Any], layout: str, form: str, faults: list[Fault], warnings: list[str]) -> None:
-    """What config.json says that this project can't honour (faults) or that the weights contradict (warnings)."""
+def check_config(
+    config: dict[str, Any], layout: str, form: str | None, faults: list[Fault], warnings: list[str]
+) -> None:
+    """What config.json says that this project can't honour (faults) or that the weights contradict (warnings).
+
+    `form` is the weights', None where they couldn't all be read.
+    """
     if "quantization_config" in config or "quantization" in config:
         faults.append(Fault("a quantized checkpoint: config.json has a quantization entry; give the original weights"))
     if fault := prompt_fault(config):
@@ -72,7 +72,7 @@ def check_config(config: dict[str, Any], layout: str, form: str, faults: list[Fa
     if text != "qwen2":
         faults.append(Fault(f"another model: language model {text!r}, expected qwen2"))
     said = args.get("inference_mode", False)
-    if said != (form == "folded"):
+    if form is not None and said != (form == "folded"):
         warnings.append(
             f"config.json says inference_mode {str(said).lower()}, but the tensors are in {form} form: {form} used"
         )

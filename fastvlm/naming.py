@@ -5,7 +5,7 @@ The LLaVA names are those of the modules in apple/ml-fastvlm (`mobileclip/mci.py
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 VISION = "model.vision_tower.timm_model."
 PROJECTOR = "model.multi_modal_projector."
@@ -57,6 +57,9 @@ _VISION_PLACES = (
     ("conv_exp.", "final_conv."),
 )
 
+# What DistributedDataParallel, torch.compile and PEFT put before every name of the model that they wrap.
+_WRAPPERS = ("module.", "_orig_mod.", "base_model.model.")
+
 _VISION_PARTS = (
     (".rbr_conv.", ".conv_kxk."),
     (".rbr_scale.", ".conv_scale."),
@@ -78,6 +81,14 @@ _IGNORED = re.compile(
 def is_ignored(source: str) -> bool:
     """Whether a tensor of this (source) name is known to be unused by inference."""
     return bool(_IGNORED.search(source))
+
+
+def wrapper_prefix(names: Collection[str]) -> str:
+    """What wrappers put before all of the (source) names, "" if nothing."""
+    prefix = ""
+    while names and (more := [one for one in _WRAPPERS if all(name.startswith(prefix + one) for name in names)]):
+        prefix += more[0]
+    return prefix
 
 
 def from_llava(name: str) -> str | None:

@@ -157,6 +157,10 @@ def quantized(folder: Path) -> None:
     edit_config(folder, quantization={"bits": 4, "group_size": 64})
 
 
+def quantized_elsewhere(folder: Path) -> None:
+    edit_config(folder, quantization_config={"quant_method": "gptq", "bits": 4})
+
+
 def integers(folder: Path) -> None:
     path = folder / "model-00002-of-00002.safetensors"
     tensors = load_file(path)
@@ -209,7 +213,8 @@ BROKEN = [
     (other_tower, "no resolution"),
     (artefact, "an exported artefact, not a checkpoint"),
     (not_json, "config.json: not JSON"),
-    (quantized, "a quantized checkpoint"),
+    (quantized, "a quantized checkpoint in MLX's format"),
+    (quantized_elsewhere, "a quantized checkpoint: config.json"),
     (integers, "weights of type int8"),
     (only_language, "no vision tower among the weights"),
     (config_without_sizes, "config.json: missing or not a number"),
@@ -240,7 +245,7 @@ def test_each_kind_of_broken_input(
 def test_every_fault_at_once(sound: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "model"
     shutil.copytree(sound, folder)
-    for breakage in (truncated_header, lying_offsets, large_tokenizer, quantized):
+    for breakage in (truncated_header, lying_offsets, large_tokenizer, quantized_elsewhere):
         breakage(folder)
     assert main(str(folder), "--json") == 2
     out, err = capsys.readouterr()

@@ -1,0 +1,131 @@
+"""What is given instead of a checkpoint is named with its remedy, before any fault; a sound checkpoint is no kind."""
+
+import json
+import shutil
+from collections.abc import Callable, Collection
+from pathlib import Path
+
+import folders
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from fastvlm import folder_kind
+from fastvlm.checkpoint import examine, open_checkpoint
+from fastvlm.doctor import diagnose
+from fastvlm.errors import UserError
+
+
+@pytest.fixture
+def copy(tmp_path: Path, tiny_llava: Path) -> Path:
+    return shutil.copytree(tiny_llava, tmp_path / "given")
+
+
+@pytest.mark.parametrize(("make", "name", "words"), folders.KINDS, ids=lambda value: getattr(value, "__name__", ""))
+def test_each_kind_is_named(copy: Path, make: Callable[[Path], None], name: str, words: Collection[str]) -> None:
+    make(copy)
+    report = diagnose(copy)
+    assert report.kind is not None and report.kind.name == name
+    (fault,) = report.faults  # nothing else is said: it would be about weights that nobody read
+    assert report.warnings == [] and report.facts == {} and report.document()["kind"] == name
+    assert all(word in fault.line for word in words) and ", not a checkpoint: " in fault.line
+    assert "{" not in fault.line and "\n" not in fault.line
+    if "adapter of" in fault.line:
+        assert report.document()["base"] == folders.BASE
+    with pytest.raises(UserError) as error:
+        open_checkpoint(copy)
+    assert fault.line in str(error.value)
+
+
+def test_every_rule_has_a_maker() -> None:
+    assert {name for _, name, _ in folders.KINDS} == {rule["name"] for rule in folder_kind._rules()["kinds"]}
+
+
+@pytest.mark.parametrize("layout", ["llava_qwen2", "fast_vlm"])
+def test_a_sound_checkpoint_is_no_kind(make_checkpoint: Callable[..., Path], tmp_path: Path, layout: str) -> None:
+    """Also with what training and exports leave beside whole weights."""
+    folder = shutil.copytree(make_checkpoint(layout=layout, form="folded"), tmp_path / "given")
+    for name in ("zero_to_fp32.py", "latest", "model.onnx", "mm_projector.bin", "trainer_state.json"):
+        (folder / name).write_bytes(b"x")
+    (folder / "global_step7").mkdir()
+    (folder / "fastvithd.mlpackage").mkdir()  # ml-fastvlm's export_vision_encoder.py writes it there
+    assert examine(folder).kind is None and open_checkpoint(folder).layout == layout
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "base_model.model.", "module._orig_mod."])
+def test_a_wrappers_prefix_is_left_out(copy: Path, tiny_llava: Path, prefix: str) -> None:
+    folders.edit_tensors(copy, lambda name: prefix + name)
+    plain, wrapped = open_checkpoint(tiny_llava), open_checkpoint(copy)
+    assert any(f"begins with {prefix}, " in warning for warning in wrapped.warnings)
+    assert wrapped.tensors.keys() == plain.tensors.keys()
+    assert all(torch.equal(wrapped.read(name), plain.read(name)) for name in plain.tensors)
+
+
+def test_a_prefix_of_some_names_is_a_fault(copy: Path) -> None:
+    tensors = load_file(copy / folders.WEIGHTS)
+    first = next(iter(tensors))
+    save_file({f"module.{name}" if name != first else name: tensor for name, tensor in tensors.items()},
+              copy / folders.WEIGHTS)  # fmt: skip
+    assert any("unexpected tensors" in fault.line for fault in examine(copy).faults)
+
+
+def test_nothing_is_said_of_weights_that_were_not_read(copy: Path) -> None:
+    folders.edit_config(copy, dtype="bfloat16")
+    (copy / folders.WEIGHTS).write_bytes((copy / folders.WEIGHTS).read_bytes()[:100])
+    report = diagnose(copy)
+    assert report.faults and report.warnings == [] and report.parts == {}
+    assert not any("shape" in fault.line or "dtype" in fault.line for fault in report.faults)
+
+
+@pytest.mark.parametrize("revision", ["", "@main", "@0123abc"])
+def test_a_hub_id_is_named_with_its_snapshot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, revision: str, make_checkpoint: Callable[..., Path]
+) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    asked = folders.BASE + revision
+    for url in ("", "https://huggingface.co/"):
+        line = folder_kind.absent(url + asked)
+        assert f"a hub id, not a folder: {asked}" in line and f"`python -m fastvlm download {asked}`" in line
+    cached = tmp_path / "hub" / "models--apple--FastVLM-0.5B"
+    (cached / "snapshots" / "0123abc").mkdir(parents=True)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("0123abc\n")
+    assert str(cached / "snapshots" / "0123abc") in folder_kind.absent(asked)
+    assert "download" in folder_kind.absent(folders.BASE + "@other")  # another revision isn't there
+    (tmp_path / "checkpoints" / folders.BASE).mkdir(parents=True)
+    assert f"give checkpoints/{folders.BASE}" in folder_kind.absent(asked)
+
+
+@pytest.mark.parametrize("commit", ["../../..", "..", "", "a" * 200, "a/b"])
+def test_a_reference_stays_in_its_cache(tmp_path: Path, commit: str) -> None:
+    for name in ("refs", "snapshots/real", "snapshots/a/b"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "refs" / "main").write_text(commit)
+    assert folder_kind.snapshot(tmp_path) is None
+
+
+def test_paths_that_are_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    assert folder_kind.absent("models/absent") == "path not there: models/absent doesn't exist"
+    assert "fastvlm download fastvlm_0.5b_stage3" in folder_kind.absent("fastvlm_0.5b_stage3")
+    for name, words in {
+        "a.gguf": "GGUF",
+        "a.onnx": "ONNX",
+        "a.zip": "unpack",
+        "model.safetensors": "the folder",
+    }.items():
+        (tmp_path / name).write_bytes(b"x")
+        assert words in examine(tmp_path / name).faults[0].line
+
+
+def test_what_an_adapter_says_of_its_base_is_only_text(copy: Path) -> None:
+    folders.peft_adapter(copy)
+    for text in ("[" * 100000, "\0", json.dumps({"base_model_name_or_path": 5}), json.dumps(["{base}"])):
+        (copy / "adapter_config.json").write_text(text)
+        assert examine(copy).kind is not None and examine(copy).kind.base is None  # type: ignore[union-attr]
+    (copy / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "{path} " + "x" * 9999}))
+    assert len(examine(copy).faults[0].line) < 1500
