@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, pre_tokenizers
 
 from app_bridge.check_config import integer
 from app_bridge.subject import AGAIN, Subject, kind_of, listed, shortened
+from fastvlm.chat_template import TemplateFault, render
 from model_export import contract
 
 # `knownTokenizers` of 0.1.18 that are byte-pair encoders; a suffix Fast is dropped.
@@ -288,21 +289,15 @@ def prompt(subject: Subject, content: str) -> str:
 
 def _check_template(subject: Subject, settings: Mapping[str, Any]) -> None:
     """The app builds its prompt itself; the artefact's template says what the model was trained with."""
-    from jinja2.exceptions import TemplateError
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
     template, where = settings.get("chat_template"), f"{contract.TOKENIZER_CONFIG}: chat_template"
     if not isinstance(template, str):
         subject.checked.append(f"{where}: none to compare the app's prompt with")
         return
-    messages = [{"role": "user", "content": _QUESTION}]
+    tokens = {name: _token(settings, name) for name in settings if name.endswith("_token")}
     try:
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        rendered = environment.from_string(template).render(messages=messages, add_generation_prompt=True)
-    except (TemplateError, TypeError, ValueError, KeyError, AttributeError, OverflowError, RecursionError) as error:
-        subject.warning(
-            "chat-template", where, shortened(f"{type(error).__name__}: {error}"), "a template for a list of messages"
-        )
+        rendered = render(template, [{"role": "user", "content": _QUESTION}], tokens)
+    except TemplateFault as error:
+        subject.warning("chat-template", where, shortened(str(error)), "a template for a list of messages")
         return
     if rendered != (written := prompt(subject, _QUESTION)):
         subject.warning(

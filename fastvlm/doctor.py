@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastvlm.chat_template import TemplateFault, render
 from fastvlm.cli import add_common, progress
 from fastvlm.errors import UserError
 
@@ -147,13 +148,10 @@ def _look_at_tokenizer(checkpoint: "Checkpoint", report: Report) -> None:
         report.warnings.append("no chat template: prompts can only be built with --conv-mode")
         return
     try:
-        rendered = tokenizer.apply_chat_template(
-            [{"role": "user", "content": "hello"}], tokenize=False, add_generation_prompt=True
-        )
-    except Exception as error:  # a template is a program: it may fail in any way
-        report.faults.append(
-            Fault(f"the chat template fails ({type(error).__name__}: {' '.join(str(error).split())[:200]})")
-        )
+        question = [{"role": "user", "content": "hello"}]
+        rendered = render(tokenizer.chat_template, question, tokenizer.special_tokens_map)
+    except TemplateFault as error:
+        report.faults.append(Fault(f"the chat template fails ({error})"))
         return
     known = "<|im_start|>user\nhello<|im_end|>" in rendered
     report.facts["chat_template"] = "Qwen's" if known else "present"

@@ -40,7 +40,7 @@ _FILES = {
 
 @dataclass(frozen=True)
 class FolderKind:
-    """What a folder is. `evidence`: the file, key or tensor that shows it; `base`: an adapter's base, as it names it."""
+    """What a folder is. `evidence`: the file, key or tensor that shows it; `base`: an adapter's, as it names it."""
 
     name: str
     path: Path
