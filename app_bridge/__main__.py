@@ -1,10 +1,14 @@
 """`python -m app_bridge bundle | restore | validate | plan | card | publish`."""
 
+from fastvlm import start
+
+if __name__ == "__main__":
+    start.begin()
+
 import argparse
-import sys
 
 from app_bridge import bundle, card, plan, publish, validate
-from fastvlm.cli import Parser, run
+from fastvlm.cli import Parser, main
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -23,4 +27,4 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(run(build_parser))
+    main(build_parser)

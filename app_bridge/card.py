@@ -5,7 +5,6 @@ is its name of Apple's research licence: apple/FastVLM-0.5B, README.md.
 """
 
 import argparse
-import io
 import json
 import os
 import re
@@ -79,7 +78,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 def print_utf8() -> None:
     """From here on, print in UTF-8 whatever the locale, as a card's file is."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
+    if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
 
 

@@ -1,17 +1,22 @@
 """`python -m benchmarks parity | export | encoder | estimate | quantization | ttft | mac-report | peers`."""
 
+from fastvlm import start
+
+if __name__ == "__main__":
+    start.begin()
+
 import argparse
 import shlex
 import sys
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from benchmarks import encoder, environment, estimate, export, mac_report, peers, quantization, ttft
 from benchmarks.pictures import LIMIT
-from fastvlm.cli import Parser, add_common, log, progress, run
+from fastvlm.cli import Parser, add_common, log, main, progress
+from fastvlm.terminal import Console
 from model_export.config import LLM_RUNNERS, VISION_RUNNERS
 
 
@@ -118,4 +123,4 @@ def print_parity(result: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run(build_parser))
+    main(build_parser)

@@ -4,11 +4,11 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from benchmarks.estimate_model import MEANINGS
 from fastvlm.cli import wide_console
+from fastvlm.terminal import Console
 
 
 def print_devices(document: dict[str, Any]) -> None:

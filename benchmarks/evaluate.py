@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -23,6 +22,7 @@ from fastvlm import conversations
 from fastvlm.cli import log, one_line, progress, quiet_libraries
 from fastvlm.demo import knows_demo
 from fastvlm.errors import CheckFailed, UserError
+from fastvlm.terminal import Console
 from model_export import contract
 from model_export.config import LLM_RUNNERS, VISION_RUNNERS
 

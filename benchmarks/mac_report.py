@@ -24,6 +24,7 @@ from fastvlm.cli import add_common, log
 from fastvlm.errors import UserError
 from fastvlm.page import templates
 from fastvlm.staging import write_file
+from fastvlm.terminal import Console
 
 TABLE = Path(__file__).with_name("mac_checks.json")
 TEMPLATES = Path(__file__).parent / "templates"
@@ -287,7 +288,6 @@ def sentence(document: Mapping[str, Any]) -> str:
 
 def print_table(document: Mapping[str, Any]) -> None:
     """Outcome, check, what was found or why not, and time; then the machine."""
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 

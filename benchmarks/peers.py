@@ -15,6 +15,7 @@ from benchmarks.ttft_report import figures as measured
 from benchmarks.ttft_report import ranked
 from fastvlm.cli import add_common
 from fastvlm.errors import UserError
+from fastvlm.terminal import Console
 
 TEXT_TOKENS = 18  # of Qwen2's template and "Describe the image."; with 256 of the picture 274
 STAGES = ("encode", "project", "prefill")
@@ -337,7 +338,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 def print_comparison(found: Mapping[str, Any]) -> None:
     """A comparison as a table on stdout, with what explains it."""
-    from rich.console import Console
     from rich.table import Table
 
     console = Console(highlight=False)

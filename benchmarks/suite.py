@@ -13,13 +13,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from benchmarks import environment
 from benchmarks.measure import ROOT, Measured, measure
 from fastvlm.cli import add_common, log, progress
 from fastvlm.errors import CheckFailed
+from fastvlm.terminal import Console
 
 DEMO = ROOT / "fastvlm" / "demo_checkpoint"
 _SIGNS = {"<=": "≤", ">=": "≥", "<": "<"}

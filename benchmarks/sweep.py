@@ -17,7 +17,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from benchmarks import environment, evaluate, sweep_point
@@ -25,6 +24,7 @@ from fastvlm import conversations
 from fastvlm.cli import log
 from fastvlm.demo import knows_demo
 from fastvlm.errors import UserError
+from fastvlm.terminal import Console
 from model_export.config import size_faults
 from quantization import sweep, sweep_report
 from quantization.recipe import recipe_from_json

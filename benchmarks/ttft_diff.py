@@ -26,6 +26,7 @@ from benchmarks.ttft_report import figures, shown, title
 from benchmarks.ttft_runner import STAGES, TOTALS
 from fastvlm.cli import add_common
 from fastvlm.errors import UserError
+from fastvlm.terminal import Console
 
 FALSE = 0.05  # probability of a false call in a whole comparison
 LEAST = 0.05  # no change below this is called, however quiet the machine
@@ -290,7 +291,6 @@ def _median(point: Mapping[str, Any], document: Mapping[str, Any], name: str, st
 
 def print_comparison(found: Mapping[str, Any]) -> None:
     """What changed, as a table; in a sentence what didn't."""
-    from rich.console import Console
     from rich.table import Table
 
     console = Console(highlight=False)

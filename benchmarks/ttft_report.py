@@ -9,6 +9,7 @@ from benchmarks import environment
 from benchmarks.ttft_runner import STAGES, totals
 from fastvlm.page import templates
 from fastvlm.staging import write_file
+from fastvlm.terminal import Console
 
 # Shown beside the stages: key -> label. Seconds, but for the rate and the memory.
 LABELS = {
@@ -124,7 +125,6 @@ def delayed(document: Mapping[str, Any]) -> str | None:
 def print_document(document: Mapping[str, Any]) -> None:
     """All points as tables on stdout."""
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
     console = Console(highlight=False)

@@ -1,10 +1,14 @@
 """`python -m fastvlm predict | doctor | download | demo`."""
 
+from fastvlm import start
+
+if __name__ == "__main__":
+    start.begin()
+
 import argparse
-import sys
 
 from fastvlm import demo_page, doctor, download, predict
-from fastvlm.cli import Parser, run
+from fastvlm.cli import Parser, main
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -17,4 +21,4 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(run(build_parser))
+    main(build_parser)

@@ -6,11 +6,10 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -23,8 +22,11 @@ from rich.progress import (
 )
 
 from fastvlm.errors import CheckFailed, UserError
+from fastvlm.start import EXIT_INTERRUPTED, EXIT_UNUSABLE
+from fastvlm.terminal import Console, neutral, plain_streams
 
-EXIT_CHECK_FAILED, EXIT_UNUSABLE, EXIT_INTERRUPTED = 1, 2, 130
+EXIT_CHECK_FAILED = 1
+_stopped: list[int] = []  # signals that came during `run`
 
 
 class Parser(argparse.ArgumentParser):
@@ -57,7 +59,16 @@ def add_common(parser: argparse.ArgumentParser) -> None:
 def run(build_parser: Callable[[], argparse.ArgumentParser], argv: Sequence[str] | None = None) -> int:
     """Parse, run the verb (`args.run(args) -> document or None`), and return the exit code (0, 1, 2 or 130)."""
     signal.signal(signal.SIGTERM, _terminate)  # so that `finally` blocks clean up after a kill, as after Ctrl-C
-    debug = False
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as in a job in the background
+        signal.signal(signal.SIGINT, _terminate)
+    if sys.stderr is None:  # closed (2>&-): print would take stdout instead
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    with plain_streams():
+        return _run(build_parser, argv)
+
+
+def _run(build_parser: Callable[[], argparse.ArgumentParser], argv: Sequence[str] | None) -> int:
+    debug, _stopped[:] = False, []
     try:
         args = build_parser().parse_args(argv)
         debug = getattr(args, "debug", False)
@@ -68,17 +79,29 @@ def run(build_parser: Callable[[], argparse.ArgumentParser], argv: Sequence[str]
             print(json.dumps(document, default=str, allow_nan=False), flush=True)
         sys.stdout.flush()
         return EXIT_CHECK_FAILED if failed else 0
-    except (UserError, CheckFailed, OSError, MemoryError) as error:
-        if debug:
+    except (Exception, KeyboardInterrupt) as error:
+        if _stopped or isinstance(error, KeyboardInterrupt):  # imports make other exceptions of an interrupt
+            print("interrupted", file=sys.stderr)
+            return EXIT_INTERRUPTED
+        if debug or not isinstance(error, (UserError, CheckFailed, OSError, MemoryError)):
             raise
         print(f"error: {one_line(error)}", file=sys.stderr)
         return EXIT_CHECK_FAILED if isinstance(error, CheckFailed) else EXIT_UNUSABLE
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return EXIT_INTERRUPTED
+
+
+def main(build_parser: Callable[[], argparse.ArgumentParser], at_once: bool = False) -> NoReturn:
+    """`run`, and then the end of the process; `at_once` without taking down what was imported."""
+    code = run(build_parser)
+    if at_once or code == EXIT_INTERRUPTED:  # Python itself would end by the signal that an import was stopped by
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError):
+                stream.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _terminate(signum: int, frame: Any) -> None:
+    _stopped.append(signum)
     raise KeyboardInterrupt
 
 
@@ -103,7 +126,7 @@ def quiet_libraries(debug: bool = False) -> None:
 
 def log(message: str) -> None:
     """One line of what is happening, on stderr."""
-    print(message, file=sys.stderr, flush=True)
+    print(neutral(message), file=sys.stderr, flush=True)  # also in a child that `run` didn't start
 
 
 def wide_console(width: int) -> Console:
@@ -126,7 +149,7 @@ def progress(description: str, total: float | None = None, sized: bool = False) 
         yield lambda n=1: None
         return
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         *((DownloadColumn(), TransferSpeedColumn()) if sized else (MofNCompleteColumn(),)),
         TimeElapsedColumn(),

@@ -4,7 +4,6 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from fastvlm import demo
@@ -12,6 +11,7 @@ from fastvlm.cli import add_common, log, progress
 from fastvlm.errors import UserError
 from fastvlm.page import data_url, templates
 from fastvlm.staging import write_file
+from fastvlm.terminal import Console
 
 PASS_MARK = 0.95  # of the held-out questions, for a checkpoint that is trained anew
 

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from rich.console import Console
 from rich.filesize import decimal
 from rich.progress import (
     BarColumn,
@@ -50,6 +49,7 @@ from fastvlm.fetch import (
     write_json,
 )
 from fastvlm.folder_kind import REPOSITORY
+from fastvlm.terminal import Console
 from fastvlm.unpack import name_faults, unpack
 
 ZOO = json.loads(Path(__file__).with_name("zoo.json").read_text(encoding="utf-8"))
@@ -402,7 +402,7 @@ def _bar(description: str) -> Iterator[Report]:
         yield line
         return
     speed = (DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(TextColumn("{task.description}"), BarColumn(), *speed, console=console) as bar:
+    with Progress(TextColumn("{task.description}", markup=False), BarColumn(), *speed, console=console) as bar:
 
         def report(have: int, total: int) -> None:
             if not tasks:  # begun here, so that bytes from an earlier run don't count as speed

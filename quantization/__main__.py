@@ -1,10 +1,14 @@
 """`python -m quantization`: recipes, evaluate, sweep."""
 
-import sys
+from fastvlm import start
+
+if __name__ == "__main__":
+    start.begin()
+
 
 from benchmarks.evaluate import add_evaluate
 from benchmarks.sweep import add_sweep
-from fastvlm.cli import Parser, add_common, run
+from fastvlm.cli import Parser, add_common, main
 from quantization.catalogue import add_recipes
 
 
@@ -20,4 +24,4 @@ def build_parser() -> Parser:
 
 
 if __name__ == "__main__":
-    sys.exit(run(build_parser))
+    main(build_parser)

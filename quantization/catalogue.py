@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from fastvlm.cli import wide_console
+from fastvlm.terminal import Console
 
 if TYPE_CHECKING:  # torch is imported where a verb needs it
     from fastvlm.synthetic import Shape

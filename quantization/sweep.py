@@ -23,6 +23,7 @@ from typing import Any
 from fastvlm import staging
 from fastvlm.cli import log, one_line
 from fastvlm.errors import UserError
+from fastvlm.terminal import Console
 from quantization.compression import COMPRESSIONS
 from quantization.recipe import Recipe, load_recipe
 from quantization.sweep_cluster import cluster
@@ -267,11 +268,10 @@ def _threads(jobs: int, run_id: str) -> Iterator[Executor]:
 @contextmanager
 def _progress(total: int, outcome: Outcome) -> Iterator[Callable[[str], None]]:
     """Yields what is called with each finished point: a bar, or lines where there is no terminal."""
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     console, start = Console(stderr=True, highlight=False), time.monotonic()
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("sweeping", total=total)
 

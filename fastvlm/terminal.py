@@ -1,0 +1,86 @@
+"""What reaches a terminal is text: control characters of names, templates, servers and answers are shown, not obeyed.
+
+`plain_streams` puts this before stdout and stderr for everything that a command prints. Only `Console` writes the
+escapes of its own colours and bars.
+"""
+
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from typing import IO, Any
+
+from rich.console import Console as RichConsole
+from rich.console import ConsoleOptions, RenderableType
+from rich.segment import Segment
+
+# All but tab and newline of C0, delete and C1 (ECMA-48), and the marks that turn text around (Unicode TR 9). Written
+# as JSON writes them, so that a printed document stays the same document.
+_CONTROLS = {*range(0x20), *range(0x7F, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A)} - {9, 10}
+_SHOWN = {number: f"\\u{number:04x}" for number in _CONTROLS}
+
+
+def neutral(text: str) -> str:
+    """`text` with its control characters written out, as `\\u001b`."""
+    return text.translate(_SHOWN)
+
+
+class _Encodable:
+    """A text stream that writes what its encoding lacks as `\\udc80` or `\\u2026` instead of failing."""
+
+    def __init__(self, stream: IO[str]) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except UnicodeEncodeError as error:
+            return self._stream.write(text.encode(error.encoding, "backslashreplace").decode(error.encoding))
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+class _Plain(_Encodable):
+    """Neutral text only; `styled` is the same stream for who writes escapes of his own."""
+
+    def __init__(self, stream: IO[str]) -> None:
+        super().__init__(stream)
+        self.styled = _Encodable(stream)
+
+    def write(self, text: str) -> int:
+        return super().write(neutral(text))
+
+
+@contextmanager
+def plain_streams() -> Iterator[None]:
+    """Print neutral text to stdout and stderr, those of them that are there."""
+    with ExitStack() as stack:
+        if sys.stdout is not None:
+            stack.enter_context(redirect_stdout(_Plain(sys.stdout)))  # type: ignore[type-var]
+        if sys.stderr is not None:
+            stack.enter_context(redirect_stderr(_Plain(sys.stderr)))  # type: ignore[type-var]
+        yield
+
+
+class Console(RichConsole):
+    """rich's console, for tables and progress: what is in them is neutral, and a reader that left is an OSError."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else Segment(neutral(segment.text), segment.style)
+
+    @property
+    def file(self) -> IO[str]:
+        stream = super().file
+        return getattr(stream, "styled", stream)
+
+    @file.setter
+    def file(self, stream: IO[str]) -> None:
+        self._file = stream
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
