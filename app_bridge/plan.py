@@ -151,12 +151,11 @@ def known_limits(device: str, memory: str | None) -> tuple[dict[str, Limit], dic
 
     UserError for an unknown device or size, and where no source gives its limit.
     """
-    device = device_key(device)
-    if device not in devices():
-        raise UserError(
-            f"--device {device}: unknown; expected one of {', '.join(devices())}, or give the limit of another:"
-            " --limit 3.0GB, what os_proc_available_memory() says when the app starts"
-        )
+    try:
+        device = device_key(device)
+    except UserError as error:
+        advice = "or give the limit of another: --limit 3.0GB, what os_proc_available_memory() says when the app starts"
+        raise UserError(f"{error}, {advice}") from None
     found = devices()[device]
     sizes = {f"{size:g}": size for size in found.memory_gb}
     size = sizes.get(memory or next(iter(sizes)))

@@ -6,6 +6,7 @@ Nothing here is measured on the machine that it runs on.
 """
 
 import argparse
+import difflib
 import json
 import math
 import re
@@ -105,10 +106,24 @@ def devices() -> dict[str, Device]:
 
 
 def device_key(name: str) -> str:
-    """The key of the device that is meant by its key, an alias or a name as "iPhone 15 Pro Max"; else `name` itself."""
-    said = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-    entries = facts("devices.json")["devices"].items()
-    return next((key for key, entry in entries if said in (key, *entry.get("aliases", ()))), name)
+    """The key of the device that is meant by its key, an alias or as people write it: "iPhone 15 Pro Max", "M4PRO".
+
+    UserError that names the nearest for a device that isn't there.
+    """
+    keys = {_squashed(said): key for key, entry in facts("devices.json")["devices"].items()
+            for said in (key, *entry.get("aliases", ()))}  # fmt: skip
+    said = _squashed(name)
+    if said in keys:
+        return keys[said]
+    nearest = dict.fromkeys(keys[one] for one in difflib.get_close_matches(said, keys, 3))
+    meant = f" (is {' or '.join(nearest)} meant?)" if nearest else ""
+    raise UserError(f"--device {name}: unknown{meant}; expected one of {', '.join(devices())}")
+
+
+def _squashed(name: str) -> str:
+    """A device's name by what tells it from others: letters and digits; of a Mac, its chip."""
+    plain = re.sub(r"[^a-z0-9]+", "", name.lower())
+    return re.sub(r"^(?:apple|imac|mac(?:book)?(?:air|mini|pro|studio)?(?:with)?)*(?=m\d)", "", plain)
 
 
 def _device(key: str, entry: Mapping[str, Any]) -> Device:
@@ -142,12 +157,11 @@ def estimate(
 
     Raises UserError for an unknown shape, device or recipe, and for sizes that FastViTHD can't take.
     """
-    device = device_key(device) if device else device
-    _check(shape, device, resolution, prompt)
+    key = _check(shape, device, resolution, prompt)
     from fastvlm.synthetic import SHAPES  # torch behind it
     from quantization.recipe import load_recipe
 
-    found, sizes = devices()[str(device)], SHAPES[str(shape)]
+    found, sizes = devices()[key], SHAPES[str(shape)]
     language = language_model(sizes)
     stored, picture = stored_bytes(load_recipe(recipe), sizes), (resolution // PATCH) ** 2
     work = encoder_work(facts("published.json")["encoders"]["fastvithd"], resolution)
@@ -181,21 +195,24 @@ def estimate(
     }  # fmt: skip
 
 
-def _check(shape: str | None, device: str | None, resolution: int, prompt: int) -> None:
-    faults = []
+def _check(shape: str | None, device: str | None, resolution: int, prompt: int) -> str:
+    """The device's key; UserError with every fault."""
+    faults, key = [], ""
     if shape not in SHAPE_NAMES:
         faults.append(f"--shape {shape}: expected one of {', '.join(SHAPE_NAMES)}" if shape else "--shape is missing")
-    if device not in devices():
-        faults.append(
-            (f"--device {device}: unknown" if device else "--device is missing")
-            + f"; expected one of {', '.join(devices())} (see --list)"
-        )
+    try:
+        if not device:
+            raise UserError(f"--device is missing; expected one of {', '.join(devices())}")
+        key = device_key(device)
+    except UserError as error:
+        faults.append(f"{error} (see --list)")
     if resolution % PATCH or not PATCH <= resolution <= LARGEST:
         faults.append(f"--resolution {resolution}: expected a multiple of {PATCH} from {PATCH} to {LARGEST}")
     if not 0 <= prompt <= LONGEST:
         faults.append(f"--prompt-length {prompt}: expected 0 to {LONGEST}")
     if faults:
         raise UserError("; ".join(faults))
+    return key
 
 
 def language_model(shape: "Shape") -> LanguageModel:

@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 from app_bridge import plan, plan_report
 from app_bridge.memory_model import MIB
 from app_bridge.plan import FITS, NOT, TIGHT, Limit
-from benchmarks.estimate import devices, facts
+from benchmarks.estimate import devices, estimate, facts
 from fastvlm.cli import Parser, run
+from fastvlm.errors import UserError
 from fastvlm.synthetic import SHAPES
 from quantization.recipe import load_recipe
 
@@ -134,9 +135,35 @@ def test_a_given_limit_takes_any_device(command: Run) -> None:
     assert "1.07 GB as you measured it, and 99.6 MB that the app itself has at its start" in said
 
 
-@pytest.mark.parametrize("name", ["iphone-15-pro-max", "iPhone 15 Pro Max", "IPHONE-15-PRO", "iphone 15 pro"])
-def test_a_device_by_its_other_names(command: Run, name: str) -> None:
-    assert document(command, "--shape", "0.5b", "--device", name)[1]["device"] == "iphone-15-pro"
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("iphone-15-pro-max", "iphone-15-pro"), ("iPhone 14 Pro Max", "iphone-14-pro"),
+        ("IPHONE15PRO", "iphone-15-pro"), ("iphone-13-mini", "iphone-13"), ("iPhone 16 Plus", "iphone-16"),
+        ("M4 Pro", "m4-pro"), ("m4pro", "m4-pro"),
+        ("Apple M1 Max", "m1-max"), ("MacBook Pro M4", "m4"), ("Mac with M2 Ultra", "m2-ultra"),
+        ("MacBook Air (M2)", "m2"), ("iPad Air (M2)", "ipad-pro-m2"), ("iPad Pro M4", "ipad-pro-m4"),
+    ],
+)  # fmt: skip
+def test_a_device_by_its_other_names(command: Run, name: str, key: str) -> None:
+    assert document(command, "--shape", "0.5b", "--device", name)[1]["device"] == key
+    assert estimate("0.5b", name)["device"] == key  # one function
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [
+        ("iPhone 13 Max", "iphone-13"),
+        ("iphone-16e", "iphone-16"),
+        ("M6 Pro", "m4-pro"),
+        ("ipad pro 11 m4", "ipad-pro-m4"),
+    ],
+)
+def test_the_nearest_device_is_named(command: Run, name: str, nearest: str) -> None:
+    code, _, err = command("--shape", "0.5b", "--device", name)
+    assert code == 2 and f"--device {name}: unknown (is " in err and nearest in err.partition(" meant?)")[0]
+    with pytest.raises(UserError, match=" meant"):
+        estimate("0.5b", name)
 
 
 def test_aliases_are_of_one_device_that_says_so() -> None:
@@ -171,7 +198,6 @@ def test_memory_chooses_among_the_sizes_sold(command: Run) -> None:
         (("--shape", "0.5b", "--limit", "0GB"), "expected a size such as"),
         (("--shape", "0.5b", "--limit", "0.0000000001MB"), "expected a size such as"),
         (("--shape", "0.5b", "--limit", "9" * 400 + "GB"), "expected a size such as"),
-        (("--shape", "0.5b", "--device", "iphone-15-promax"), "unknown; expected one of m1,"),
         (("--shape", "0.5b", "--device", "m1", "--recipe", "int7"), "unknown recipe 'int7'"),
         (("--shape", "0.5b", "--device", "m1", "--recipe", "fit"), "say how large"),
         (("--shape", "0.5b", "--device", "m1", "--prompt-length", "-1"), "expected 0 to 2048"),
