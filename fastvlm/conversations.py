@@ -1,6 +1,7 @@
 """Questions about pictures: a folder of pictures, a LLaVA-format JSON or JSONL file, or the demo set."""
 
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +16,11 @@ from fastvlm.preprocessing import open_image
 from fastvlm.prompt import IMAGE
 
 QUESTION = "Describe the image."  # asked about a picture that comes without one
+# What stands for another medium than one picture: a record's key, and a mark in its text. Left out, the question would
+# be asked about nothing.
+_MEDIUM = r"video|audio|sound|speech|voice|point_?cloud|depth"
+_MEDIUM_KEY = re.compile(rf"(?:(?:{_MEDIUM}|image(?=.))s?)(?:_?(?:path|file|url|clip)s?)?|images", re.IGNORECASE)
+_MEDIUM_MARK = re.compile(rf"<\|?(?:{_MEDIUM}|vision|image)[\w-]*\|?>", re.IGNORECASE)
 _SHOWN = 10  # faults of a file that its error names; a long file may have thousands
 
 
@@ -31,9 +37,10 @@ class Sample:
 def load(path: str | Path, image_folder: str | Path | None = None) -> list[Sample]:
     """The questions of a folder of pictures (`QUESTION` about each), or of a LLaVA-format .json or .jsonl file.
 
-    Records are {"id", "image", "conversations": [{"from": "human" | "gpt", "value"}]}; other keys are ignored. The
-    first question counts and, where one follows, its answer. `image` is relative to `image_folder` (default: the file's
-    folder); a record without it is text alone. Pictures are not opened here: `check` does that.
+    Records are {"id", "image", "conversations": [{"from": "human" | "gpt", "value"}]}; other keys are ignored, but one
+    of another medium (`video`, `images`) is a fault, as is its mark in the text (`<video>`). The first question counts
+    and, where one follows, its answer. `image` is relative to `image_folder` (default: the file's folder); a record
+    without it is text alone. Pictures are not opened here: `check` does that.
     Raises UserError with the faults of all records.
     """
     path = Path(path)
@@ -129,7 +136,8 @@ def _sample(record: Any, where: str, folder: Path) -> Sample:
     """Raises ValueError with every fault of the record."""
     if not isinstance(record, dict):
         raise ValueError(f"got {_kind(record)}, expected an object with conversations")
-    faults = []
+    others = [key for key, value in record.items() if value not in (None, "", []) and _MEDIUM_KEY.fullmatch(key)]
+    faults = [f"{key}: a record is of one picture (image) or of text alone; leave it out" for key in others]
     image = record.get("image")
     if image is not None and (not isinstance(image, str) or not image):
         faults.append(f"image: got {_kind(image)}, expected one file's name")
@@ -146,6 +154,8 @@ def _sample(record: Any, where: str, folder: Path) -> Sample:
                 faults.append(f'conversations: expected {{"from": "{speaker}", "value": text}}, got {_short(turn)}')
             else:
                 said.append(value)
+    marks = {mark: None for text in said for mark in _MEDIUM_MARK.findall(text) if mark != IMAGE}
+    faults += [f"conversations: {mark}: only {IMAGE} can stand in a text; leave the record out" for mark in marks]
     question = said[0].replace(IMAGE, "").strip() if said else ""
     if said and not question:
         faults.append(f"conversations: no question besides {IMAGE}")

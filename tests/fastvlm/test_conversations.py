@@ -141,3 +141,44 @@ def test_demo_samples_are_the_demo_set():
 def test_drawn_samples():
     first, second = conversations.drawn_samples(2)
     assert first.image().tobytes() != second.image().tobytes() and first.answer is None
+
+
+MEDIA_KEYS = ("video", "videos", "Video", "video_path", "audio", "audio_file", "sound", "speech", "point_cloud",
+              "pointcloud", "depth", "images", "image_path", "image_urls")  # fmt: skip
+MEDIA_MARKS = ("<video>", "<audio>", "<Video>", "<video_1>", "<speech>", "<point_cloud>", "<pointcloud>", "<depth>",
+               "<|video_pad|>", "<|vision_start|>", "<image_2>", "<|image_pad|>")  # fmt: skip
+
+
+@pytest.mark.parametrize("key", MEDIA_KEYS)
+@pytest.mark.parametrize("value", ["a.bin", ["a.bin"], {"path": "a.bin"}])
+def test_another_medium_is_a_fault_of_its_record(folder, key, value):
+    with pytest.raises(UserError, match=rf"line 2: {key}: a record is of one picture"):
+        conversations.load(write(folder, [record(), record(**{key: value})]))
+
+
+@pytest.mark.parametrize("mark", MEDIA_MARKS)
+@pytest.mark.parametrize("turn", [0, 1])
+def test_a_mark_of_another_medium_is_a_fault_of_its_record(folder, mark, turn):
+    other = record()
+    other["conversations"][turn]["value"] += f"\n{mark}"
+    with pytest.raises(UserError) as error:
+        conversations.load(write(folder, [record(), other]))
+    assert f"line 2: conversations: {mark}: only <image> can stand in a text" in str(error.value)
+
+
+def test_parts_of_other_formats_never_become_text(folder):
+    """Transformers' messages with typed contents are no LLaVA records, whatever their types."""
+    parts = [{"type": kind, kind: "a.bin"} for kind in ("text", "video", "audio", "thermal")]
+    several = record()
+    several["conversations"][0]["value"] = parts
+    with pytest.raises(UserError) as error:
+        conversations.load(write(folder, [{"messages": [{"role": "user", "content": parts}]}, several]))
+    assert str(error.value).count("conversations: expected") == 2
+
+
+def test_what_only_looks_like_another_medium_is_read(folder):
+    other = record(
+        "<image>\nWhat does <div> or a < b mean in a video?", video=None, videos=[], video_id="v1", depth_cm=3
+    )
+    (sample,) = conversations.load(write(folder, [other]))
+    assert sample.question == "What does <div> or a < b mean in a video?"
