@@ -108,7 +108,8 @@ def _kind(rule: Mapping[str, Any], path: Path, found: str, names: Collection[str
     base = _base(path) if "adapter_config.json" in names else None
     words = {
         "path": shlex.quote(str(path)),
-        "found": found,
+        "text": json.dumps(str(path), ensure_ascii=False),
+        "inside": shlex.quote(str(path / found)),
         "base": base or "the model that it was trained on",
         "of": f" of {base}" if base else "",
         "snapshot": _snapshots(path),
@@ -119,15 +120,18 @@ def _kind(rule: Mapping[str, Any], path: Path, found: str, names: Collection[str
 
 def _base(path: Path) -> str | None:
     """The model that an adapter says it was trained on."""
-    file = path / "adapter_config.json"
-    try:
-        if not file.is_file() or file.stat().st_size > _JSON_LIMIT:
-            return None
-        said = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None
+    said = _small_json(path / "adapter_config.json")
     found = [said.get(key) for key in _BASE_KEYS] if isinstance(said, dict) else []
     return next((one[:200] for one in found if isinstance(one, str) and one), None)
+
+
+def _small_json(file: Path) -> Any:
+    """A JSON document of ordinary size, None for whatever else is there."""
+    try:
+        small = file.is_file() and file.stat().st_size <= _JSON_LIMIT
+        return json.loads(file.read_text(encoding="utf-8")) if small else None
+    except (OSError, ValueError, RecursionError):
+        return None
 
 
 # --- the hub's cache and its ids -------------------------------------------------------------------------------------
@@ -165,8 +169,27 @@ def _download(name: str) -> str:
     return f"`python -m fastvlm download {name}` downloads it to checkpoints/{name.partition('@')[0]}"
 
 
+def instead_of_artefact(path: Path) -> str | None:
+    """What to say of a path that was given as an artefact and is none, None if nothing is known of it."""
+    if not path.exists():
+        return hub_name(path)
+    config = _small_json(path / "config.json")
+    kind = identify(path, config)
+    if kind is not None:
+        return kind.line(ARTEFACT)
+    if isinstance(config, dict) and _first(_names(path), _rules()["weights"]):
+        export = f"python -m model_export all --checkpoint {shlex.quote(str(path))} --output-dir OUT"
+        return f"{CHECKPOINT}, not {ARTEFACT}: {path} has no export.json; export it: `{export}`"
+    return None
+
+
 def absent(path: str | os.PathLike[str]) -> str:
-    """What to say of a path that isn't there: a hub id and a published checkpoint's name are understood."""
+    """What to say of a path that isn't there and was given as a checkpoint."""
+    return hub_name(path) or f"path not there: {os.fspath(path)} doesn't exist"
+
+
+def hub_name(path: str | os.PathLike[str]) -> str | None:
+    """What to say of a hub id, or a published checkpoint's name, that was given as a path; None for a mere path."""
     said = _HUB_URL.sub("", os.fspath(path))
     name, _, revision = said.partition("@")
     published = json.loads(Path(__file__).with_name("zoo.json").read_text(encoding="utf-8"))["checkpoints"]
@@ -175,7 +198,7 @@ def absent(path: str | os.PathLike[str]) -> str:
     elif REPOSITORY.fullmatch(name) and not os.path.isdir(name.partition("/")[0]):
         what = "a hub id"
     else:
-        return f"path not there: {os.fspath(path)} doesn't exist"
+        return None
     from huggingface_hub import constants
 
     cached = snapshot(Path(constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}", revision or "main")

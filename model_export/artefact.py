@@ -10,6 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastvlm import folder_kind
 from fastvlm.cli import progress
 from fastvlm.errors import UserError
 from fastvlm.exported import recognise
@@ -149,6 +150,8 @@ def write_manifest(
 def read_manifest(artefact: Path, older: bool = False) -> dict[str, Any]:
     """The artefact's export.json; with `older`, of any format up to ours. Raises UserError when it cannot be read."""
     path = artefact / contract.MANIFEST
+    if not (artefact / contract.MANIFEST).exists() and (said := folder_kind.instead_of_artefact(artefact)):
+        raise UserError(said)
     if not artefact.is_dir():
         what = "is a file" if artefact.is_file() else "no such folder"
         raise UserError(f"{artefact}: {what}: expected an exported artefact's folder")

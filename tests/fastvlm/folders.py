@@ -147,7 +147,7 @@ KINDS: list[tuple[Callable[[Path], None], str, tuple[str, ...]]] = [
     (projector_only, "projector-only", ("LLaVA's projector alone", "load_pretrained_model(")),
     (zero_shards, "zero-shards", ("ZeRO shards", "python zero_to_fp32.py . OUT")),
     (zero_shards_step, "zero-shards-step", ("one step's folder", "python zero_to_fp32.py . OUT")),
-    (fsdp_shards, "fsdp-shards", ("an FSDP checkpoint", "accelerate merge-weights")),
+    (fsdp_shards, "fsdp-shards", ("an FSDP training state", "accelerate merge-weights")),
     (onnx, "onnx", ("an ONNX export", "the checkpoint that it was made from")),
     (gguf, "gguf", ("a GGUF model", "original weights")),
 ]

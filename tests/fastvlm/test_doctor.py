@@ -213,7 +213,7 @@ BROKEN = [
     (other_tower, "no resolution"),
     (artefact, "an exported artefact, not a checkpoint"),
     (not_json, "config.json: not JSON"),
-    (quantized, "a quantized checkpoint in MLX's format"),
+    (quantized, "a quantized model in MLX's format"),
     (quantized_elsewhere, "a quantized checkpoint: config.json"),
     (integers, "weights of type int8"),
     (only_language, "no vision tower among the weights"),

@@ -129,3 +129,23 @@ def test_what_an_adapter_says_of_its_base_is_only_text(copy: Path) -> None:
         assert examine(copy).kind is not None and examine(copy).kind.base is None  # type: ignore[union-attr]
     (copy / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "{path} " + "x" * 9999}))
     assert len(examine(copy).faults[0].line) < 1500
+
+
+def test_what_is_given_instead_of_an_artefact(copy: Path) -> None:
+    assert "a checkpoint, not an artefact: " in str(folder_kind.instead_of_artefact(copy))
+    assert "a hub id, not a folder" in str(folder_kind.instead_of_artefact(Path(folders.BASE)))
+    assert folder_kind.instead_of_artefact(copy / "absent") is folder_kind.instead_of_artefact(copy.parent) is None
+    folders.mlx_quantized(copy)
+    assert "a quantized model in MLX's format, not an artefact: " in str(folder_kind.instead_of_artefact(copy))
+    folders.gguf(copy)
+    (copy / "config.json").unlink()
+    assert "a GGUF model for llama.cpp, not an artefact: " in str(folder_kind.instead_of_artefact(copy))
+
+
+def test_advice_can_be_pasted(copy: Path) -> None:
+    """A path that needs quotes has them: a shell's, and Python's inside Python."""
+    odd = copy.rename(copy.parent / 'it\'s "mine"')
+    folders.peft_adapter(odd)
+    line = examine(odd).faults[0].line
+    call = line.partition("`")[2].partition("`")[0]
+    assert compile(call, "advice", "eval") and json.dumps(str(odd)) in call
