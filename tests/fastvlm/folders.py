@@ -57,6 +57,7 @@ def app_model(folder: Path) -> None:
 
 def mlx_language_model(folder: Path) -> None:
     edit_tensors(folder, _language_only)
+    edit_config(folder, model_type="fast_vlm")
 
 
 def unmerged_adapter(folder: Path) -> None:
@@ -130,11 +131,11 @@ def gguf(folder: Path) -> None:
 
 # maker, the kind's name, and what its line says that helps
 KINDS: list[tuple[Callable[[Path], None], str, tuple[str, ...]]] = [
-    (artefact, "artefact", ("an exported artefact", "export.json", "model_export inspect --model")),
+    (artefact, "artefact", ("an exported artefact", "export.json", "model_export inspect")),
     (core_ml_package, "core-ml-package", ("a Core ML package", "the checkpoint that it was made from")),
-    (core_ml_folder, "core-ml-folder", ("a Core ML package and no weights", "fastvithd.mlpackage")),
+    (core_ml_folder, "artefact-elsewhere", ("an artefact exported elsewhere", "a Core ML encoder")),
     (mlx_quantized, "mlx-quantized", ("in MLX's format", "quantization in config.json", "original weights")),
-    (app_model, "app-model", ("in the app's layout", "fastvithd.mlpackage")),
+    (app_model, "artefact-elsewhere", ("exported elsewhere", "a Core ML encoder and an MLX language model")),
     (mlx_language_model, "mlx-language-model", ("without the vision tower", "language_model.")),
     (unmerged_adapter, "unmerged-adapter", ("unmerged", ".lora_A.default.weight", "merge_and_unload()")),
     (hub_cache_repository, "hub-cache-repository", ("give its snapshot", "snapshots/0123abc")),
