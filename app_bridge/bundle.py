@@ -19,6 +19,7 @@ from benchmarks.estimate import facts as measured
 from fastvlm import staging
 from fastvlm.cli import add_common, log, progress
 from fastvlm.errors import UserError
+from fastvlm.files import Output
 from fastvlm.prompt import render_prompt
 from model_export import artefact as exported
 from model_export import contract
@@ -34,8 +35,10 @@ def add_parsers(verbs: Any) -> None:
     parser = verbs.add_parser("bundle", help=text, description=text)
     parser.add_argument("artefact", type=Path, metavar="ARTEFACT")
     target = parser.add_mutually_exclusive_group(required=True)
-    target.add_argument("--app", type=Path, metavar="FOLDER", help="app/ of a checkout of apple/ml-fastvlm")
-    target.add_argument("--output-dir", type=Path, metavar="FOLDER", help="a bundle for an app of your own")
+    target.add_argument("--app", type=Output(), metavar="FOLDER", help="app/ of a checkout of apple/ml-fastvlm")
+    target.add_argument(
+        "--output-dir", type=Output(whole=True), metavar="FOLDER", help="a bundle for an app of your own"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier bundle in --output-dir")
     parser.add_argument("--dry-run", action="store_true", help="check everything, say what would happen, write nothing")
     parser.set_defaults(run=run_bundle)
@@ -57,8 +60,6 @@ def run_bundle(args: argparse.Namespace) -> dict[str, Any]:
     source = args.artefact.expanduser()
     manifest = exported.read(source)
     target = real(args.app or args.output_dir)
-    if target.is_relative_to(real(source)):
-        raise UserError(f"{target}: is inside the artefact, which is never written: choose another folder")
     if args.app:
         if args.overwrite:
             raise UserError("--overwrite: is for --output-dir: with --app the model that is there is kept")

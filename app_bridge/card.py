@@ -19,6 +19,7 @@ from markupsafe import Markup
 from app_bridge import licence
 from fastvlm.cli import add_common, log
 from fastvlm.errors import UserError
+from fastvlm.files import Output
 from fastvlm.page import templates
 from fastvlm.staging import write_file
 from model_export import artefact as exported
@@ -43,7 +44,7 @@ def add_parser(verbs: Any) -> None:
     parser = verbs.add_parser("card", help=text, description=text)
     add = parser.add_argument
     add("artefact", type=Path, metavar="ARTEFACT", help="what `python -m model_export all` wrote")
-    add("--output", type=Path, metavar="FILE", help="where it goes (default: stdout)")
+    add("--output", type=Output(), metavar="FILE", help="where it goes (default: stdout)")
     add("--overwrite", action="store_true", help="replace what is there")
     add("--quality", type=Path, metavar="FILE", help="the JSON that `python -m quantization evaluate --json` printed")
     add("--base-model", metavar="ORG/NAME", help="the hub repository of the checkpoint (the export does not know it)")
@@ -56,7 +57,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Write the card of an artefact that is as it was exported; UserError with everything that is wrong."""
     print_utf8()
     faults = [fault for name in (args.base_model, args.repo) if name is not None for fault in name_faults(name)]
-    if args.output is not None and (fault := _output_fault(args.output, args.artefact, args.overwrite)):
+    if args.output is not None and (fault := _output_fault(args.output, args.overwrite)):
         faults.append(f"--output {args.output}: {fault}")
     if faults:
         raise UserError("; ".join(faults))
@@ -82,14 +83,12 @@ def print_utf8() -> None:
         sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
 
 
-def _output_fault(output: Path, artefact: Path, overwrite: bool) -> str | None:
+def _output_fault(output: Path, overwrite: bool) -> str | None:
     """Why a card can't be written there."""
     if output.is_dir():
         return "is a folder: expected the name of a file"
     if not output.parent.is_dir():
         return f"no such folder: {output.parent}: expected one that exists"
-    if Path(os.path.realpath(artefact)) in Path(os.path.realpath(output)).parents:
-        return "is inside the artefact, which is never written: choose another place"
     if os.path.lexists(output) and not overwrite:
         return "exists, perhaps with changes of yours: choose another, or replace it with --overwrite"
     return None

@@ -16,6 +16,7 @@ from rich.table import Table
 from benchmarks import encoder, environment, estimate, export, mac_report, peers, quantization, ttft
 from benchmarks.pictures import LIMIT
 from fastvlm.cli import Parser, add_common, log, main, progress
+from fastvlm.files import Output
 from fastvlm.terminal import Console
 from model_export.config import LLM_RUNNERS, VISION_RUNNERS
 
@@ -58,7 +59,11 @@ def _add_parity(subparsers: Any) -> None:
         help="demo questions, and pictures of yours, at most (default: %(default)s; the demo set has 500)",
     )
     parser.add_argument(
-        "--output-dir", default="build/parity", metavar="DIR", help="where the page goes (default: %(default)s)"
+        "--output-dir",
+        type=Output(files=("index.html",)),
+        default="build/parity",
+        metavar="DIR",
+        help="where the page goes (default: %(default)s)",
     )
     parser.add_argument(
         "--vision",

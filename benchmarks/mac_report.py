@@ -22,6 +22,7 @@ from benchmarks.mac_check import Check
 from benchmarks.suite import DEMO
 from fastvlm.cli import add_common, log
 from fastvlm.errors import UserError
+from fastvlm.files import Output
 from fastvlm.page import templates
 from fastvlm.staging import write_file
 from fastvlm.terminal import Console
@@ -46,7 +47,7 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("--check", nargs="+", metavar="NAME", help="only these rows of the page, by their names")
     parser.add_argument(
-        "--output", type=Path, default=Path("build/mac-report.html"), metavar="FILE", help="(default: %(default)s)"
+        "--output", type=Output(), default=Path("build/mac-report.html"), metavar="FILE", help="(default: %(default)s)"
     )
     add_common(parser)
     parser.set_defaults(run=run_mac_report)

@@ -19,6 +19,7 @@ from benchmarks import environment
 from benchmarks.measure import ROOT, Measured, measure
 from fastvlm.cli import add_common, log, progress
 from fastvlm.errors import CheckFailed
+from fastvlm.files import Output
 from fastvlm.terminal import Console
 
 DEMO = ROOT / "fastvlm" / "demo_checkpoint"
@@ -59,6 +60,7 @@ def add_suite(subparsers: Any, suite: Suite, help: str, description: str) -> arg
     )
     parser.add_argument(
         "--work-dir",
+        type=Output(),
         default="build/benchmarks",
         metavar="DIR",
         help="where the synthetic checkpoints, 0.5 and 1.3 GB, are kept (default: %(default)s)",

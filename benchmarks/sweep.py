@@ -24,6 +24,7 @@ from fastvlm import conversations
 from fastvlm.cli import log
 from fastvlm.demo import knows_demo
 from fastvlm.errors import UserError
+from fastvlm.files import Output
 from fastvlm.terminal import Console
 from model_export.config import size_faults
 from quantization import sweep, sweep_report
@@ -67,11 +68,15 @@ def add_sweep(verbs: Any) -> None:
     parser.add_argument("--text", type=Path, metavar="FILE", help="scored for the perplexity (default: the answers)")
     parser.add_argument("--calibration-data", type=Path, metavar="PATH", help="for the recipes that calibrate")
     parser.add_argument(
-        "--work-dir", type=Path, default=Path("build/sweep-work"), metavar="FOLDER",
+        "--work-dir", type=Output(), default=Path("build/sweep-work"), metavar="FOLDER",
         help="finished points, for resuming (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
-        "--report", type=Path, default=Path("build/sweep"), metavar="FOLDER", help="(default: %(default)s)"
+        "--report",
+        type=Output(files=sweep_report.FILES),
+        default=Path("build/sweep"),
+        metavar="FOLDER",
+        help="(default: %(default)s)",
     )
     parser.add_argument("--jobs", type=int, metavar="N", help="points at a time (default: one a core)")
     parser.add_argument("--memory", type=float, metavar="GB", help="for all of them (default: 80 %% of what is free)")
@@ -180,9 +185,6 @@ def _check(args: argparse.Namespace) -> dict[str, Any]:
         found["checkpoint"] = checkpoint = open_checkpoint(args.checkpoint)
         args.resolutions = args.resolutions or [checkpoint.image_size]
         inputs["checkpoint"] = artefact.sources(checkpoint)["sha256"]
-        for flag, folder in (("--work-dir", args.work_dir), ("--report", args.report)):
-            if checkpoint.path.resolve() in (folder.resolve(), *folder.resolve().parents):
-                faults.append(f"{flag} {folder}: is inside the checkpoint, which is read-only: choose another")
     with noted():
         found["points"] = sweep.grid(args.quant, args.vision_quant, args.resolutions or [0])
     sizes: list[int] = []

@@ -20,6 +20,7 @@ from benchmarks.ttft_run import Effort
 from benchmarks.ttft_runner import DELAY, parse_delays
 from fastvlm.cli import add_common, log
 from fastvlm.errors import UserError
+from fastvlm.files import Output
 from fastvlm.staging import write_file
 from quantization.catalogue import SIZES
 
@@ -61,8 +62,8 @@ def add_parser(subparsers: Any) -> None:
         "--no-search", action="store_true", help="don't look for Transformers' best setting; its default only"
     )
     parser.add_argument("--compile", action="store_true", help="try torch.compile in the search, too")
-    parser.add_argument("--output", type=Path, metavar="PAGE.html", help="write the page")
-    parser.add_argument("--save", type=Path, metavar="RUN.json", help="write the run, for `show` and `diff`")
+    parser.add_argument("--output", type=Output(), metavar="PAGE.html", help="write the page")
+    parser.add_argument("--save", type=Output(), metavar="RUN.json", help="write the run, for `show` and `diff`")
     parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
     add_common(parser)
     parser.set_defaults(run=run)
@@ -95,7 +96,7 @@ def add_effort(parser: argparse.ArgumentParser, effort: Effort = _DEFAULT) -> No
     )
     parser.add_argument(
         "--work-dir",
-        type=Path,
+        type=Output(),
         default=Path("build/benchmarks"),
         metavar="DIR",
         help="where synthetic checkpoints and exports are kept (default: %(default)s)",
@@ -117,7 +118,7 @@ def effort_faults(args: argparse.Namespace) -> list[str]:
 def _add_show(verbs: Any) -> None:
     parser = verbs.add_parser("show", help="a saved run again: table, page, Markdown")
     parser.add_argument("saved", type=Path, metavar="RUN.json")
-    parser.add_argument("--output", type=Path, metavar="PAGE.html", help="write the page")
+    parser.add_argument("--output", type=Output(), metavar="PAGE.html", help="write the page")
     parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
     add_common(parser)
     parser.set_defaults(run=show)

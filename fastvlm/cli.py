@@ -22,6 +22,7 @@ from rich.progress import (
 )
 
 from fastvlm.errors import CheckFailed, UserError
+from fastvlm.files import flag_faults, some_path
 from fastvlm.start import EXIT_INTERRUPTED, EXIT_UNUSABLE
 from fastvlm.terminal import Console, neutral, plain_streams
 
@@ -35,17 +36,16 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         kwargs.setdefault("allow_abbrev", False)
         super().__init__(*args, **kwargs)
-        self.register("type", Path, _path)  # of every `type=Path`
+        self.register("type", Path, some_path)  # of every `type=Path`: what is read; see files.Output for what isn't
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        found = super().parse_known_args(args, namespace)
+        if faults := flag_faults(self, found[0]):
+            self.exit(EXIT_UNUSABLE, f"error: {'; '.join(faults)}\n")
+        return found
 
     def error(self, message: str) -> Any:
         self.exit(EXIT_UNUSABLE, f"error: {message} (see `{self.prog} --help`)\n")
-
-
-def _path(text: str) -> Path:
-    """Path's own "" is the current folder, which nobody meant who gave an empty variable."""
-    if not text:
-        raise argparse.ArgumentTypeError("is empty: expected a path")
-    return Path(text)
 
 
 def add_common(parser: argparse.ArgumentParser) -> None:

@@ -9,10 +9,12 @@ from rich.table import Table
 from fastvlm import demo
 from fastvlm.cli import add_common, log, progress
 from fastvlm.errors import UserError
+from fastvlm.files import Output, output_faults
 from fastvlm.page import data_url, templates
 from fastvlm.staging import write_file
 from fastvlm.terminal import Console
 
+PAGE = "index.html"
 PASS_MARK = 0.95  # of the held-out questions, for a checkpoint that is trained anew
 
 
@@ -49,7 +51,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         raise UserError(f"--count: got {args.count}, expected 1 or more")
     if args.train:
         return train(Path(args.output_dir or "build/demo_checkpoint"), args.seed, args.overwrite)
-    return show(args.model_path, args.count, args.seed, Path(args.output_dir or "build/demo"), quiet=args.json)
+    folder = Path(args.output_dir or "build/demo")
+    written = {"--output-dir": (folder, Output(files=(PAGE,)))}  # not by the flag's type: --train reads no checkpoint
+    if faults := output_faults(written, [("--model-path", Path(args.model_path))]):
+        raise UserError("; ".join(faults))
+    return show(args.model_path, args.count, args.seed, folder, quiet=args.json)
 
 
 def show(model_path: str, count: int, seed: int, folder: Path, quiet: bool) -> dict[str, Any]:
@@ -108,7 +114,7 @@ def _write_page(rows: list, right: int, model: Any, model_path: str, folder: Pat
     text = pages.get_template("demo.html").render(
         cards=cards, right=right, model=model_path, runner=model.language.name
     )
-    page = folder / "index.html"
+    page = folder / PAGE
     write_file(page, text.encode())
     return page
 
@@ -120,6 +126,9 @@ def train(folder: Path, seed: int, overwrite: bool) -> dict[str, Any]:
 
     if folder.exists() and not overwrite:
         raise UserError(f"{folder}: exists already: give --overwrite or another --output-dir")
+    ours = {path.name for path in demo.CHECKPOINT.iterdir()}
+    if folder.exists() and (others := sorted({path.name for path in folder.iterdir()} - ours)):
+        raise UserError(f"{folder}: replacing it would delete what no training wrote: move away {', '.join(others)}")
     with progress("training", demo_train.STEPS) as advance:
         model, tokenizer = demo_train.train(seed, advance=advance)
     demo_train.save(model, tokenizer, folder)

@@ -15,6 +15,7 @@ from typing import Any
 
 from fastvlm.cli import Parser, add_common, log, main, progress
 from fastvlm.errors import UserError
+from fastvlm.files import Output
 from model_export import config as configuration
 from model_export import contract
 from model_export.mac import add_mac
@@ -48,7 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
 def _add_export(parser: argparse.ArgumentParser, parts: tuple[str, ...]) -> None:
     default = configuration.ExportConfig
     parser.add_argument("--checkpoint", required=True, type=Path, metavar="FOLDER", help="what goes in (read-only)")
-    parser.add_argument("--output-dir", required=True, type=Path, metavar="FOLDER", help="the artefact")
+    parser.add_argument("--output-dir", required=True, type=Output(whole=True), metavar="FOLDER", help="the artefact")
     if "llm" in parts:
         parser.add_argument(
             "--quant",
@@ -101,7 +102,7 @@ def _add_export(parser: argparse.ArgumentParser, parts: tuple[str, ...]) -> None
     parser.add_argument("--dry-run", action="store_true", help="say what would be written, write nothing")
     if parts == ("vision", "llm"):
         parser.add_argument("--parity-limit", type=int, metavar="N", help="compare on N demo questions")
-        parser.add_argument("--parity-report", type=Path, metavar="FILE", help="write parity's HTML page, too")
+        parser.add_argument("--parity-report", type=Output(), metavar="FILE", help="write parity's HTML page, too")
     parser.set_defaults(run=partial(run_export, parts))
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from fastvlm.errors import UserError
+from fastvlm.files import Output, output_faults
 from model_export import compress
 from model_export.contract import LAYOUTS, PATCH_SIZE
 
@@ -162,12 +163,9 @@ class ExportConfig:
         return []
 
     def _paths(self) -> list[str]:
-        source, target = self.checkpoint.expanduser().resolve(), self.output_dir.expanduser().resolve()
-        if source == target or source in target.parents:
-            return [f"--output-dir {self.output_dir}: is inside the checkpoint, which is read-only; choose another"]
-        if target in source.parents:
-            return [f"--output-dir {self.output_dir}: holds the checkpoint; choose another"]
-        return []
+        read = {"--checkpoint": self.checkpoint, "--calibration-data": self.calibration_data}
+        given = [(flag, path) for flag, path in read.items() if path is not None]
+        return output_faults({"--output-dir": (self.output_dir, Output(whole=True))}, given)
 
 
 def size_faults(flag: str, size: Any) -> list[str]:

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from fastvlm.cli import progress, wide_console
 from fastvlm.errors import UserError
+from fastvlm.files import Output
 from model_export import contract
 from model_export.config import size_faults
 
@@ -44,7 +45,7 @@ def add_ranges(verbs: Any) -> argparse.ArgumentParser:
     parser.add_argument("--image-size", type=int, metavar="PIXELS", help="per side (default: the checkpoint's own)")
     parser.add_argument("--limit", type=int, metavar="N", help="pictures at most (default: all)")
     parser.add_argument("--top", type=int, default=TOP, metavar="N", help="rows of the table (default: %(default)s)")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help=f"draw all operations: {' or '.join(PLOTS)}")
+    parser.add_argument("--plot", type=Output(), metavar="FILE", help=f"draw all operations: {' or '.join(PLOTS)}")
     parser.set_defaults(run=run_ranges)
     return parser
 

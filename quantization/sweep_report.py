@@ -17,6 +17,7 @@ from fastvlm.page import templates
 from fastvlm.staging import write_file
 from quantization.sweep import WIDE, Outcome, Point
 
+FILES = ("report.json", "report.csv", "index.html")
 _EXAMPLES = 8  # questions shown
 _MOST_COLUMNS = 14  # points whose answers stand side by side
 _SHARE_KEPT = 0.99  # what is kept when nothing is asked for
@@ -236,10 +237,11 @@ def shown(value: float | None, unit: str) -> str:
 
 def write(folder: Path, found: Mapping[str, Any], pictures: Mapping[str, str] | None = None) -> Path:
     """Write report.json, report.csv and index.html, each whole; returns the page. `pictures`: question -> data URL."""
-    write_file(folder / "report.json", (json.dumps(found, indent=1, allow_nan=False) + "\n").encode())
-    write_file(folder / "report.csv", table(found).encode())
-    write_file(folder / "index.html", render(found, pictures or {}).encode())
-    return folder / "index.html"
+    data, rows, page = (folder / name for name in FILES)
+    write_file(data, (json.dumps(found, indent=1, allow_nan=False) + "\n").encode())
+    write_file(rows, table(found).encode())
+    write_file(page, render(found, pictures or {}).encode())
+    return page
 
 
 def table(found: Mapping[str, Any]) -> str:
