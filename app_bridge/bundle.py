@@ -19,7 +19,7 @@ from benchmarks.estimate import facts as measured
 from fastvlm import staging
 from fastvlm.cli import add_common, log, progress
 from fastvlm.errors import UserError
-from fastvlm.files import Output
+from fastvlm.files import Output, load_json
 from fastvlm.prompt import render_prompt
 from model_export import artefact as exported
 from model_export import contract
@@ -181,8 +181,8 @@ def _stand_alone(
 
 def guide(artefact: Path, manifest: Mapping[str, Any], wanted: facts.AppFacts) -> dict[str, Any]:
     """What an app of one's own has to do with the model, as JSON. Shapes as Core ML has them; sizes in pixels."""
-    config = json.loads((artefact / contract.CONFIG).read_text(encoding="utf-8"))
-    pixels = json.loads((artefact / contract.PREPROCESSOR_CONFIG).read_text(encoding="utf-8"))
+    config = load_json(artefact / contract.CONFIG)
+    pixels = load_json(artefact / contract.PREPROCESSOR_CONFIG)
     functions = contract.functions(manifest["vision"]["image_size"], manifest["config"]["resolutions"])
     channels, token = manifest["vision"]["channels"], wanted.image_token
     return {
@@ -321,7 +321,7 @@ def _check_output(target: Path, overwrite: bool) -> None:
 def _json(path: Path) -> dict[str, Any]:
     """A JSON file's object; empty where there is none."""
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = load_json(path)
         json.dumps(document, ensure_ascii=False).encode()  # half a surrogate pair is JSON, but can't be printed
     except (OSError, ValueError, RecursionError):
         return {}

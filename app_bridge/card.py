@@ -19,7 +19,7 @@ from markupsafe import Markup
 from app_bridge import licence
 from fastvlm.cli import add_common, log
 from fastvlm.errors import UserError
-from fastvlm.files import Output
+from fastvlm.files import Output, read_text
 from fastvlm.page import templates
 from fastvlm.staging import write_file
 from model_export import artefact as exported
@@ -174,7 +174,7 @@ def read_quality(path: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
 
     size = sum(entry["size"] for entry in manifest["files"].values())
     try:
-        document = json.loads(path.read_text(encoding="utf-8").strip().splitlines()[-1])
+        document = json.loads(read_text(path).strip().splitlines()[-1])
         reference = document["reference"]
         measured = [one for one in document["candidates"] if "failed" not in one]
         found = [one for one in measured if one["figures"]["bytes"] == size]

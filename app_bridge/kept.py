@@ -27,6 +27,7 @@ from pathlib import Path
 from fastvlm import staging
 from fastvlm.cli import log
 from fastvlm.errors import UserError
+from fastvlm.files import read_small
 from model_export import artefact as exported
 
 HOME, _WHERE = ".fastvlm-bundle", "model-folder"
@@ -132,6 +133,10 @@ def opened(place: Place) -> Iterator[None]:
         raise UserError(f"{model.parent}: no such folder: expected the app's")
     if home.is_symlink() or (os.path.lexists(home) and not home.is_dir()):
         raise UserError(f"{home}: got a file or a link, expected a folder of ours: move it away")
+    if home.is_dir() and not (home / _WHERE).is_file():
+        begun = {".gitignore", *(path.name for path in home.glob(staging.PARTIAL))}  # a first run, stopped
+        if others := sorted({path.name for path in home.iterdir()} - begun):
+            raise UserError(f"{home}: holds {', '.join(others)}, expected a folder of ours: move it away")
     for folder in (model.parent, home if home.exists() else place.app):
         if not os.access(folder, os.W_OK):
             raise UserError(f"{folder}: is not writable: expected a folder in which the model may be replaced")
@@ -147,7 +152,7 @@ def opened(place: Place) -> Iterator[None]:
         if home.lstat().st_dev != (model if os.path.lexists(model) else model.parent).lstat().st_dev:
             raise UserError(f"{model}: is on another file system than {home}: expected the same one, move it there")
         for name, content in ((".gitignore", b"*\n"), (_WHERE, place.folder.encode())):
-            if not (home / name).is_file() or (home / name).read_bytes() != content:
+            if not (home / name).is_file() or read_small(home / name) != content:
                 staging.write_file(home / name, content)
         place.recover()
         try:
@@ -163,7 +168,7 @@ def found(app: Path) -> Place:
     """The place that `bundle` used in this app, whatever its sources say by now. UserError if it used none."""
     path = app / HOME / _WHERE
     try:
-        folder = path.read_bytes().decode(errors="replace")
+        folder = read_small(path).decode(errors="replace")
     except (FileNotFoundError, NotADirectoryError):
         if not app.is_dir():
             raise UserError(f"{app}: no such folder: expected app/ of a checkout of apple/ml-fastvlm") from None

@@ -12,6 +12,7 @@ from typing import Any
 
 from app_bridge.findings import Finding
 from fastvlm.cli import log
+from fastvlm.files import read_small
 from model_export import artefact as exported
 from model_export import contract
 
@@ -134,7 +135,7 @@ def _differs(path: Path, sha256: str) -> bool:
 
 
 def _raw(path: Path) -> str:
-    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    return read_small(path).decode(errors="replace") if path.is_file() else ""
 
 
 def _text(path: Path) -> str:

@@ -12,6 +12,7 @@ from openstep_parser import OpenStepDecoder  # pbxproj's own reader; plain dicti
 from app_bridge.facts import Package
 from app_bridge.swift import Unclear
 from fastvlm.errors import UserError
+from fastvlm.files import read_small
 
 APPLICATION = "com.apple.product-type.application"
 MEMORY_LIMIT = "com.apple.developer.kernel.increased-memory-limit"
@@ -282,7 +283,7 @@ class Project:
 def read_text(app: Path, path: str) -> str:
     """One file of the app. UserError, one line, for one that is missing, unreadable or not UTF-8."""
     try:
-        return (app / path).read_text(encoding="utf-8")
+        return read_small(app / path).decode()
     except UnicodeDecodeError as error:
         raise UserError(f"{app / path}: not UTF-8 (byte {error.start})") from error
     except OSError as error:

@@ -13,6 +13,7 @@ from app_bridge import card, licence
 from app_bridge.hub import MAIN, Held, Hub, Upload, client
 from fastvlm.cli import add_common
 from fastvlm.errors import CheckFailed, UserError
+from fastvlm.files import read_small, read_text
 from model_export import artefact as exported
 from model_export import contract
 from quantization.catalogue import human
@@ -93,7 +94,7 @@ def prepare(artefact: Path, repository: str, own_card: Path | None = None) -> tu
     if faults:
         raise UserError(f"not publishable: {'; '.join(faults)}")
     files = [Upload(name, artefact / name, entry["size"], entry["sha256"]) for name, entry in manifest["files"].items()]
-    for name, content in ((contract.MANIFEST, (artefact / contract.MANIFEST).read_bytes()), (card.FILE, text.encode())):
+    for name, content in ((contract.MANIFEST, read_small(artefact / contract.MANIFEST)), (card.FILE, text.encode())):
         files.append(Upload(name, content, len(content), hashlib.sha256(content).hexdigest()))
     return sorted(files, key=lambda file: file.name), text
 
@@ -101,7 +102,7 @@ def prepare(artefact: Path, repository: str, own_card: Path | None = None) -> tu
 def _read_card(path: Path, research_only: bool) -> str:
     """The user's card; UserError for what the hub would refuse, and for a licence that is not the weights'."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path)
     except UnicodeDecodeError as error:
         raise UserError(f"--card {path}: is not UTF-8 ({error.reason}): expected Markdown") from error
     except OSError as error:

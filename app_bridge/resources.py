@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from app_bridge.findings import Finding
+from fastvlm.files import read_small
 
 # Folders that Xcode takes for one resource; what is a Core ML model becomes NAME.mlmodelc.
 _OPAQUE = (".xcassets", ".bundle", ".framework", ".xcdatamodeld")
@@ -51,7 +52,7 @@ def group(folder: Path) -> Path | None:
     for one in folder.parents:
         path = rf'isa = PBXFileSystemSynchronizedRootGroup;[^}}]*\bpath = "?{re.escape(one.name)}"?;'
         for project in one.parent.glob("*.xcodeproj/project.pbxproj"):
-            if re.search(path, project.read_text(encoding="utf-8", errors="replace")):
+            if re.search(path, read_small(project).decode(errors="replace")):
                 return one
     return None
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from app_bridge.facts import AppFacts
 from app_bridge.findings import Finding
+from fastvlm.files import read_small
 
 if TYPE_CHECKING:  # two seconds
     from torch import Tensor
@@ -44,11 +45,8 @@ class Subject:
     def read_json(self, name: str) -> dict[str, Any] | None:
         """The file's JSON object as a strict reader takes it; None after a finding."""
         path = self.folder / name
-        if path.exists() and not (path.is_file() or path.is_dir()):  # reading a pipe would wait for ever
-            self.error("file-unreadable", name, "a pipe or a device", "a file that the app reads")
-            return None
         try:
-            raw = path.read_bytes()
+            raw = read_small(path)
         except OSError as error:
             missing = isinstance(error, FileNotFoundError) and not path.is_symlink()
             rule, got = (

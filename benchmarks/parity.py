@@ -4,7 +4,6 @@ Nothing here depends on the clock or on where the artefact lies: the same two fo
 machine, so that it can go into the manifest.
 """
 
-import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -18,6 +17,7 @@ from benchmarks import environment, metrics, pictures, tolerances
 from benchmarks.operations import Error, layer_errors, layer_scales, rounding_errors, traced_scales
 from benchmarks.pictures import LIMIT, Picture
 from fastvlm.errors import CheckFailed, UserError
+from fastvlm.files import load_json
 from fastvlm.surface import FastVLM
 from model_export import contract
 
@@ -240,7 +240,7 @@ def weight_family(artefact: Path) -> str:
     """The coarsest of `tolerances.FAMILIES` among the artefact's weights, by its config.json and tensors."""
     from safetensors import safe_open
 
-    config = json.loads((artefact / contract.CONFIG).read_text(encoding="utf-8"))
+    config = load_json(artefact / contract.CONFIG)
     quantization = config.get("quantization")
     if quantization:
         entries = [quantization, *(value for value in quantization.values() if isinstance(value, dict))]

@@ -20,6 +20,7 @@ from benchmarks import metrics
 from benchmarks.text_model import TextModel
 from fastvlm.conversations import Sample
 from fastvlm.errors import UserError
+from fastvlm.files import read_small
 from fastvlm.prompt import encode_prompt
 from fastvlm.surface import FastVLM
 
@@ -65,7 +66,7 @@ class _Asked:
 def read_text(path: Path) -> Text:
     """A text file. Raises UserError where it can't be read as UTF-8."""
     try:
-        return Text(path.name, path.read_text(encoding="utf-8"))
+        return Text(path.name, read_small(path).decode())
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise UserError(f"--text {path}: not readable as UTF-8 text ({reason})") from None

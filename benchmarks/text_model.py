@@ -4,7 +4,6 @@ A text model runs in MLX, or in PyTorch by Transformers over the values that MLX
 dequantized by MLX itself.
 """
 
-import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ import numpy as np
 
 from fastvlm.errors import UserError
 from fastvlm.exported import recognise
+from fastvlm.files import beside_faults, load_json
 from model_export import contract
 
 if TYPE_CHECKING:  # they import torch
@@ -60,12 +60,14 @@ def config(folder: Path) -> dict[str, Any]:
     """The folder's config.json; UserError if it isn't there or is no JSON object."""
     path = folder / contract.CONFIG
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = load_json(path)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise UserError(f"{path}: not readable as JSON ({reason}): expected a model's folder") from None
     if not isinstance(document, dict):
         raise UserError(f"{path}: expected a JSON object")
+    if faults := beside_faults(folder):
+        raise UserError(f"{folder}: {'; '.join(faults)}")
     return document
 
 

@@ -1,10 +1,10 @@
 """A saved run of `benchmarks ttft`, read and checked: whoever shows or compares it finds what it needs."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from fastvlm.errors import UserError
+from fastvlm.files import load_json
 
 FORMAT = 1
 _NAMED = 5  # faults at most in the message
@@ -32,7 +32,7 @@ _RUN = {
 def load_document(path: Path) -> dict[str, Any]:
     """A saved run. UserError if it is none of this format, or lacks something, in a line that names it."""
     try:
-        document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        document: dict[str, Any] = load_json(path)
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: not readable as JSON ({error}): expected what `ttft --save` wrote") from None
     if not isinstance(document, dict) or (document.get("benchmark"), document.get("format")) != ("ttft", FORMAT):

@@ -14,6 +14,7 @@ import torch
 from fastvlm import folder_kind, layouts, naming
 from fastvlm.dtypes import DTYPES
 from fastvlm.errors import UserError
+from fastvlm.files import beside_faults
 from fastvlm.layouts import hf_config_of
 from fastvlm.weights import Fault, TensorInfo, Weights, read_json, scan
 
@@ -116,6 +117,7 @@ def examine(path: str | os.PathLike[str]) -> Examination:
     weights = scan(found.path)
     if _is_other(found, config, weights.tensors):
         return found
+    found.faults += [Fault(fault) for fault in beside_faults(found.path)]
     found.faults += weights.faults
     found.warnings += weights.warnings
     tensors, unknown = _canonical(weights, layout, found.warnings)

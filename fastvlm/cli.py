@@ -41,7 +41,7 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         found = super().parse_known_args(args, namespace)
         if faults := flag_faults(self, found[0]):
-            self.exit(EXIT_UNUSABLE, f"error: {'; '.join(faults)}\n")
+            raise UserError("; ".join(faults))
         return found
 
     def error(self, message: str) -> Any:

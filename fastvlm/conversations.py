@@ -12,6 +12,7 @@ from PIL import Image
 
 from fastvlm import demo, pictures
 from fastvlm.errors import UserError
+from fastvlm.files import read_text
 from fastvlm.preprocessing import open_image
 from fastvlm.prompt import IMAGE
 
@@ -21,6 +22,7 @@ QUESTION = "Describe the image."  # asked about a picture that comes without one
 _MEDIUM = r"video|audio|sound|speech|voice|point_?cloud|depth"
 _MEDIUM_KEY = re.compile(rf"(?:(?:{_MEDIUM}|image(?=.))s?)(?:_?(?:path|file|url|clip)s?)?|images", re.IGNORECASE)
 _MEDIUM_MARK = re.compile(rf"<\|?(?:{_MEDIUM}|vision|image)[\w-]*\|?>", re.IGNORECASE)
+_LARGEST = 2 << 30  # bytes of a file of records; LLaVA's own, of 665,000 questions, has 1 GB
 _SHOWN = 10  # faults of a file that its error names; a long file may have thousands
 
 
@@ -107,7 +109,7 @@ def _refuse(what: str, faults: list[str]) -> None:
 def _records(path: Path) -> Iterator[tuple[str, Any]]:
     """Each record with where it is ("line 3", "record 3", from 1); a line that is no JSON as its ValueError."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = read_text(path, _LARGEST, "utf-8-sig")
     except ValueError as error:
         raise UserError(f"{path}: not UTF-8 text ({error})") from None
     if path.suffix == ".jsonl":

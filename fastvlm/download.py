@@ -49,6 +49,7 @@ from fastvlm.fetch import (
     write_json,
 )
 from fastvlm.folder_kind import REPOSITORY
+from fastvlm.staging import own, remove
 from fastvlm.terminal import Console
 from fastvlm.unpack import name_faults, unpack
 
@@ -128,7 +129,7 @@ def download(
     if done:
         if work.exists() and not (work / "part").exists():  # a kill came between publishing and clearing away
             with suppress(UserError), _locked(work):
-                shutil.rmtree(work, ignore_errors=True)
+                remove(work)
         return {**done, "status": "already complete", "path": str(target)}
     if dry_run:
         size = _ask_size(source, repository, revision, work, retries)
@@ -172,7 +173,7 @@ def _changed(folder: Path, record: dict[str, Any]) -> list[str]:
 @contextmanager
 def _locked(work: Path) -> Iterator[None]:
     """Hold the working folder alone; clear it away when nothing worth going on from was put into it."""
-    work.mkdir(parents=True, exist_ok=True)
+    own(work)
     with open(work / "lock", "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -182,7 +183,7 @@ def _locked(work: Path) -> Iterator[None]:
             yield
         finally:
             if work.exists() and not any((work / name).exists() for name in ("part", "files", "replaced")):
-                shutil.rmtree(work, ignore_errors=True)
+                remove(work)
 
 
 def _ready(work: Path, source: str, revision: str) -> dict[str, Any] | None:
@@ -231,7 +232,7 @@ def _publish(work: Path, target: Path) -> None:
     if target.exists():
         os.rename(target, work / "replaced")
     os.rename(work / "files", target)
-    shutil.rmtree(work, ignore_errors=True)
+    remove(work)
 
 
 def _ask_size(source: str, repository: str, revision: str, work: Path, retries: Retries) -> int:

@@ -19,6 +19,7 @@ from rich.filesize import decimal
 
 from fastvlm.cli import log
 from fastvlm.errors import UserError
+from fastvlm.files import load_json
 
 CHUNK = 1 << 20  # bytes
 TRANSIENT = {408, 425, 429, 500, 502, 503, 504}  # HTTP statuses worth another try (RFC 9110, RFC 8470, RFC 6585)
@@ -238,7 +239,7 @@ def write_json(path: Path, document: Any) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in `path`; {} when there is none or it is broken."""
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = load_json(path)
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return {}
     return document if isinstance(document, dict) else {}

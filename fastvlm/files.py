@@ -7,16 +7,18 @@ mistake: never what the same command reads.
 
 import argparse
 import errno
+import json
 import os
 import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 SMALL = 64 << 20  # bytes; the largest small file of a checkpoint, Qwen2's tokenizer.json, has 11 MB
-# A checkpoint's files beside its weights: other libraries open some of them, so they are looked at before.
-BESIDE_WEIGHTS = ("*.json", "*.jinja", "*.txt", "tokenizer.model")
+# A checkpoint's files beside its weights that decide what it is. Other libraries open some: we look at them before.
+BESIDE_WEIGHTS = ("*.json", "merges.txt", "*.jinja", "tokenizer.model")
 
 
 def read_small(path: str | os.PathLike[str], limit: int = SMALL) -> bytes:
@@ -39,6 +41,14 @@ def read_small(path: str | os.PathLike[str], limit: int = SMALL) -> bytes:
 def read_text(path: str | os.PathLike[str], limit: int = SMALL, encoding: str = "utf-8") -> str:
     """`read_small`, decoded; UnicodeDecodeError as usual."""
     return read_small(path, limit).decode(encoding)
+
+
+def load_json(path: str | os.PathLike[str], limit: int = SMALL, **options: Any) -> Any:
+    """The JSON document in a small file; ValueError for what is none, as `json.loads` says it. `options` are its."""
+    try:
+        return json.loads(read_text(path, limit), **options)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
 
 
 def beside_faults(folder: Path) -> list[str]:
@@ -125,7 +135,8 @@ def output_faults(outputs: Mapping[str, tuple[Path, Output]], inputs: list[tuple
             elif any(_linked(one, place.expanduser()) for one in written):
                 faults.append(f"{flag} {path}: is a file of {name} {place} by another name: choose another")
         for other, (second, kind) in outputs.items():
-            if other != flag and _real(second) in (_with_parents(written[0]) if kind.whole else [_real(written[0])]):
+            inside = kind.whole and _real(second) in _with_parents(written[0])
+            if (other != flag and inside) or (other < flag and _real(second) == _real(written[0])):
                 faults.append(f"{flag} {path}: is {other} {second} or inside it: choose another")
     return faults
 

@@ -1,12 +1,12 @@
 """What the small files of the two layouts say: configuration, resolution, image strategy, vocabulary, image token."""
 
-import json
 import math
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastvlm.errors import UserError
+from fastvlm.files import load_json, read_text
 from fastvlm.prompt import prompt_fault
 from fastvlm.weights import Fault, read_json
 
@@ -280,10 +280,10 @@ def load_tokenizer(path: Path, image_token_id: int) -> "PreTrainedTokenizerBase"
 def chat_template(path: Path) -> str | None:
     """The chat template of the folder (tokenizer_config.json, chat_template.jinja or chat_template.json), or None."""
     if (path / "chat_template.jinja").is_file():
-        return (path / "chat_template.jinja").read_text(encoding="utf-8")
+        return read_text(path / "chat_template.jinja")
     for name in ("tokenizer_config.json", "chat_template.json"):
         if (path / name).is_file():
-            said = json.loads((path / name).read_text(encoding="utf-8")).get("chat_template")
+            said = load_json(path / name).get("chat_template")
             if isinstance(said, str):
                 return said
     return None

@@ -16,7 +16,6 @@ not Pillow's (which widens when it shrinks a picture), and the app neither trunc
 crop's corner, so the centre may lie up to a pixel aside.
 """
 
-import json
 import logging
 import math
 import os
@@ -32,19 +31,25 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from fastvlm.errors import UserError
+from fastvlm.files import load_json
 
 STRATEGIES = ("pad", "center_crop")
 
 # What a picture's header may claim before a pixel is decoded. Pillow's own limit for a decompression bomb:
 MAX_PIXELS = 178_956_970
+MAX_BYTES = 1 << 30  # of a file: three times what so many pixels take uncompressed
 # Padding squares the longer side: 20,000 pixels make a 1.2 GB square.
 MAX_SIDE = 20_000
+# A decoder goes over the whole picture once for each scan of a progressive JPEG: libjpeg writes 10, mozjpeg up to 14.
+MAX_SCANS = 50
 # At 100 : 1, padding leaves the picture 10 rows of 1024, and cropping shows a hundredth of it.
 MAX_ASPECT = 100
 
 # Formats that Pillow decodes itself. Not EPS, WMF and the like, which start other programs or need a renderer.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
 _HEIC_BRANDS = (b"heic", b"heix", b"hevc", b"mif1", b"msf1")
+
+_JPEG, _SEGMENT = b"\xff\xd8", re.compile(rb"\xff+([\x01-\xcf\xd9-\xfe])", re.DOTALL)
 
 _CHANNELS = 3
 _STRIDE = 64  # pixels per image token and side, for checkpoints that only say how many tokens
@@ -93,6 +98,8 @@ def open_image(path: str | os.PathLike[str]) -> Image.Image:
         raise UserError(f"{path}: no such file")
     if not path.is_file():
         raise UserError(f"{path}: a {'folder' if path.is_dir() else 'special file'}, expected a picture file")
+    if path.stat().st_size > MAX_BYTES:
+        raise UserError(f"{path}: {path.stat().st_size:,} bytes, the limit is {MAX_BYTES:,}: save the picture smaller")
     try:
         stream = path.open("rb")
     except OSError as error:
@@ -129,6 +136,7 @@ def as_rgb(image: Image.Image | np.ndarray | str | os.PathLike[str]) -> Image.Im
 
 def _upright_rgb(image: Image.Image, where: str) -> Image.Image:
     _check_size(*image.size, where)
+    _check_scans(image, where)
     try:
         image.load()
     except MemoryError:
@@ -153,6 +161,26 @@ def _check_size(width: int, height: int, where: str) -> None:
         raise UserError(f"{size}: longer than {MAX_ASPECT} : 1, nothing would be left to see: crop the picture")
     if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
         raise UserError(f"{size}: limits are {MAX_SIDE:,} a side and {MAX_PIXELS:,} in all: scale the picture down")
+
+
+def _check_scans(image: Image.Image, where: str) -> None:
+    """Refuse a JPEG of many scans before it is decoded: a few bytes each make the decoder go over all pixels again."""
+    stream = getattr(image, "fp", None)
+    if stream is None:  # decoded already, or never a file
+        return
+    before = stream.tell()
+    stream.seek(0)
+    data = stream.read(MAX_BYTES + 1) if stream.read(2) == _JPEG else b""
+    stream.seek(before)
+    position = scans = 0
+    # A marker, and the length of its segment (ITU-T T.81 B.1); in a scan's data FF is followed by 00 or D0 to D7.
+    while found := _SEGMENT.search(data, position):
+        if found[1] == b"\xd9":  # the picture's end
+            break
+        scans += found[1] == b"\xda"
+        if scans > MAX_SCANS:
+            raise UserError(f"{where}: a JPEG of more than {MAX_SCANS} scans, which no camera writes: save it anew")
+        position = found.end() + max(0, int.from_bytes(data[found.end() : found.end() + 2], "big"))
 
 
 def _to_8_bit(image: Image.Image, where: str) -> Image.Image:
@@ -246,7 +274,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = load_json(path)
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not readable as JSON ({_reason(error)})") from error
     if not isinstance(document, dict):

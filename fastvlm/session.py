@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from fastvlm.preprocessing import as_rgb
+from fastvlm.files import read_small
+from fastvlm.preprocessing import MAX_BYTES, as_rgb
 from fastvlm.surface import FastVLM, Sampler
 
 KEPT_PICTURES = 16  # image embeddings of 0.9 MB each in the 0.5B model
@@ -82,7 +83,7 @@ class Session:
 def content_hash(image: Any) -> str:
     """SHA-256 of a file's bytes, or of a picture's size and pixels."""
     if isinstance(image, (str, os.PathLike)) and Path(image).is_file():
-        return hashlib.sha256(Path(image).read_bytes()).hexdigest()
+        return hashlib.sha256(read_small(image, MAX_BYTES)).hexdigest()
     rgb = as_rgb(image)
     return hashlib.sha256(f"{rgb.size} ".encode() + rgb.tobytes()).hexdigest()
 

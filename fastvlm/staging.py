@@ -1,11 +1,13 @@
 """Write a folder so that, whenever the process dies, its target holds what it held before or the whole new folder.
 
-The work is done in `.NAME.staging-XXXX` beside the target. Publishing is one rename; over an existing folder it is one
-atomic exchange of the two names (renameat2 on Linux, renamex_np on macOS). A file system that has no exchange gets two
-renames; when a run dies between them, the old folder waits as `.NAME.replaced-XXXX`, and the next run puts it back.
+The work is done in `.NAME.staging-XXXX/new` beside the target. Publishing is one rename; over an existing folder it is
+one atomic exchange of the two names (renameat2 on Linux, renamex_np on macOS). A file system that has no exchange gets
+two renames; when a run dies between them, the old folder waits as `.NAME.staging-XXXX/old`, and the next run puts it
+back.
 
 A staging folder is locked (flock) for as long as its process lives, so a later run can tell the remains of a dead one,
-which it removes, from the work of a live one. On a network file system without locks it removes nothing.
+which it removes, from the work of a live one. On a network file system without locks it removes nothing. Nor does it
+touch a link, or a folder without our marker: whatever its name, it is somebody else's.
 """
 
 import ctypes
@@ -19,6 +21,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from fastvlm.errors import UserError
+
+MARKER = ".made-by-fastvlm"  # in each folder that we may empty
 PARTIAL = ".*.partial"  # what a `write_file` leaves in its folder when it is killed in the middle
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2  # linux/fs.h; RENAME_SWAP of macOS's stdio.h has the same value
@@ -36,12 +41,46 @@ def staged(target: Path, replace: bool = False) -> Iterator[Path]:
     clean(target)
     folder, lock = _locked_folder(target)
     try:
-        yield folder
-        _settle(folder)
-        _publish(folder, target, replace)
+        new = folder / "new"
+        new.mkdir()
+        yield new
+        _settle(new)
+        _publish(new, target, replace)
     finally:
-        shutil.rmtree(folder, ignore_errors=True)  # what failed, or what was replaced
+        remove(folder)  # what failed, or what was replaced
         os.close(lock)
+
+
+def own(folder: Path) -> None:
+    """Make a folder that may be emptied later, or take over one that was made so. UserError for any other."""
+    if folder.is_symlink():
+        raise UserError(f"{folder}: got a link, expected a folder of ours: move it away")
+    folder.mkdir(parents=True, exist_ok=True)
+    if not is_ours(folder):
+        if any(folder.iterdir()) and not is_ours(folder):  # asked again: the marker is always the first file
+            raise UserError(f"{folder}: holds files of somebody else (it has no {MARKER}): move it away")
+        (folder / MARKER).touch()
+
+
+def is_ours(folder: Path) -> bool:
+    """Whether `own` has made the folder."""
+    return not folder.is_symlink() and (folder / MARKER).is_file()
+
+
+def empty(folder: Path) -> None:
+    """Remove everything in one of our folders but its marker."""
+    with suppress(FileNotFoundError):
+        for path in [path for path in folder.iterdir() if path.name != MARKER]:
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+
+def remove(folder: Path) -> None:
+    """Remove one of our folders, its marker last: killed meanwhile, it is still ours."""
+    empty(folder)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_file(target: Path, content: bytes) -> None:
@@ -57,16 +96,14 @@ def write_file(target: Path, content: bytes) -> None:
 
 def clean(target: Path) -> None:
     """Remove what dead runs left beside `target`, and undo the first half of a replacement that stopped half-way."""
-    for path in sorted(target.parent.glob(f".{_escaped(target.name)}.replaced-*")):
-        with _if_abandoned(path) as abandoned:
-            if abandoned and not target.exists():
-                os.rename(path, target)
-            elif abandoned:
-                shutil.rmtree(path, ignore_errors=True)
     for path in sorted(target.parent.glob(f".{_escaped(target.name)}.staging-*")):
+        if not is_ours(path) and not _is_empty(path):
+            continue
         with _if_abandoned(path) as abandoned:
+            if abandoned and (path / "old").exists() and not target.exists():
+                os.rename(path / "old", target)
             if abandoned:
-                shutil.rmtree(path, ignore_errors=True)
+                remove(path)
 
 
 def exchange(a: Path, b: Path) -> bool:
@@ -84,6 +121,11 @@ def exchange(a: Path, b: Path) -> bool:
     return not failed
 
 
+def _is_empty(path: Path) -> bool:
+    """Whether it is a folder without anything in it: one of ours at its very beginning or end, or nobody's loss."""
+    return path.is_dir() and not path.is_symlink() and not any(path.iterdir())
+
+
 def _publish(folder: Path, target: Path, replace: bool) -> None:
     if replace and target.exists():
         if not exchange(folder, target):
@@ -94,19 +136,13 @@ def _publish(folder: Path, target: Path, replace: bool) -> None:
 
 
 def _replace_in_two_steps(folder: Path, target: Path) -> None:
-    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.replaced-", dir=target.parent))
-    lock = _lock(target)  # the lock follows the folder to its new name, so no other run takes it for abandoned
+    aside = folder.with_name("old")
+    os.rename(target, aside)
     try:
-        os.rename(target, aside)
-        try:
-            os.rename(folder, target)
-        except OSError:
-            os.rename(aside, target)
-            raise
-        shutil.rmtree(aside, ignore_errors=True)
-    finally:
-        if lock is not None:
-            os.close(lock)
+        os.rename(folder, target)
+    except OSError:
+        os.rename(aside, target)
+        raise
 
 
 def _locked_folder(target: Path) -> tuple[Path, int]:
@@ -117,6 +153,7 @@ def _locked_folder(target: Path) -> tuple[Path, int]:
             with suppress(OSError):  # no locks on this file system
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
             if folder.exists():
+                own(folder)
                 return folder, descriptor
             os.close(descriptor)
 

@@ -17,6 +17,7 @@ from safetensors import safe_open
 
 from fastvlm.dtypes import SAFETENSORS_DTYPES, dtype_name
 from fastvlm.errors import UserError
+from fastvlm.files import load_json
 
 LFS_MAGIC = b"version https://git-lfs.github.com/spec/"
 _MAX_HEADER = 100_000_000  # bytes; the safetensors library's own limit
@@ -268,7 +269,7 @@ def read_json(path: Path, faults: list[Fault]) -> Any:
         faults.append(lfs_fault(path))
         return None
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return load_json(path)
     except OSError as error:
         faults.append(Fault(f"{path.name}: cannot be read: {error.strerror or error}"))
     except (ValueError, RecursionError) as error:

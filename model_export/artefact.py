@@ -14,6 +14,7 @@ from fastvlm import folder_kind
 from fastvlm.cli import progress
 from fastvlm.errors import UserError
 from fastvlm.exported import recognise
+from fastvlm.files import BESIDE_WEIGHTS, leaving, read_small, stays_inside
 from model_export import contract, elsewhere
 
 if TYPE_CHECKING:  # torch, which verify and the app's verbs need not wait for
@@ -24,8 +25,6 @@ _PACKAGES = ("torch", "timm", "transformers", "tokenizers", "safetensors", "core
 _SELF = "manifest_sha256"
 _CHUNK = 1 << 22
 
-# Files of a checkpoint beside its weights that decide what the artefact is.
-_SOURCES = ("*.json", "merges.txt", "*.jinja", "tokenizer.model")
 # What a hub's repository has besides: the card, git's attributes and the client's notes. Not the artefact's, no fault.
 _OF_A_HUB = {"README.md", ".gitattributes", ".cache"}
 LICENCES = ("license", "licence")  # how a licence's name begins, in lower case
@@ -73,7 +72,9 @@ def sources(checkpoint: "Checkpoint", advance: Callable[[int], Any] | None = Non
 
     `advance(n)` after every n bytes. Names only, no paths: the same checkpoint elsewhere is the same source.
     """
-    beside = (p for p in checkpoint.path.iterdir() if p.is_file() and any(fnmatchcase(p.name, one) for one in _SOURCES))
+    beside = (
+        p for p in checkpoint.path.iterdir() if p.is_file() and any(fnmatchcase(p.name, one) for one in BESIDE_WEIGHTS)
+    )
     files = hash_files(checkpoint.path, {path.name for path in (*checkpoint.files, *beside)}, advance)
     whole = hashlib.sha256("".join(f"{entry['sha256']}  {name}\n" for name, entry in files.items()).encode())
     return {
@@ -92,10 +93,13 @@ def carry_licences(checkpoint: Path, folder: Path, changes: Sequence[str]) -> li
     """
     carried = []
     for path in sorted(checkpoint.iterdir()):
-        if path.is_file() and path.name.lower().startswith(_CARRIED):
-            if path.stat().st_size > _LICENCE_BYTES:
-                raise UserError(f"{path}: is {path.stat().st_size} bytes, too large for a licence: move it away")
-            (folder / path.name).write_bytes(path.read_bytes())
+        if path.name.lower().startswith(_CARRIED) and not path.is_dir():
+            if path.is_symlink() and not stays_inside(path):
+                raise UserError(f"{path}: {leaving(path)}")
+            try:
+                (folder / path.name).write_bytes(read_small(path, _LICENCE_BYTES))
+            except OSError as error:
+                raise UserError(f"{path}: {error.strerror}: no licence: move it away") from None
             carried.append(path.name)
     notice = folder / contract.NOTICE
     before = notice.read_text(encoding="utf-8", errors="replace").rstrip() + "\n\n" if notice.exists() else ""
@@ -156,7 +160,7 @@ def read_manifest(artefact: Path, older: bool = False) -> dict[str, Any]:
         what = "is a file" if artefact.is_file() else "no such folder"
         raise UserError(f"{artefact}: {what}: expected an exported artefact's folder")
     try:
-        document = json.loads(path.read_bytes())
+        document = json.loads(read_small(path))
         _canonical(document)  # half a surrogate pair is JSON, but no text
     except FileNotFoundError:
         made = "it was exported elsewhere" if recognise(artefact) else "is no artefact"
@@ -205,7 +209,7 @@ def verify(artefact: Path, advance: Callable[[int], Any] | None = None) -> list[
     """
     document = read_manifest(artefact)
     findings = []
-    raw = (artefact / contract.MANIFEST).read_bytes()
+    raw = read_small(artefact / contract.MANIFEST)
     if raw != _canonical(document) or document.get(_SELF) != _self_hash(document):
         findings.append(f"{contract.MANIFEST}: changed since the export")
     findings += _missing_or_resized(artefact, document["files"])

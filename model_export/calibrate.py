@@ -1,10 +1,12 @@
 """Calibration inside an export: pictures and questions through the encoder, and what the recipe makes of them."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fastvlm import conversations, demo, naming
@@ -42,6 +44,29 @@ def calibrate(
     Without samples there are built-in ones. Answers that they don't have are the checkpoint's own. The model computes
     in bfloat16 where the checkpoint is stored so, else in float32.
     """
+    with _one_thread():
+        return _calibrate(checkpoint, recipe, preprocessor, samples, exported)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """How many threads add up a product decides its last bits, and these, over thousands of steps, the weights: a
+    recipe gives the same bytes on every number of cores only where that number is fixed."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _calibrate(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    preprocessor: Preprocessor,
+    samples: list[Sample] | None,
+    exported: Path | None,
+) -> Calibrated:
     from fastvlm.model import build
     from fastvlm.surface import from_model
 

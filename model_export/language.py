@@ -3,7 +3,6 @@
 PyTorch computes with the values that MLX's quantized tensors stand for, dequantized bit for bit as MLX does.
 """
 
-import json
 from collections.abc import Iterable
 from functools import partial
 from importlib.metadata import version
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from fastvlm.dtypes import dtype_name, torch_dtype
 from fastvlm.errors import UserError
+from fastvlm.files import load_json
 from fastvlm.limits import positions
 from fastvlm.prompt import prompt_fault
 from fastvlm.surface import Language, TorchLanguage, TorchProjector
@@ -153,7 +153,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """An artefact's config.json; UserError if it is not there, not JSON, or another model's."""
     path = folder / contract.CONFIG
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = load_json(path)
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: not readable as JSON ({error}); expected an artefact's folder") from None
     if not isinstance(config, dict) or config.get("model_type") != contract.MODEL_TYPE:

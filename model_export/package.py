@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fastvlm.errors import CheckFailed, UserError
+from fastvlm.files import read_small
 from model_export import contract
 from model_export.coreml import coremltools
 
@@ -18,6 +19,7 @@ _ITEMS = {
 }
 SPECIFICATION = Path("Data/com.apple.CoreML/model.mlmodel")
 WEIGHTS = Path("Data/com.apple.CoreML/weights/weight.bin")
+LARGEST_SPECIFICATION = 256 << 20  # bytes; weights are beside it: FastViTHD's has 1 MB
 METADATA = "fastvlm."  # in front of our keys of the user-defined metadata
 _NAMESPACE = uuid.uuid5(uuid.NAMESPACE_URL, "https://github.com/apple/ml-fastvlm#mlpackage")
 
@@ -127,7 +129,7 @@ def read_specification(package: Path) -> Any:
     path = package / SPECIFICATION
     spec = coremltools().proto.Model_pb2.Model()
     try:
-        spec.ParseFromString(path.read_bytes())
+        spec.ParseFromString(read_small(path, LARGEST_SPECIFICATION))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}): not a whole .mlpackage") from error
     except Exception as error:  # protobuf's DecodeError, which differs between its backends

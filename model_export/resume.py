@@ -9,7 +9,6 @@ import fcntl
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 
 from fastvlm.cli import log
 from fastvlm.errors import CheckFailed, UserError
-from fastvlm.staging import write_file
+from fastvlm.staging import MARKER, empty, is_ours, own, remove, write_file
 from model_export.artefact import hash_file
 
 _KEY = "key.json"
@@ -69,27 +68,27 @@ def kept(target: Path, key: Mapping[str, Any]) -> Iterator[Kept]:
     try:
         wanted = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest().encode()
         if not (folder / _KEY).is_file() or (folder / _KEY).read_bytes() != wanted:
-            for path in folder.iterdir():
-                path.unlink()
+            empty(folder)
             write_file(folder / _KEY, wanted)
         try:
             yield Kept(folder)
         except (UserError, CheckFailed):
             raise
         except BaseException:
-            files = [path for path in folder.iterdir() if path.name != _KEY]
+            files = [path for path in folder.iterdir() if path.name not in (_KEY, MARKER)]
             if going_on := bool(files):
                 log(f"{len(files)} finished files wait in {folder}: the same command goes on from there")
             raise
     finally:
         if not going_on:
-            shutil.rmtree(folder, ignore_errors=True)
+            remove(folder)
         os.close(lock)
 
 
 def waiting(target: Path) -> int:
     """Bytes of what an interrupted export to `target` has left: taken over by the next one, or removed."""
-    return sum(path.stat().st_size for path in _folder(target.expanduser().resolve()).glob("*"))
+    folder = _folder(target.expanduser().resolve())
+    return sum(path.stat().st_size for path in folder.glob("*")) if is_ours(folder) else 0
 
 
 def _folder(target: Path) -> Path:
@@ -100,8 +99,11 @@ def _locked(target: Path) -> tuple[Path, int]:
     """The folder and the descriptor that holds its lock."""
     folder = _folder(target)
     while True:
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            own(folder)
+            descriptor = os.open(folder, os.O_RDONLY | os.O_NOFOLLOW)
+        except FileNotFoundError:  # the run before has just removed it
+            continue
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -20,6 +20,7 @@ from torch import nn
 
 from fastvlm.cli import log, progress
 from fastvlm.errors import UserError
+from fastvlm.files import load_json
 from fastvlm.staging import write_file
 from model_export import compress, contract, mil
 from model_export.compress import Assignment
@@ -285,7 +286,7 @@ def _read(cache: Path | None, key: str) -> Noise:
     if cache is None or not cache.is_file():
         return {}
     try:
-        document = json.loads(cache.read_text(encoding="utf-8"))
+        document = load_json(cache)
         if document["key"] != key:
             log(f"{cache}: of another encoder or other pictures: measured anew")
             return {}

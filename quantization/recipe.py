@@ -9,7 +9,6 @@ A rule with `choices` leaves the scheme to what each weight costs in quality; th
 may be (`quantization.budget` decides).
 """
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from fastvlm.errors import UserError
+from fastvlm.files import load_json
 from quantization.schemes import MODES, Affine, CoreML, Scheme, legal_combinations
 
 VERSION = 2  # of the recipe format; a reader refuses the others
@@ -235,7 +235,7 @@ def _budget_of(text: str, size: str, recipe: Recipe) -> Budget:
 
 def _read(path: Path) -> Recipe:
     try:
-        document = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=refuse_repeats)
+        document = load_json(path, object_pairs_hook=refuse_repeats)
     except (OSError, ValueError) as error:
         raise UserError(f"recipe {path}: not readable as JSON ({error})") from None
     return recipe_from_json(document, where=f"recipe {path}")

@@ -244,7 +244,7 @@ def _read(work: Path, digest: str) -> dict[str, Any] | None:
 @contextmanager
 def _only_sweep(work: Path) -> Iterator[None]:
     """Hold the work folder. UserError while another sweep does."""
-    work.mkdir(parents=True, exist_ok=True)
+    staging.own(work)
     with (work / ".lock").open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -11,8 +11,9 @@ import torch
 
 from .allocator import kept_buffers, returned_buffers
 from .dtypes import NUMPY, POLICIES, STORAGE, Policy
+from .limits import MOST_BYTES
 from .plan import Step, make_plan
-from .program import Function, MILError, Operation, Program, TensorType
+from .program import Function, MILError, Operation, Program, TensorType, reason
 from .reader import read_package
 from .rounding import TILE, InPlace, rounder, tiled
 
@@ -25,11 +26,17 @@ class MILExecutor:
     inputs, outputs: name -> TensorType as the package declares them. operations: the non-constant ones, in order.
     """
 
-    def __init__(self, program: Program, compute: str = "as-typed", function_name: str | None = None) -> None:
+    def __init__(
+        self,
+        program: Program,
+        compute: str = "as-typed",
+        function_name: str | None = None,
+        most_bytes: int = MOST_BYTES,
+    ) -> None:
         """Resolve a function (default: the package's own default) under a policy of dtypes.POLICIES.
 
         Raises MILError for an unknown function or policy, a description that contradicts the program, damaged weights,
-        and unsupported operations, of which it lists all.
+        values that take more than `most_bytes` at once, and unsupported operations, of which it lists all.
         """
         if compute not in POLICIES:
             raise MILError(f"unknown compute policy {compute!r}, expected one of {', '.join(POLICIES)}")
@@ -43,9 +50,14 @@ class MILExecutor:
             listed = ", ".join(f"{key!r} is of type {kind}" for key, kind in others.items())
             raise MILError(f"{program.path}: function {name!r}: {listed}: expected multi-arrays")
         self.inputs = _checked_types(program, self.function)
-        with returned_buffers():
-            self._plan = make_plan(program, self.function, self.policy)
-        self.outputs = self._checked_outputs()
+        try:
+            with returned_buffers():
+                self._plan = make_plan(program, self.function, self.policy, most_bytes)
+            self.outputs = self._checked_outputs()
+        except (MILError, MemoryError):
+            raise
+        except Exception as error:  # a program made to break it; what is known to go wrong has its own line
+            raise MILError(f"{program.path}: function {name!r}: malformed ({reason(error)})") from error
         self.operations = tuple(step.operation for step in self._plan.steps)
 
     def predict(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -109,9 +121,11 @@ class MILExecutor:
                 _check(step.operation, name, tensor, type, self.policy)
                 if step.then or (step.rounds and type.dtype == "fp16"):
                     outputs[name] = _finish(tensor.clone() if kernel.view else tensor, step)
-        except (RuntimeError, TypeError, ValueError, IndexError) as error:
-            line = str(error).splitlines()[0] if str(error) else error.__class__.__name__
-            raise MILError(f"operation {step.operation.name!r} ({step.operation.type}) failed: {line}") from error
+        except (MILError, MemoryError):
+            raise
+        except Exception as error:
+            failed = f"operation {step.operation.name!r} ({step.operation.type}) failed"
+            raise MILError(f"{failed}: {reason(error)}") from error
         if step.then:
             outputs = {step.then[-1].names[0]: outputs[step.names[0]]}
         return outputs

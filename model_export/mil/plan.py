@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from . import int8
+from . import int8, limits
 from . import ops as ops  # registers the operations
 from .blob import WeightFile
 from .dtypes import STORAGE, Policy
-from .program import BlobRef, Constant, Function, MILError, Operation, Program, TensorType
+from .program import BlobRef, Constant, Function, MILError, Operation, Program, TensorType, reason
 from .registry import OPSETS, Kernel, Node, Unsupported, lookup
 
 Stored = torch.Tensor | str | tuple[str, ...]
@@ -78,8 +78,9 @@ class _Constants:
         return self._values.get(name)
 
 
-def make_plan(program: Program, function: Function, policy: Policy) -> Plan:
-    """Resolve every operation of the function; raises MILError with the whole list of what is not supported."""
+def make_plan(program: Program, function: Function, policy: Policy, most_bytes: int) -> Plan:
+    """Resolve every operation of the function; raises MILError with the whole list of what is not supported, and for
+    values that take more than `most_bytes` at once."""
     where = f"{program.path}: function {function.name!r}"
     if function.opset not in OPSETS:
         raise MILError(f"{where}: opset {function.opset} is not supported, expected one of {', '.join(OPSETS)}")
@@ -88,13 +89,15 @@ def make_plan(program: Program, function: Function, policy: Policy) -> Plan:
     types: dict[str, TensorType | None] = {item.name: item.type for item in function.inputs}
     steps: list[Step] = []
     faults: dict[str, str] = {}
+    unpacked = 0  # bytes of constants that are computed
     dying = _last_uses(function)
     for index, operation in enumerate(function.block.operations):
         for output in operation.outputs:
             if output.name in types:
                 raise MILError(f"{where}: operation {operation.name!r} defines {output.name!r} a second time")
         if operation.type == "const":
-            constants.declare(operation.outputs[0].name, _const_value(where, operation))
+            value = _const_value(where, operation)
+            constants.declare(operation.outputs[0].name, value)
         else:
             unknown = [b for item in operation.inputs.values() for b in item if isinstance(b, str) and b not in types]
             if unknown:
@@ -105,6 +108,9 @@ def make_plan(program: Program, function: Function, policy: Policy) -> Plan:
                 faults[operation.name] = str(error)
             else:
                 if operation.type.startswith("constexpr_"):
+                    unpacked += sum(limits.size(type, policy) for type in step.types)
+                    if unpacked > most_bytes:
+                        raise MILError(f"{where}: its weights take {unpacked} bytes, expected at most {most_bytes}")
                     constants.set(_folded(where, step))
                 else:
                     steps.append(step)
@@ -114,6 +120,8 @@ def make_plan(program: Program, function: Function, policy: Policy) -> Plan:
     _refuse_unsupported(where, function, faults)
     outputs = function.block.outputs
     finished = _with_lifetimes(steps, [item.name for item in function.inputs], outputs)
+    inputs = {item.name: item.type for item in function.inputs if item.type is not None}
+    limits.check_peak(where, finished, inputs, policy, most_bytes)
     merged = _merged(finished, outputs)
     if policy.fuses:
         merged = [_fused(step) for step in (_paired(merged, outputs) if policy.int8 else merged)]
@@ -153,8 +161,10 @@ def _resolve(
     node = Node(operation, types, constants.get, constants.load, policy)
     try:
         kernel = builder(node)
-    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:  # parameters of a wrong kind
-        raise Unsupported(f"unusable parameters ({str(error).splitlines()[0]})") from None
+    except (Unsupported, MILError, MemoryError):
+        raise
+    except Exception as error:  # parameters of a wrong kind: Python and torch raise whatever they trip over
+        raise Unsupported(f"unusable parameters ({reason(error)})") from None
     ignored = sorted(set(operation.inputs) - node.used)
     if ignored:
         raise Unsupported(f"parameters not understood: {', '.join(ignored)}")

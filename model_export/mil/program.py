@@ -16,6 +16,11 @@ class MILError(Exception):
     """An unusable package, program or input: one line saying what failed, where, got and expected."""
 
 
+def reason(error: BaseException) -> str:
+    """What a library's exception says, in one line."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}".removesuffix(": ")
+
+
 @dataclass(frozen=True)
 class TensorType:
     """Element type (a MIL name such as "fp16") and shape; None is a size known only at run time."""

@@ -6,10 +6,13 @@ Of coremltools only the generated protobuf classes are used, and they are import
 
 from __future__ import annotations
 
+import errno
 import importlib
 import importlib.util
 import json
 import math
+import os
+import stat
 import sys
 import types
 from pathlib import Path, PurePosixPath
@@ -19,10 +22,23 @@ import torch
 
 from .blob import static_shape, unpack
 from .dtypes import NAMES, STORAGE, SUB_BYTE
-from .program import Binding, BlobRef, Block, Constant, Function, MILError, NamedType, Operation, Program, TensorType
+from .program import (
+    Binding,
+    BlobRef,
+    Block,
+    Constant,
+    Function,
+    MILError,
+    NamedType,
+    Operation,
+    Program,
+    TensorType,
+    reason,
+)
 
 _PROTO_PACKAGE = "_model_export_mil_proto"
 _MODEL_PATH = "@model_path/"
+_LARGEST_MANIFEST, _LARGEST_SPECIFICATION = 1 << 20, 256 << 20  # bytes; ours have 1 kB and 1 MB
 # FeatureTypes.proto, ArrayFeatureType.ArrayDataType
 _ARRAY_TYPES = {65552: "fp16", 65568: "fp32", 65600: "fp64", 131104: "int32", 131080: "int8"}
 
@@ -32,7 +48,7 @@ def read_package(path: Path | str) -> Program:
     path = Path(path)
     specification_path = _specification_path(path)
     try:
-        content = specification_path.read_bytes()
+        content = _plain_bytes(specification_path, _LARGEST_SPECIFICATION)
     except OSError as error:
         raise MILError(f"{specification_path}: cannot read the model specification: {error.strerror}") from None
     specification = _message_class()()
@@ -43,7 +59,12 @@ def read_package(path: Path | str) -> Program:
     kind = specification.WhichOneof("Type")
     if kind != "mlProgram":
         raise MILError(f"{path}: the model is a {kind or 'model of no known type'}, expected an mlProgram")
-    return _Reader(path, specification_path.parent).program(specification)
+    try:
+        return _Reader(path, specification_path.parent).program(specification)
+    except (MILError, MemoryError):
+        raise
+    except Exception as error:  # fields that contradict each other, sizes beyond any tensor, blocks in blocks in blocks
+        raise MILError(f"{specification_path}: malformed ({reason(error)})") from error
 
 
 def _specification_path(path: Path) -> Path:
@@ -55,7 +76,7 @@ def _specification_path(path: Path) -> Path:
         raise MILError(f"{path}: not a folder; an .mlpackage is a folder with a Manifest.json")
     manifest_path = path / "Manifest.json"
     try:
-        manifest = json.loads(manifest_path.read_bytes())
+        manifest = json.loads(_plain_bytes(manifest_path, _LARGEST_MANIFEST))
         root = manifest["itemInfoEntries"][manifest["rootModelIdentifier"]]["path"]
         if not isinstance(root, str):
             raise TypeError("path is not text")
@@ -64,6 +85,15 @@ def _specification_path(path: Path) -> Path:
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise MILError(f"{manifest_path}: unusable manifest ({type(error).__name__}: {error})") from None
     return _inside(path, path / "Data", root, "Manifest.json")
+
+
+def _plain_bytes(path: Path, limit: int) -> bytes:
+    """The content of a plain file of at most `limit` bytes; OSError for another, at once: a pipe would wait."""
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode) or status.st_size > limit:
+            raise OSError(errno.EINVAL, f"expected a plain file of at most {limit} bytes", str(path))
+        return file.read(limit)
 
 
 def _inside(package: Path, base: Path, name: str, source: str) -> Path:

@@ -6,6 +6,7 @@ and returns a Kernel. It raises Unsupported for a form that it cannot run, so th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 
 from .dtypes import Policy
 from .int8 import Int8Linear
+from .limits import MOST_BYTES
 from .program import Constant, Operation, TensorType
 
 # coremltools' names of the opsets of iOS 15, 16, 17 and 18, oldest first.
@@ -67,6 +69,23 @@ class Node:
         if found is None:
             raise Unsupported("a result that is not a tensor")
         return found
+
+    def expects(self, *shape: int | None) -> None:
+        """Raise Unsupported unless the first result, of this shape (None: known only at run time), is declared so.
+
+        For every operation whose parameters or operands can make its result larger than an operand: before it runs,
+        nothing else holds them to the declared type, whose bytes have been counted.
+        """
+        declared = self.type.shape
+        fits = len(shape) == len(declared) and all(a == b for a, b in zip(shape, declared) if None not in (a, b))
+        known = [size for size in shape if size is not None]
+        if not fits or min(known, default=0) < 0 or math.prod(known) > MOST_BYTES:
+            sizes = ", ".join("?" if size is None else str(size) for size in shape)
+            raise Unsupported(f"gives [{sizes}], declared {self.type}")
+
+    def shapes(self, *keys: str) -> list[tuple[int | None, ...]]:
+        """The given tensor parameters' shapes."""
+        return [self.type_of(key).shape for key in keys if self.has(key)]
 
     @property
     def decomposes(self) -> bool:
@@ -162,6 +181,24 @@ class Node:
         if args[0] is None:
             raise Unsupported(f"{keys[0]} is missing")
         return Kernel(run, args, exact, view, inplace, fused, activation)
+
+
+def broadcast(*shapes: Sequence[int | None]) -> list[int | None]:
+    """The shape of tensors that are broadcast together, as NumPy does it; Unsupported where they can't be."""
+    result: list[int | None] = []
+    for place in range(1, max(map(len, shapes), default=0) + 1):
+        sizes = {shape[-place] for shape in shapes if len(shape) >= place} - {1}
+        if len(sizes - {None}) > 1:
+            raise Unsupported(f"operands of shapes {', '.join(str(list(shape)) for shape in shapes)}")
+        result.insert(0, next(iter(sizes - {None}), None) if sizes else 1)
+    return result
+
+
+def positive(node: Node, **values: Sequence[int] | int) -> None:
+    """Unsupported unless these parameters are numbers from 1: native code divides by them."""
+    for name, value in values.items():
+        if min([value] if isinstance(value, int) else value, default=1) < 1:
+            raise Unsupported(f"{name} {value}, expected numbers from 1")
 
 
 Builder = Callable[[Node], Kernel]

@@ -152,7 +152,7 @@ def test_without_mlx_vlm_its_line_says_what_to_do(monkeypatch):
         (["--artefact", "/nowhere", "--quant", "int4"], "--quant beside --artefact"),
         (["--quant", "int3.5"], "unknown recipe 'int3.5'"),
         (["--budget", "nan"], "--budget nan: expected more than 0"),
-        (["show", "/nowhere.json", "--output", "/tmp"], "--output /tmp: is a folder"),
+        (["show", "/nowhere.json", "--output", "/tmp"], "--output /usr: is a folder"),
     ],
 )
 def test_unusable_input_is_one_line(arguments, said, capsys):
@@ -173,7 +173,7 @@ def test_every_fault_is_told_before_the_checkpoint_is_written(demo_artefact, mon
         "--save",
         "/tmp",
         "--output",
-        "/tmp",
+        "/usr",
         "--image-file",
         "/nowhere.png",
         "--against",
@@ -183,7 +183,7 @@ def test_every_fault_is_told_before_the_checkpoint_is_written(demo_artefact, mon
     assert run(command.build_parser, ["ttft", *arguments]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     for fault in (
-        "--save /tmp: is a folder", "--output /tmp: is a folder", "--image-file: /nowhere.png", "--against: got gpt",
+        "--save /tmp: is a folder", "--output /usr: is a folder", "--image-file: /nowhere.png", "--against: got gpt",
         "--launches 0", "--threads 0", f"--resolution 64: {demo_artefact} wasn't exported for it, expected some of 256",
     ):  # fmt: skip
         assert fault in line

@@ -38,6 +38,7 @@ from safetensors.numpy import save
 
 from fastvlm import download
 from fastvlm.errors import UserError
+from fastvlm.staging import own
 
 pytest_plugins = ["download_server"]
 
@@ -169,8 +170,23 @@ def test_overwrite_replaces_only_by_a_whole_one(zoo: Server, tmp_path: Path) -> 
     assert_whole(tmp_path, content={**CONTENT, "config.json": b"{}"})
 
 
+@pytest.mark.parametrize("linked", [False, True], ids=["a folder", "a link"])
+def test_a_folder_of_the_users_own_is_not_worked_in(zoo: Server, tmp_path: Path, linked: bool) -> None:
+    place = tmp_path / "elsewhere" if linked else tmp_path / f"{NAME}.partial"
+    place.mkdir()
+    for name in ("lock", "part", "replaced"):
+        (place / name).write_text("mine")
+    if linked:
+        (tmp_path / f"{NAME}.partial").symlink_to(place)
+    with pytest.raises(UserError, match="a link" if linked else "somebody else"):
+        download.download(NAME, tmp_path, overwrite=True)
+    assert {path.name: path.read_text() for path in place.iterdir()} == dict.fromkeys(
+        ("lock", "part", "replaced"), "mine"
+    )
+
+
 def test_one_download_at_a_time(zoo: Server, tmp_path: Path) -> None:
-    (tmp_path / f"{NAME}.partial").mkdir()
+    own(tmp_path / f"{NAME}.partial")
     with open(tmp_path / f"{NAME}.partial" / "lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         with pytest.raises(UserError, match="another download is at work"):

@@ -13,9 +13,10 @@ import pytest
 
 from fastvlm import staging
 from fastvlm.errors import UserError
-from fastvlm.staging import clean, exchange, staged
+from fastvlm.staging import clean, exchange, own, staged
 from model_export import artefact, contract
 from model_export.artefact import carry_licences, check_target, check_whole, verify, write_manifest
+from model_export.resume import kept, waiting
 
 FILES = {"config.json": "{}", "fastvithd.mlpackage/Data/weight.bin": "weights", "model.safetensors": "tensors"}
 
@@ -86,14 +87,37 @@ def test_without_exchange_two_renames_do(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_half_a_replacement_is_undone(tmp_path: Path) -> None:
     """What a run leaves that died between the two renames."""
-    aside = tmp_path / ".model.replaced-x1"
-    aside.mkdir()
-    (aside / "a").write_text("old")
-    clean(tmp_path / "model")
-    assert contents(tmp_path) == {"model/a": "old"}
-    aside.mkdir()
-    clean(tmp_path / "model")
-    assert contents(tmp_path) == {"model/a": "old"} and not aside.exists()
+    for _ in range(2):  # the second time, the target is there
+        left = tmp_path / ".model.staging-x1"
+        own(left)
+        (left / "old").mkdir()
+        (left / "old" / "a").write_text("old")
+        clean(tmp_path / "model")
+        assert contents(tmp_path) == {"model/a": "old"} and not left.exists()
+
+
+def test_what_is_not_ours_is_left_alone(tmp_path: Path) -> None:
+    """Whatever the names: a folder of the user's own, and links to one, to one of ours and to nothing."""
+    mine, ours = tmp_path / ".model.staging-20240101", tmp_path / "ours"
+    mine.mkdir()
+    own(ours)
+    for folder in (mine, ours):
+        (folder / "old").write_text("mine")
+    for name, target in (("a", mine), ("b", ours), ("c", tmp_path / "none")):
+        (tmp_path / f".model.staging-{name}").symlink_to(target)
+    for name in (".a.resume", ".b.resume"):
+        (tmp_path / name).symlink_to(ours)
+    (tmp_path / ".c.resume").mkdir()
+    (tmp_path / ".c.resume" / "key.json").write_text("mine")
+    before = contents(tmp_path)
+    with staged(tmp_path / "model"):
+        pass
+    (tmp_path / "model").rmdir()
+    for name, why in (("a", "a link"), ("b", "a link"), ("c", "somebody else")):
+        with pytest.raises(UserError, match=why), kept(tmp_path / name, {}):
+            pass
+        assert waiting(tmp_path / name) == 0
+    assert contents(tmp_path) == before
 
 
 def test_live_staging_is_left_alone_and_dead_is_removed(tmp_path: Path) -> None:
@@ -330,7 +354,7 @@ def test_without_a_licence_the_notice_says_research_only(tmp_path: Path) -> None
     notice = (tmp_path / "NOTICE").read_text()
     assert "research purposes only" in notice and "- weights halved" in notice
     (tmp_path / "source" / "LICENSE").write_bytes(b"x" * (artefact._LICENCE_BYTES + 1))
-    with pytest.raises(UserError, match="too large"):
+    with pytest.raises(UserError, match="expected at most 1048576: no licence"):
         carry_licences(tmp_path / "source", tmp_path, [])
 
 

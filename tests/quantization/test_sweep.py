@@ -158,7 +158,9 @@ def test_a_figure_that_is_not_finite_is_none(tmp_path, points):
 def test_points_run_together_as_far_as_memory_allows(tmp_path, points, jobs, memory, need, most, capsys):
     crowd = tmp_path / "crowd"
     crowd.mkdir()
-    one = replace(fakes.sweep_of(tmp_path, fakes.crowd, crowd=str(crowd), should=most), need=lambda point: need)
+    one = replace(
+        fakes.sweep_of(tmp_path / "work", fakes.crowd, crowd=str(crowd), should=most), need=lambda point: need
+    )
     outcome = sweep.run(one, points[:4], jobs=jobs, memory=memory)
     assert len(outcome.results) == 4
     assert max(result["timings"]["crowd"] for result in outcome.results.values()) == most

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 
 from ..registry import Unsupported
 
+_MOST_PADDING = 4096  # elements
+
 
 def padding(
     pad_type: str,
@@ -19,9 +21,13 @@ def padding(
     dilations: Sequence[int],
 ) -> tuple[list[int], list[int]]:
     """Elements to add before and after each spatial dimension (coremltools defs `_utils.aggregated_pad`)."""
+    if not len(sizes) == len(kernel) == len(strides) == len(dilations) or min(*kernel, *strides, *dilations) < 1:
+        raise Unsupported(f"kernel {kernel}, strides {strides}, dilations {dilations} over {len(sizes)} dimensions")
     if pad_type == "valid":
         return [0] * len(kernel), [0] * len(kernel)
     if pad_type == "custom":
+        if len(pad) != 2 * len(sizes) or min(pad, default=0) < 0:
+            raise Unsupported(f"pad {pad} over {len(sizes)} dimensions")
         return list(pad[0::2]), list(pad[1::2])
     if pad_type not in ("same", "same_lower"):
         raise Unsupported(f"pad_type {pad_type!r}")
@@ -34,6 +40,13 @@ def padding(
         before.append(small if pad_type == "same" else large)
         after.append(large if pad_type == "same" else small)
     return before, after
+
+
+def windows(size: int | None, before: int, after: int, kernel: int, stride: int, dilation: int = 1) -> int | None:
+    """How many windows fit along a dimension. Unsupported where padding makes it larger than any picture."""
+    if before + after > _MOST_PADDING:
+        raise Unsupported(f"padding of {before} and {after}")
+    return None if size is None else (size + before + after - dilation * (kernel - 1) - 1) // stride + 1
 
 
 def pad_spatial(x: torch.Tensor, before: Sequence[int], after: Sequence[int], value: float = 0.0) -> torch.Tensor:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from ..registry import Kernel, Node, mil_op
+from ..registry import Kernel, Node, broadcast, mil_op
 
 
 @mil_op("select")
 def select(node: Node) -> Kernel:
     """a where cond holds, else b."""
+    node.expects(*broadcast(*node.shapes("cond", "a", "b")))
     return node.kernel(torch.where, "cond", "a", "b", exact=True)

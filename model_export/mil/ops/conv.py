@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -10,9 +11,10 @@ import torch
 import torch.nn.functional as F
 
 from .. import int8, onednn
+from ..limits import MOST_BYTES
 from ..program import TensorType
-from ..registry import Kernel, Node, Unsupported, mil_op
-from ._windows import pad_spatial, padding
+from ..registry import Kernel, Node, Unsupported, mil_op, positive
+from ._windows import pad_spatial, padding, windows
 
 _CONV: dict[int, Callable[..., torch.Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _CONV_TRANSPOSE: dict[int, Callable[..., torch.Tensor]] = {
@@ -27,6 +29,7 @@ def _settings(node: Node, spatial: int) -> tuple[list[int], list[int], int, str,
         raise Unsupported(f"a convolution over {spatial} dimensions")
     strides = node.const("strides", [1] * spatial)
     dilations = node.const("dilations", [1] * spatial)
+    positive(node, strides=strides, dilations=dilations, groups=node.const("groups", 1))
     pad_type = node.const("pad_type", "valid")
     return strides, dilations, node.const("groups", 1), pad_type, node.const("pad", [0] * 2 * spatial)
 
@@ -39,6 +42,12 @@ def conv(node: Node) -> Kernel:
     strides, dilations, groups, pad_type, pad = _settings(node, spatial)
     kernel = [size or 0 for size in node.type_of("weight").shape[2:]]
     before, after = padding(pad_type, pad, type.shape[2:], kernel, strides, dilations)
+    outer, inside, *_ = node.type_of("weight").shape
+    divides = None in (outer, inside, type.shape[1]) or (type.shape[1] == inside * groups and outer % groups == 0)
+    if not divides or any(shape != (outer,) for shape in node.shapes("bias")):  # oneDNN doesn't ask
+        raise Unsupported(f"x {type} for a weight {node.type_of('weight')} in {groups} groups and its bias")
+    spread = zip(type.shape[2:], before, after, kernel, strides, dilations)
+    node.expects(type.shape[0], outer, *(windows(*one) for one in spread))
     symmetric = before == after
     inner = before if symmetric else [0] * spatial
 
@@ -81,6 +90,12 @@ def conv_transpose(node: Node) -> Kernel:
     sizes = node.type.shape[2:]
     if None in sizes:
         raise Unsupported("an output size known only at run time")
+    full = [
+        None if size is None else (size - 1) * stride + dilation * ((kernel or 1) - 1) + 1
+        for size, kernel, stride, dilation in zip(*(one[2:] for one in node.shapes("x", "weight")), strides, dilations)
+    ]
+    if math.prod(size or 1 for size in full) > MOST_BYTES or any(size < 1 for size in sizes if size is not None):
+        raise Unsupported(f"a full result of {full}")
     starts = pad[0::2] if pad_type == "custom" else [0] * spatial
     function = _CONV_TRANSPOSE[spatial]
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..registry import Kernel, Node, Unsupported, mil_op
+from ..registry import Kernel, Node, Unsupported, broadcast, mil_op
 
 # type: (function, the same over its first operand or None, whether fp16 operands give fp16 results exactly)
 _BINARY: dict[str, tuple[Callable[..., Any], Callable[..., Any] | None, bool]] = {
@@ -39,6 +39,7 @@ def binary(node: Node) -> Kernel:
         raise Unsupported("real_div of integers")
     if not node.has("y"):
         raise Unsupported("y is missing")
+    node.expects(*broadcast(*node.shapes("x", "y")))
     kernel = node.kernel(function, "x", "y", exact=exact, inplace=inplace)
     # x is the one to write over; a sum or product may swap its operands to make that possible.
     commutes = node.operation.type in ("add", "mul") and not isinstance(kernel.args[0], str)

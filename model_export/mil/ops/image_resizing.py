@@ -17,6 +17,8 @@ def _resized(node: Node, resize: Callable[..., torch.Tensor], exact: bool) -> Ke
     if len(sizes) != 2:
         raise Unsupported("an output size known only at run time")
 
+    node.expects(*node.type_of("x").shape[:-2], *sizes)
+
     def run(x: torch.Tensor) -> torch.Tensor:
         batch = x.reshape(-1, 1, *x.shape[-2:])
         return resize(batch, size=sizes).reshape(*x.shape[:-2], *sizes)

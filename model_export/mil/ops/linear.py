@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from .. import onednn
-from ..registry import Kernel, Node, Unsupported, mil_op
+from ..registry import Kernel, Node, Unsupported, broadcast, mil_op
 
 
 @mil_op("linear")
@@ -17,6 +17,10 @@ def linear(node: Node) -> Kernel:
     weight, bias = node.weight("weight"), node.weight("bias")
     leading = [size for size in node.type_of("x").shape[:-1] if size is not None]
     constant = weight is not None and (bias is not None or not node.has("bias"))
+    x, (rows, width) = node.type_of("x").shape, node.type_of("weight").shape
+    if x[-1] not in (None, width) or any(shape != (rows,) for shape in node.shapes("bias")):  # oneDNN doesn't ask
+        raise Unsupported(f"x {node.type_of('x')} for a weight of [{rows}, {width}] and its bias")
+    node.expects(*x[:-1], rows)
     static = len(leading) == node.rank("x") - 1
     if onednn.AVAILABLE and constant and static and weight is not None and weight.is_floating_point():
         return node.kernel(onednn.linear(weight, bias, math.prod(leading)), "x")
@@ -30,6 +34,14 @@ def matmul(node: Node) -> Kernel:
     swap_x = node.const("transpose_x", False) and node.rank("x") > 1
     swap_y = node.const("transpose_y", False) and node.rank("y") > 1
 
+    x_shape, y_shape = (list(shape) for shape in node.shapes("x", "y"))
+    if swap_x:
+        x_shape[-2:] = x_shape[:-3:-1]
+    if swap_y:
+        y_shape[-2:] = y_shape[:-3:-1]
+    leading = broadcast(x_shape[:-2], y_shape[:-2])
+    node.expects(*leading, *x_shape[-2:-1], *(y_shape[-1:] if len(y_shape) > 1 else []))
+
     def run(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         return torch.matmul(x.mT if swap_x else x, y.mT if swap_y else y)
 
@@ -42,4 +54,10 @@ def einsum(node: Node) -> Kernel:
     values = node.operands("values")
     if len(values) != 2:
         raise Unsupported(f"{len(values)} operands, expected two")
+    terms, _, result = equation.replace(" ", "").partition("->")
+    types = [node.types.get(item) if isinstance(item, str) else item.type for item in node.operation.inputs["values"]]
+    sizes: dict[str, int | None] = {}
+    for term, type in zip(terms.split(","), types):
+        sizes |= dict(zip(term, type.shape if type else ())) | {k: v for k, v in sizes.items() if v not in (1, None)}
+    node.expects(*(sizes[letter] for letter in result))
     return Kernel(lambda x, y: torch.einsum(equation, x, y), values)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from ..registry import Kernel, Node, Unsupported, mil_op
-from ._windows import pad_spatial, padding
+from ._windows import pad_spatial, padding, windows
 
 _AVERAGE: dict[int, Callable[..., torch.Tensor]] = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
 _MAXIMUM: dict[int, Callable[..., torch.Tensor]] = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
@@ -39,6 +39,7 @@ def _window(node: Node) -> _Window:
                 raise Unsupported("ceil_mode with a size known only at run time")
             if (out - 1) * strides[axis] + sizes[axis] > size + before[axis] + after[axis]:
                 raise Unsupported("ceil_mode with an incomplete last window")
+    node.expects(*type.shape[:2], *(windows(*one) for one in zip(type.shape[2:], before, after, sizes, strides)))
     return _Window(spatial, sizes, strides, before, after)
 
 

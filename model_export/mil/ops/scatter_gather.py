@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..registry import Kernel, Node, Unsupported, mil_op
+from ..registry import Kernel, Node, Unsupported, broadcast, mil_op
 
 
 def _wrapped(indices: torch.Tensor, size: int) -> torch.Tensor:
@@ -20,6 +20,8 @@ def gather(node: Node) -> Kernel:
     if node.const("batch_dims", 0) != 0:
         raise Unsupported("batch_dims")
     node.const("validate_indices", False)  # an index out of range is always refused
+    sizes, (indices,) = node.type_of("x").shape, node.shapes("indices")
+    node.expects(*sizes[:axis], *indices, *sizes[axis + 1 :])
 
     def run(x: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
         taken = x.index_select(axis, _wrapped(indices, x.shape[axis]).reshape(-1))
@@ -32,6 +34,11 @@ def gather(node: Node) -> Kernel:
 def gather_along_axis(node: Node) -> Kernel:
     axis = node.const("axis", 0)
     node.const("validate_indices", False)
+    sizes, indices = list(node.type_of("x").shape), list(node.type_of("indices").shape)
+    sizes[axis] = 1
+    whole = broadcast(sizes, indices)
+    whole[axis] = indices[axis]
+    node.expects(*whole)
 
     def run(x: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
         return torch.take_along_dim(x, _wrapped(indices, x.shape[axis]), axis)

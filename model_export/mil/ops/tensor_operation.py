@@ -5,7 +5,13 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from ..registry import Kernel, Node, Unsupported, mil_op
+from ..registry import Kernel, Node, Unsupported, mil_op, positive
+
+
+def _shapes(node: Node, key: str) -> list[tuple[int | None, ...]]:
+    """The shapes of a list-valued parameter's tensors."""
+    types = [node.types.get(item) if isinstance(item, str) else item.type for item in node.operation.inputs[key]]
+    return [type.shape for type in types if type is not None]
 
 
 @mil_op("identity")
@@ -18,12 +24,21 @@ def concat(node: Node) -> Kernel:
     axis = node.const("axis")
     if node.const("interleave", False):
         raise Unsupported("interleave")
+    shapes = _shapes(node, "values")
+    joined = [shape[axis] for shape in shapes]
+    whole = list(shapes[0])
+    whole[axis] = None if None in joined else sum(size or 0 for size in joined)
+    node.expects(*whole)
     return Kernel(lambda *values: torch.cat(values, axis), node.operands("values"), exact=True)
 
 
 @mil_op("stack")
 def stack(node: Node) -> Kernel:
     axis = node.const("axis")
+    shapes = _shapes(node, "values")
+    whole = list(shapes[0])
+    whole.insert(axis % (len(whole) + 1), len(shapes))
+    node.expects(*whole)
     return Kernel(lambda *values: torch.stack(values, axis), node.operands("values"), exact=True)
 
 
@@ -33,6 +48,7 @@ def split(node: Node) -> Kernel:
     sizes = node.const("split_sizes", None)
     size = node.type_of("x").shape[axis]
     if sizes is None:
+        positive(node, num_splits=count or 0)
         if count is None or size is None or size % count:
             raise Unsupported(f"splitting {size} into {count}")
         sizes = [size // count] * count
@@ -45,6 +61,11 @@ def pad(node: Node) -> Kernel:
     amounts, mode = node.const("pad"), node.const("mode", "constant")
     value = node.const("constant_val", 0.0)
     pairs = [amounts[i : i + 2] for i in range(0, len(amounts), 2)]
+    sizes = node.type_of("x").shape
+    whole = list(sizes)
+    for axis, (before, after) in enumerate(pairs, start=len(sizes) - len(pairs)):
+        whole[axis] = None if (size := sizes[axis]) is None else size + before + after
+    node.expects(*whole)
     if mode == "constant":
         reverse = [amount for pair in reversed(pairs) for amount in pair]
         return node.kernel(lambda x: F.pad(x, reverse, value=value), "x", exact=True)
@@ -64,13 +85,17 @@ def pad(node: Node) -> Kernel:
 
 @mil_op("tile")
 def tile(node: Node) -> Kernel:
-    reps = node.const("reps")
+    reps, sizes = node.const("reps"), node.type_of("x").shape
+    if len(reps) != len(sizes):
+        raise Unsupported(f"reps {reps} for {node.type_of('x')}")
+    node.expects(*(None if size is None else size * times for size, times in zip(sizes, reps)))
     return node.kernel(lambda x: x.repeat(reps), "x", exact=True)
 
 
 @mil_op("fill")
 def fill(node: Node) -> Kernel:
     shape, value, dtype = node.const("shape"), node.const("value", 0.0), node.policy.holds(node.type.dtype)
+    node.expects(*shape)
     return Kernel(lambda: torch.full(tuple(shape), value, dtype=dtype), (), exact=True)
 
 

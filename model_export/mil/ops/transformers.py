@@ -5,13 +5,19 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from ..registry import Kernel, Node, mil_op
+from ..registry import Kernel, Node, Unsupported, broadcast, mil_op
 from . import _strict
 
 
 @mil_op("scaled_dot_product_attention", since="CoreML8")
 def scaled_dot_product_attention(node: Node) -> Kernel:
     """softmax(query key^T / sqrt(E) + mask) value; computed in float32 and rounded once after, but for strict-fp16."""
+
+    query, key, value = node.shapes("query", "key", "value")
+    leading = [query[:-2], key[:-2], value[:-2]]
+    if any(broadcast(one, query[:-2]) != list(query[:-2]) for one in leading):
+        raise Unsupported(f"query, key and value of shapes {query}, {key}, {value}")
+    node.expects(*query[:-1], value[-1])
 
     def run(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         return F.scaled_dot_product_attention(query, key, value, mask)
