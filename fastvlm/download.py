@@ -35,6 +35,7 @@ from fastvlm.cli import add_common, log, one_line
 from fastvlm.errors import UserError
 from fastvlm.fetch import (
     CHUNK,
+    MOST,
     DiskFull,
     Report,
     Retries,
@@ -151,7 +152,7 @@ def _finished(target: Path, revision: str, overwrite: bool) -> dict[str, Any] | 
     """The record of the finished download in `target`; None when there is none, or it is to be replaced."""
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return None
-    record = read_json(target / RECORD)
+    record = _record(target)
     if not record.get("files"):
         raise UserError(f"{target} exists and isn't from this command; move it away, or choose another --output-dir")
     if overwrite:
@@ -162,6 +163,14 @@ def _finished(target: Path, revision: str, overwrite: bool) -> dict[str, Any] | 
     if revision not in ("", record.get("requested"), record.get("revision")):
         raise UserError(f"{target} holds revision {record.get('revision')}, not {revision}; --overwrite replaces it")
     return record
+
+
+def _record(folder: Path) -> dict[str, Any]:
+    """The record in a finished folder; {} for what this command has not written."""
+    record = read_json(folder / RECORD)
+    files = record.get("files")
+    sized = isinstance(files, dict) and all(isinstance(one, dict) and "size" in one for one in files.values())
+    return record if sized else {}
 
 
 def _changed(folder: Path, record: dict[str, Any]) -> list[str]:
@@ -188,7 +197,7 @@ def _locked(work: Path) -> Iterator[None]:
 
 def _ready(work: Path, source: str, revision: str) -> dict[str, Any] | None:
     """The record of a download that a kill stopped just before its publication."""
-    record = read_json(work / "files" / RECORD)
+    record = _record(work / "files")
     if (record.get("source"), record.get("requested")) != (source, revision) or _changed(work / "files", record):
         return None
     return record
@@ -264,6 +273,9 @@ def _from_zoo(name: str, url: str, work: Path, retries: Retries) -> dict[str, An
     except UserError as error:
         archive.unlink()  # going on from these bytes would never end well
         raise UserError(f"{url}: {error}; removed, run again to download it anew") from error
+    for file in [file for file in files if file.casefold() == RECORD]:  # where ours goes; it says nothing to us
+        del files[file]
+        (work / "files" / file).unlink()
     odd = [file for file in files if not any(fnmatch(file, pattern) for pattern in (*DATA_FILES, PACKAGE_FILES))]
     warnings = [f"holds files that are not read or run: {', '.join(odd)}"] if odd else []
     return {"revision": validator, "licence": licence["name"], "files": files, "warnings": warnings}
@@ -352,8 +364,9 @@ def _listing(repository: str, revision: str, retries: Retries) -> tuple[dict[str
         info = json.loads(persist(ask, retries, where))
         commit = re.fullmatch(r"[0-9a-f]{40}", info["sha"]) and REPOSITORY.fullmatch(info["id"])
         top = [file for file in info["siblings"] if "/" not in file["rfilename"]]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{where} sent no usable listing ({one_line(error)}); check HF_ENDPOINT") from error
+    top = [file for file in top if file["rfilename"].casefold() != RECORD]  # where ours goes
     wanted = [file for file in top if any(fnmatch(file["rfilename"], pattern) for pattern in DATA_FILES)]
     wanted += [file for file in info["siblings"] if fnmatch(file["rfilename"], PACKAGE_FILES)]
     if not any(file["rfilename"].endswith(".safetensors") for file in wanted):
@@ -371,7 +384,8 @@ def _checkable(file: dict[str, Any]) -> bool:
     """Whether a listing's entry has what `_verified` needs."""
     large = file.get("lfs")
     digest = large.get("sha256") if isinstance(large, dict) else None if large else file.get("blobId")
-    return isinstance(file.get("size"), int) and isinstance(digest, str)
+    size = file.get("size")
+    return type(size) is int and 0 <= size < MOST and isinstance(digest, str)
 
 
 def _verified(path: Path, file: dict[str, Any]) -> str:

@@ -22,12 +22,15 @@ from fastvlm.errors import UserError
 from fastvlm.files import load_json
 
 CHUNK = 1 << 20  # bytes
+MOST = 1 << 50  # bytes of a file; a server that announces more is lying
 TRANSIENT = {408, 425, 429, 500, 502, 503, 504}  # HTTP statuses worth another try (RFC 9110, RFC 8470, RFC 6585)
 HUB_ERRORS = {  # a Hugging Face hub's X-Error-Code (huggingface_hub's utils/_http.py)
     "RepoNotFound": "no such repository, or a private one; check the name, or `hf auth login`",
     "GatedRepo": "gated; accept its terms on its page, then `hf auth login`",
     "RevisionNotFound": "the repository has no such revision",
 }
+_LENGTH = re.compile(r"\d{1,15}", re.ASCII)
+_RANGE = re.compile(r"bytes (?:(\d{1,15})-\d{1,15}|\*)/(\d{1,15})", re.ASCII)
 T = TypeVar("T")
 Report = Callable[[int, int], None]  # (bytes so far, bytes in all)
 
@@ -148,7 +151,7 @@ def _append(response: Any, path: Path, start: int, total: int, report: Report) -
 def body(response: Any, left: int) -> Iterator[bytes]:
     """Up to `left` bytes as they come in. A lost connection is `Transient`; an error of our own disk stays one."""
     try:
-        while left and (chunk := response.read1(min(CHUNK, left))):
+        while left and (chunk := response.read1(min(CHUNK, left))[:left]):  # a chunk of negative size gives more
             left -= len(chunk)
             yield chunk
     except (OSError, http.client.HTTPException) as error:
@@ -158,10 +161,10 @@ def body(response: Any, left: int) -> Iterator[bytes]:
 def _extent(response: Any, size: int | None) -> tuple[int, int]:
     """(first byte, bytes in all) of a 200, 206 or 416 response; UserError when it doesn't say or contradicts `size`."""
     start, total, length = 0, size, response.headers.get("Content-Length", "")
-    if response.status == 200 and length.isdigit():
+    if response.status == 200 and _LENGTH.fullmatch(length):
         total = int(length)
     elif response.status != 200:
-        match = re.fullmatch(r"bytes (?:(\d+)-\d+|\*)/(\d+)", response.headers.get("Content-Range", ""))
+        match = _RANGE.fullmatch(response.headers.get("Content-Range", ""))
         start, total = (int(match[1] or 0), int(match[2])) if match else (0, -1)
     if total is None:
         raise UserError(f"download refused: {response.url}: the server gives no length, so the file can't be checked")
@@ -171,9 +174,10 @@ def _extent(response: Any, size: int | None) -> tuple[int, int]:
 
 
 def _validator(headers: Any) -> str:
-    """The header that identifies these very bytes; a weak ETag doesn't (RFC 9110 8.8.1)."""
+    """The header that identifies these very bytes; a weak ETag doesn't (RFC 9110 8.8.1). It is sent back: text only."""
     etag = headers.get("ETag", "")
-    return etag if etag and not etag.startswith("W/") else headers.get("Last-Modified", "")
+    found = etag if etag and not etag.startswith("W/") else headers.get("Last-Modified", "")
+    return found if found.isascii() and found.isprintable() and len(found) < 1000 else ""
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
@@ -212,6 +216,8 @@ def open_url(
             raise Transient(f"HTTP {error.code} {error.reason}") from error
         why = HUB_ERRORS.get(error.headers.get("X-Error-Code", ""), "check the name and your access")
         raise UserError(f"download failed: {url}: HTTP {error.code} {error.reason}: {why}") from error
+    except ValueError as error:  # of a redirect to what is no address at all
+        raise UserError(f"download refused: {url}: redirects to an unusable address ({error})") from error
     except (OSError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)
         if isinstance(reason, ssl.SSLCertVerificationError):

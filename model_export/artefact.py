@@ -15,7 +15,7 @@ from fastvlm.cli import progress
 from fastvlm.errors import UserError
 from fastvlm.exported import recognise
 from fastvlm.files import BESIDE_WEIGHTS, leaving, read_small, stays_inside
-from model_export import contract, elsewhere
+from model_export import contract, elsewhere, manifest_form
 
 if TYPE_CHECKING:  # torch, which verify and the app's verbs need not wait for
     from fastvlm.checkpoint import Checkpoint
@@ -24,6 +24,7 @@ FORMAT, FORMAT_VERSION = "fastvlm-artefact", 2  # 2: several functions, powers o
 _PACKAGES = ("torch", "timm", "transformers", "tokenizers", "safetensors", "coremltools", "numpy")
 _SELF = "manifest_sha256"
 _CHUNK = 1 << 22
+_SHOWN = 10  # faults of a manifest
 
 # What a hub's repository has besides: the card, git's attributes and the client's notes. Not the artefact's, no fault.
 _OF_A_HUB = {"README.md", ".gitattributes", ".cache"}
@@ -178,6 +179,8 @@ def read_manifest(artefact: Path, older: bool = False) -> dict[str, Any]:
     files = document.get("files")
     if not isinstance(files, dict) or not all(_is_entry(name, entry) for name, entry in files.items()):
         raise UserError(f"{path}: `files` does not list files inside the artefact with sha256 and size: export again")
+    if got == FORMAT_VERSION and (faults := manifest_form.faults(document)):
+        raise UserError(f"{path}: is not what an export writes: {'; '.join(faults[:_SHOWN])}: export again")
     return document
 
 
@@ -241,6 +244,8 @@ def check_parts(artefact: Path, document: Mapping[str, Any]) -> None:
     """UserError if the artefact is one half of a model."""
     if absent := [part for part in ("vision", "llm") if part not in document.get("parts", ())]:
         raise UserError(f"{artefact}: holds only part of a model (no {', '.join(absent)}): export with `all`")
+    if is_ours(document) and (absent := [key for key in manifest_form.FORM if key not in document]):
+        raise UserError(f"{artefact}: its {contract.MANIFEST} says nothing of {', '.join(absent)}: export again")
 
 
 def check_for_app(artefact: Path, document: Mapping[str, Any]) -> None:

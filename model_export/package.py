@@ -19,7 +19,6 @@ _ITEMS = {
 }
 SPECIFICATION = Path("Data/com.apple.CoreML/model.mlmodel")
 WEIGHTS = Path("Data/com.apple.CoreML/weights/weight.bin")
-LARGEST_SPECIFICATION = 256 << 20  # bytes; weights are beside it: FastViTHD's has 1 MB
 METADATA = "fastvlm."  # in front of our keys of the user-defined metadata
 _NAMESPACE = uuid.uuid5(uuid.NAMESPACE_URL, "https://github.com/apple/ml-fastvlm#mlpackage")
 
@@ -68,12 +67,20 @@ def describe_package(package: Path, function: str | None = None) -> dict[str, An
     if name not in functions:
         held = f"its functions are {', '.join(functions)}" if functions else "nothing that this project wrote"
         raise UserError(f"{package}: is not an ML program with a function `{name}`: {held}")
+    try:
+        return {"functions": functions, **_described(spec, name)}
+    except (KeyError, IndexError, ValueError) as error:
+        raise UserError(
+            f"{package}: function `{name}`: malformed ({type(error).__name__}: {error}): export again"
+        ) from error
+
+
+def _described(spec: Any, name: str) -> dict[str, Any]:
     program, interface = spec.mlProgram.functions[name], _interfaces(spec)[name]
     operations = program.block_specializations[program.opset].operations
     computed = [operation for operation in operations if operation.type != "const"]
     values = [operation for operation in computed if not operation.type.startswith("constexpr_")]
     return {
-        "functions": functions,
         "inputs": {feature.name: _feature(feature) for feature in interface.input},
         "outputs": {feature.name: _feature(feature) for feature in interface.output},
         "specification_version": spec.specificationVersion,
@@ -129,6 +136,8 @@ def read_specification(package: Path) -> Any:
     path = package / SPECIFICATION
     spec = coremltools().proto.Model_pb2.Model()
     try:
+        from model_export.mil.reader import LARGEST_SPECIFICATION  # torch, which the app's verbs need not wait for
+
         spec.ParseFromString(read_small(path, LARGEST_SPECIFICATION))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}): not a whole .mlpackage") from error
@@ -144,7 +153,8 @@ def _interfaces(spec: Any) -> dict[str, Any]:
 
 def _feature(feature: Any) -> tuple[str, tuple[int, ...]]:
     array = feature.type.multiArrayType
-    return array.ArrayDataType.Name(array.dataType).lower(), tuple(array.shape)
+    known = {number: name.lower() for name, number in array.ArrayDataType.items()}
+    return known.get(array.dataType, f"unknown type {array.dataType}"), tuple(array.shape)
 
 
 def _name(operation: Any) -> str:

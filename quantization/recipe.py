@@ -30,7 +30,7 @@ GPTQ_BITS = (2, 4, 8)  # what mlx-lm's implementation packs
 _FOLDER = Path(__file__).with_name("recipes")
 _KEYS = {"name", "version", "description", "method", "budget", "rules"}
 _RULE_KEYS = {"pattern", "layers", "scheme", "choices", "why"}
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)(MB|GB|bpw)")
+_SIZE = re.compile(r"(\d{1,9}(?:\.\d{1,9})?)(MB|GB|bpw)", re.ASCII)
 _LAYER_NUMBER = re.compile(r"\.layers\.(\d+)\.")
 
 

@@ -38,7 +38,7 @@ from .program import (
 
 _PROTO_PACKAGE = "_model_export_mil_proto"
 _MODEL_PATH = "@model_path/"
-_LARGEST_MANIFEST, _LARGEST_SPECIFICATION = 1 << 20, 256 << 20  # bytes; ours have 1 kB and 1 MB
+_LARGEST_MANIFEST, LARGEST_SPECIFICATION = 1 << 20, 256 << 20  # bytes; ours have 1 kB and 1 MB
 # FeatureTypes.proto, ArrayFeatureType.ArrayDataType
 _ARRAY_TYPES = {65552: "fp16", 65568: "fp32", 65600: "fp64", 131104: "int32", 131080: "int8"}
 
@@ -48,7 +48,7 @@ def read_package(path: Path | str) -> Program:
     path = Path(path)
     specification_path = _specification_path(path)
     try:
-        content = _plain_bytes(specification_path, _LARGEST_SPECIFICATION)
+        content = _plain_bytes(specification_path, LARGEST_SPECIFICATION)
     except OSError as error:
         raise MILError(f"{specification_path}: cannot read the model specification: {error.strerror}") from None
     specification = _message_class()()

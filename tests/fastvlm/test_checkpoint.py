@@ -324,3 +324,17 @@ def test_any_damage_is_a_user_error(
     assert cut == len(damaged)
     for name in checkpoint.tensors:
         checkpoint.read(name)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "chat_template.jinja", "preprocessor_config.json", "merges.txt"])
+def test_small_files_are_plain_and_inside(tiny_fast_vlm, tmp_path, name):
+    """A pipe would wait for ever; what a link leads to would be in the artefact."""
+    folder = Path(shutil.copytree(tiny_fast_vlm, tmp_path / "copy"))
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    with pytest.raises(UserError, match=f"{name}: a pipe, expected a plain file"):
+        open_checkpoint(folder)
+    (folder / name).unlink()
+    (folder / name).symlink_to("/etc/passwd")
+    with pytest.raises(UserError, match=f"{name}: a link to /etc/passwd, outside its folder"):
+        open_checkpoint(folder)

@@ -185,6 +185,26 @@ def test_a_folder_of_the_users_own_is_not_worked_in(zoo: Server, tmp_path: Path,
     )
 
 
+@pytest.mark.parametrize("own_name", [".download.json", ".Download.JSON"])
+def test_an_archive_with_a_record_of_its_own(zoo: Server, tmp_path: Path, own_name: str) -> None:
+    """It is not the download's: ours takes its place, and the folder stays as it was downloaded."""
+    zoo.files[FILE] = make_zip({**CONTENT, own_name: b'{"files": []}'})
+    get(tmp_path)
+    assert_whole(tmp_path)
+    assert get(tmp_path)["status"] == "already complete"
+
+
+@pytest.mark.parametrize(
+    "record", ["{}", "[" * 100_000, '{"files": [1]}', '{"files": {"a": 5}}', '{"files": {"a": {}}}']
+)
+def test_a_folder_with_somebody_elses_record_is_left_alone(zoo: Server, tmp_path: Path, record: str) -> None:
+    (tmp_path / NAME).mkdir()
+    (tmp_path / NAME / ".download.json").write_text(record)
+    with pytest.raises(UserError, match="isn't from this command"):
+        get(tmp_path)
+    assert [path.name for path in (tmp_path / NAME).iterdir()] == [".download.json"]
+
+
 def test_one_download_at_a_time(zoo: Server, tmp_path: Path) -> None:
     own(tmp_path / f"{NAME}.partial")
     with open(tmp_path / f"{NAME}.partial" / "lock", "w") as file:

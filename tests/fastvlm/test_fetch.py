@@ -189,3 +189,48 @@ def test_endless_redirects_end(zoo: Server, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="302"):
         get(tmp_path)
     assert len(zoo.requests) < 20
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        Act(length=False, headers={"Content-Length": "\u00b2"}),
+        Act(length=False, headers={"Content-Length": "9" * 5000}),
+        Act(length=False, headers={"Content-Length": "-5"}),
+        Act(status=206, headers={"Content-Range": f"bytes 0-5/{'9' * 5000}"}),
+        Act(status=206, headers={"Content-Range": "bytes 5-9/10"}),
+        Act(status=204),
+        Act(status=301, location="http://[::1"),
+        Act(status=301, location="http://127.0.0.1:port/"),
+        Act(status=301, location="http://h/\u00e9"),
+        Act(status=301, location="file:///etc/passwd"),
+        Act(status=301, location="/a b\tc"),
+        Act(headers={"Content-Encoding": "gzip"}),
+        Act(headers={f"X-{n}": "x" for n in range(200)}),
+        Act(headers={"X": "x" * 100_000}),
+    ],
+    ids=lambda act: f"{act.status}-{act.location or ''.join(act.headers)[:20]}",
+)
+def test_a_lying_answer_is_one_line(zoo: Server, tmp_path: Path, act: Act) -> None:
+    zoo.acts[FILE] = [act]
+    with pytest.raises(UserError) as caught:
+        get(tmp_path, ONCE)
+    assert "\n" not in str(caught.value) and not (tmp_path / NAME).exists()
+
+
+@pytest.mark.parametrize("etag", ["\u00e9\u00e8", "x" * 5000, "a\n b"])
+def test_a_validator_that_cannot_be_sent_back_is_none(zoo: Server, tmp_path: Path, etag: str) -> None:
+    zoo.acts[FILE] = [Act(drop=70_000, headers={"ETag": etag}), Act()]
+    get(tmp_path)
+    assert_whole(tmp_path)
+
+
+class Endless:
+    """A body of chunks that claim a negative size: each read gives more than was asked for."""
+
+    def read1(self, count: int) -> bytes:
+        return b"x" * (count + 7)
+
+
+def test_no_more_is_taken_than_was_announced() -> None:
+    assert sum(map(len, fetch.body(Endless(), 3 * fetch.CHUNK + 1))) == 3 * fetch.CHUNK + 1

@@ -381,3 +381,20 @@ def test_unusable_settings_are_refused(tmp_path: Path) -> None:
         Preprocessor(256, "stretch")
     with pytest.raises(UserError, match="image size 0"):
         Preprocessor(0, "pad")
+
+
+def test_a_jpeg_of_many_scans_is_refused_before_it_is_decoded(tmp_path):
+    """Each takes a few bytes and goes over all pixels. A thumbnail's scans and a comment's bytes are none of it."""
+    content, picture = io.BytesIO(), Image.new("RGB", (64, 48), "red")
+    picture.save(content, "JPEG", progressive=True, comment=b"\xff\xda" * 200)
+    whole = content.getvalue()
+    last, end = whole.rindex(b"\xff\xda"), whole.rindex(b"\xff\xd9")
+    for scans, fits in ((0, True), (30, True), (60, False)):
+        path = tmp_path / f"{scans}.jpg"
+        path.write_bytes(whole[:end] + whole[last:end] * scans + whole[end:] + b"\xff\xda" * 200)
+        for image in (path, Image.open(path)):
+            if fits:
+                assert preprocessing.as_rgb(image).size == (64, 48)
+            else:
+                with pytest.raises(UserError, match="a JPEG of more than 50 scans"):
+                    preprocessing.as_rgb(image)

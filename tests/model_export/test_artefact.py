@@ -367,3 +367,24 @@ def test_an_artefact_of_an_older_format_can_be_replaced_but_not_read(tiny_artefa
     (older / "mine.txt").write_text("mine")
     with pytest.raises(UserError, match=r"mine\.txt"):  # the control: what no export wrote is still not deleted
         artefact.check_target(older, overwrite=True)
+
+
+def test_a_licence_that_is_a_link_is_followed_inside_the_checkpoint_or_the_hubs_cache_only(tmp_path: Path) -> None:
+    cache = tmp_path / "models--org--name"
+    source, out = cache / "snapshots" / "0123abcd", tmp_path / "out"
+    for folder in (source, cache / "blobs", out):
+        folder.mkdir(parents=True)
+    (tmp_path / "secret").write_text("secret")
+    (cache / "blobs" / "ab12").write_text("blob")
+    (source / "text").write_text("inside")
+    for name, target in (("LICENSE", "../../blobs/ab12"), ("NOTICE", "text")):
+        (source / name).symlink_to(target)
+    assert carry_licences(source, out, ["nothing"]) == ["LICENSE", "NOTICE"]
+    assert (out / "LICENSE").read_text() == "blob" and (out / "NOTICE").read_text().startswith("inside")
+    (source / "LICENSE2").symlink_to(tmp_path / "secret")
+    with pytest.raises(UserError, match=r"a link to .*secret, outside its folder"):
+        carry_licences(source, out, ["nothing"])
+    (source / "LICENSE2").unlink()
+    os.mkfifo(source / "LICENSE2")
+    with pytest.raises(UserError, match="a pipe, expected a plain file: no licence"):
+        carry_licences(source, out, ["nothing"])

@@ -151,7 +151,9 @@ def test_some_with_their_rules(capsys, tmp_path):
 
 def test_what_is_no_recipe(capsys):
     for name, said in (("int7", "unknown recipe 'int7': expected bf16"), ("int4:1GB", "takes no size"),
-                       ("fit:big", "size 'big'"), ("no/such.json", "no such file")):  # fmt: skip
+                       ("fit:big", "size 'big'"),
+                       (f"fit:{'9' * 400}GB", "expected one such as 400MB"),
+                       ("no/such.json", "no such file")):  # fmt: skip
         assert command("int4", name) == 2
         captured = capsys.readouterr()
         assert said in captured.err and len(captured.err.splitlines()) == 1 and not captured.out

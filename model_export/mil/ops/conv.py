@@ -43,8 +43,10 @@ def conv(node: Node) -> Kernel:
     kernel = [size or 0 for size in node.type_of("weight").shape[2:]]
     before, after = padding(pad_type, pad, type.shape[2:], kernel, strides, dilations)
     outer, inside, *_ = node.type_of("weight").shape
-    divides = None in (outer, inside, type.shape[1]) or (type.shape[1] == inside * groups and outer % groups == 0)
-    if not divides or any(shape != (outer,) for shape in node.shapes("bias")):  # oneDNN doesn't ask
+    unequal = None not in (inside, type.shape[1]) and type.shape[1] != (inside or 0) * groups
+    if (
+        unequal or (outer or 0) % groups or any(shape != (outer,) for shape in node.shapes("bias"))
+    ):  # oneDNN doesn't ask
         raise Unsupported(f"x {type} for a weight {node.type_of('weight')} in {groups} groups and its bias")
     spread = zip(type.shape[2:], before, after, kernel, strides, dilations)
     node.expects(type.shape[0], outer, *(windows(*one) for one in spread))
