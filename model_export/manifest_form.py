@@ -26,9 +26,10 @@ def faults(document: Mapping[str, Any]) -> list[str]:
     """One line for each value that isn't as the forms say."""
     found = [fault for key, form in FORM.items() if key in document for fault in _faults(document[key], form, key)]
     vision = document.get("vision")
-    for key, form in BESIDE.items() if isinstance(vision, dict) else ():
-        if vision.get(key) is not None:
-            found += _faults(vision[key], form, f"vision.{key}")
+    beside = vision if isinstance(vision, dict) else {}
+    for key, form in BESIDE.items():
+        if beside.get(key) is not None:
+            found += _faults(beside[key], form, f"vision.{key}")
     return found
 
 
