@@ -26,6 +26,8 @@ def read_small(path: str | os.PathLike[str], limit: int = SMALL) -> bytes:
     path = os.fspath(path)
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | getattr(os, "O_CLOEXEC", 0))  # a pipe would wait
     try:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
         if why := _not_small(os.fstat(descriptor), limit):
             raise OSError(errno.EINVAL, why, path)
         content = b""

@@ -200,8 +200,7 @@ def run_inspect(args: argparse.Namespace) -> dict[str, Any]:
         if not artefact.is_ours(document):
             document = artefact.read_whole(args.model)
             print(f"made elsewhere, no {contract.MANIFEST}; not known: {', '.join(document['unknown'])}")
-        elif {"vision", "llm"} <= set(document.get("parts", ())):
-            artefact.check_parts(args.model, document)
+        artefact.check_complete(args.model, document)
         if (args.model / contract.PACKAGE).exists():
             document["package"] = package.describe_package(args.model / contract.PACKAGE)
     for name, entry in document.get("files", {}).items():

@@ -244,8 +244,17 @@ def check_parts(artefact: Path, document: Mapping[str, Any]) -> None:
     """UserError if the artefact is one half of a model."""
     if absent := [part for part in ("vision", "llm") if part not in document.get("parts", ())]:
         raise UserError(f"{artefact}: holds only part of a model (no {', '.join(absent)}): export with `all`")
-    if is_ours(document) and (absent := [key for key in manifest_form.FORM if key not in document]):
-        raise UserError(f"{artefact}: its {contract.MANIFEST} says nothing of {', '.join(absent)}: export again")
+    check_complete(artefact, document)
+
+
+def check_complete(artefact: Path, document: Mapping[str, Any]) -> None:
+    """UserError for a manifest of ours that lacks what is read of it."""
+    if not is_ours(document):
+        return
+    parts = {part for part in ("vision", "llm") if part not in document.get("parts", ())}
+    faults = [f"no {key}" for key in manifest_form.FORM if key not in document and key not in parts]
+    if faults := faults + manifest_form.faults(document, complete=True):
+        raise UserError(f"{artefact / contract.MANIFEST}: {'; '.join(faults[:_SHOWN])}: export again")
 
 
 def check_for_app(artefact: Path, document: Mapping[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """The part of an export.json that is read by something: what is of another type, and where.
 
-In a form a dictionary has keys (all of them, where it is there), a list one element, anything else is a type. At the
-top, and in `BESIDE` below `vision`, each key may be missing. The rest of a manifest is for people.
+In a form a dictionary has keys, a list one element, anything else is a type. A manifest that is asked only for its
+files may lack any key; a `complete` one lacks none of a part that it has. The rest of a manifest is for people.
 """
 
 from collections.abc import Mapping
@@ -17,34 +17,36 @@ FORM: dict[str, Any] = {
 }
 BESIDE: dict[str, Any] = {  # below `vision`
     "fp16": {"stage_exponents": [int], "headroom": {"before": {"least": _NUMBER}, "after": {"least": _NUMBER}}},
-    "compression": {"weight_bytes": int, "float16_weight_bytes": int, "forms": {}, "wide": [str]},
+    "compression": {"weight_bytes": int, "float16_weight_bytes": int, "forms": {}, "wide": (list, dict)},
     "mixed": {"operations": int, "mac_share": _NUMBER},
 }
 
 
-def faults(document: Mapping[str, Any]) -> list[str]:
+def faults(document: Mapping[str, Any], complete: bool = False) -> list[str]:
     """One line for each value that isn't as the forms say."""
-    found = [fault for key, form in FORM.items() if key in document for fault in _faults(document[key], form, key)]
+    held = [key for key in FORM if key in document]
+    found = [fault for key in held for fault in _faults(document[key], FORM[key], key, complete)]
     vision = document.get("vision")
     beside = vision if isinstance(vision, dict) else {}
     for key, form in BESIDE.items():
         if beside.get(key) is not None:
-            found += _faults(beside[key], form, f"vision.{key}")
+            found += _faults(beside[key], form, f"vision.{key}", complete)
     return found
 
 
-def _faults(value: Any, form: Any, where: str) -> list[str]:
+def _faults(value: Any, form: Any, where: str, complete: bool) -> list[str]:
     if isinstance(form, dict):
         if not isinstance(value, dict):
             return [f"{where} is no object"]
-        found = (
-            [f"no {where}.{key}"] if key not in value else _faults(value[key], inner, f"{where}.{key}")
-            for key, inner in form.items()
-        )
-        return [fault for faults in found for fault in faults]
+        absent = [f"no {where}.{key}" for key in form if key not in value] if complete else []
+        held = [key for key in form if key in value]
+        return absent + [f for key in held for f in _faults(value[key], form[key], f"{where}.{key}", complete)]
     if isinstance(form, list):
         if not isinstance(value, list):
             return [f"{where} is no list"]
-        return [fault for place, one in enumerate(value) for fault in _faults(one, form[0], f"{where}[{place}]")]
+        return [
+            fault for place, one in enumerate(value) for fault in _faults(one, form[0], f"{where}[{place}]", complete)
+        ]
     wrong = not isinstance(value, form) or isinstance(value, bool)
-    return [f"{where} is {str(value)[:40]!r}, expected {'text' if form is str else 'a number'}"] if wrong else []
+    expected = "text" if form is str else "a number" if form in (int, _NUMBER) else "a list or an object"
+    return [f"{where} is {str(value)[:40]!r}, expected {expected}"] if wrong else []

@@ -294,7 +294,8 @@ def test_a_manifest_that_lacks_a_figure(made: Callable[..., Path], capsys: pytes
     for key, value in (("vision", {}), ("parity", {"passed": True})):
         folder = made(**{key: value})
         assert command(folder) == 2
-        assert "lacks what a card tells" in capsys.readouterr().err.splitlines()[-1]
+        why = "no vision.channels" if key == "vision" else "lacks what a card tells"
+        assert why in capsys.readouterr().err.splitlines()[-1]
         shutil.rmtree(folder)
 
 

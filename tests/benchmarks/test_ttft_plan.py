@@ -152,7 +152,7 @@ def test_without_mlx_vlm_its_line_says_what_to_do(monkeypatch):
         (["--artefact", "/nowhere", "--quant", "int4"], "--quant beside --artefact"),
         (["--quant", "int3.5"], "unknown recipe 'int3.5'"),
         (["--budget", "nan"], "--budget nan: expected more than 0"),
-        (["show", "/nowhere.json", "--output", "/tmp"], "--output /usr: is a folder"),
+        (["show", "/nowhere.json", "--output", "/tmp"], "--output /tmp: is a folder"),
     ],
 )
 def test_unusable_input_is_one_line(arguments, said, capsys):

@@ -119,7 +119,7 @@ def test_only_plain_files_of_bounded_size_are_read(tmp_path):
     for path, limit, why in (
         (plain, 7, "8 bytes, expected at most 7"),
         (pipe, 8, "a pipe"),
-        (tmp_path, 8, "a folder"),
+        (tmp_path, 8, "Is a directory"),
         (Path("/dev/zero"), 8, "a device"),
     ):
         with pytest.raises(OSError, match=why):

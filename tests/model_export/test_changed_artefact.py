@@ -63,7 +63,7 @@ def test_a_manifest_that_lacks_a_part_is_no_whole_model(key: str, artefact: Path
     document = read_manifest(artefact)
     check_parts(artefact, document)  # the control
     del document[key]
-    with pytest.raises(UserError, match=f"says nothing of {key}"):
+    with pytest.raises(UserError, match=f"export.json: no {key}: export again"):
         check_parts(artefact, document)
 
 
