@@ -4,11 +4,15 @@ from typing import Any
 
 from fastvlm.checkpoint import Checkpoint
 from fastvlm.errors import UserError
+from fastvlm.layouts import loader_faults
 from fastvlm.surface import eos_ids
 from model_export import contract
 
 # LLaVA's value for pictures that are cropped, not padded: anything but "pad" (llava/mm_utils.py, process_images)
 _ASPECT_RATIOS = {"pad": "pad", "center_crop": "square"}
+# The rotary position encodings that a layout's loaders compute as Transformers does. The demo app's decoder has none
+# but the plain one, whatever config.json says; mlx-vlm's reads `rope_scaling`.
+_ROPE_TYPES = {"app": ("default",), "mlx-vlm": ("default", "linear", "yarn", "llama3")}
 _PROMPT_LIMIT = 8192  # tokens; mlx-vlm cuts longer prompts (apple/FastVLM-*: tokenizer_model_max_length)
 
 
@@ -17,7 +21,7 @@ def language_config(checkpoint: Checkpoint, layout: str) -> dict[str, Any]:
     text: Any = checkpoint.hf_config.text_config
     rope = text.rope_parameters or {}
     vision: Any = checkpoint.hf_config.vision_config
-    _refuse(checkpoint, rope)
+    _refuse(checkpoint, layout)
     eos = sorted(int(token) for token in eos_ids(checkpoint.tokenizer(), text.eos_token_id))
     return {
         "architectures": ["LlavaQwen2ForCausalLM"],
@@ -45,22 +49,8 @@ def language_config(checkpoint: Checkpoint, layout: str) -> dict[str, Any]:
     }
 
 
-def _refuse(checkpoint: Checkpoint, rope: dict[str, Any]) -> None:
-    config = checkpoint.hf_config
-    text: Any = config.text_config
-    head = text.hidden_size // text.num_attention_heads
-    faults = [
-        f"{what} is {got!r}, expected {expected!r}"
-        for what, got, expected in (
-            ("rotary position encoding", rope.get("rope_type", "default"), "default"),
-            ("sliding-window attention", bool(text.use_sliding_window), False),
-            ("activation", text.hidden_act, "silu"),
-            ("width of a head", getattr(text, "head_dim", None) or head, head),
-            ("projector's activation", config.projector_hidden_act, "gelu"),
-            ("projector's bias", bool(config.multimodal_projector_bias), True),
-        )
-        if got != expected
-    ]
+def _refuse(checkpoint: Checkpoint, layout: str) -> None:
+    faults = loader_faults(checkpoint.hf_config, _ROPE_TYPES[layout])
     if faults:
         what = "; ".join(faults)
         raise UserError(f"cannot export {checkpoint.path}: the demo app and the MLX loaders don't run it: {what}")
