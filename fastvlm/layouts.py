@@ -197,9 +197,10 @@ def rope_fault(config: "FastVlmConfig") -> Fault | None:
     if kind == "default":
         return None
     try:
-        frequencies, factor = ROPE_INIT_FUNCTIONS[kind](text, "cpu")
-        if not (frequencies * factor).isfinite().all():
-            raise ValueError("its frequencies are not finite")
+        for length in (None, _IDS):  # some have other frequencies for long prompts
+            frequencies, factor = ROPE_INIT_FUNCTIONS[kind](text, "cpu", seq_len=length)
+            if not (frequencies * factor).isfinite().all():
+                raise ValueError("its frequencies are not finite")
     except Exception as error:  # a parameter that is missing, or that the formula can't take
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         return Fault(f"config.json: rope_scaling: no rotary position encoding of type {kind} can be made ({reason})")
@@ -325,7 +326,8 @@ def load_tokenizer(path: Path, image_token_id: int) -> "PreTrainedTokenizerBase"
     try:
         tokenizer = Qwen2Tokenizer.from_pretrained(str(path), local_files_only=True)
     except Exception as error:  # Transformers and tokenizers raise anything for damaged files
-        raise UserError(f"cannot load the tokenizer of {path}: {' '.join(str(error).split())[:300]}") from error
+        said = " ".join([str(error), *getattr(error, "__notes__", ())]).split()  # the notes have the key's name
+        raise UserError(f"cannot load the tokenizer of {path}: {' '.join(said)[:300]}") from error
     if IMAGE_TOKEN not in tokenizer.get_vocab():
         tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)], special_tokens=True)
     got = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)

@@ -4,7 +4,6 @@ Headers are checked before any library maps a file, because a lying one is a cra
 nothing is executed: safetensors hold data only, and old `.bin` files go through `torch.load(weights_only=True)`.
 """
 
-import json
 import math
 import re
 import zipfile
@@ -17,7 +16,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from fastvlm.documents import Fault, is_lfs_pointer, lfs_fault, read_json, shown
+from fastvlm.documents import Fault, is_lfs_pointer, lfs_fault, parse_json, read_json, shown
 from fastvlm.dtypes import SAFETENSORS_DTYPES, dtype_name
 from fastvlm.errors import UserError
 
@@ -250,8 +249,7 @@ def _parse_header(raw: bytes) -> dict[str, dict[str, Any]]:
     try:
         if not raw.startswith(b"{"):
             raise ValueError("it doesn't begin with {")
-        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_once, parse_constant=_no_number)
-        json.dumps(list(header), ensure_ascii=False).encode("utf-8")  # half of a surrogate pair is no character
+        header = parse_json(raw.decode("utf-8"), object_pairs_hook=_once, parse_constant=_no_number)
     except (ValueError, RecursionError) as error:
         raise HeaderError(f"lying safetensors header: not the JSON that the format asks for ({error})") from error
     notes = header.pop("__metadata__", {})
