@@ -171,7 +171,7 @@ def _export(checkpoint: "Checkpoint") -> dict[str, Any]:
     )
     faults = loader_faults(checkpoint.hf_config)
     if faults:
-        reason = f"no: the demo app and the MLX loaders don't run it: {'; '.join(faults)}"
+        reason = f"no: the demo app or the MLX loaders don't run it: {'; '.join(faults)}"
         return {"export": reason, "demo_app": "no"}
     app = f"no: it takes {_APP_FEATURES[0]} x {_APP_FEATURES[1]} features, these are {tokens} x {channels}"
     return {

@@ -67,7 +67,7 @@ def _rope_scaling(checkpoint: Checkpoint, layout: str) -> dict[str, Any]:
         faults.append(f"rotary position encoding {kind!r} has {', '.join(other)}, which mlx-vlm doesn't read")
     if faults:
         what = "; ".join(faults)
-        raise UserError(f"cannot export {checkpoint.path}: the demo app and the MLX loaders don't run it: {what}")
+        raise UserError(f"cannot export {checkpoint.path}: the demo app or the MLX loaders don't run it: {what}")
     if not (rope.get("mscale") and rope.get("mscale_all_dim")):  # Transformers takes both or neither
         rope = {key: value for key, value in rope.items() if not key.startswith("mscale")}
     return {} if kind == "default" else {"rope_scaling": {"type": kind, "rope_type": kind, **rope}}
