@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from fastvlm import documents, weights
 from fastvlm.checkpoint import examine, open_checkpoint
 from fastvlm.doctor import diagnose
-from fastvlm.errors import UserError
+from fastvlm.errors import CheckFailed, UserError
 from fastvlm.surface import load_checkpoint
 from fastvlm.synthetic import write_checkpoint
 from model_export.config import ExportConfig
@@ -130,7 +130,7 @@ def test_without_the_table_that_would_fail(
     (folder / "config.json").write_text(json.dumps(config | {"rms_norm_eps": math.nan}))
     assert answers(folder, tmp_path / "out") == (False, False)
     monkeypatch.setattr(documents, "_allows", lambda row, value: True)
-    with pytest.raises(AssertionError):
+    with pytest.raises(CheckFailed, match="NaN or infinite"):
         answers(folder, tmp_path / "out")
 
 
