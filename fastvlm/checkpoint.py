@@ -5,18 +5,20 @@
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from fastvlm import folder_kind, layouts, naming
+from fastvlm.documents import Fault, read_json
 from fastvlm.dtypes import DTYPES
 from fastvlm.errors import UserError
 from fastvlm.files import beside_faults
 from fastvlm.layouts import hf_config_of
-from fastvlm.weights import Fault, TensorInfo, Weights, read_json, scan
+from fastvlm.preprocessing import Preprocessor, preprocessor_of, read_image_processor
+from fastvlm.weights import TensorInfo, Weights, scan
 
 if TYPE_CHECKING:
     from transformers import FastVlmConfig, PreTrainedTokenizerBase
@@ -31,8 +33,8 @@ class Checkpoint:
     """A checked checkpoint folder.
 
     `tensors` holds exactly the parameters and buffers that inference uses, under canonical names; a tied checkpoint has
-    no `lm_head.weight` in it even if the file repeats the embeddings. `image_size` in pixels; `dtype` that of most
-    weights; `hf_config` says what the weights are (form, tying), whatever config.json claims.
+    no `lm_head.weight` in it even if the file repeats the embeddings. `config` has config.json's checked settings;
+    `dtype` is that of most weights; `hf_config` says what the weights are (form, tying), whatever config.json claims.
     """
 
     path: Path
@@ -40,8 +42,7 @@ class Checkpoint:
     form: str
     config: dict[str, Any]
     dtype: str
-    image_size: int
-    image_strategy: str
+    preprocessor: Preprocessor
     image_token_id: int
     tied: bool
     hf_config: "FastVlmConfig"
@@ -49,6 +50,16 @@ class Checkpoint:
     files: tuple[Path, ...]
     warnings: tuple[str, ...]
     _weights: Weights = field(repr=False, compare=False)
+
+    @property
+    def image_size(self) -> int:
+        """The resolution in pixels."""
+        return self.preprocessor.image_size
+
+    @property
+    def image_strategy(self) -> str:
+        """How a picture becomes square: see `preprocessing.STRATEGIES`."""
+        return self.preprocessor.image_strategy
 
     def read(self, name: str, mapped: bool = False) -> torch.Tensor:
         """One tensor by canonical name, in the file's dtype; `mapped` leaves it in the file (don't change it then)."""
@@ -93,16 +104,19 @@ class Examination:
     warnings: list[str] = field(default_factory=list)
 
 
-def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
-    """Check the folder at `path` and return it; UserError with every fault if it can't be used."""
-    examination = examine(path)
+def open_checkpoint(path: str | os.PathLike[str], image_strategy: str | None = None) -> Checkpoint:
+    """Check the folder at `path` and return it; UserError with every fault if it can't be used.
+
+    `image_strategy` overrides what the folder says of pictures.
+    """
+    examination = examine(path, image_strategy)
     if examination.checkpoint is None:
         faults = "; ".join(map(str, examination.faults))
         raise UserError(f"cannot use checkpoint {path}: {faults}")
     return examination.checkpoint
 
 
-def examine(path: str | os.PathLike[str]) -> Examination:
+def examine(path: str | os.PathLike[str], image_strategy: str | None = None) -> Examination:
     """Check the folder at `path`, collecting every fault and warning instead of stopping at the first."""
     found = Examination(Path(path))
     if not _is_folder(path, found.faults) or _is_other(found):
@@ -114,6 +128,8 @@ def examine(path: str | os.PathLike[str]) -> Examination:
     found.layout = layout
     if config is None or layout is None:
         return found
+    config = layouts.read_config(config, layout, found.faults)
+    sound = not found.faults  # else what the weights should be isn't known
     weights = scan(found.path)
     if _is_other(found, config, weights.tensors):
         return found
@@ -123,23 +139,27 @@ def examine(path: str | os.PathLike[str]) -> Examination:
     tensors, unknown = _canonical(weights, layout, found.warnings)
     form = _form(tensors, bool(weights.faults), found)
     vocabulary = layouts.read_vocabulary(found.path, found.faults)
-    image_size, strategy = layouts.image_contract(found.path, config, layout, found.faults, found.warnings)
     complete = not weights.faults  # with a shard missing, what the others hold is no news
+    processor = read_image_processor(found.path, found.faults)
+    preprocessor = preprocessor_of(config, processor, found.faults, found.warnings, image_strategy)
     layouts.check_config(config, layout, form if complete else None, found.faults, found.warnings)
-    hf_config = _hf_config(config, layout, form, found)
-    if hf_config is None:
+    if not sound:
         return found
     tied = _resolve_tie(weights, tensors, config, layout, found.warnings if complete else [])
-    hf_config = hf_config_of(config, layout, form, tied)
+    hf_config = _hf_config(config, layout, form, tied, found.faults)
+    if hf_config is None:
+        return found
     _compare(tensors, unknown, hf_config, tied, complete, found.faults)
     dtype = _dtype(tensors, config, complete, found)
-    rows = getattr(hf_config.text_config, "vocab_size", 0)
-    token = layouts.image_token(config, layout, vocabulary, rows, found.faults, found.warnings)
-    if not found.faults:
+    text: Any = hf_config.text_config
+    token = layouts.image_token(config, layout, vocabulary, text.vocab_size, found.faults, found.warnings)
+    if not found.faults and preprocessor is not None:
         if tied:
             tensors.pop(naming.LM_HEAD, None)
+        if token == text.vocab_size:
+            _add_row(tensors, text)
         found.checkpoint = Checkpoint(
-            found.path, layout, form, config, dtype, image_size, strategy, token, tied, hf_config, tensors,
+            found.path, layout, form, config, dtype, preprocessor, token, tied, hf_config, tensors,
             tuple(weights.files), tuple(found.warnings), weights,
         )  # fmt: skip
     return found
@@ -159,6 +179,16 @@ def _is_other(found: Examination, config: Any = None, tensors: Mapping[str, Any]
         return False
     found.faults[:], found.warnings[:] = [Fault(found.kind.line())], []
     return True
+
+
+def _add_row(tensors: dict[str, TensorInfo], text: Any) -> None:
+    """A row for the image token, whose id a loader looks up before the picture's embeddings take its place.
+
+    It repeats the first one: its logit ties with token 0's, so it is never the largest alone, and argmax takes 0.
+    """
+    text.vocab_size += 1
+    for name in {naming.EMBEDDINGS, naming.LM_HEAD} & set(tensors):
+        tensors[name] = replace(tensors[name], shape=(text.vocab_size, *tensors[name].shape[1:]), extended=True)
 
 
 def _read_config(path: Path, faults: list[Fault]) -> dict[str, Any] | None:
@@ -184,6 +214,8 @@ def _canonical(weights: Weights, layout: str, warnings: list[str]) -> tuple[dict
     for source, info in weights.tensors.items():
         name = rename(source.removeprefix(prefix))
         if naming.is_ignored(source):
+            if source.endswith(naming.IMAGE_NEWLINE):
+                warnings.append(f"{source} is not used: it ends the rows of tiles, and a picture is one square here")
             continue
         if name is None or name in tensors:
             unknown.append(source)
@@ -205,13 +237,21 @@ def _form(tensors: Mapping[str, TensorInfo], incomplete: bool, found: Examinatio
     return "training" if training else "folded"
 
 
-def _hf_config(config: dict[str, Any], layout: str, form: str, found: Examination) -> "FastVlmConfig | None":
+def _hf_config(
+    config: dict[str, Any], layout: str, form: str, tied: bool, faults: list[Fault]
+) -> "FastVlmConfig | None":
     try:
-        return hf_config_of(config, layout, form, tied=False)
+        hf_config = hf_config_of(config, layout, form, tied)
     except Exception as error:  # Transformers validates with many exception types; all mean an unusable config
-        reason = " ".join(str(error).split())
-        found.faults.append(Fault(f"config.json doesn't describe a FastVLM ({type(error).__name__}: {reason[:300]})"))
+        faults.append(Fault(f"config.json doesn't describe a FastVLM ({_reason(error)})"))
         return None
+    rope = layouts.rope_fault(hf_config)
+    faults += [rope] if rope else []
+    return hf_config
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
 def _resolve_tie(
@@ -249,7 +289,11 @@ def _compare(
     """Names and shapes against those of Transformers' own class."""
     from fastvlm.model import shapes
 
-    expected = shapes(hf_config)
+    try:
+        expected = shapes(hf_config)
+    except Exception as error:  # timm builds the tower, and raises anything for widths that don't go together
+        faults.append(Fault(f"config.json: no model can be built of these sizes ({_reason(error)})"))
+        return
     if tied and naming.LM_HEAD not in tensors:
         expected.pop(naming.LM_HEAD)
     missing = sorted(set(expected) - set(tensors))

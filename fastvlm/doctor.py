@@ -15,8 +15,8 @@ from fastvlm.errors import UserError
 
 if TYPE_CHECKING:
     from fastvlm.checkpoint import Checkpoint
+    from fastvlm.documents import Fault
     from fastvlm.folder_kind import FolderKind
-    from fastvlm.weights import Fault
 
 _APP_FEATURES = (256, 3072)  # image tokens and channels that apple/ml-fastvlm's app is compiled for
 
@@ -130,7 +130,7 @@ def _parts(checkpoint: "Checkpoint") -> dict[str, Part]:
 
 
 def _look_at_tokenizer(checkpoint: "Checkpoint", report: Report) -> None:
-    from fastvlm.weights import Fault
+    from fastvlm.documents import Fault
 
     try:
         tokenizer = checkpoint.tokenizer()
@@ -163,12 +163,18 @@ def _look_at_tokenizer(checkpoint: "Checkpoint", report: Report) -> None:
 
 
 def _export(checkpoint: "Checkpoint") -> dict[str, Any]:
+    from fastvlm.layouts import loader_faults
+
     vision: Any = checkpoint.hf_config.vision_config
     tokens, channels = (checkpoint.image_size // 64) ** 2, vision.hidden_size
     source, target = shlex.quote(str(checkpoint.path)), shlex.quote(checkpoint.path.resolve().name + "-artefact")
     fold = (
         "branches and BatchNorms are folded first" if checkpoint.form == "training" else "BatchNorms are folded first"
     )
+    faults = loader_faults(checkpoint.hf_config)
+    if faults:
+        reason = f"no: the demo app or the MLX loaders don't run it: {'; '.join(faults)}"
+        return {"export": reason, "demo_app": "no"}
     app = f"no: it takes {_APP_FEATURES[0]} x {_APP_FEATURES[1]} features, these are {tokens} x {channels}"
     return {
         "export": f"yes ({fold})",

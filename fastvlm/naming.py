@@ -71,10 +71,12 @@ _VISION_PARTS = (
     (".se.expand.", ".se.fc2."),
 )
 
+IMAGE_NEWLINE = "image_newline"
 # Present in real checkpoints and of no effect on inference: the classifier of the pre-training, BatchNorm's counters
-# (meaningful only in training) and rotary tables that old versions saved.
+# (meaningful only in training), rotary tables that old versions saved, and what LLaVA puts between tiles.
 _IGNORED = re.compile(
-    r"(\.vision_tower\.model\.head\.|timm_model\.head\.|\.num_batches_tracked$|\.rotary_emb\.inv_freq$)"
+    r"(\.vision_tower\.model\.head\.|timm_model\.head\.|\.num_batches_tracked$|\.rotary_emb\.inv_freq$"
+    r"|^(model\.)?image_newline$)"
 )
 
 

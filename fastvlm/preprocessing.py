@@ -30,8 +30,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from fastvlm.documents import Fault, read_settings, shown
 from fastvlm.errors import UserError
-from fastvlm.files import load_json
 
 STRATEGIES = ("pad", "center_crop")
 
@@ -50,9 +50,13 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM
 _HEIC_BRANDS = (b"heic", b"heix", b"hevc", b"mif1", b"msf1")
 
 _JPEG, _SEGMENT = b"\xff\xd8", re.compile(rb"\xff+([\x01-\xcf\xd9-\xfe])", re.DOTALL)
+STRIDE = 64  # pixels per image token, along each side
+# The fourth stage attends over (S / 32)^2 positions, so its memory grows with S^4: 2048 needs 16 times that of 1024.
+MAX_IMAGE_SIZE = 2048
 
 _CHANNELS = 3
-_STRIDE = 64  # pixels per image token and side, for checkpoints that only say how many tokens
+_LLAVA = "llava_qwen2"  # the model_type of the layout whose config.json speaks of pictures
+_CHOOSE = "choose with predict's --image-strategy, or correct the file"
 
 
 @dataclass(frozen=True)
@@ -251,99 +255,113 @@ def _reason(error: Exception) -> str:
 def read_preprocessor(folder: str | os.PathLike[str], image_strategy: str | None = None) -> Preprocessor:
     """The preprocessing that a checkpoint's or an artefact's own files ask for; `image_strategy` overrides theirs.
 
-    Strategy: preprocessor_config.json's `image_strategy` (this project's key); else, in the LLaVA layout, config.json's
+    Raises UserError, all faults in one line, for what `preprocessor_of` refuses and for files that can't be read.
+    """
+    folder, faults = Path(folder), list[Fault]()
+    config = read_settings(folder / "config.json", faults)
+    found = preprocessor_of(config, read_image_processor(folder, faults), faults, [], image_strategy)
+    if faults or found is None:
+        raise UserError(f"{folder}: preprocessing: {'; '.join(map(str, faults))}")
+    return found
+
+
+def read_image_processor(folder: Path, faults: list[Fault]) -> dict[str, Any]:
+    """preprocessor_config.json's settings, or those in processor_config.json, where Transformers 5 nests them."""
+    own = read_settings(folder / "preprocessor_config.json", faults)
+    return own or read_settings(folder / "processor_config.json", faults).get("image_processor", {})
+
+
+def preprocessor_of(
+    config: dict[str, Any],
+    processor: dict[str, Any],
+    faults: list[Fault],
+    warnings: list[str],
+    image_strategy: str | None = None,
+) -> Preprocessor | None:
+    """What config.json's and the image processor's checked settings ask for: the one place that decides.
+
+    Strategy: `image_strategy`, given or the processor's (this project's key); else, in the LLaVA layout, config.json's
     `image_aspect_ratio` ("pad"; "square" or nothing is a crop); else `do_pad` or a crop. Size: mm_vision_tower's suffix
     in the LLaVA layout; else `crop_size`, `size`, or 64 * sqrt(image_seq_length). Mean 0 and standard deviation 1
-    unless given. Raises UserError, all faults in one line, for what is missing, contradictory or something else than
-    these two strategies.
+    unless given. None and faults for what is missing, contradictory or something else than these two strategies.
     """
-    folder = Path(folder)
-    config, processor = _read_json(folder / "config.json"), _read_processor(folder)
-    faults = _unlike_clip(processor)
-    size = _image_size(config, processor, faults)
-    strategy = image_strategy or _strategy(config, processor, faults)
-    if faults:
-        raise UserError(f"{folder}: preprocessing: {'; '.join(faults)}")
-    normalize = processor.get("do_normalize", True)
-    mean = tuple(processor.get("image_mean") or (0.0,) * _CHANNELS) if normalize else (0.0,) * _CHANNELS
-    std = tuple(processor.get("image_std") or (1.0,) * _CHANNELS) if normalize else (1.0,) * _CHANNELS
-    return Preprocessor(size, strategy, mean, std)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        document = load_json(path)
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not readable as JSON ({_reason(error)})") from error
-    if not isinstance(document, dict):
-        raise UserError(f"{path}: got a JSON {type(document).__name__}, expected an object")
-    return document
-
-
-def _read_processor(folder: Path) -> dict[str, Any]:
-    """preprocessor_config.json, or the same nested in processor_config.json, where Transformers 5 writes it."""
-    processor = _read_json(folder / "preprocessor_config.json")
-    nested = _read_json(folder / "processor_config.json").get("image_processor")
-    return processor or (nested if isinstance(nested, dict) else {})
+    lines = [
+        f"{key} is {shown(value)}, expected {shown(expected)}"
+        for key, expected in _EXPECTED.items()
+        if (value := processor.get(key)) is not None and not math.isclose(value, expected, rel_tol=1e-6)
+    ]
+    size = _image_size(config, processor, lines, warnings)
+    strategy = image_strategy or _strategy(config, processor, lines)
+    faults += map(Fault, lines)
+    if lines or size is None:
+        return None
+    plain = not processor.get("do_normalize", True)
+    mean, std = (0.0,) * _CHANNELS, (1.0,) * _CHANNELS
+    return Preprocessor(
+        size,
+        strategy,
+        mean if plain else tuple(processor.get("image_mean", mean)),
+        std if plain else tuple(processor.get("image_std", std)),
+    )
 
 
 # What a CLIPImageProcessor may say without being another preprocessing than ours (3: bicubic).
 _EXPECTED = {"do_resize": True, "do_rescale": True, "rescale_factor": 1 / 255, "resample": 3}
 
 
-def _unlike_clip(processor: dict[str, Any]) -> list[str]:
-    faults = []
-    for key, expected in _EXPECTED.items():
-        value = processor.get(key)
-        if value is not None and not (isinstance(value, (int, float)) and math.isclose(value, expected, rel_tol=1e-6)):
-            faults.append(f"{key} is {value!r}, expected {expected!r}")
-    for key in ("image_mean", "image_std"):
-        value = processor.get(key)
-        if value is not None and not (isinstance(value, list) and all(type(v) in (int, float) for v in value)):
-            faults.append(f"{key} is {value!r}, expected three numbers")
-    return faults
+def size_in_config(config: dict[str, Any]) -> int | None:
+    """The resolution in pixels that config.json implies, None if it says nothing usable."""
+    tower = re.fullmatch(r".*mobileclip_l_([0-9]{1,5})", config.get("mm_vision_tower", ""), re.DOTALL)
+    if tower or config.get("model_type") == _LLAVA:
+        return int(tower.group(1)) if tower else None
+    tokens = config.get("image_seq_length", 0)
+    side = math.isqrt(tokens)
+    return side * STRIDE if side and side * side == tokens else None
 
 
-def _image_size(config: dict[str, Any], processor: dict[str, Any], faults: list[str]) -> int:
-    """Side in pixels; what contradicts or is missing goes to `faults`."""
-    crop, size = processor.get("crop_size"), processor.get("size")
+def _image_size(config: dict[str, Any], processor: dict[str, Any], lines: list[str], warnings: list[str]) -> int | None:
+    """Side in pixels; what contradicts or is missing goes to `lines`."""
+    crop, size, said = processor.get("crop_size"), processor.get("size"), size_in_config(config)
     found: dict[str, Any] = {}
-    tower = re.fullmatch(r".*_(\d+)", str(config.get("mm_vision_tower", "")))
-    if tower:
-        found["mm_vision_tower"] = int(tower.group(1))
+    if config.get("model_type") == _LLAVA and said is None:
+        tower = shown(config.get("mm_vision_tower"))
+        lines.append(f"no resolution: mm_vision_tower is {tower}, expected mobileclip_l_<pixels>")
+        return None
+    if "mm_vision_tower" in config and said is not None:
+        found["mm_vision_tower"] = said
     if crop is not None:
         sides = {crop.get("height"), crop.get("width")} if isinstance(crop, dict) else {crop}
-        found["crop_size"] = sides.pop() if len(sides) == 1 else sides
+        found["crop_size"] = sides.pop() if len(sides) == 1 else crop
     if size is not None:
-        found["size"] = size.get("shortest_edge") if isinstance(size, dict) else size
-    tokens = config.get("image_seq_length")
-    if not found and isinstance(tokens, int) and tokens > 0 and math.isqrt(tokens) ** 2 == tokens:
-        found["image_seq_length"] = math.isqrt(tokens) * _STRIDE
+        found["size"] = size.get("shortest_edge", size) if isinstance(size, dict) else size
+    if not found and said is not None:
+        found["image_seq_length"] = said
     if not found:
-        faults.append("no resolution: no crop_size in preprocessor_config.json, no mm_vision_tower in config.json")
-    elif any(type(value) is not int or value < 1 for value in found.values()) or len(set(found.values())) > 1:
-        listed = ", ".join(f"{key} {value!r}" for key, value in found.items())
-        faults.append(f"expected one resolution in pixels (square, by the shortest edge), got {listed}")
-    else:
-        return int(next(iter(found.values())))
-    return 0
+        lines.append("no resolution: neither preprocessor_config.json's crop_size nor config.json's image_seq_length")
+        return None
+    first = next(iter(found.values()))
+    if any(type(side) is not int or side != first for side in found.values()):
+        listed = ", ".join(f"{key} {shown(value)}" for key, value in found.items())
+        lines.append(f"expected one resolution in pixels (square, by the shortest edge), got {listed}")
+        return None
+    pixels = int(first)
+    if pixels % STRIDE or not STRIDE <= pixels <= MAX_IMAGE_SIZE:
+        lines.append(f"resolution {pixels}: expected a multiple of {STRIDE} pixels, at most {MAX_IMAGE_SIZE}")
+    elif said not in (None, pixels):
+        warnings.append(f"image_seq_length means {said} pixels, the image processor says {pixels}: {pixels} used")
+    return pixels
 
 
-def _strategy(config: dict[str, Any], processor: dict[str, Any], faults: list[str]) -> str:
-    named = processor.get("image_strategy")
-    if named is not None:
-        if named not in STRATEGIES:
-            faults.append(f"image_strategy is {named!r}, expected {' or '.join(STRATEGIES)}")
-        return str(named)
-    if config.get("model_type") == "llava_qwen2":
-        aspect = config.get("image_aspect_ratio")
-        if aspect not in ("pad", "square", None):
-            faults.append(f"image_aspect_ratio is {aspect!r}, expected 'pad' or 'square': choose with --image-strategy")
+def _strategy(config: dict[str, Any], processor: dict[str, Any], lines: list[str]) -> str:
+    if "image_strategy" in processor:
+        return str(processor["image_strategy"])
+    if config.get("model_type") == _LLAVA:
+        aspect = config.get("image_aspect_ratio", "square")
+        if aspect not in ("pad", "square"):
+            lines.append(f'image_aspect_ratio is {shown(aspect)}, expected "pad" or "square": {_CHOOSE}')
         return "pad" if aspect == "pad" else "center_crop"
     if processor.get("do_pad"):
         return "pad"
     if processor.get("do_center_crop") is False:
-        faults.append("neither do_pad nor do_center_crop: choose with --image-strategy")
+        lines.append(f"neither do_pad nor do_center_crop: {_CHOOSE}")
     return "center_crop"

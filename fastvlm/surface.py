@@ -354,12 +354,11 @@ def load_checkpoint(
     `dtypes.computed_in`)."""
     from fastvlm.checkpoint import open_checkpoint
     from fastvlm.model import build
-    from fastvlm.preprocessing import read_preprocessor
 
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_checkpoint(path, image_strategy)
     vision, language = computed_in(checkpoint.dtype, device) if dtype == "auto" else (dtype, dtype)
     model = build(checkpoint, language, device, attn_implementation, vision)
-    return from_model(model, checkpoint, read_preprocessor(checkpoint.path, image_strategy))
+    return from_model(model, checkpoint, checkpoint.preprocessor)
 
 
 def from_model(model: Any, checkpoint: Any, preprocessor: Preprocessor) -> FastVLM:

@@ -4,50 +4,44 @@ Headers are checked before any library maps a file, because a lying one is a cra
 nothing is executed: safetensors hold data only, and old `.bin` files go through `torch.load(weights_only=True)`.
 """
 
-import json
 import math
+import re
 import zipfile
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
 
+from fastvlm.documents import Fault, is_lfs_pointer, lfs_fault, parse_json, read_json, shown
 from fastvlm.dtypes import SAFETENSORS_DTYPES, dtype_name
 from fastvlm.errors import UserError
-from fastvlm.files import load_json
 
-LFS_MAGIC = b"version https://git-lfs.github.com/spec/"
 _MAX_HEADER = 100_000_000  # bytes; the safetensors library's own limit
 _SINGLE = ("model.safetensors", "pytorch_model.bin")
-
-
-@dataclass(frozen=True)
-class Fault:
-    """Something that makes the input unusable: one line, and where it applies the whole list of names."""
-
-    line: str
-    details: tuple[str, ...] = ()
-
-    def __str__(self) -> str:
-        if not self.details:
-            return self.line
-        shown, rest = ", ".join(self.details[:20]), len(self.details) - 20
-        more = f" and {rest} more (`python -m fastvlm doctor` lists all)" if rest > 0 else ""
-        return f"{self.line}: {shown}{more}"
+_SHARD = re.compile(
+    r"(?P<stem>model|pytorch_model)-(?P<number>[0-9]{5})-of-(?P<count>[0-9]{5})(?P<suffix>\.safetensors|\.bin)"
+)
+_MAX_DIMENSIONS = 8  # a convolution's kernel has 4
+_MAX_ELEMENTS = 1 << 48  # of one tensor; no file holds as many
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor is and what it is; `source` is its name in the file, `offset` its first byte (not for .bin)."""
+    """Where a tensor is and what it is; `source` is its name in the file, `offset` its first byte (not for .bin).
+
+    `extended`: it is read with a row more than the file has, which repeats the first one.
+    """
 
     dtype: str
     shape: tuple[int, ...]
     file: Path
     source: str
     offset: int = -1
+    extended: bool = False
 
     @property
     def size(self) -> int:
@@ -73,6 +67,9 @@ class Weights:
 
     def read(self, info: TensorInfo, mapped: bool = False) -> torch.Tensor:
         """The tensor in memory of its own, or mapped from the file (no copy, and the process grows as it is used)."""
+        if info.extended:
+            rows = self.read(replace(info, shape=(info.shape[0] - 1, *info.shape[1:]), extended=False), mapped)
+            return torch.cat([rows, rows[:1]])
         if mapped or info.offset < 0:
             handle = self._handles.get(info.file)
             if handle is None:
@@ -104,7 +101,7 @@ def scan(folder: Path) -> Weights:
         _scan_index(weights, indexes[0])
         return weights
     else:
-        weights.faults.append(_no_weights(folder))
+        _scan_shards(weights)
         return weights
     if ignored:
         weights.warnings.append(f"several sets of weights: reading {present[0].name}, ignoring {', '.join(ignored)}")
@@ -112,12 +109,48 @@ def scan(folder: Path) -> Weights:
     return weights
 
 
-def _no_weights(folder: Path) -> Fault:
-    others = sorted(path.name for pattern in ("*.safetensors", "*.bin", "*.pth") for path in folder.glob(pattern))
-    expected = "model.safetensors, pytorch_model.bin or shards with model.safetensors.index.json"
+def _scan_shards(weights: Weights) -> None:
+    """Shards without an index: their names say how many there are."""
+    names = sorted(path.name for path in weights.folder.iterdir() if path.is_file())
+    found = [match for name in names if (match := _SHARD.fullmatch(name))]
+    sets = sorted({(match["stem"], match["count"], match["suffix"]) for match in found})
+    if len(sets) != 1:
+        weights.faults.append(_no_weights(weights.folder, names))
+        return
+    stem, count, suffix = sets[0]
+    numbers = {int(match["number"]) for match in found}
+    if numbers != set(range(1, int(count) + 1)):
+        absent = sorted(set(range(1, int(count) + 1)) - numbers)
+        lost = tuple(f"{stem}-{number:05d}-of-{count}{suffix}" for number in absent)
+        weights.faults.append(_missing_shards(weights.folder, lost))
+        return
+    weights.warnings.append(f"no {stem}{suffix}.index.json: the {len(found)} shards are complete by their names")
+    for match in found:
+        path = weights.folder / match.string
+        weights.files.append(path)
+        entries = _scan_file(weights, path) or {}
+        twice = sorted(set(entries) & set(weights.tensors))
+        if twice:
+            weights.faults.append(Fault(f"wrong shards: {path.name} repeats tensors of another one", tuple(twice)))
+        weights.tensors.update(entries)
+
+
+def _no_weights(folder: Path, names: list[str]) -> Fault:
+    others = [name for name in names if name.endswith((".safetensors", ".bin", ".pth"))]
+    expected = "model.safetensors, pytorch_model.bin or a whole set of shards of one of them"
     if not others:
         return Fault(f"no weights: {folder} has none of {expected}; download the checkpoint again")
     return Fault(f"no usable weights: {folder} has neither {expected}; found only", tuple(others))
+
+
+def _missing_shards(folder: Path, names: tuple[str, ...]) -> Fault:
+    if len(names) == 1:
+        return Fault(f"missing shard: {names[0]} is not in {folder}; download it")
+    return Fault(f"{len(names)} missing shards: not in {folder}; download them", names)
+
+
+def _is_file_name(name: str) -> bool:
+    return Path(name).name == name and name not in ("", ".", "..") and "\0" not in name and len(name.encode()) < 256
 
 
 def _scan_index(weights: Weights, index: Path) -> None:
@@ -128,23 +161,26 @@ def _scan_index(weights: Weights, index: Path) -> None:
     if not isinstance(mapping, dict) or not all(isinstance(value, str) for value in mapping.values()):
         weights.faults.append(Fault(f"wrong index: {index.name} has no weight_map of names to files"))
         return
-    outside = sorted({name for name in mapping.values() if Path(name).name != name or name in ("", ".", "..")})
+    counts = Counter(mapping.values())
+    outside = sorted(name for name in counts if not _is_file_name(name))
     if outside:
         weights.faults.append(Fault(f"wrong index: {index.name} names files outside the folder", tuple(outside)))
         return
     found: dict[str, TensorInfo] = {}
     readable: set[str] = set()
-    for name in sorted(set(mapping.values())):
+    missing = []
+    for name in sorted(counts):
         path = index.parent / name
         if not path.is_file():
-            count = sum(1 for value in mapping.values() if value == name)
-            weights.faults.append(Fault(f"missing shard: {name} (with {count} tensors) is not in {index.parent}"))
+            missing.append(f"{name} (with {counts[name]} tensors)")
             continue
         weights.files.append(path)
         entries = _scan_file(weights, path)
         if entries is not None:
             readable.add(name)
             found.update(entries)
+    if missing:
+        weights.faults.append(_missing_shards(index.parent, tuple(missing)))
     absent, unlisted = [], sorted(set(found) - set(mapping))
     for name, file in mapping.items():
         if file in readable and (name not in found or found[name].file.name != file):
@@ -196,20 +232,59 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         if length > size - 8:
             raise HeaderError(f"truncated safetensors header: it claims {length} bytes, the file has {size - 8} more")
         raw = file.read(length)
-    try:
-        header = json.loads(raw)
-        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
-        spans = sorted((*map(int, entry["data_offsets"]), name) for name, entry in entries.items())
-        shapes = {name: tuple(map(int, entry["shape"])) for name, entry in entries.items()}
-        kinds = {name: str(entry["dtype"]) for name, entry in entries.items()}
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise HeaderError(f"lying safetensors header: not the JSON that the format asks for ({error})") from error
+    entries = _parse_header(raw)
+    spans = sorted((*entry["data_offsets"], name) for name, entry in entries.items())
+    shapes = {name: tuple(entry["shape"]) for name, entry in entries.items()}
+    kinds = {name: entry["dtype"] for name, entry in entries.items()}
     _check_spans(spans, shapes, kinds, size - 8 - length)
     starts = {name: 8 + length + begin for begin, _, name in spans}
     return {
         name: TensorInfo(dtype_name(SAFETENSORS_DTYPES[kinds[name]]), shapes[name], path, name, starts[name])
         for name in entries
     }
+
+
+def _parse_header(raw: bytes) -> dict[str, dict[str, Any]]:
+    """The header's tensors, their values of the right types: at least as strict as the safetensors library."""
+    try:
+        if not raw.startswith(b"{"):
+            raise ValueError("it doesn't begin with {")
+        header = parse_json(raw.decode("utf-8"), object_pairs_hook=_once, parse_constant=_no_number)
+    except (ValueError, RecursionError) as error:
+        raise HeaderError(f"lying safetensors header: not the JSON that the format asks for ({error})") from error
+    notes = header.pop("__metadata__", {})
+    if not isinstance(notes, dict) or not all(isinstance(value, str) for value in notes.values()):
+        raise HeaderError("lying safetensors header: __metadata__ is not a mapping of text to text")
+    for name, entry in header.items():
+        if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str):
+            raise HeaderError(f"lying safetensors header: {shown(name)} has no dtype")
+        for key, most in (("shape", _MAX_DIMENSIONS), ("data_offsets", 2)):
+            numbers = entry.get(key)
+            if not isinstance(numbers, list) or not all(type(n) is int and 0 <= n < 1 << 63 for n in numbers):
+                raise HeaderError(
+                    f"lying safetensors header: {shown(name)} has {key} {shown(numbers)}, expected a list of whole"
+                    " numbers"
+                )
+            if len(numbers) > most or (key == "data_offsets" and len(numbers) != most):
+                raise HeaderError(
+                    f"lying safetensors header: {shown(name)} has {len(numbers)} numbers as {key}, expected {most}"
+                )
+        if math.prod(entry["shape"]) > _MAX_ELEMENTS:
+            raise HeaderError(f"lying safetensors header: {shown(name)} has shape {entry['shape']}: more than any file")
+    return header
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError(
+            f"{shown(next(key for key, count in Counter(k for k, _ in pairs).items() if count > 1))} twice"
+        )
+    return found
+
+
+def _no_number(constant: str) -> None:
+    raise ValueError(f"{constant} is no JSON")
 
 
 def _check_spans(spans: list[Any], shapes: dict[str, tuple[int, ...]], kinds: dict[str, str], available: int) -> None:
@@ -222,7 +297,7 @@ def _check_spans(spans: list[Any], shapes: dict[str, tuple[int, ...]], kinds: di
         raise HeaderError(f"lying safetensors header: {beyond[0]} is said to end beyond the file's {available} bytes")
     position = 0
     for begin, end, name in spans:
-        if begin != position or end - begin != sizes[name] or min(shapes[name], default=0) < 0:
+        if begin != position or end - begin != sizes[name]:
             raise HeaderError(
                 f"lying safetensors header: {name} is said to be at bytes {begin}..{end}, expected {position}.."
                 f"{position + sizes[name]} from its shape {list(shapes[name])} and type {kinds[name]}"
@@ -246,32 +321,11 @@ def load_bin(path: Path) -> dict[str, torch.Tensor]:
         raise HeaderError(f"not a readable weights-only PyTorch file ({reason[:200]})") from error
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise HeaderError("not a state dict: expected a mapping of names to tensors")
+    try:
+        "".join(state).encode("utf-8")
+    except (TypeError, UnicodeEncodeError) as error:
+        raise HeaderError("not a state dict: a name in it is no text; save it again with names of text") from error
+    odd = [name for name, value in state.items() if value.layout != torch.strided or value.is_meta]
+    if odd:
+        raise HeaderError(f"{shown(odd[0])} is no dense tensor with values; save it again as one")
     return state
-
-
-def is_lfs_pointer(path: Path) -> bool:
-    """Whether the file is a Git-LFS pointer instead of its content."""
-    try:
-        with path.open("rb") as file:
-            return file.read(len(LFS_MAGIC)) == LFS_MAGIC
-    except OSError:
-        return False
-
-
-def lfs_fault(path: Path) -> Fault:
-    """The fault for a pointer file."""
-    return Fault(f"Git-LFS pointer: {path.name} is a pointer, not the file; run `git lfs pull` in {path.parent}")
-
-
-def read_json(path: Path, faults: list[Fault]) -> Any:
-    """The JSON document in `path`, or None and a fault."""
-    if is_lfs_pointer(path):
-        faults.append(lfs_fault(path))
-        return None
-    try:
-        return load_json(path)
-    except OSError as error:
-        faults.append(Fault(f"{path.name}: cannot be read: {error.strerror or error}"))
-    except (ValueError, RecursionError) as error:
-        faults.append(Fault(f"{path.name}: not JSON ({error})"))
-    return None

@@ -6,6 +6,7 @@ from typing import Any
 
 from fastvlm.errors import UserError
 from fastvlm.files import Output, output_faults
+from fastvlm.preprocessing import MAX_IMAGE_SIZE
 from model_export import compress
 from model_export.contract import LAYOUTS, PATCH_SIZE
 
@@ -18,8 +19,6 @@ VISION_RUNNERS = ("auto", "coreml", "executor")
 LLM_RUNNERS = ("auto", "mlx", "torch")
 # How the executor and PyTorch compute: the proofs' policies, those for speed, the faster of float32 and bfloat16 here.
 COMPUTES = ("as-typed", "float32", "strict-fp16", "bfloat16", "int8", "auto")
-# The fourth stage attends over (S / 32)^2 positions, so its memory grows with S^4: 2048 needs 16 times that of 1024.
-MAX_IMAGE_SIZE = 2048
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ from fastvlm import conversations, naming, pictures
 from fastvlm.checkpoint import Checkpoint, open_checkpoint
 from fastvlm.cli import log, progress
 from fastvlm.errors import CheckFailed, UserError
-from fastvlm.preprocessing import Preprocessor, read_preprocessor
 from fastvlm.staging import staged
 from model_export import artefact, compress, contract, llm, resume, tokenizer
 from model_export.config import DEFAULT_TARGET, ExportConfig
@@ -36,7 +35,6 @@ class Plan:
     parts: tuple[str, ...]
     checkpoint: Checkpoint
     recipe: Recipe
-    preprocessor: Preprocessor
     calibration: list[conversations.Sample] | None
     sizes: dict[str, int]
 
@@ -48,7 +46,7 @@ class Plan:
             "config": self.config.document(),
             "layout": self.checkpoint.layout,
             "image_size": self.checkpoint.image_size,
-            "image_strategy": self.preprocessor.image_strategy,
+            "image_strategy": self.checkpoint.image_strategy,
             "recipe": self.recipe.to_json(),
             "estimated_bytes": self.sizes,
             "warnings": list(self.checkpoint.warnings),
@@ -60,10 +58,9 @@ def plan(config: ExportConfig, parts: tuple[str, ...] = PARTS) -> Plan:
     recipe = load_recipe(config.quant)
     artefact.check_target(config.output_dir, config.overwrite)
     checkpoint = open_checkpoint(config.checkpoint)
-    preprocessor = read_preprocessor(checkpoint.path)
     if config.image_size:
-        checkpoint = replace(checkpoint, image_size=config.image_size)
-        preprocessor = replace(preprocessor, image_size=config.image_size)
+        preprocessor = replace(checkpoint.preprocessor, image_size=config.image_size)
+        checkpoint = replace(checkpoint, preprocessor=preprocessor)
     calibration = _calibration(config, recipe, parts)
     for why, target in config.newer_target.items():
         if config.deployment_target != DEFAULT_TARGET:
@@ -80,7 +77,7 @@ def plan(config: ExportConfig, parts: tuple[str, ...] = PARTS) -> Plan:
     if "llm" in parts:
         sizes[contract.WEIGHTS_GLOB] = llm.planned_bytes(checkpoint, recipe, config.layout)
     _check_space(config.output_dir, sizes, copies=len(config.resolutions))
-    return Plan(config, parts, checkpoint, recipe, preprocessor, calibration, sizes)
+    return Plan(config, parts, checkpoint, recipe, calibration, sizes)
 
 
 def export(plan: Plan, parity: Parity | None = None) -> dict[str, Any]:
@@ -151,7 +148,7 @@ def _write_parts(
     seconds: dict[str, float],
 ) -> dict[str, Any]:
     """All files of the artefact but its manifest; returns what the manifest says about them."""
-    config, checkpoint, preprocessor = plan.config, plan.checkpoint, plan.preprocessor
+    config, checkpoint, preprocessor = plan.config, plan.checkpoint, plan.checkpoint.preprocessor
     strategy = preprocessor.image_strategy
     document: dict[str, Any] = {
         "parts": list(plan.parts),
@@ -193,7 +190,7 @@ def _write_language(
             found = calibrate(
                 checkpoint,
                 recipe,
-                plan.preprocessor,
+                plan.checkpoint.preprocessor,
                 plan.calibration,
                 folder if "vision" in plan.parts else None,
             )
@@ -220,7 +217,7 @@ def _write_encoder(
             plan.checkpoint,
             config,
             folder / contract.PACKAGE,
-            lambda size: pictures.pixels(plan.preprocessor, size, given or None),
+            lambda size: pictures.pixels(plan.checkpoint.preprocessor, size, given or None),
             PackageNotes(*notes),
         )
     if "fp16" in facts:

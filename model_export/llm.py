@@ -201,6 +201,12 @@ def rows_of(checkpoint: Checkpoint, name: str) -> Rows:
     """Reads rows of a checkpoint's tensor into memory: of a mapped file, every page once read would count as ours."""
     info = checkpoint.tensors[name]
     dtype, columns = DTYPES[info.dtype], math.prod(info.shape[1:])
+    if info.extended:  # the row that the file doesn't have repeats the first one
+        whole = replace(info, shape=(info.shape[0] - 1, *info.shape[1:]), extended=False)
+        inner = rows_of(replace(checkpoint, tensors={name: whole}), name)
+        return lambda start, stop: (
+            torch.cat([inner(start, stop), inner(0, 1)]) if stop > whole.shape[0] else inner(start, stop)
+        )
     if info.offset < 0:  # an old .bin file, whose tensors are where PyTorch says
         return lambda start, stop: checkpoint.read(name, mapped=True)[start:stop]
 

@@ -4,22 +4,33 @@ from typing import Any
 
 from fastvlm.checkpoint import Checkpoint
 from fastvlm.errors import UserError
+from fastvlm.layouts import loader_faults
 from fastvlm.surface import eos_ids
 from model_export import contract
 
 # LLaVA's value for pictures that are cropped, not padded: anything but "pad" (llava/mm_utils.py, process_images)
 _ASPECT_RATIOS = {"pad": "pad", "center_crop": "square"}
+# The rotary position encodings that a layout's loaders compute as Transformers does, and what they read of each. The
+# demo app's decoder has none but the plain one, whatever config.json says; mlx-vlm's reads `rope_scaling`.
+_ROPES: dict[str, dict[str, tuple[str, ...]]] = {
+    "app": {"default": ()},
+    "mlx-vlm": {
+        "default": (),
+        "linear": ("factor",),
+        "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+        "yarn": ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"),
+    },
+}
 _PROMPT_LIMIT = 8192  # tokens; mlx-vlm cuts longer prompts (apple/FastVLM-*: tokenizer_model_max_length)
 
 
 def language_config(checkpoint: Checkpoint, layout: str) -> dict[str, Any]:
     """The document without its `quantization` block. UserError with everything that these loaders don't compute."""
     text: Any = checkpoint.hf_config.text_config
-    rope = text.rope_parameters or {}
     vision: Any = checkpoint.hf_config.vision_config
-    _refuse(checkpoint, rope)
+    scaling = _rope_scaling(checkpoint, layout)
     eos = sorted(int(token) for token in eos_ids(checkpoint.tokenizer(), text.eos_token_id))
-    return {
+    return scaling | {
         "architectures": ["LlavaQwen2ForCausalLM"],
         "model_type": contract.MODEL_TYPE,
         "vocab_size": text.vocab_size,
@@ -30,7 +41,7 @@ def language_config(checkpoint: Checkpoint, layout: str) -> dict[str, Any]:
         "num_key_value_heads": text.num_key_value_heads,
         "hidden_act": text.hidden_act,
         "rms_norm_eps": float(text.rms_norm_eps),
-        "rope_theta": float(rope["rope_theta"]),
+        "rope_theta": float(text.rope_parameters["rope_theta"]),
         "max_position_embeddings": text.max_position_embeddings,
         "tie_word_embeddings": checkpoint.tied,
         "bos_token_id": text.bos_token_id,
@@ -45,22 +56,18 @@ def language_config(checkpoint: Checkpoint, layout: str) -> dict[str, Any]:
     }
 
 
-def _refuse(checkpoint: Checkpoint, rope: dict[str, Any]) -> None:
-    config = checkpoint.hf_config
-    text: Any = config.text_config
-    head = text.hidden_size // text.num_attention_heads
-    faults = [
-        f"{what} is {got!r}, expected {expected!r}"
-        for what, got, expected in (
-            ("rotary position encoding", rope.get("rope_type", "default"), "default"),
-            ("sliding-window attention", bool(text.use_sliding_window), False),
-            ("activation", text.hidden_act, "silu"),
-            ("width of a head", getattr(text, "head_dim", None) or head, head),
-            ("projector's activation", config.projector_hidden_act, "gelu"),
-            ("projector's bias", bool(config.multimodal_projector_bias), True),
-        )
-        if got != expected
-    ]
+def _rope_scaling(checkpoint: Checkpoint, layout: str) -> dict[str, Any]:
+    """`rope_scaling`, where there is one. UserError with everything that the layout's loaders don't compute."""
+    text: Any = checkpoint.hf_config.text_config
+    rope = {key: value for key, value in text.rope_parameters.items() if key not in ("rope_type", "rope_theta")}
+    kind, read = text.rope_parameters["rope_type"], _ROPES[layout]
+    faults = loader_faults(checkpoint.hf_config, read)
+    other = sorted(set(rope) - set(read.get(kind, rope)))
+    if other:
+        faults.append(f"rotary position encoding {kind!r} has {', '.join(other)}, which mlx-vlm doesn't read")
     if faults:
         what = "; ".join(faults)
-        raise UserError(f"cannot export {checkpoint.path}: the demo app and the MLX loaders don't run it: {what}")
+        raise UserError(f"cannot export {checkpoint.path}: the demo app or the MLX loaders don't run it: {what}")
+    if not (rope.get("mscale") and rope.get("mscale_all_dim")):  # Transformers takes both or neither
+        rope = {key: value for key, value in rope.items() if not key.startswith("mscale")}
+    return {} if kind == "default" else {"rope_scaling": {"type": kind, "rope_type": kind, **rope}}

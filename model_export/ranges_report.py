@@ -93,12 +93,10 @@ def _check(args: argparse.Namespace) -> None:
 
 def _of_checkpoint(args: argparse.Namespace) -> tuple[dict[str, Any], list["Range"]]:
     from fastvlm.checkpoint import open_checkpoint
-    from fastvlm.preprocessing import read_preprocessor
     from model_export import ranges
 
     checkpoint = open_checkpoint(args.checkpoint)
-    preprocessor = read_preprocessor(checkpoint.path)
-    preprocessor = replace(preprocessor, image_size=args.image_size or checkpoint.image_size)
+    preprocessor = replace(checkpoint.preprocessor, image_size=args.image_size or checkpoint.image_size)
     pictures, count, pixels = _pictures(args, preprocessor)
     with progress("ranges (pictures)", count) as advance:
         found = ranges.measure_checkpoint(checkpoint, preprocessor.image_size, pixels, advance)

@@ -158,7 +158,7 @@ def test_all_wrong_tensors_at_once(tiny_llava: Path, tmp_path: Path) -> None:
 
     def break_it(tensors: dict[str, torch.Tensor]) -> None:
         del tensors["model.norm.weight"], tensors["model.mm_projector.2.bias"]
-        tensors["model.image_newline"] = torch.zeros(64)
+        tensors["model.image_rows"] = torch.zeros(64)
         tensors["model.mm_projector.0.weight"] = torch.zeros(64, 255)
 
     edit_weights(folder, break_it)
@@ -166,7 +166,7 @@ def test_all_wrong_tensors_at_once(tiny_llava: Path, tmp_path: Path) -> None:
         open_checkpoint(folder)
     message = str(caught.value)
     assert "2 missing tensors: model.language_model.norm.weight, model.multi_modal_projector.linear_2.bias" in message
-    assert "1 unexpected tensors: model.image_newline" in message
+    assert "1 unexpected tensors: model.image_rows" in message
     assert "model.multi_modal_projector.linear_1.weight [64, 255], expected [64, 256]" in message
     assert "\n" not in message
 
@@ -195,8 +195,8 @@ def test_image_token_of_the_llava_layout(tiny_llava: Path, tmp_path: Path) -> No
     assert open_checkpoint(own).warnings == ()
     edit_json(own / "config.json", image_token_index=3)
     assert "image_token_index 3" in open_checkpoint(own).warnings[0]
-    edit_json(own / "added_tokens.json", **{"<image>": 576})
-    with pytest.raises(UserError, match=r"wrong tokenizer size.*no row"):
+    edit_json(own / "added_tokens.json", **{"<image>": 577})
+    with pytest.raises(UserError, match=r"id 577 has no row in the embeddings \(576 rows\)"):
         open_checkpoint(own)
 
 
@@ -235,7 +235,7 @@ def test_resolution_and_strategy(tiny_llava: Path, tiny_fast_vlm: Path, tmp_path
         with pytest.raises(UserError, match="resolution"):
             open_checkpoint(llava)
     hub = copy(tiny_fast_vlm, tmp_path / "hub")
-    edit_json(hub / "preprocessor_config.json", crop_size={"height": 256, "width": 256})
+    edit_json(hub / "preprocessor_config.json", crop_size={"height": 256, "width": 256}, size={"shortest_edge": 256})
     checkpoint = open_checkpoint(hub)
     assert checkpoint.image_size == 256 and "image_seq_length" in checkpoint.warnings[0]
 

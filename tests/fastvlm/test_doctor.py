@@ -93,10 +93,13 @@ def index_without_map(folder: Path) -> None:
 
 def no_index(folder: Path) -> None:
     (folder / "model.safetensors.index.json").unlink()
+    missing_shard(folder)
 
 
-def small_tokenizer(folder: Path) -> None:
-    edit_config(folder, vocab_size=4096)
+def no_whole_set(folder: Path) -> None:
+    (folder / "model.safetensors.index.json").unlink()
+    (folder / "model-00002-of-00002.safetensors").rename(folder / "weights.safetensors")
+    (folder / "model-00001-of-00002.safetensors").rename(folder / "more.safetensors")
 
 
 def large_tokenizer(folder: Path) -> None:
@@ -200,11 +203,11 @@ BROKEN = [
     (wrong_index, "wrong index: model.safetensors.index.json names 1 tensors"),
     (swapped_index, "wrong index: model.safetensors.index.json names 1 tensors"),
     (index_without_map, "wrong index: model.safetensors.index.json has no weight_map"),
-    (no_index, "no usable weights"),
-    (small_tokenizer, "wrong tokenizer size: 512 ids for 4096 rows"),
+    (no_index, "missing shard: model-00002-of-00002.safetensors"),
+    (no_whole_set, "no usable weights"),
     (large_tokenizer, "wrong tokenizer size: its ids go up to 9999"),
     (no_tokenizer, "no tokenizer"),
-    (damaged_tokenizer, "tokenizer: its files"),
+    (damaged_tokenizer, "vocab.json: 1 entries are not text with a whole number as its id"),
     (nan_weights, "NaN or infinite weights in 1 tensors"),
     (infinite_weights, "NaN or infinite weights in 1 tensors"),
     (lfs_weights, "Git-LFS pointer: model-00001-of-00002.safetensors"),
@@ -217,7 +220,7 @@ BROKEN = [
     (quantized_elsewhere, "a quantized checkpoint: config.json"),
     (integers, "weights of type int8"),
     (only_language, "no vision tower among the weights"),
-    (config_without_sizes, "config.json: missing or not a number"),
+    (config_without_sizes, "config.json: missing"),
     (broken_template, "the chat template fails"),
 ]
 

@@ -338,13 +338,19 @@ def test_transformers_5_nests_the_image_processor(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("layout", ["llava_qwen2", "fast_vlm"])
-def test_it_agrees_with_the_checkpoint_reader(layout: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "processor", [{}, {"image_strategy": "center_crop"}, {"image_strategy": "pad"}, {"do_pad": True}]
+)
+def test_a_checkpoint_is_read_the_same_way(layout: str, processor: dict[str, Any], tmp_path: Path) -> None:
     from fastvlm.checkpoint import open_checkpoint
     from fastvlm.synthetic import write_checkpoint
 
-    checkpoint = open_checkpoint(write_checkpoint(tmp_path / layout, layout=layout))
-    preprocessor = read_preprocessor(checkpoint.path)
-    assert (preprocessor.image_size, preprocessor.image_strategy) == (checkpoint.image_size, checkpoint.image_strategy)
+    folder = write_checkpoint(tmp_path / layout, layout=layout)
+    (folder / "preprocessor_config.json").write_text(json.dumps({"crop_size": 128} | processor))
+    checkpoint = open_checkpoint(folder)
+    assert checkpoint.preprocessor == read_preprocessor(folder)
+    expected = "pad" if layout == "llava_qwen2" or "do_pad" in processor else "center_crop"
+    assert checkpoint.image_strategy == processor.get("image_strategy", expected)
 
 
 @pytest.mark.parametrize(
@@ -352,19 +358,25 @@ def test_it_agrees_with_the_checkpoint_reader(layout: str, tmp_path: Path) -> No
     [
         (None, None, "no resolution"),
         ({"model_type": "llava_qwen2"}, None, "no resolution"),
-        (LLAVA | {"image_aspect_ratio": "anyres"}, None, "image_aspect_ratio is 'anyres'"),
+        (LLAVA | {"image_aspect_ratio": "anyres"}, None, 'image_aspect_ratio is "anyres"'),
         (LLAVA | {"mm_vision_tower": "mobileclip_l_1024"}, CLIP, "mm_vision_tower 1024, crop_size 512"),
         (HF, CLIP | {"size": {"shortest_edge": 560}}, "crop_size 512, size 560"),
-        (HF, CLIP | {"size": {"height": 512, "width": 512}}, "size None"),
+        (HF, CLIP | {"size": {"height": 512, "width": 512}}, 'size {"height": 512'),
         (HF, CLIP | {"crop_size": {"height": 512, "width": 500}}, "crop_size {"),
         (HF, CLIP | {"resample": 2}, "resample is 2, expected 3"),
-        (HF, CLIP | {"do_resize": False, "rescale_factor": 1.0}, "do_resize is False, expected True; rescale_factor"),
-        (HF, CLIP | {"image_strategy": "stretch"}, "image_strategy is 'stretch'"),
+        (HF, CLIP | {"do_resize": False, "rescale_factor": 1.0}, "do_resize is false, expected true; rescale_factor"),
+        (HF, CLIP | {"image_strategy": "stretch"}, 'image_strategy is "stretch"'),
         (HF, CLIP | {"do_center_crop": False}, "neither do_pad nor do_center_crop"),
-        (HF, CLIP | {"image_mean": "0"}, "image_mean is '0'"),
-        (HF, CLIP | {"image_mean": [0.0, 0.0]}, "expected three numbers"),
-        (HF, CLIP | {"image_std": [1.0, 0.0, 1.0]}, "expected three positive numbers"),
-        (HF, [1], "expected an object"),
+        (HF, CLIP | {"image_mean": "0"}, 'image_mean is "0"'),
+        (HF, CLIP | {"image_mean": [0.0, 0.0]}, "image_mean is [0.0, 0.0], expected a list of 3 values"),
+        (HF, CLIP | {"image_std": [1.0, 0.0, 1.0]}, "image_std is [1.0, 0.0, 1.0]"),
+        (HF, CLIP | {"crop_size": 100, "size": 100}, "resolution 100: expected a multiple of 64 pixels"),
+        (
+            HF,
+            CLIP | {"crop_size": 2**40, "size": 2**40},
+            "crop_size is 1099511627776, expected a JSON object, or a whole number",
+        ),
+        (HF, [1], "expected a JSON object"),
     ],
 )
 def test_other_preprocessing_is_refused(config: Any, processor: Any, said: str, tmp_path: Path) -> None:
@@ -375,7 +387,7 @@ def test_other_preprocessing_is_refused(config: Any, processor: Any, said: str, 
 
 def test_unusable_settings_are_refused(tmp_path: Path) -> None:
     (tmp_path / "preprocessor_config.json").write_text("{")
-    with pytest.raises(UserError, match="not readable as JSON"):
+    with pytest.raises(UserError, match=r"preprocessor_config\.json: not JSON"):
         read_preprocessor(tmp_path)
     with pytest.raises(UserError, match="'stretch': expected pad or center_crop"):
         Preprocessor(256, "stretch")

@@ -19,6 +19,7 @@ from fastvlm.errors import UserError
 from fastvlm.model import build
 from model_export import contract, llm
 from model_export.llm import bytes_to_read, export_llm
+from model_export.llm_config import language_config
 from quantization.recipe import load_recipe, recipe_from_json
 
 LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
@@ -316,6 +317,55 @@ def test_models_that_the_loaders_do_not_compute(tiny_fast_vlm, tmp_path):
     for part in ("sliding-window attention is True", "activation is 'gelu', expected 'silu'", "'linear'"):
         assert part in str(error.value)
     assert not list((tmp_path / "out").iterdir())
+
+
+SCALINGS = [
+    {"rope_type": "linear", "factor": 2.0},
+    {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+    {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "beta_fast": 16, "beta_slow": 2}
+    | {"mscale": 0.7, "mscale_all_dim": 0.3},
+    {"type": "yarn", "factor": 4.0, "mscale": 0.7},
+    {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    | {"original_max_position_embeddings": 64},
+]
+
+
+def with_scaling(source, target, scaling):
+    shutil.copytree(source, target)
+    config = json.loads((target / "config.json").read_text())
+    config["text_config"]["rope_scaling"] = scaling
+    (target / "config.json").write_text(json.dumps(config))
+    return open_checkpoint(target)
+
+
+@pytest.mark.parametrize("scaling", SCALINGS, ids=lambda scaling: scaling.get("type", scaling.get("rope_type")))
+def test_rope_scaling_is_carried_to_the_loader_that_computes_it(tiny_fast_vlm, tmp_path, scaling):
+    """Oracle: mlx-lm's rotation, from the exported config.json alone, against Transformers'."""
+    from mlx_lm.models.rope_utils import initialize_rope
+    from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding, apply_rotary_pos_emb
+
+    checkpoint = with_scaling(tiny_fast_vlm, tmp_path / "in", scaling)
+    config = language_config(checkpoint, "mlx-vlm")
+    text, queries = checkpoint.hf_config.text_config, torch.randn(1, 4, 300, 16)
+    rotary = Qwen2RotaryEmbedding(text)(queries, torch.arange(300)[None])
+    expected = apply_rotary_pos_emb(queries, queries, *rotary)[0]
+    limit = config["max_position_embeddings"]
+
+    def rotated(scaling):
+        rope = initialize_rope(16, config["rope_theta"], False, scaling, limit)
+        return torch.from_numpy(np.array(rope(mx.array(queries.numpy()))))
+
+    assert (rotated(config["rope_scaling"]) - expected).abs().max() < 2e-4
+    assert (rotated(None) - expected).abs().max() > 0.1
+    with pytest.raises(UserError, match="rotary position encoding is"):
+        language_config(checkpoint, "app")
+
+
+@pytest.mark.parametrize("more", [{"attention_factor": 1.5}, {"truncate": False}])
+def test_rope_scaling_that_no_loader_reads_is_refused(tiny_fast_vlm, tmp_path, more):
+    checkpoint = with_scaling(tiny_fast_vlm, tmp_path / "in", SCALINGS[1] | more)
+    with pytest.raises(UserError, match=f"'yarn' has {next(iter(more))}, which mlx-vlm doesn't read"):
+        language_config(checkpoint, "mlx-vlm")
 
 
 def test_disk_full_is_an_error_of_the_system(tiny_fast_vlm, tmp_path, monkeypatch):
