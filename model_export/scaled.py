@@ -67,7 +67,7 @@ class ScaledSoftmax(nn.Module):
 
     def forward(self, y: Tensor) -> Tensor:
         below = y - y.amax(-1, keepdim=True)
-        return _times(below.clamp(min=-_bound(self.k, _EXP_BOUND)), self.k).softmax(-1)
+        return _times(below.clamp(-_bound(self.k, _EXP_BOUND), 0.0), self.k).softmax(-1)
 
 
 # By the name of the plain activation's class: timm has a Sigmoid of its own.

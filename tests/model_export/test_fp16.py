@@ -122,9 +122,9 @@ def test_the_same_function_in_range(
             assert float(centred.square().max()) <= LARGEST / 16
 
 
-@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("layer", [name for name in LAYERS if ".se." not in name])  # a gate may be saturated
 def test_a_factor_left_out_is_seen(fastvit: nn.Module, layer: str) -> None:
-    """The control: the factor of one channel forgotten."""
+    """The control: the factor of every other channel forgotten."""
     original = scaled_by(fastvit, {layer: 1e7})
     x = pixels_of(64)
     expected = outputs_of(original, x)["features"]
@@ -133,7 +133,7 @@ def test_a_factor_left_out_is_seen(fastvit: nn.Module, layer: str) -> None:
     assert found.layer_exponents() or found.activation_exponents()
     name = next(iter(found.layer_exponents()))
     wrong: Any = copy.deepcopy(made)
-    wrong.get_submodule(name).weight.data[0].mul_(2)
+    wrong.get_submodule(name).weight.data[::2].mul_(2)
     assert relative(outputs_of(wrong, x)["features"] * 2.0**found.features.exponent, expected) > EXACT
 
 
@@ -196,6 +196,7 @@ def test_the_flow_covers_the_encoder(fastvit: nn.Module) -> None:
     assert sorted(name for value in found.values for name in value.norms) == sorted(norms)
     others = {type(one).__name__ for one in made.modules() if not any(one.children())} - {
         "Conv2d", "GELU", "Sigmoid", "Softmax", "ChannelNorm", "Identity", "Dropout", "ReLU",
+        "AdaptiveAvgPool2d", "Flatten",  # of the head, which isn't run
     }  # fmt: skip
     assert others == set()  # a ReLU is homogeneous
     ranges = measured(fastvit)
