@@ -113,6 +113,12 @@ class Flow:
             found.setdefault(link.layer, []).append(-link.exponent)
         return {name: e[0] if len(e) == 1 else e for name, e in found.items() if any(e)}
 
+    def exponents(self) -> dict[str, int]:
+        """k by place: the exported encoder holds x / 2^k there."""
+        places = {name: value.exponent for value in self.values for name in (*value.places, *value.activations)}
+        places |= {name: 0 for name in places if name.endswith((".gate", ".softmax"))}  # these lose the scale
+        return places | {link.layer: link.exponent for link in self.links if not link.layer.endswith(".qkv")}
+
     def activation_exponents(self) -> dict[str, int]:
         """k by module, of the activations that are in their scaled form."""
         return {name: value.exponent for value in self.values for name in value.activations if value.exponent}

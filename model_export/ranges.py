@@ -8,7 +8,7 @@ import math
 import operator
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import fx, nn
 
 from fastvlm.checkpoint import Checkpoint
 from fastvlm.errors import UserError
-from model_export import mil
+from model_export import fp16, mil
 from model_export.fp16 import LARGEST, SMALLEST_NORMAL
 from model_export.mil import registry
 from model_export.mil.blob import WeightFile
@@ -42,6 +42,7 @@ class Range:
     largest: the largest magnitude. square: the largest (x - mean)^2 inside a LayerNorm, which a processor that takes it
     apart has to hold; 0 without one. subnormal: of the values that are not zero, the share under 2^-14, which float16
     holds with fewer bits or not at all. weight_subnormal: the same of the operation's own weights, 0 without any.
+    exponent: k where an export would carry x / 2^k instead (see `model_export.fp16`); of a checkpoint only.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Range:
     subnormal: float = 0.0
     weight_subnormal: float = 0.0
     dtype: str = "fp16"
+    exponent: int = 0
 
     @property
     def headroom(self) -> float:
@@ -62,6 +64,11 @@ class Range:
     def square_headroom(self) -> float:
         """65504 / square; infinite without a LayerNorm."""
         return LARGEST / self.square if self.square else math.inf
+
+    @property
+    def exported_headroom(self) -> float:
+        """65504 / what an export holds of the largest value."""
+        return self.headroom * 2.0**self.exponent
 
 
 @dataclass
@@ -206,21 +213,43 @@ def _finished(tallies: Mapping[str, _Tally]) -> list[Range]:
 def measure_checkpoint(
     checkpoint: Checkpoint, image_size: int, pixels: Iterable[np.ndarray], advance: Advance = lambda: None
 ) -> list[Range]:
-    """Every operation of a checkpoint's folded encoder, in order of execution, before any rescaling.
+    """Every operation of a checkpoint's folded encoder, in order of execution, before any rescaling, with the exponents
+    that an export would choose by these pictures.
 
     pixels: arrays (1, 3, image_size, image_size) float32. `advance()` after each.
     Raises UserError as `measure_modules`.
     """
-    return measure_graph(_exported(checkpoint, image_size), pixels, advance)
-
-
-def _exported(checkpoint: Checkpoint, image_size: int) -> torch.export.ExportedProgram:
-    """The graph that an export would convert, without rescaling."""
     from model_export import vision  # which measures with this module
     from model_export.channel_first import Encoder, channel_first
 
-    fastvit, _ = vision.folded_encoder(checkpoint)
-    return vision.graph(Encoder(channel_first(fastvit)), image_size)
+    fastvit = channel_first(vision.folded_encoder(checkpoint)[0])
+    found = measure_graph(vision.graph(Encoder(fastvit), image_size), pixels, advance)
+    places = _places(found)
+    exponents = fp16.choose(fastvit, _at_places(places, found)).exponents()
+    return [replace(one, exponent=exponents.get(place, 0)) for place, one in zip(places, found)]
+
+
+def _places(ranges: Iterable[Range]) -> list[str]:
+    """The name that `measure_modules` gives what each operation of a channel-first graph puts out."""
+    places: list[str] = []
+    for one in ranges:
+        place, part = one.layer or "", one.name.partition(":")[2]
+        if one.type == "matmul" and f"{place}:scores" not in places:  # the first of an attention's two
+            part = "scores"
+        elif one.type == "gelu" and not place.endswith(".mlp.act"):
+            place = place.removesuffix(".act")  # it ends its block
+        places.append(f"{place}:{part}" if part else place)
+    return places
+
+
+def _at_places(places: Iterable[str], ranges: Iterable[Range]) -> dict[str, Range]:
+    """Ranges by place, the largest of each. An attention block's two additions are both its stream."""
+    found: dict[str, Range] = {}
+    for place, one in zip(places, ranges):
+        before = found.get(place, one)
+        found[place] = replace(one, largest=max(before.largest, one.largest), square=max(before.square, one.square))
+    blocks = {place: one for place, one in found.items() if f"{place}.mlp.fc2" in found}
+    return found | {f"{place}.mlp:input": one for place, one in blocks.items()}
 
 
 def measure_graph(
@@ -266,6 +295,9 @@ class _Watched(fx.Interpreter):
         if not values or n in norm[:-1]:
             return result
         tally = self._tally(n, "", "layer_norm" if norm else kind)
+        if kind == "split":  # an attention's: FastViT has no other
+            for part, value in zip((":queries", ":keys", ":values"), values, strict=True):
+                self._tally(n, part, kind).see(value)
         for value in values:
             tally.see(value)
         if norm or kind == "layer_norm":

@@ -18,9 +18,11 @@ from encoders import counts_of, heated, outputs_of, rewritten, snr_db
 from benchmarks import parity
 from fastvlm import pictures
 from fastvlm.checkpoint import open_checkpoint
+from fastvlm.cli import run
 from fastvlm.errors import CheckFailed
 from fastvlm.preprocessing import read_preprocessor
 from model_export import artefact, audit, contract, fp16, mil, vision
+from model_export.__main__ import build_parser
 from model_export.artefact import read_manifest
 from model_export.config import ExportConfig
 from model_export.export import export, plan
@@ -273,6 +275,29 @@ def test_parity_and_the_manifest_know_scaled_activations(make_checkpoint: Callab
     scaled = counts_of(tmp_path / "made" / contract.PACKAGE)
     assert facts["scaling"]["operations"] == sum(scaled.values()) - sum(plain.values()) == 12
     assert 0 < facts["scaling"]["byte_share"] < 0.2
+    audited = audit.audit(tmp_path / "made" / contract.PACKAGE)
+    assert audited["functions"]["main"]["scaled_activations"] == {"gelu": 1, "softmax": 1}
+    assert any("activations that take x / 2^k" in line for line in audit.lines(audited))
+    plain_audit = audit.audit(cool_package(make_checkpoint))
+    assert plain_audit["functions"]["main"]["scaled_activations"] == {}
+
+
+def test_ranges_knows_what_an_export_does(
+    make_checkpoint: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hot = rewritten(make_checkpoint(), tmp_path / "hot", HOT["patch embedding"] | HOT["scores"] | HOT["MLP"])
+    facts = exported(hot, tmp_path / "made.mlpackage")["fp16"]
+    assert run(build_parser, ["ranges", "--checkpoint", str(hot), "--json", "--plot", str(tmp_path / "p.png")]) == 0
+    output = capsys.readouterr().out.splitlines()
+    document = json.loads(output[-1])
+    layers = {one["layer"]: -one["exponent"] for one in document["operations"] if one["type"] == "conv2d"}
+    wanted = {name: e for name, e in facts["layer_exponents"].items() if not name.endswith("qkv")}
+    assert {name: e for name, e in layers.items() if e and not name.endswith("qkv")} == wanted and len(wanted) >= 3
+    scores = next(one for one in document["operations"] if one["type"] == "matmul")
+    assert scores["exponent"] == facts["activation_exponents"]["stages.3.blocks.0.token_mixer.softmax"]
+    assert document["smallest_exported_headroom"] >= 16 > document["smallest_headroom"]
+    assert f"an export lets {document['scaled_operations']} operations carry x / 2^k" in document["verdict"]
+    assert (tmp_path / "p.png").stat().st_size > 10_000
 
 
 def test_noise_decides_beside_given_pictures(make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
