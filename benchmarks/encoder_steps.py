@@ -13,7 +13,7 @@ from typing import Any
 
 from fastvlm.cli import log, progress, quiet_libraries
 
-FORCED_EXPONENTS = (0, 0, 0, 9, 9)  # of the stages, on a checkpoint that needs none
+FORCED_HEADROOM = 2.0**13  # asked of a checkpoint that needs no power of two
 STREAMS = (3, 4)  # timm's numbers of the stages whose streams are scaled
 RIVAL_FORM, SCALED_FORM = "palette4-g16", "palette4-g16-scaled"
 # What the attentions add to the streams, times this: 1 leaves 21 dB where every LayerNorm of a stage is lost.
@@ -52,6 +52,30 @@ def hot_checkpoints(target: str, shape: str, image_size: str, *peaks: str) -> di
     return {f"stage {stage}": value for stage, value in before.items()} | reached
 
 
+def hot_gelus(target: str, shape: str, image_size: str, *peaks: str) -> dict[str, float]:
+    """Write `target`-PEAK, whose last patch embedding reaches PEAK after its GELU on N(0, 1) noise, for each peak.
+
+    Returns what each reaches.
+    """
+    from benchmarks.steps import plain_encoder
+    from fastvlm import pictures
+    from fastvlm.synthetic import write_checkpoint
+    from model_export import ranges
+
+    noise = [pictures.noise(int(image_size))]
+
+    def reached(checkpoint: Path) -> float:
+        return ranges.measure_modules(plain_encoder(str(checkpoint)), noise)["stages.4.downsample.proj.1"].largest
+
+    common: dict[str, Any] = {
+        "shape": shape, "dtype": "float32", "attention_scale": ATTENTION_SCALE, "low_pass": True,
+    }  # fmt: skip
+    before, found = reached(write_checkpoint(Path(target), **common)), {}
+    for peak in peaks:
+        found[peak] = reached(write_checkpoint(Path(f"{target}-{peak}"), **common, patch_scale=float(peak) / before))
+    return found
+
+
 def _stream_peaks(checkpoint: str, image_size: int) -> dict[int, float]:
     """Largest magnitude on the residual stream of each of STREAMS, in float32 on the built-in pictures."""
     from benchmarks.steps import plain_encoder
@@ -71,7 +95,8 @@ def _stream_peaks(checkpoint: str, image_size: int) -> dict[int, float]:
 
 
 def forced_export(checkpoint: str, target: str, image_size: str) -> dict[str, float]:
-    """Export with FORCED_EXPONENTS whatever the ranges say."""
+    """Export with FORCED_HEADROOM, so that most values carry a power of two and most GELUs are in their scaled form."""
+    from functools import partial
     from unittest.mock import patch
 
     from fastvlm import pictures
@@ -82,7 +107,7 @@ def forced_export(checkpoint: str, target: str, image_size: str) -> dict[str, fl
 
     folder, preprocessor = Path(target), read_preprocessor(checkpoint)
     config = ExportConfig(Path(checkpoint), folder.parent / "out", image_size=int(image_size))
-    with patch.object(fp16, "stream_exponents", lambda *_: list(FORCED_EXPONENTS)):
+    with patch.object(fp16, "choose", partial(fp16.choose, headroom=FORCED_HEADROOM)):
         vision.export_vision(
             open_checkpoint(checkpoint), config, folder, lambda size: pictures.pixels(preprocessor, size)
         )
@@ -90,19 +115,22 @@ def forced_export(checkpoint: str, target: str, image_size: str) -> dict[str, fl
 
 
 def snr(checkpoint: str, image_size: str, *runs: str) -> dict[str, float]:
-    """SNR in dB of packages against the plain PyTorch module in float32, on a picture that no export was calibrated on.
+    """SNR in dB of packages against the plain PyTorch module in float32, on a picture that no export was calibrated on;
+    `noise_KEY` the same on N(0, 1) noise.
 
     A run is KEY=POLICY:PACKAGE. A result that is not finite has -inf.
     """
     from benchmarks.metrics import snr_db
+    from fastvlm import pictures
 
-    pixels = _picture(checkpoint, int(image_size))
-    expected, figures = _features(checkpoint, pixels), {}
+    inputs = {"": _picture(checkpoint, int(image_size)), "noise_": pictures.noise(int(image_size))}
+    expected, figures = {kind: _features(checkpoint, pixels) for kind, pixels in inputs.items()}, {}
     with progress("comparing packages", len(runs)) as advance:
         for run in runs:
             key, _, rest = run.partition("=")
             policy, _, package = rest.partition(":")
-            figures[key] = snr_db(expected, _run(package, policy, pixels))
+            for kind, pixels in inputs.items():
+                figures[kind + key] = snr_db(expected[kind], _run(package, policy, pixels))
             advance()
     return figures
 
@@ -141,6 +169,22 @@ def _features(checkpoint: str, pixels: Any) -> Any:
     with torch.inference_mode():
         features = plain_encoder(checkpoint).forward_features(torch.from_numpy(pixels))
     return features.flatten(2).transpose(1, 2).numpy()
+
+
+def scaling(artefact: str) -> dict[str, float]:
+    """Of an exported encoder: the operations that powers of two added and their share of the bytes moved, float32
+    operations and the audit's findings."""
+    from model_export import contract
+    from model_export.artefact import read_manifest
+
+    facts = read_manifest(Path(artefact))["vision"]
+    added = facts.get("scaling", {"operations": 0, "byte_share": 0.0})
+    return {
+        "added": added["operations"],
+        "byte_share": added["byte_share"],
+        "float32": len(facts.get("float32_operations", ())),
+        "findings": audited(str(Path(artefact) / contract.PACKAGE))["findings"],
+    }
 
 
 # The graph, and several resolutions in one package
@@ -325,7 +369,8 @@ def curve(checkpoint: str, questions: str, *artefacts: str) -> dict[str, Any]:
 STEPS: dict[str, Callable[..., dict[str, Any]]] = {
     one.__name__: one
     for one in (
-        ordinary_checkpoint, hot_checkpoints, forced_export, snr, audited, functions, palettization, sizes, curve,
+        ordinary_checkpoint, hot_checkpoints, hot_gelus, scaling, forced_export, snr, audited, functions,
+        palettization, sizes, curve,
     )
 }  # fmt: skip
 

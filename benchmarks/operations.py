@@ -22,7 +22,6 @@ from torch import nn
 from benchmarks.metrics import snr_db
 from fastvlm.errors import CheckFailed
 from model_export import contract, mil
-from model_export.fp16 import layer_exponents
 
 _LAYERS: dict[type[nn.Module], str] = {nn.Conv2d: "conv", nn.Linear: "linear"}
 
@@ -115,10 +114,11 @@ def layer_scales(encoder: nn.Module, fp16: Mapping[str, Any] | None) -> dict[str
     attention's 1 / sqrt(head size) in its queries. `encoder` is the folded one, `fp16` what the manifest says of it.
     """
     layers = {name: layer for name, layer in encoder.named_modules() if type(layer) in _LAYERS}
-    exponents = dict.fromkeys(layers, 0)
-    if fp16:
-        exponents = layer_exponents(layers, fp16["stage_exponents"], fp16["branch_exponents"])
-    scales = {name: np.full(len(layer.weight), 2.0 ** exponents[name], np.float32) for name, layer in layers.items()}  # type: ignore[arg-type]
+    exponents = fp16["layer_exponents"] if fp16 else {}
+    scales = {}
+    for name, layer in layers.items():  # an attention's qkv has three exponents, of as many channels each
+        powers = np.exp2(np.atleast_1d(np.float32(exponents.get(name, 0))))
+        scales[name] = np.repeat(powers, len(layer.weight) // len(powers))  # type: ignore[arg-type]
     for name, module in encoder.named_modules():
         if isinstance(module, Attention):
             scales[f"{name}.qkv"][: module.proj.in_features] *= module.scale

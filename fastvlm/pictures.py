@@ -1,4 +1,4 @@
-"""Pictures to measure on: the user's folder, or drawn ones and noise for whoever has none."""
+"""Pictures to measure on: the user's folder, or a drawn one and noise for whoever has none."""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
@@ -48,11 +48,19 @@ def drawn(count: int) -> Iterator[Image.Image]:
 def pixels(
     preprocessor: Preprocessor, image_size: int, chosen: Iterable[Callable[[], Image.Image]] | None = None
 ) -> Iterator[np.ndarray]:
-    """Pixels (1, 3, S, S) float32, S = image_size, of pictures, one at a time; None: a drawn scene, then noise."""
+    """Pixels (1, 3, S, S) float32, S = image_size, of pictures, one at a time; None: a drawn scene, then `noise`."""
     prepare = replace(preprocessor, image_size=image_size)
     if chosen is not None:
         for image in chosen:
             yield prepare(image())
         return
     yield prepare(next(drawn(1)))
-    yield np.random.default_rng(0).random((1, 3, image_size, image_size), dtype=np.float32)
+    yield noise(image_size)
+
+
+def noise(image_size: int) -> np.ndarray:
+    """N(0, 1) noise (1, 3, S, S) float32, always the same: harsher than any picture, whose values lie in [0, 1].
+
+    The published weights' largest activations were measured on such (fastvlm-coreai, scripts/probe_activations.py).
+    """
+    return np.random.default_rng(0).standard_normal((1, 3, image_size, image_size), dtype=np.float32)

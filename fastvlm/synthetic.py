@@ -77,6 +77,7 @@ def write_checkpoint(
     image_size: int | None = None,
     stream_scale: Mapping[int, float] | None = None,
     attention_scale: float = 1.0,
+    patch_scale: float = 1.0,
     low_pass: bool = False,
 ) -> Path:
     """Write a complete checkpoint folder (weights, config, tokenizer, processor files, licence) and return its path.
@@ -87,6 +88,7 @@ def write_checkpoint(
     branch, and what leaves the stage, stays as it is but for LayerNorm's eps; folded form, and not in float16, whose
     range the divided weights leave. `attention_scale` multiplies what every attention adds to its stream: over random
     weights it is nearly uniform and adds little, so that an encoder whose LayerNorms are lost still comes to 21 dB.
+    `patch_scale` does so with the last patch embedding, before and after its GELU, as the published 0.5B's is large.
     `low_pass` gives depthwise kernels a mean, as trained ones have, and rounds all values to float16, as published ones
     are, before they are scaled: white noise, which rounding is, is then averaged on its way, and weights are exact.
     UserError if `path` exists or an argument is unknown.
@@ -98,8 +100,8 @@ def write_checkpoint(
         )
     if target.exists():
         raise UserError(f"write_checkpoint: {target} exists; choose another path or remove it")
-    if stream_scale and (form != "folded" or dtype == "float16"):
-        raise UserError(f"write_checkpoint: stream_scale with form {form}, dtype {dtype}: expected folded, not float16")
+    if (stream_scale or patch_scale != 1) and (form != "folded" or dtype == "float16"):
+        raise UserError(f"write_checkpoint: scales with form {form}, dtype {dtype}: expected folded, not float16")
     tied = sizes.tied if tied is None else tied
     config = _config(sizes, layout, form, dtype, tied, image_size or sizes.image_size)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -109,7 +111,7 @@ def write_checkpoint(
         (staging / "LICENSE").write_text(_LICENCE)
         synthetic_tokenizer.write(staging, layout, sizes.published_ids, image_size or sizes.image_size)
         expected = _expected(config, layout, form, tied)
-        factors = _factors(expected, stream_scale or {}, attention_scale)
+        factors = _factors(expected, stream_scale or {}, attention_scale, patch_scale)
         _write_weights(staging, expected, layout, dtype, shards, seed, factors, low_pass)
         staging.chmod(0o755)
         os.rename(staging, target)
@@ -191,7 +193,10 @@ def _expected(config: dict[str, Any], layout: str, form: str, tied: bool) -> dic
 
 
 def _factors(
-    expected: Mapping[str, tuple[int, ...]], stream_scale: Mapping[int, float], attention_scale: float
+    expected: Mapping[str, tuple[int, ...]],
+    stream_scale: Mapping[int, float],
+    attention_scale: float,
+    patch_scale: float,
 ) -> dict[str, float]:
     """Tensor -> factor. A stage's stream starts at its position encoding; layer scales end the branches that add to it;
     the branches' LayerNorms don't see its scale, their convolutions and the layer after the stage do."""
@@ -209,6 +214,11 @@ def _factors(
                 factors[name] = factors.get(name, 1.0) * scale
             elif re.search(read, name):
                 factors[name] = factors.get(name, 1.0) / scale
+    for name in expected:
+        if re.search(r"stages\.4\.downsample\.proj\.1\.reparam_conv\.(weight|bias)", name):
+            factors[name] = patch_scale
+        elif re.search(r"stages\.4\.pos_emb\.reparam_conv\.weight", name):
+            factors[name] = factors.get(name, 1.0) / patch_scale
     return factors
 
 

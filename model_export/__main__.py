@@ -229,7 +229,8 @@ def _vision_lines(vision: dict[str, Any]) -> Iterator[str]:
     if fp16 := vision.get("fp16"):
         headroom = fp16["headroom"]
         yield (
-            f"stages carry x / 2^k, k = {_flat(fp16['stage_exponents'])}: least headroom to 65504"
+            f"{len(fp16['layer_exponents'])} layers carry powers of two,"
+            f" {len(fp16['activation_exponents'])} activations are in their scaled form: minimum headroom to 65504"
             f" {headroom['before']['least']}x before, {headroom['after']['least']}x now"
         )
     if small := vision.get("compression"):
@@ -238,8 +239,8 @@ def _vision_lines(vision: dict[str, Any]) -> Iterator[str]:
             f"weights {_size(small['weight_bytes'])} instead of {_size(small['float16_weight_bytes'])}:"
             f" {forms}, float16 {len(small['wide'])}"
         )
-    if mixed := vision.get("mixed"):
-        yield f"{mixed['operations']} operations in float32, {mixed['mac_share']:.1%} of the multiply-accumulates"
+    if scaling := vision.get("scaling"):
+        yield f"{scaling['operations']} operations added for them, {scaling['byte_share']:.1%} of the bytes moved"
 
 
 def run_verify(args: argparse.Namespace) -> dict[str, Any]:

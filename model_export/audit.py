@@ -70,6 +70,7 @@ def _function(program: Program, graph: Graph) -> dict[str, Any]:
             kind: sum(count for type, count in operations.items() if type == kind or type.startswith(f"{kind}_"))
             for kind in DATA_MOVEMENT
         },
+        "scaled_activations": _scaled_activations(graph),
         "weights": {"bytes": sum(_stored(graph).values()), "forms": _forms(graph)},
         **_totals(graph, costs),
         "padding": _padding(graph),
@@ -82,6 +83,23 @@ def _forms(graph: Graph) -> dict[str, int]:
     """How many weights are compressed, by their constexpr operation."""
     forms = Counter(item.type for item in graph.constants if item.type.startswith("constexpr_"))
     return dict(sorted(forms.items()))
+
+
+def _scaled_activations(graph: Graph) -> dict[str, int]:
+    """How many activations take x / 2^k (see `model_export.scaled`): a clip, multiplied back, feeds them."""
+    found: Counter[str] = Counter()
+    for operation in graph.operations:
+        if operation.type not in ("gelu", "sigmoid", "softmax"):
+            continue
+        source, multiplied = operation, False
+        while names := graph.live(source):
+            source = graph.producer.get(names[0], source)
+            if source.type != "mul" or len(names) > 1:
+                break
+            multiplied = True
+        if multiplied and source.type == "clip":
+            found[operation.type] += 1
+    return dict(sorted(found.items()))
 
 
 def _totals(graph: Graph, costs: list[Cost]) -> dict[str, Any]:
@@ -155,6 +173,9 @@ def _figures(name: str, part: dict[str, Any]) -> Iterator[str]:
     counts = sorted(part["operations"].items(), key=lambda pair: -pair[1])
     yield f"  {sum(part['operations'].values())} operations: {', '.join(f'{count} {type}' for type, count in counts)}"
     yield f"  data movement: {', '.join(f'{count} {kind}' for kind, count in part['data_movement'].items())}"
+    if part["scaled_activations"]:
+        counts_of = ", ".join(f"{count} {type}" for type, count in part["scaled_activations"].items())
+        yield f"  activations that take x / 2^k, so that float16 holds it: {counts_of}"
     if part["weights"]["forms"]:
         yield f"  weights: {', '.join(f'{count} {form}' for form, count in part['weights']['forms'].items())}"
     moved, intensity = part["bytes"], part["intensity"]

@@ -38,26 +38,31 @@ class ChannelAttention(nn.Module):
         scale = torch.ones(3 * channels, dtype=weight.dtype)
         scale[:channels] = attention.scale
         self.qkv = _pointwise(weight * norm.weight.detach() * scale[:, None], bias * scale)
+        self.softmax = nn.Softmax(-1)
         self.proj = _pointwise(attention.proj.weight.detach(), attention.proj.bias.detach())
 
     def forward(self, x: Tensor) -> Tensor:
         batch, channels, height, width = x.shape
         heads = self.qkv(x).reshape(batch, 3 * self.heads, self.head_dim, height * width)
         q, k, v = heads.split(self.heads, dim=1)
-        weights = (q.transpose(2, 3) @ k).softmax(-1)
+        weights = self.softmax(q.transpose(2, 3) @ k)
         mixed = v @ weights.transpose(2, 3)
         return self.proj(mixed.reshape(batch, channels, height, width))
 
 
 class Encoder(nn.Module):
-    """FastViT's feature map (1, C, S/64, S/64) as the contract has it: (1, N, C), rows first."""
+    """FastViT's feature map (1, C, S/64, S/64), times 2^exponent, as the contract has it: (1, N, C), rows first.
 
-    def __init__(self, fastvit: nn.Module) -> None:
+    `fits_float16` says whether the features do, after that factor: else the factor is taken in the output's float32.
+    """
+
+    def __init__(self, fastvit: nn.Module, exponent: int = 0, fits_float16: bool = True) -> None:
         super().__init__()
-        self.fastvit = fastvit
+        self.fastvit, self.exponent, self.fits_float16 = fastvit, exponent, fits_float16
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.fastvit.forward_features(images).flatten(2).transpose(1, 2)  # type: ignore[operator]
+        features = self.fastvit.forward_features(images).flatten(2).transpose(1, 2)  # type: ignore[operator]
+        return features * 2.0**self.exponent if self.exponent else features
 
 
 def channel_first(folded: nn.Module) -> nn.Module:

@@ -5,7 +5,7 @@ decodes it when it loads, or on the fly.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
@@ -159,8 +159,7 @@ def check_finite(found: Mapping[str, np.ndarray]) -> None:
 def store(program: Any, stored: Mapping[str, Compressed], target: str) -> None:
     """Put constexpr operations in the place of convolution weights of a coremltools program, in place.
 
-    `stored` by layer name; `target` is the program's deployment target. Where mixed precision keeps a layer in float32,
-    tables and scales are widened, so that the weight is decoded to float32.
+    `stored` by layer name; `target` is the program's deployment target.
 
     Raises CheckFailed when a weight isn't there.
     """
@@ -170,13 +169,7 @@ def store(program: Any, stored: Mapping[str, Compressed], target: str) -> None:
 
     block = program.functions["main"]
     consts = {operation.name: operation for operation in block.operations if operation.op_type == "const"}
-    # A weight that stays float32 has no cast behind it, which would have renamed it.
-    found = {
-        name: consts[key]
-        for name in stored
-        for key in (constant_name(name).removesuffix(_CAST), constant_name(name))
-        if key in consts
-    }
+    found = {name: consts[constant_name(name)] for name in stored if constant_name(name) in consts}
     if missing := [name for name in stored if name not in found]:
         raise CheckFailed(f"compressed weights with no place in the program: {', '.join(missing)}")
     with block:
@@ -186,7 +179,7 @@ def store(program: Any, stored: Mapping[str, Compressed], target: str) -> None:
             origin = [ScopeInfo(source=source, data=data[:1]) for source, data in old.scopes.items()]
             with Builder.scope(*origin):
                 new_name = f"{old.name}_{weight.scheme.name.replace('-', '_')}"
-                new = _decoder(Builder, _typed(weight, old.outputs[0].val.dtype), target, before=old, name=new_name)
+                new = _decoder(Builder, weight, target, before=old, name=new_name)
             if new.shape != old.outputs[0].shape or new.dtype != old.outputs[0].dtype:
                 raise CheckFailed(f"{name}: decodes to {new.dtype} {new.shape}, was {old.outputs[0].shape}")
             block.replace_uses_of_var_after_op(
@@ -198,15 +191,6 @@ def store(program: Any, stored: Mapping[str, Compressed], target: str) -> None:
 def constant_name(layer: str) -> str:
     """What coremltools calls a layer's float16 weight: torch.export's name of the parameter, and a suffix."""
     return f"p_fastvit_{layer.replace('.', '_')}_weight{_CAST}"
-
-
-def _typed(weight: Compressed, dtype: Any) -> Compressed:
-    """The same with tables and scales of another type: what the weight is decoded to."""
-    stored = weight.stored
-    if not isinstance(stored, Palette):
-        return replace(weight, stored=replace(stored, scale=stored.scale.astype(dtype)))
-    scale = None if stored.scale is None else stored.scale.astype(dtype)
-    return replace(weight, stored=replace(stored, lut=stored.lut.astype(dtype), scale=scale))
 
 
 def _decoder(builder: Any, weight: Compressed, target: str, before: Any, name: str) -> Any:

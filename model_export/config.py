@@ -10,7 +10,7 @@ from fastvlm.preprocessing import MAX_IMAGE_SIZE
 from model_export import compress
 from model_export.contract import LAYOUTS, PATCH_SIZE
 
-PRECISIONS = ("float16", "mixed", "float32")
+PRECISIONS = ("float16", "float32")
 COMPUTE_UNITS = ("CPU_AND_NE", "CPU_AND_GPU", "CPU_ONLY", "ALL")
 DEPLOYMENT_TARGETS = ("iOS15", "iOS16", "iOS17", "iOS18")
 DEFAULT_TARGET = "iOS17"
@@ -135,9 +135,7 @@ class ExportConfig:
             faults.append("--vision-quant and --min-snr: one says the form of each layer, the other looks for it")
         if self.compute_precision == "float32" and any(asked.values()):
             flag = next(flag for flag, given in asked.items() if given)
-            faults.append(
-                f"{flag} with --compute-precision float32: compressed weights are float16; use float16 or mixed"
-            )
+            faults.append(f"{flag} with --compute-precision float32: compressed weights are float16; use float16")
         if asked["--min-snr"] and self.minimum_deployment_target == "iOS15":
             faults.append(
                 "--min-snr with --minimum-deployment-target iOS15, which has no compressed weights: ask for iOS16"

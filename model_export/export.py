@@ -21,7 +21,7 @@ from quantization.recipe import Recipe, load_recipe
 
 PARTS = ("vision", "llm")
 # What the folded encoder's weights take for each parameter; biases and constants are noise beside them.
-_BYTES_PER_WEIGHT = {"float16": 2, "mixed": 4, "float32": 4}
+_BYTES_PER_WEIGHT = {"float16": 2, "float32": 4}
 CALIBRATION_SAMPLES = 256  # questions at most that something is calibrated on
 _SPARE_BYTES = 64 << 20  # tokenizer, configurations, manifest
 Parity = Callable[[Path], Mapping[str, Any]]
@@ -221,7 +221,7 @@ def _write_encoder(
             PackageNotes(*notes),
         )
     if "fp16" in facts:
-        facts["fp16"]["pictures"] = f"{len(given)} given" if given else "a drawn one and noise"
+        facts["fp16"]["pictures"] = f"{len(given)} given and noise" if given else "a drawn one and noise"
     compressed = ", its weights compressed." if facts.get("compression", {}).get("forms") else "."
     return facts, (
         "The vision encoder's branches and normalizations are folded into convolutions; it is stored as a Core ML"

@@ -98,9 +98,9 @@ def check_package(
     """Hold a saved package to the contract and return the facts about its default function. `sizes` has the picture's
     side in pixels for each function. Raises CheckFailed with every difference.
 
-    `float32` has the names of the operations that compute in float32: none but for mixed precision; None is a program
-    in float32. coremltools silently leaves an operation whose weights do not fit float16 in float32, which takes it off
-    the Neural Engine.
+    `float32` has the names of the operations that compute in float32, none but where features don't fit float16; None
+    is a program in float32. coremltools silently leaves an operation whose weights do not fit float16 in float32,
+    which takes it off the Neural Engine.
     """
     faults = []
     described = describe_package(package)

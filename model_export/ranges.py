@@ -8,7 +8,7 @@ import math
 import operator
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import fx, nn
 
 from fastvlm.checkpoint import Checkpoint
 from fastvlm.errors import UserError
-from model_export import mil
+from model_export import fp16, mil
 from model_export.fp16 import LARGEST, SMALLEST_NORMAL
 from model_export.mil import registry
 from model_export.mil.blob import WeightFile
@@ -42,6 +42,7 @@ class Range:
     largest: the largest magnitude. square: the largest (x - mean)^2 inside a LayerNorm, which a processor that takes it
     apart has to hold; 0 without one. subnormal: of the values that are not zero, the share under 2^-14, which float16
     holds with fewer bits or not at all. weight_subnormal: the same of the operation's own weights, 0 without any.
+    exponent: k where an export would carry x / 2^k instead (see `model_export.fp16`); of a checkpoint only.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Range:
     subnormal: float = 0.0
     weight_subnormal: float = 0.0
     dtype: str = "fp16"
+    exponent: int = 0
 
     @property
     def headroom(self) -> float:
@@ -62,6 +64,11 @@ class Range:
     def square_headroom(self) -> float:
         """65504 / square; infinite without a LayerNorm."""
         return LARGEST / self.square if self.square else math.inf
+
+    @property
+    def exported_headroom(self) -> float:
+        """65504 / what an export holds of the largest value."""
+        return self.headroom * 2.0**self.exponent
 
 
 @dataclass
@@ -138,9 +145,10 @@ def measure_modules(encoder: nn.Module, pixels: Iterable[np.ndarray]) -> dict[st
 
     pixels: arrays (1, 3, S, S) float32. Layers have the name that timm gives them (`stages.3.blocks.0.mlp.fc2`), a
     block or a stage is what leaves it. `stages.3.blocks.0.mlp:input` is an attention block's stream between its two
-    branches, `stages.3.blocks.0.token_mixer:scores` what its softmax gets: no module puts them out. A LayerNorm has the
-    largest square of its input. Shares of subnormals are not measured: this is an encoding and one look at each value
-    a picture (5 % of the time at 1024 x 1024).
+    branches; of `stages.3.blocks.0.token_mixer`, `:queries` (over the root of the head's size), `:keys`, `:values` and
+    `:scores`, what its softmax gets: no module puts them out. A LayerNorm has the largest square of its input. Shares
+    of subnormals are not measured: this is an encoding and one look at each value a picture (5 % of the time at 1024 x
+    1024).
 
     Raises UserError for values that are not finite in float32, and for no pixels at all.
     """
@@ -162,18 +170,20 @@ def measure_modules(encoder: nn.Module, pixels: Iterable[np.ndarray]) -> dict[st
     def before(name: str, module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
         see(f"{name}:input", module, inputs[0])
 
-    def scores(name: str, attention: Attention, layer: nn.Module, _: object, output: torch.Tensor) -> None:
+    def products(name: str, attention: Attention, layer: nn.Module, _: object, output: torch.Tensor) -> None:
         heads = output.unflatten(-1, (3, attention.num_heads, attention.head_dim)).movedim(1, -2)
         for head in range(attention.num_heads):  # one at a time: all together take 100 MB at 1024 x 1024
-            q, k = (heads[:, part, head] for part in (0, 1))
-            see(name, layer, q * attention.scale @ k.mT)
+            q, k, v = heads[:, :, head].unbind(1)
+            q = q * attention.scale
+            for part, values in (("queries", q), ("keys", k), ("values", v), ("scores", q @ k.mT)):
+                see(f"{name}:{part}", layer, values)
 
     handles = []
     for name, module in encoder.named_modules():
         if name and not isinstance(module, (nn.Identity, nn.Dropout)):
             handles.append(module.register_forward_hook(partial(after, name)))
         if isinstance(module, Attention):
-            handles.append(module.qkv.register_forward_hook(partial(scores, f"{name}:scores", module)))
+            handles.append(module.qkv.register_forward_hook(partial(products, name, module)))
         if isinstance(module, AttentionBlock):
             handles.append(module.mlp.register_forward_pre_hook(partial(before, f"{name}.mlp")))
     try:
@@ -203,21 +213,43 @@ def _finished(tallies: Mapping[str, _Tally]) -> list[Range]:
 def measure_checkpoint(
     checkpoint: Checkpoint, image_size: int, pixels: Iterable[np.ndarray], advance: Advance = lambda: None
 ) -> list[Range]:
-    """Every operation of a checkpoint's folded encoder, in order of execution, before any rescaling.
+    """Every operation of a checkpoint's folded encoder, in order of execution, before any rescaling, with the exponents
+    that an export would choose by these pictures.
 
     pixels: arrays (1, 3, image_size, image_size) float32. `advance()` after each.
     Raises UserError as `measure_modules`.
     """
-    return measure_graph(_exported(checkpoint, image_size), pixels, advance)
-
-
-def _exported(checkpoint: Checkpoint, image_size: int) -> torch.export.ExportedProgram:
-    """The graph that an export would convert, without rescaling."""
     from model_export import vision  # which measures with this module
-    from model_export.channel_first import channel_first
+    from model_export.channel_first import Encoder, channel_first
 
-    fastvit, _ = vision.folded_encoder(checkpoint)
-    return vision.graph(channel_first(fastvit), image_size)
+    fastvit = channel_first(vision.folded_encoder(checkpoint)[0])
+    found = measure_graph(vision.graph(Encoder(fastvit), image_size), pixels, advance)
+    places = _places(found)
+    exponents = fp16.choose(fastvit, _at_places(places, found)).exponents()
+    return [replace(one, exponent=exponents.get(place, 0)) for place, one in zip(places, found)]
+
+
+def _places(ranges: Iterable[Range]) -> list[str]:
+    """The name that `measure_modules` gives what each operation of a channel-first graph puts out."""
+    places: list[str] = []
+    for one in ranges:
+        place, part = one.layer or "", one.name.partition(":")[2]
+        if one.type == "matmul" and f"{place}:scores" not in places:  # the first of an attention's two
+            part = "scores"
+        elif one.type == "gelu" and not place.endswith(".mlp.act"):
+            place = place.removesuffix(".act")  # it ends its block
+        places.append(f"{place}:{part}" if part else place)
+    return places
+
+
+def _at_places(places: Iterable[str], ranges: Iterable[Range]) -> dict[str, Range]:
+    """Ranges by place, the largest of each. An attention block's two additions are both its stream."""
+    found: dict[str, Range] = {}
+    for place, one in zip(places, ranges):
+        before = found.get(place, one)
+        found[place] = replace(one, largest=max(before.largest, one.largest), square=max(before.square, one.square))
+    blocks = {place: one for place, one in found.items() if f"{place}.mlp.fc2" in found}
+    return found | {f"{place}.mlp:input": one for place, one in blocks.items()}
 
 
 def measure_graph(
@@ -243,15 +275,15 @@ class _Watched(fx.Interpreter):
         self.tallies: dict[str, _Tally] = {}
         self._norms: dict[str, list[fx.Node]] = {}  # the elementary operations of a LayerNorm, by module
         for node in self.module.graph.nodes:  # type: ignore[union-attr]
-            if (found := _module(node))[1].endswith("ChannelNorm"):
+            if (found := module_of(node))[1].endswith("ChannelNorm"):
                 self._norms.setdefault(found[0], []).append(node)
 
     def run_node(self, n: fx.Node) -> Any:
         """Run one node of the graph, and look at what it gives."""
         if n.op != "call_function" or n.target is operator.getitem:
             return super().run_node(n)
-        norm = self._norms.get(_module(n)[0], [])
-        kind = str(n.target).removeprefix("aten.").partition(".")[0]
+        norm = self._norms.get(module_of(n)[0], [])
+        kind = kind_of(n)
         if kind == "layer_norm" or n in norm[:1]:
             self._norm_input = self.env[n.args[0]]  # type: ignore[index]
         if kind == "scaled_dot_product_attention":
@@ -263,6 +295,9 @@ class _Watched(fx.Interpreter):
         if not values or n in norm[:-1]:
             return result
         tally = self._tally(n, "", "layer_norm" if norm else kind)
+        if kind == "split":  # an attention's: FastViT has no other
+            for part, value in zip((":queries", ":keys", ":values"), values, strict=True):
+                self._tally(n, part, kind).see(value)
         for value in values:
             tally.see(value)
         if norm or kind == "layer_norm":
@@ -274,7 +309,7 @@ class _Watched(fx.Interpreter):
         name = node.name + suffix
         if name not in self.tallies:
             constants = [self.fetch_attr(str(other.target)) for other in node.all_input_nodes if other.op == "get_attr"]
-            layer = layer_name(_module(node)[0])
+            layer = layer_name(module_of(node)[0])
             self.tallies[name] = _Tally(name, kind, layer, weight_subnormal=subnormal_share(_weights(constants)))
         return self.tallies[name]
 
@@ -283,10 +318,15 @@ def _several(value: Any) -> tuple[Any, ...]:
     return tuple(value) if isinstance(value, (tuple, list)) else (value,)
 
 
-def _module(node: fx.Node) -> tuple[str, str]:
+def module_of(node: fx.Node) -> tuple[str, str]:
     """Path and class of the innermost module that a node comes from."""
     path, kind = list((node.meta.get("nn_module_stack") or {"": ("", "")}).values())[-1]
     return path, kind if isinstance(kind, str) else kind.__name__
+
+
+def kind_of(node: fx.Node) -> str:
+    """The name of a node's ATen operation."""
+    return str(node.target).removeprefix("aten.").partition(".")[0]
 
 
 def _weights(values: Iterable[Any]) -> list[torch.Tensor]:

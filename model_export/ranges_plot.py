@@ -12,7 +12,7 @@ from model_export.ranges_report import computing, times
 
 _INK, _SOFT, _LINE = "#1d1d1f", "#6e6e73", "#d2d2d7"
 _VALUE, _SQUARE, _WEIGHT, _WARM, _BAD = "#0066cc", "#8944ab", "#c93400", "#fff3d6", "#fde3e1"
-_OVER = "#d70015"
+_OVER, _EXPORTED = "#d70015", "#248a3d"
 _FLOOR = 2.0**-8  # what is smaller (all zero, too) lies on the axis: nothing of interest to the limit
 _BEHIND: dict[str, Any] = {"facecolor": "white", "edgecolor": "none", "pad": 1.5, "alpha": 0.9}
 
@@ -68,6 +68,9 @@ def _values(axes: Any, operations: list[Range], names: list[str]) -> None:
         place = {"transform": axes.get_yaxis_transform(), "ha": "left", "va": "bottom", "fontsize": 9}
         axes.text(0.004, height * 1.08, text, color=_OVER, **place)
     axes.plot(range(len(largest)), largest, color=_VALUE, linewidth=1.1, label="largest magnitude", zorder=3)
+    if any(found.exponent for found in operations):
+        held = [max(found.largest * 2.0**-found.exponent, _FLOOR) for found in operations]
+        axes.plot(range(len(held)), held, color=_EXPORTED, linewidth=1.1, label="as the export carries it", zorder=3)
     hot = [(index, value) for index, value in enumerate(largest) if value * HEADROOM > LARGEST]
     axes.plot(*_columns(hot), ".", color=_VALUE, markersize=7, markeredgewidth=0, zorder=4)
     if squares:
@@ -135,5 +138,5 @@ def _dress(axes: Any, legend: float) -> None:
     axes.set_axisbelow(True)
     for spine in axes.spines.values():
         spine.set_visible(False)
-    place: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (0, legend), "ncols": 2, "borderaxespad": 0.2}
+    place: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (0, legend), "ncols": 3, "borderaxespad": 0.2}
     axes.legend(frameon=False, labelcolor=_SOFT, handlelength=1.2, fontsize=9, borderpad=0.1, **place)

@@ -200,6 +200,13 @@ def summary(ranges: list["Range"]) -> dict[str, Any]:
         )
     if weights.weight_subnormal:
         parts.append(f"most subnormal weights at {at(weights)}, {weights.weight_subnormal:.1%}")
+    scaled = [found for found in judged if found.exponent]
+    if scaled:
+        near = min(judged, key=lambda found: found.exported_headroom)
+        parts.append(
+            f"an export lets {len(scaled)} operations carry x / 2^k, k up to {max(one.exponent for one in scaled)}:"
+            f" smallest headroom then {times(near.exported_headroom)} at {at(near)}"
+        )
     wide = "" if held else "in a float32 program, were it float16: "
     return {
         "limit": LARGEST,
@@ -211,6 +218,8 @@ def summary(ranges: list["Range"]) -> dict[str, Any]:
         "overflows": over,
         "largest_square": square.square,
         "hottest_square": square.name if square.square else None,
+        "scaled_operations": len(scaled),
+        "smallest_exported_headroom": _finite(min(found.exported_headroom for found in judged)),
         "square_overflows": sum(found.square_headroom < 1 for found in judged),
         "verdict": wide + "; ".join(parts),
     }
@@ -236,7 +245,7 @@ def print_table(ranges: list["Range"], top: int) -> None:
     table = Table(title=title, title_justify="left")
     for column in ("operation", "layer"):
         table.add_column(column, overflow="fold")
-    for column in ("largest", "headroom", "square", "headroom", "subnormal", "of weights"):
+    for column in ("largest", "headroom", "exported", "square", "headroom", "subnormal", "of weights"):
         table.add_column(column, justify="right", no_wrap=True)
     for found, place in shown[:top]:
         table.add_row(
@@ -244,6 +253,7 @@ def print_table(ranges: list["Range"], top: int) -> None:
             escape(place),
             f"{found.largest:.4g}",
             _coloured(found.headroom, HEADROOM),
+            _coloured(found.exported_headroom, HEADROOM) if found.exponent else "",
             f"{found.square:.3g}" if found.square else "",
             _coloured(found.square_headroom, HEADROOM) if found.square else "",
             f"{found.subnormal:.1%}" if found.subnormal else "",

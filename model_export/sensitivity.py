@@ -23,6 +23,7 @@ from fastvlm.errors import UserError
 from fastvlm.files import load_json
 from fastvlm.staging import write_file
 from model_export import compress, contract, mil
+from model_export.channel_first import Encoder
 from model_export.compress import Assignment
 from model_export.config import DEPLOYMENT_TARGETS, ExportConfig
 from quantization.allocation import allocate
@@ -54,7 +55,7 @@ class _Round:
 
 
 def search(
-    fastvit: nn.Module, config: ExportConfig, pictures: Callable[[int], Any], write: Write, folder: Path
+    encoder: Encoder, config: ExportConfig, pictures: Callable[[int], Any], write: Write, folder: Path
 ) -> tuple[Assignment, dict[str, Any]]:
     """Forms for a prepared encoder that keep `config.min_snr` dB as typed on the pictures, and facts for the manifest.
 
@@ -71,13 +72,13 @@ def search(
             f"--min-snr with --minimum-deployment-target {config.deployment_target}, which has no compressed weights:"
             f" ask for {min(form.target for form in COMPRESSIONS.values())}, or leave the flag out"
         )
-    compress.check_finite(compress.weights(fastvit))
-    shapes = compress.layer_shapes(fastvit)
+    compress.check_finite(compress.weights(encoder.fastvit))
+    shapes = compress.layer_shapes(encoder.fastvit)
     candidates = {
         name: [form for form in legal if compress.fault_of(shape, form, shapes) is None]
         for name, shape in shapes.items()
     }
-    check = _Check(fastvit, pictures, write, folder)
+    check = _Check(encoder, pictures, write, folder)
     base = check({})
     if base > 10 ** (-config.min_snr / 10):
         raise UserError(
@@ -85,7 +86,7 @@ def search(
         )
     small = list(pictures(min(MEASURED_AT, config.image_size or MEASURED_AT)))
     cache = config.output_dir.with_name(config.output_dir.name + ".sensitivity.json")
-    noise = measure(fastvit, candidates, small, cache)
+    noise = measure(encoder.fastvit, candidates, small, cache)
     layers = {
         name: {compress.NONE: (2 * int(np.prod(shape)), 0.0)}
         | {form.name: (nbytes(shape, form), noise[name][form.name]) for form in candidates[name]}
@@ -220,9 +221,9 @@ class _Tails:
 class _Check:
     """Relative noise power, as typed, of a package written with some forms, at the native size; worst picture."""
 
-    def __init__(self, fastvit: nn.Module, pictures: Callable[[int], Any], write: Write, folder: Path) -> None:
+    def __init__(self, encoder: Encoder, pictures: Callable[[int], Any], write: Write, folder: Path) -> None:
         self.write, self.package = write, folder / "check.mlpackage"
-        self.fastvit, self.pictures = fastvit, pictures
+        self.encoder, self.pictures = encoder, pictures
         self.features: list[np.ndarray] = []  # the float32 encoder's, of each picture: the same in every round
 
     def __call__(self, forms: Mapping[str, Compression]) -> float:
@@ -231,7 +232,8 @@ class _Check:
         size = executor.inputs[contract.INPUT].shape[-1]
         assert size is not None
         if not self.features:
-            self.features = [self._expected(pixels) for pixels in self.pictures(size)]
+            with torch.inference_mode():
+                self.features = [self.encoder(torch.from_numpy(pixels)).numpy() for pixels in self.pictures(size)]
         noise = max(
             relative_noise(expected, executor.predict({contract.INPUT: pixels})[contract.OUTPUT])
             for pixels, expected in zip(self.pictures(size), self.features)
@@ -239,11 +241,6 @@ class _Check:
         del executor
         shutil.rmtree(self.package)
         return noise
-
-    def _expected(self, pixels: np.ndarray) -> np.ndarray:
-        with torch.inference_mode():
-            features = self.fastvit.forward_features(torch.from_numpy(pixels))  # type: ignore[operator]
-        return features.flatten(2).transpose(1, 2).numpy()
 
 
 def _legal(form: Compression, target: str) -> bool:

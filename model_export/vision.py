@@ -6,7 +6,7 @@ The same input gives the same bytes.
 import gc
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +20,8 @@ from fastvlm import naming
 from fastvlm.checkpoint import Checkpoint
 from fastvlm.cli import log
 from fastvlm.dtypes import DTYPES
-from fastvlm.errors import CheckFailed
-from fastvlm.model import encoder
+from fastvlm.model import encoder as load_encoder
+from fastvlm.pictures import noise
 from fastvlm.reparam import FOLD_TOLERANCE, fold_and_prove
 from model_export import compress, contract, fp16, ranges, sensitivity
 from model_export.channel_first import Encoder, channel_first
@@ -29,8 +29,9 @@ from model_export.config import ExportConfig
 from model_export.coreml import coremltools, quiet_conversion
 from model_export.mil import read_package
 from model_export.mil.allocator import kept_buffers
-from model_export.operation_costs import Graph, cost_of, is_float32
+from model_export.operation_costs import Graph, cost_of
 from model_export.package import METADATA, check_package, finish_package
+from model_export.scaled import SCALED
 from quantization.compression import Compressed, Compression
 
 # Of coremltools' default passes those that change this graph at any target (measured), and those that any graph needs.
@@ -75,28 +76,33 @@ def export_vision(
     The fold is proved in float64 on the way; float16's powers of two are chosen on `pictures`; the saved program is
     read back and held to the contract. Temporary files stay in the folder of `target`.
 
-    Raises CheckFailed when the fold or the saved program is not what it should be, or float16 cannot hold the encoder's
-    values; UserError for unusable weights.
+    Raises CheckFailed when the fold or the saved program is not what it should be; UserError for unusable weights.
     """
     native = config.image_size or checkpoint.image_size
     sizes = contract.functions(native, config.resolutions)
     notes = notes or PackageNotes(checkpoint.image_strategy)
     fastvit, errors = folded_encoder(checkpoint)
     facts: dict[str, Any] = {}
-    if config.compute_precision != "float32":
-        facts["fp16"] = make_range_safe(fastvit, config.compute_precision, sorted(set(sizes.values())), pictures)
-    channel_first(fastvit)
-    shapes = compress.layer_shapes(fastvit)
+    if config.compute_precision == "float16":
+        # A user's pictures need not be the harshest; the built-in ones have noise among them.
+        harsh = [] if config.calibration_data is None else [noise]
+        measured_on = (
+            one for size in sorted(set(sizes.values())) for one in (*pictures(size), *(f(size) for f in harsh))
+        )
+        encoder, facts["fp16"] = range_safe(fastvit, measured_on)
+    else:
+        encoder = Encoder(channel_first(fastvit))
+    shapes = compress.layer_shapes(encoder.fastvit)
     assignment = compress.assign(config.compression, shapes)
 
     def write_native(forms: Mapping[str, Compression], package: Path) -> None:
-        _write(fastvit, config, contract.functions(native), forms, package, pictures, notes)
+        _write(encoder, config, contract.functions(native), forms, package, notes)
 
     with _temporary_folder(target.parent) as folder:
         if config.min_snr is not None:
-            assignment, found = sensitivity.search(fastvit, config, pictures, write_native, folder)
+            assignment, found = sensitivity.search(encoder, config, pictures, write_native, folder)
             facts["sensitivity"] = found
-        written = _write(fastvit, config, sizes, assignment.forms, folder / target.name, pictures, notes)
+        written = _write(encoder, config, sizes, assignment.forms, folder / target.name, notes)
         (folder / target.name).rename(target)
     if assignment.forms or assignment.wide:
         facts["compression"] = _compression(shapes, assignment)
@@ -117,25 +123,31 @@ def export_vision(
     }
 
 
+def _measured_on(config: ExportConfig, sizes: Iterable[int], pictures: Pictures) -> Iterator[np.ndarray]:
+    """The pictures at every size, and noise: a user's need not be the harshest, the built-in ones have it already."""
+    for size in sorted(set(sizes)):
+        yield from pictures(size)
+        if config.calibration_data is not None:
+            yield noise(size)
+
+
 def _write(
-    fastvit: nn.Module,
+    encoder: Encoder,
     config: ExportConfig,
     sizes: Mapping[str, int],
     forms: Mapping[str, Compression],
     target: Path,
-    pictures: Pictures,
     notes: PackageNotes,
 ) -> dict[str, Any]:
     """Convert a prepared encoder at every size, weights in these forms, and check what was written."""
-    stored = compress.compressed(fastvit, forms)
+    stored = compress.compressed(encoder.fastvit, forms)
     parts = {size: target.with_name(f"{size}.mlpackage") for size in sorted(set(sizes.values()))}
-    wide: set[str] = set()  # the same operations in every function: their weights are stored once
-    if config.compute_precision == "mixed":
-        wide = wide.union(*(_out_of_range(graph(fastvit, size), pictures(size)) for size in parts))
     for size, part in parts.items():
-        program = graph(fastvit, size)
+        program = graph(encoder, size)
         channels = _output_channels(program)
-        _convert(program, config, size, part, wide, stored)
+        added, last = _added(program), _last_operation(program)
+        float32 = {last} if encoder.exponent and not encoder.fits_float16 else set()
+        _convert(program, config, size, part, float32, stored)
         del program
     if len(sizes) > 1:
         _merge({name: parts[size] for name, size in sizes.items()}, target)
@@ -144,8 +156,8 @@ def _write(
     else:
         parts[sizes[contract.MAIN]].rename(target)
     finish_package(target, _description(config, sizes, channels, notes))
-    facts = check_package(target, sizes, channels, None if config.compute_precision == "float32" else wide)
-    return {"channels": channels, **facts, **({"mixed": _cost_of_float32(target)} if wide else {})}
+    facts = check_package(target, sizes, channels, None if config.compute_precision == "float32" else float32)
+    return {"channels": channels, **facts, **({"scaling": _cost_of(added, target)} if added else {})}
 
 
 def _compression(shapes: Mapping[str, tuple[int, ...]], assignment: compress.Assignment) -> dict[str, Any]:
@@ -163,66 +175,86 @@ def _compression(shapes: Mapping[str, tuple[int, ...]], assignment: compress.Ass
     }
 
 
-def _cost_of_float32(package: Path) -> dict[str, Any]:
-    """What mixed precision costs, of the default function; said in a line, too.
+def _added(program: torch.export.ExportedProgram) -> set[str]:
+    """Names of the operations of scaled activations, Gains and of the features' own factor, but for the activations
+    themselves, which the unscaled encoder has, too."""
+    owners = {one.__name__ for one in (*SCALED.values(), fp16.Gain)}
+    found = {
+        node.name
+        for node in program.graph.nodes
+        if node.op == "call_function"
+        and ranges.module_of(node)[1].rpartition(".")[2] in owners
+        and ranges.kind_of(node) not in ("gelu", "sigmoid", "softmax")
+    }
+    last = next(node for node in program.graph.nodes if node.name == _last_operation(program))
+    return found | ({last.name} if ranges.kind_of(last) == "mul" else set())
 
-    {operations, mac_share: of all multiply-accumulates, extra_weight_bytes}.
+
+def _cost_of(added: Collection[str], package: Path) -> dict[str, Any]:
+    """What powers of two cost beside weights, of the default function; said in a line, too.
+
+    {operations: how many were added, byte_share: of all bytes that operations read and write}. They have no
+    multiply-accumulates.
     """
     program = read_package(package)
     found = Graph(program.functions[program.default_function])
-    wide = [one for one in found.operations if one.type != "cast" and is_float32(one)]
-    macs = sum(cost_of(found, one).macs or 0 for one in found.operations)
-    share = sum(cost_of(found, one).macs or 0 for one in wide) / max(macs, 1)
-    extra = sum(size // 2 for one in wide for kind, size in found.weights(one).values() if kind == "fp32")
-    log(
-        f"mixed: {len(wide)} operations stay float32, off the Neural Engine: {share:.1%} of the multiply-accumulates,"
-        f" weights {extra / 1e6:,.1f} MB larger"
-    )
-    return {"operations": len(wide), "mac_share": float(f"{share:.4g}"), "extra_weight_bytes": extra}
+    new, moved = [], 0
+    for one in found.operations:
+        size = cost_of(found, one).bytes or 0
+        moved += size
+        # coremltools has a name of its own for what a clamp becomes; FastViT has no other
+        if one.type == "clip" or one.name.removesuffix("_cast_fp16") in added:
+            new.append(size)
+    share = sum(new) / max(moved, 1)
+    log(f"range-safe: {len(new)} operations added, {share:.1%} of the bytes moved, no multiply-accumulates")
+    return {"operations": len(new), "byte_share": float(f"{share:.3g}")}
 
 
 def folded_encoder(checkpoint: Checkpoint) -> tuple[nn.Module, dict[str, float]]:
     """The folded float32 encoder and the fold's errors. Loaded as it is stored: half the memory, nothing rounded."""
     stored = {info.dtype for name, info in checkpoint.tensors.items() if name.startswith(naming.VISION)} & DTYPES.keys()
-    original = encoder(checkpoint, dtype=stored.pop() if len(stored) == 1 else "float32")
+    original = load_encoder(checkpoint, dtype=stored.pop() if len(stored) == 1 else "float32")
     folded, errors = fold_and_prove(original, dtype=torch.float32)
     return folded.requires_grad_(False), errors
 
 
-def make_range_safe(fastvit: nn.Module, precision: str, sizes: Iterable[int], pictures: Pictures) -> dict[str, Any]:
-    """Rescale a folded encoder for float16, in place (see `model_export.fp16`); returns what the manifest says of it.
+def range_safe(fastvit: nn.Module, pixels: Iterable[np.ndarray]) -> tuple[Encoder, dict[str, Any]]:
+    """Make a folded encoder channel-first and carry powers of two so that float16 holds it, in place (see
+    `model_export.fp16`); and what the manifest says of it.
 
-    Raises CheckFailed when `precision` is "float16" and a value that no power of two reaches overflows it.
+    pixels: arrays (1, 3, S, S) float32 that its values are measured on.
     """
     with kept_buffers():
-        found = ranges.measure_modules(fastvit, (pixels for size in sizes for pixels in pictures(size)))
+        measured = ranges.measure_modules(fastvit, pixels)
     gc.collect()  # the hooks' closures: they hold activations
-    exponents = fp16.stream_exponents(fastvit, found)
-    before, after = fp16.hottest(fastvit, found, [0] * len(exponents)), fp16.hottest(fastvit, found, exponents)
-    fp16.rescale(fastvit, exponents)
-    lifted = fp16.lift_small_weights(fastvit, found, exponents)
-    if any(exponents):
-        log(f"float16: stages carry x / 2^k, k = {exponents}: headroom {before.headroom:.3g}x -> {after.headroom:.3g}x")
-    if precision == "float16" and after.headroom < fp16.UNREACHED_HEADROOM:
-        text = f"{after.name} reaches {after.largest:.4g}, where no power of two helps; float16 ends at 65504"
-        if after.headroom <= 1:
-            raise CheckFailed(f"float16: {text}: export with --compute-precision mixed")
-        log(f"warning: float16: {text}: consider --compute-precision mixed")
-    return {
-        "stage_exponents": exponents,
-        "branch_exponents": lifted,
+    channel_first(fastvit)
+    found = fp16.choose(fastvit, measured)
+    before, after = fp16.flow(fastvit).headroom(measured), found.headroom(measured)
+    layers, activations = found.layer_exponents(), found.activation_exponents()
+    fp16.rescale(fastvit, found)
+    largest = max((value.exponent for value in found.values), default=0)
+    if largest > 0:
+        log(
+            f"float16: {sum(value.exponent > 0 for value in found.values)} values carry x / 2^k, k up to {largest}:"
+            f" minimum headroom {before.least:.3g}x -> {after.least:.3g}x"
+        )
+    holds = measured["final_conv"].largest * fp16.HEADROOM <= fp16.LARGEST
+    return Encoder(fastvit, found.features.exponent, holds), {
+        "layer_exponents": layers,
+        "activation_exponents": activations,
+        "features_exponent": found.features.exponent,
         "headroom": {
-            moment: {"least": _rounded(one.headroom), "at": one.name, "squares": _rounded(one.square_headroom)}
+            moment: {"least": _rounded(one.least), "at": one.name, "squares": _rounded(one.squares)}
             for moment, one in (("before", before), ("after", after))
         },
     }
 
 
-def graph(fastvit: nn.Module, image_size: int) -> torch.export.ExportedProgram:
+def graph(encoder: Encoder, image_size: int) -> torch.export.ExportedProgram:
     """The core-ATen graph. Gradients off: with them the conversion peaks at 7 GB instead of 2 (1024 x 1024)."""
     example = (torch.zeros(contract.input_shape(image_size)),)
     with torch.no_grad(), quiet_conversion():
-        return torch.export.export(Encoder(fastvit).eval(), example).run_decompositions({})
+        return torch.export.export(encoder.eval(), example).run_decompositions({})
 
 
 def _rounded(value: float | None) -> float | None:
@@ -230,15 +262,14 @@ def _rounded(value: float | None) -> float | None:
     return None if value is None else float(f"{value:.3g}")
 
 
-def _out_of_range(program: torch.export.ExportedProgram, pixels: Iterable[np.ndarray]) -> set[str]:
-    """Names of the operations that mixed precision keeps in float32."""
-    measured = {one.name: one.largest for one in ranges.measure_graph(program, pixels)}
-    return fp16.out_of_range(program.graph, measured)
-
-
 def _output_channels(program: torch.export.ExportedProgram) -> int:
     (output,) = next(node for node in program.graph.nodes if node.op == "output").args[0]
     return int(output.meta["val"].shape[-1])
+
+
+def _last_operation(program: torch.export.ExportedProgram) -> str:
+    (output,) = next(node for node in program.graph.nodes if node.op == "output").args[0]
+    return str(output.name)
 
 
 def _convert(

@@ -70,6 +70,20 @@ def test_hot_streams_and_the_ordinary_one(tiny):
 
 
 @pytest.mark.slow
+def test_hot_patch_embeddings(tiny, monkeypatch):
+    monkeypatch.setattr(encoder, "GELU_PEAKS", ("2.5e5",))
+    monkeypatch.setattr(encoder, "GELU_NAIVE", {128: ("2.5e5",)})
+    figures = encoder._gelus(tiny, tiny / "work")
+    assert figures.keys() <= encoder._gelu_bars().keys()
+    at = "2.5e5_128"
+    assert figures[f"gelu_reached_{at}"] == pytest.approx(2.5e5, rel=0.02)
+    assert figures[f"gelu_float32_{at}"] == 0 and figures[f"gelu_added_{at}"] >= 6
+    for kind in ("", "noise_"):
+        assert figures[f"{kind}gelu_strict_{at}"] > 45 and figures[f"{kind}gelu_gain_{at}"] > -1
+        assert figures[f"{kind}gelu_naive_{at}"] < 15  # the negative control
+
+
+@pytest.mark.slow
 def test_graph_and_functions(tiny):
     figures = encoder._graph(tiny, tiny / "work") | encoder._multifunction(tiny, tiny / "work")
     assert figures["findings_64"] >= 0 and figures["moves_128"] == figures["moves_64"]

@@ -44,7 +44,7 @@ MOVES = ("transpose", "reshape", "squeeze", "expand_dims")
 def save(fastvit: nn.Module, size: int, target: Path) -> Path:
     """A prepared encoder as a package, by the export's own conversion."""
     config = ExportConfig(target / "no-checkpoint", target / "out")
-    vision._convert(vision.graph(fastvit, size), config, size, target, set(), {})
+    vision._convert(vision.graph(Encoder(fastvit), size), config, size, target, set(), {})
     return target
 
 

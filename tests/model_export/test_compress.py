@@ -346,33 +346,33 @@ def test_several_resolutions_store_compressed_weights_once(
     assert snr_db(in_torch(expected, small), computed(several, small, "encode_64")) > 45
 
 
-def test_mixed_precision_decodes_to_float32_where_it_computes_so(
+def test_powers_of_two_and_compressed_weights_go_together(
     tiny_checkpoint: Path, pixels: np.ndarray, in_torch: Any, tmp_path: Path
 ) -> None:
-    """A GELU whose values leave float16: its neighbours' weights are compressed all the same."""
+    """A GELU whose values leave float16: the weights before and after it, scaled, are compressed like any other."""
     hot = {
         r"stages\.3\.blocks\.0\.mlp\.fc1\.(weight|bias)": 1e5,
         r"stages\.3\.blocks\.0\.mlp\.fc2\.weight": 1e-5,
     }
     checkpoint = rewritten(tiny_checkpoint, tmp_path / "hot", hot)
     rules = {"stages.3.*.fc1": "int4-b32", "stages.3.*.fc2": "palette4-g16-scaled", "*": "palette6"}
-    settings = {"compute_precision": "mixed", "vision_quant": str(rules_file(tmp_path, rules))}
-    package, facts = packaged(checkpoint, tmp_path / contract.PACKAGE, **settings)
-    assert facts["mixed"]["operations"] == 3
+    package, facts = packaged(checkpoint, tmp_path / contract.PACKAGE, vision_quant=str(rules_file(tmp_path, rules)))
+    assert facts["fp16"]["activation_exponents"].keys() == {"stages.3.blocks.0.mlp.act"}
     forms = facts["compression"]["forms"]
     assert forms["stages.3.blocks.0.mlp.fc1"] == "int4-b32"
     decoded = weights_of(package)
-    assert {name: weight.dtype for name, weight in decoded.items() if weight.dtype != np.float16} == {
-        f"stages_3_blocks_0_mlp_{name}": np.float32 for name in ("fc1", "fc2")
-    }
+    assert {weight.dtype for weight in decoded.values()} == {np.dtype(np.float16)}
     small = {layer.replace(".", "_") for layer in forms}
     assert differing(executor_weights(package), {name: decoded[name] for name in small}) == []
     prepared = channel_first(vision.folded_encoder(open_checkpoint(checkpoint))[0])
-    lifts = facts["fp16"]["branch_exponents"]
+    folded, _ = vision.folded_encoder(open_checkpoint(checkpoint))
+    drawn = pictures.pixels(read_preprocessor(checkpoint), pixels.shape[-1])
+    scaled = vision.range_safe(folded, drawn)[0].fastvit
     meant = {}
     for layer, form in forms.items():
-        factor = 2.0 ** lifts.get(layer, 0)
-        weight = (prepared.get_submodule(layer).weight * factor).detach().half().numpy()
+        weight = scaled.get_submodule(layer).weight.detach()
+        factor = float(weight.abs().max() / prepared.get_submodule(layer).weight.abs().max())
+        weight = weight.half().numpy()
         name = layer.replace(".", "_")
         meant[name] = compressed_weight(weight, form).decode()
         assert np.array_equal(decoded[name].astype(np.float16), meant[name]), layer

@@ -64,7 +64,7 @@ TARGET = "--minimum-deployment-target"
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--compute-precision", "fp16"], "--compute-precision: got 'fp16', expected one of float16, mixed, float32"),
+        (["--compute-precision", "fp16"], "--compute-precision: got 'fp16', expected one of float16, float32"),
         (["--compute-precision", "float32"], "the Neural Engine has no float32"),
         (["--vision-quant", "palette5"], "--vision-quant palette5: expected fp16, "),
         (["--vision-quant", ""], "--vision-quant"),
@@ -151,7 +151,6 @@ def test_a_recipe_says_how_the_encoder_is_stored(tmp_path: Path, folders: Path) 
     ("flags", "target"),
     [
         ([], "iOS17"),
-        (["--compute-precision", "mixed"], "iOS17"),
         (["--calibration-data", "{at}/pictures"], "iOS17"),
         (["--resolutions", "64", "192"], "iOS18"),
         (["--vision-quant", "palette4"], "iOS17"),
@@ -186,8 +185,7 @@ def test_the_same_flags_give_the_same_bytes(tiny_checkpoint: Path, tmp_path: Pat
     results = []
     for number, (at, checkpoint) in enumerate(((folders, tiny_checkpoint), (moved, source))):
         target = tmp_path / f"{number}"
-        flags = ["--compute-precision", "mixed", "--vision-quant", at / "rules.json"]
-        flags += ["--calibration-data", at / "pictures"]
+        flags = ["--vision-quant", at / "rules.json", "--calibration-data", at / "pictures"]
         assert call("vision", "--checkpoint", checkpoint, "--output-dir", target, *flags) == 0
         assert verify(target) == []
         results.append({

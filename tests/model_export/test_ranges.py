@@ -24,7 +24,7 @@ from fastvlm.checkpoint import open_checkpoint
 from fastvlm.cli import Parser, add_common, run
 from fastvlm.errors import UserError
 from model_export import mil, vision
-from model_export.channel_first import channel_first
+from model_export.channel_first import Encoder, channel_first
 from model_export.coreml import coremltools, quiet_conversion
 from model_export.ranges import (
     Range,
@@ -61,7 +61,7 @@ def modules(fastvit: nn.Module, pixels: list[np.ndarray]) -> dict[str, Range]:
 @pytest.fixture(scope="module")
 def operations(fastvit: nn.Module, pixels: list[np.ndarray]) -> list[Range]:
     """Of the graph as timm has it, with fused attention and LayerNorms between permutes."""
-    return measure_graph(vision.graph(fastvit, 128), pixels)
+    return measure_graph(vision.graph(Encoder(fastvit), 128), pixels)
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +158,7 @@ def test_nothing_to_measure_on_is_refused(fastvit: nn.Module) -> None:
     with pytest.raises(UserError, match="no picture"):
         measure_modules(fastvit, [])
     with pytest.raises(UserError, match="no picture"):
-        measure_graph(vision.graph(fastvit, 128), [])
+        measure_graph(vision.graph(Encoder(fastvit), 128), [])
 
 
 @pytest.mark.parametrize(
@@ -196,8 +196,12 @@ def test_modules_hold_what_float64_says(
     blocks = {f"stages.{stage}.blocks.{i}" for stage in range(5) for i in range(len(fastvit.stages[stage].blocks))}
     assert leaves | blocks <= modules.keys()
     for name, found in modules.items():
-        if name.endswith(":scores"):
-            expected = np.stack([scores_of(one[0]) for one in truth[name.removesuffix(":scores") + ".qkv"]])
+        mixer, _, part = name.partition(":")
+        if part == "scores":
+            expected = np.stack([scores_of(one[0]) for one in truth[f"{mixer}.qkv"]])
+        elif part in ("queries", "keys", "values"):
+            third = np.split(truth[f"{mixer}.qkv"], 3, -1)[("queries", "keys", "values").index(part)]
+            expected = third * (32**-0.5 if part == "queries" else 1)
         else:
             expected = truth[name.removesuffix(":input") + ("<" if name.endswith(":input") else "")]
         assert found.largest == pytest.approx(np.abs(expected).max(), rel=1e-4), name
@@ -296,7 +300,7 @@ def test_subnormal_shares_of_values_and_weights(
 def test_channel_first_graph_has_one_layer_norm_each(
     fastvit: nn.Module, pixels: list[np.ndarray], truth: dict[str, np.ndarray]
 ) -> None:
-    found = measure_graph(vision.graph(channel_first(copy.deepcopy(fastvit)), 128), pixels)
+    found = measure_graph(vision.graph(Encoder(channel_first(copy.deepcopy(fastvit))), 128), pixels)
     norms = [one for one in found if one.type == "layer_norm"]
     assert [one.layer for one in norms] == ["stages.3.blocks.0.norm", "stages.4.blocks.0.norm"]
     for one in norms:

@@ -29,7 +29,7 @@ from fastvlm.preprocessing import open_image, read_preprocessor
 from model_export import compress, contract, mil, sensitivity, vision
 from model_export.__main__ import build_parser
 from model_export.artefact import read_manifest
-from model_export.channel_first import channel_first
+from model_export.channel_first import Encoder, channel_first
 from model_export.config import ExportConfig
 from model_export.package import WEIGHTS
 from quantization.compression import COMPRESSIONS, Compression
@@ -361,19 +361,19 @@ def test_published_package_keeps_the_ratio(searched: tuple[Path, str], tiny_chec
 class InTorch:
     """Stands for `_Check`: the noise of all forms together, without writing a package."""
 
-    fastvit: nn.Module
+    encoder: Encoder
     pictures: Any
     write: Any
     folder: Path
 
     def __call__(self, forms: Mapping[str, Compression]) -> float:
-        changed = copy.deepcopy(self.fastvit)
-        for name, weight in compress.compressed(self.fastvit, forms).items():
-            changed.get_submodule(name).weight.data = torch.from_numpy(weight.decode().astype(np.float32))
+        changed = copy.deepcopy(self.encoder)
+        for name, weight in compress.compressed(self.encoder.fastvit, forms).items():
+            changed.fastvit.get_submodule(name).weight.data = torch.from_numpy(weight.decode().astype(np.float32))
         noise = []
         with torch.no_grad():
             for array in map(torch.from_numpy, self.pictures(SIZE)):
-                a, b = (model.forward_features(array) for model in (self.fastvit, changed))
+                a, b = (model(array) for model in (self.encoder, changed))
                 noise.append(float((a - b).square().sum() / a.square().sum()))
         return 1e-6 + max(noise)
 
@@ -390,7 +390,7 @@ def test_lower_ratio_is_smaller_and_older_target_has_its_own_forms(
         config = ExportConfig(
             tiny_checkpoint, searched[0], min_snr=asked, image_size=SIZE, minimum_deployment_target=target
         )
-        assigned, facts = sensitivity.search(fastvit, config, lambda _: arrays, None, Path())  # type: ignore[arg-type]
+        assigned, facts = sensitivity.search(Encoder(fastvit), config, lambda _: arrays, None, Path())  # type: ignore[arg-type]
         assert facts["asked_db"] == asked <= facts["kept_db"]
         assert {*assigned.forms, *assigned.wide} == set(shapes) and not set(assigned.forms) & set(assigned.wide)
         return compress.size_of(shapes, assigned.forms), {form.target for form in assigned.forms.values()}
@@ -447,7 +447,7 @@ def test_weights_beyond_float16_are_named(fastvit: nn.Module, tiny_checkpoint: P
     fastvit.get_submodule("final_conv.se.fc1").weight.data[0, 0] = 1e6  # type: ignore[index, union-attr]
     config = ExportConfig(tiny_checkpoint, tmp_path / "x", min_snr=30.0)
     with pytest.raises(CheckFailed, match=r"do not fit float16, compressed or not: final_conv\.se\.fc1$"):
-        sensitivity.search(fastvit, config, lambda size: [], None, tmp_path)  # type: ignore[arg-type]
+        sensitivity.search(Encoder(fastvit), config, lambda size: [], None, tmp_path)  # type: ignore[arg-type]
     with pytest.raises(UserError, match="no compressed weights"):
         older = ExportConfig(tiny_checkpoint, tmp_path / "x", min_snr=30.0, minimum_deployment_target="iOS15")
-        sensitivity.search(fastvit, older, lambda size: [], None, tmp_path)  # type: ignore[arg-type]
+        sensitivity.search(Encoder(fastvit), older, lambda size: [], None, tmp_path)  # type: ignore[arg-type]

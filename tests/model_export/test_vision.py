@@ -16,7 +16,7 @@ from fastvlm.checkpoint import Checkpoint, open_checkpoint
 from fastvlm.errors import CheckFailed, UserError
 from fastvlm.model import encoder
 from fastvlm.preprocessing import read_preprocessor
-from model_export import contract, mil, vision
+from model_export import contract, fp16, mil, vision
 from model_export.artefact import read_manifest
 from model_export.config import ExportConfig
 from model_export.coreml import coremltools
@@ -183,8 +183,10 @@ def test_finishing_twice_changes_nothing(tiny_artefact: Path, tmp_path: Path) ->
         assert (package / name).read_bytes() == (tiny_artefact / contract.PACKAGE / name).read_bytes()
 
 
-def test_weight_that_does_not_fit_float16_is_named(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    """coremltools would leave its operation in float32, silently; here the export fails."""
+def test_weight_beyond_float16_is_brought_into_it(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without its power of two coremltools would leave its operation in float32, silently: the export fails on that."""
     from safetensors.torch import load_file, save_file
 
     from fastvlm import naming
@@ -200,6 +202,9 @@ def test_weight_that_does_not_fit_float16_is_named(tiny_checkpoint: Path, tmp_pa
     tensors[mlp["fc1.weight"]][0] = tensors[mlp["fc1.bias"]][0] = 0  # what the large weight multiplies
     tensors[mlp["fc2.weight"]][0, 0] = 1e7
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    facts = exported(folder, tmp_path / "ours.mlpackage", PackageNotes("pad"))
+    assert facts["fp16"]["layer_exponents"].keys() == {"stages.0.blocks.0.mlp.fc2"}
+    monkeypatch.setattr("model_export.fp16.choose", lambda fastvit, ranges: fp16.flow(fastvit))
     with pytest.raises(CheckFailed, match="float32 in a float16 program"):
         exported(folder, tmp_path / contract.PACKAGE, PackageNotes("pad"))
 
