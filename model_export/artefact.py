@@ -20,7 +20,7 @@ from model_export import contract, elsewhere, manifest_form
 if TYPE_CHECKING:  # torch, which verify and the app's verbs need not wait for
     from fastvlm.checkpoint import Checkpoint
 
-FORMAT, FORMAT_VERSION = "fastvlm-artefact", 2  # 2: several functions, powers of two, a channel-first encoder
+FORMAT, FORMAT_VERSION = "fastvlm-artefact", 3  # 3: powers of two by layer, activations in their scaled form
 _PACKAGES = ("torch", "timm", "transformers", "tokenizers", "safetensors", "coremltools", "numpy")
 _SELF = "manifest_sha256"
 _CHUNK = 1 << 22

@@ -16,9 +16,13 @@ FORM: dict[str, Any] = {
     "llm": {"files": [str], "recipe": {"name": str}, "bits_per_weight": _NUMBER, "decisions": {}},
 }
 BESIDE: dict[str, Any] = {  # below `vision`
-    "fp16": {"stage_exponents": [int], "headroom": {"before": {"least": _NUMBER}, "after": {"least": _NUMBER}}},
+    "fp16": {
+        "layer_exponents": {},
+        "activation_exponents": {},
+        "headroom": {"before": {"least": _NUMBER}, "after": {"least": _NUMBER}},
+    },
     "compression": {"weight_bytes": int, "float16_weight_bytes": int, "forms": {}, "wide": (list, dict)},
-    "mixed": {"operations": int, "mac_share": _NUMBER},
+    "scaling": {"operations": int, "byte_share": _NUMBER},
 }
 
 
