@@ -131,7 +131,8 @@ def output_faults(outputs: Mapping[str, tuple[Path, Output]], inputs: list[tuple
         above = [_identity(parent) for one in written for parent in _with_parents(one)]
         for name, place, identity in places:
             if identity in above:
-                faults.append(f"{flag} {path}: is {name} {place} or inside it, which is only read: choose another")
+                where = "is" if identity in map(_identity, written) else "is inside"
+                faults.append(f"{flag} {path}: {where} {name} {place}, which is only read: choose another")
             elif output.whole and _identity(path.expanduser()) in map(_identity, _with_parents(place.expanduser())):
                 faults.append(f"{flag} {path}: holds {name} {place}, and would be replaced: choose another")
             elif any(_linked(one, place.expanduser()) for one in written):

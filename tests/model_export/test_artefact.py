@@ -303,12 +303,12 @@ def test_missing_extra_resized_and_linked_files_are_named(tmp_path: Path) -> Non
         ("[" * 100_000, "not JSON"),
         ("[]", "not the manifest"),
         ('{"format": "fastvlm-artefact", "format_version": 99}', "version 99"),
-        ('{"format": "fastvlm-artefact", "format_version": 2, "files": {"../x": {"sha256": "", "size": 1}}}', "inside"),
+        ('{"format": "fastvlm-artefact", "format_version": 3, "files": {"../x": {"sha256": "", "size": 1}}}', "inside"),
         (
-            '{"format": "fastvlm-artefact", "format_version": 2, "files": {"/etc/x": {"sha256": "", "size": 1}}}',
+            '{"format": "fastvlm-artefact", "format_version": 3, "files": {"/etc/x": {"sha256": "", "size": 1}}}',
             "inside",
         ),
-        ('{"format": "fastvlm-artefact", "format_version": 2, "files": {"x": {"size": true}}}', "inside"),
+        ('{"format": "fastvlm-artefact", "format_version": 3, "files": {"x": {"size": true}}}', "inside"),
     ],
 )
 def test_unusable_manifests_are_refused(tmp_path: Path, text: str | None, match: str) -> None:

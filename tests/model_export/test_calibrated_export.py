@@ -74,7 +74,7 @@ def test_all_calibrates_through_the_exported_encoder(questions: Path, tmp_path: 
     assert call("all", target, "--quant", "fit:4.9bpw", "--calibration-data", questions, "--parity-limit", 2) == 0
     document = read_manifest(target)
     assert document["llm"]["calibration"]["encoder"] == "the exported package"
-    assert document["vision"]["fp16"]["pictures"] == "8 given"
+    assert document["vision"]["fp16"]["pictures"] == "8 given and noise"
     assert 4.7 < document["llm"]["bits_per_weight"] <= 4.9
     bits = {entry["bits"] for entry in document["llm"]["quantization"].values() if isinstance(entry, dict)}
     assert len(bits) > 1 and document["llm"]["recipe"]["name"] == "fit:4.9bpw"

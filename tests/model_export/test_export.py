@@ -58,7 +58,7 @@ def test_every_legal_setting_is_accepted(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ({"compute_precision": "fp16"}, "float16, mixed, float32"),
+        ({"compute_precision": "fp16"}, "float16, float32"),
         ({"compute_units": "NE"}, "CPU_AND_NE, CPU_AND_GPU, CPU_ONLY, ALL"),
         ({"minimum_deployment_target": "iOS14"}, "iOS15, iOS16, iOS17, iOS18"),
         ({"layout": "gguf"}, "app, mlx-vlm"),
@@ -68,10 +68,10 @@ def test_every_legal_setting_is_accepted(tmp_path: Path) -> None:
         ({"image_size": 1 << 20}, "a multiple of 64"),
         ({"image_size": True}, "a multiple of 64"),
         ({"compute_precision": "float32"}, "CPU_AND_GPU, CPU_ONLY or ALL"),
-        ({"output_dir": "in"}, "inside the checkpoint"),
-        ({"output_dir": "in/out"}, "inside the checkpoint"),
-        ({"output_dir": "."}, "holds the checkpoint"),
-        ({"output_dir": "link/out"}, "inside the checkpoint"),
+        ({"output_dir": "in"}, "is --checkpoint in, which is only read"),
+        ({"output_dir": "in/out"}, "is inside --checkpoint in, which is only read"),
+        ({"output_dir": "."}, "holds --checkpoint in, and would be replaced"),
+        ({"output_dir": "link/out"}, "is inside --checkpoint in"),
     ],
 )
 def test_illegal_settings_are_refused_with_the_legal_ones(
@@ -87,7 +87,7 @@ def test_illegal_settings_are_refused_with_the_legal_ones(
 def test_all_faults_come_at_once(tmp_path: Path) -> None:
     with pytest.raises(UserError) as error:
         ExportConfig(tmp_path, tmp_path, "fp16", "x", "y", "z", 1)
-    assert str(error.value).count("--") == 5 and "\n" not in str(error.value)
+    assert str(error.value).count("; --") == 4 and "\n" not in str(error.value)
 
 
 # --- what is written
