@@ -259,7 +259,7 @@ def test_an_artefact_of_another_layout_or_half_is_refused(command: Run, app_arte
     for change, said in (
         ({"config": {**whole["config"], "layout": "mlx-vlm"}}, "layout mlx-vlm"),
         ({"config": {}}, "layout None"),
-        ({"config": None}, "layout None"),
+        ({"config": None}, "config is no object"),
         ({"parts": ["llm"]}, "only part of a model"),
         ({"image": {}}, "is not what the export wrote"),
     ):
