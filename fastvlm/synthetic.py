@@ -89,8 +89,8 @@ def write_checkpoint(
     range the divided weights leave. `attention_scale` multiplies what every attention adds to its stream: over random
     weights it is nearly uniform and adds little, so that an encoder whose LayerNorms are lost still comes to 21 dB.
     `patch_scale` does so with the last patch embedding, before and after its GELU, as the published 0.5B's is large.
-    `low_pass` gives depthwise kernels a mean, as trained ones have, and rounds all values to float16, as published ones
-    are, before they are scaled: white noise, which rounding is, is then averaged on its way, and weights are exact.
+    `low_pass` gives depthwise kernels a mean, as trained ones have, and rounds all values to float16's digits, as
+    published ones are: white noise, which rounding is, is then averaged on its way, and weights are exact.
     UserError if `path` exists or an argument is unknown.
     """
     target, sizes = Path(path), SHAPES.get(shape)
@@ -276,10 +276,13 @@ def _write_safetensors(
         file.write(len(encoded).to_bytes(8, "little") + encoded)
         for name, shape in part.items():
             for chunk in _values(name, shape, seed):
-                if low_pass:
-                    chunk = _with_mean(chunk, name, shape).half().float() if chunk.is_floating_point() else chunk
+                factor = factors.get(name, 1.0)
+                if low_pass and chunk.is_floating_point():
+                    exponent = math.floor(math.log2(factor))  # which rounds nothing
+                    chunk = (_with_mean(chunk, name, shape) * (factor / 2.0**exponent)).half().float()
+                    factor = 2.0**exponent
                 if name in factors:
-                    chunk *= factors[name]
+                    chunk *= factor
                 kind = chunk.dtype if chunk.dtype == torch.int64 else torch_dtype(dtype)
                 file.write(chunk.to(kind).view(torch.uint8).numpy().data)
 

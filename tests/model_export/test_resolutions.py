@@ -290,7 +290,7 @@ def test_artefact_of_an_older_version_is_refused(tiny_artefact: Path, tmp_path: 
     """Its encoder is another graph, and its manifest doesn't name what parity needs."""
     older = shutil.copytree(tiny_artefact, tmp_path / "older")
     manifests.write_manifest(older, read_manifest(older) | {"format_version": 1})
-    with pytest.raises(UserError, match="format version 1, expected 2: export again"):
+    with pytest.raises(UserError, match="format version 1, expected 3: export again"):
         runtime.load(older, "executor", "torch")
 
 
