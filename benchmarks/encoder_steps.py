@@ -18,6 +18,7 @@ STREAMS = (3, 4)  # timm's numbers of the stages whose streams are scaled
 RIVAL_FORM, SCALED_FORM = "palette4-g16", "palette4-g16-scaled"
 # What the attentions add to the streams, times this: 1 leaves 21 dB where every LayerNorm of a stage is lost.
 ATTENTION_SCALE = 8.0
+PICTURES = 6  # that an SNR is the mean over
 _ONE_CORE = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 
@@ -115,28 +116,37 @@ def forced_export(checkpoint: str, target: str, image_size: str) -> dict[str, fl
 
 
 def snr(checkpoint: str, image_size: str, *runs: str) -> dict[str, float]:
-    """SNR in dB of packages against the plain PyTorch module in float32, on a picture that no export was calibrated on;
-    `noise_KEY` the same on N(0, 1) noise.
+    """SNR in dB of packages against the plain PyTorch module in float32, the mean over pictures that no export was
+    calibrated on (one alone is 1 dB off it); `noise_KEY` the same on N(0, 1) noise.
 
     A run is KEY=POLICY:PACKAGE. A result that is not finite has -inf.
     """
+    import numpy as np
+
     from benchmarks.metrics import snr_db
     from fastvlm import pictures
 
-    inputs = {"": _picture(checkpoint, int(image_size)), "noise_": pictures.noise(int(image_size))}
-    expected, figures = {kind: _features(checkpoint, pixels) for kind, pixels in inputs.items()}, {}
+    size = int(image_size)
+    inputs = {
+        "": _pictures(checkpoint, size),
+        "noise_": [pictures.noise(size, seed) for seed in range(1, PICTURES + 1)],
+    }
+    expected = {kind: [_features(checkpoint, pixels) for pixels in drawn] for kind, drawn in inputs.items()}
+    figures = {}
     with progress("comparing packages", len(runs)) as advance:
         for run in runs:
             key, _, rest = run.partition("=")
             policy, _, package = rest.partition(":")
-            for kind, pixels in inputs.items():
-                figures[kind + key] = snr_db(expected[kind], _run(package, policy, pixels))
+            compute = _executor(package, policy)
+            for kind, drawn in inputs.items():
+                found = [snr_db(wanted, compute(pixels)) for wanted, pixels in zip(expected[kind], drawn)]
+                figures[kind + key] = float(np.mean(found))
             advance()
     return figures
 
 
-def _run(package: str, policy: str, pixels: Any) -> Any:
-    """Features (1, N, C) float32 of any package of this encoder, whatever its types, its output and layout."""
+def _executor(package: str, policy: str) -> Callable[[Any], Any]:
+    """Pixels to features (1, N, C) float32, of any package of this encoder, whatever its types and layout."""
     import numpy as np
 
     from model_export import mil
@@ -144,20 +154,25 @@ def _run(package: str, policy: str, pixels: Any) -> Any:
 
     executor = mil.load(package, compute=policy)
     ((name, kind),) = executor.inputs.items()
-    (found,) = executor.predict({name: pixels.astype(NUMPY[kind.dtype])}).values()
-    if found.ndim == 4:  # the plain script's: a map (1, C, H, W)
-        found = found.reshape(*found.shape[:2], -1).transpose(0, 2, 1)
-    return found.astype(np.float32)
+
+    def features(pixels: Any) -> Any:
+        (found,) = executor.predict({name: pixels.astype(NUMPY[kind.dtype])}).values()
+        if found.ndim == 4:  # the plain script's: a map (1, C, H, W)
+            found = found.reshape(*found.shape[:2], -1).transpose(0, 2, 1)
+        return found.astype(np.float32)
+
+    return features
 
 
-def _picture(checkpoint: str, image_size: int) -> Any:
-    """Pixels (1, 3, S, S) of the first question of the demo set's test half."""
+def _pictures(checkpoint: str, image_size: int) -> list[Any]:
+    """Pixels (1, 3, S, S) of the first questions of the demo set's test half."""
     from dataclasses import replace
 
     from fastvlm import demo
     from fastvlm.preprocessing import read_preprocessor
 
-    return replace(read_preprocessor(checkpoint), image_size=image_size)(next(demo.questions(1)).image)
+    prepare = replace(read_preprocessor(checkpoint), image_size=image_size)
+    return [prepare(question.image) for question in demo.questions(PICTURES)]
 
 
 def _features(checkpoint: str, pixels: Any) -> Any:
@@ -214,7 +229,7 @@ def functions(checkpoint: str, package: str, *singles: str) -> dict[str, float]:
     figures: dict[str, float] = {}
     for single in singles:
         size, _, alone = single.partition(":")
-        pixels = _picture(checkpoint, int(size))
+        pixels = _pictures(checkpoint, int(size))[0]
         function = mil.load(Path(package), function_name=contract.function_name(int(size)))
         got = function.predict({contract.INPUT: pixels})[contract.OUTPUT]
         del function

@@ -58,9 +58,9 @@ def pixels(
     yield noise(image_size)
 
 
-def noise(image_size: int) -> np.ndarray:
-    """N(0, 1) noise (1, 3, S, S) float32, always the same: harsher than any picture, whose values lie in [0, 1].
+def noise(image_size: int, seed: int = 0) -> np.ndarray:
+    """N(0, 1) noise (1, 3, S, S) float32, the same for the same seed: harsher than pictures, which lie in [0, 1].
 
     The published weights' largest activations were measured on such (fastvlm-coreai, scripts/probe_activations.py).
     """
-    return np.random.default_rng(0).standard_normal((1, 3, image_size, image_size), dtype=np.float32)
+    return np.random.default_rng(seed).standard_normal((1, 3, image_size, image_size), dtype=np.float32)

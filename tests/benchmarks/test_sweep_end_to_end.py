@@ -141,7 +141,7 @@ def test_what_is_calibrated_is_exported_with_its_encoder(name, exported, tmp_pat
         target.mkdir()
         for part in parts:
             (target / part).write_text(part)
-        artefact.write_manifest(target, {"parts": list(parts)} | {part: str(options) for part in parts})
+        artefact.write_manifest(target, {"parts": list(parts)} | {part: {"options": str(options)} for part in parts})
 
     seen: list[list[str]] = []
     monkeypatch.setattr(sweep_point, "export_apart", export_apart)

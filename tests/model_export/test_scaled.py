@@ -94,7 +94,7 @@ def test_float16_holds_every_step(scaled: type[Any], function: Any, keeps_scale:
 
 
 def test_constants_are_float16s() -> None:
-    """The factors and bounds of the graph: none is an infinity, zero or subnormal in float16."""
+    """The factors and bounds of the graph: none is an infinity or subnormal in float16, nor rounds to 0."""
     for k in range(1, 60):
         for scaled in SCALED.values():
             graph = torch.fx.symbolic_trace(scaled(k)).graph
@@ -104,4 +104,4 @@ def test_constants_are_float16s() -> None:
                 for value in (*node.args, *node.kwargs.values())
                 if isinstance(value, float) and math.isfinite(value)
             ]
-            assert all(2.0**-14 <= abs(number) <= 2.0**14 for number in numbers), (scaled, k, numbers)
+            assert all(number == 0 or 2.0**-14 <= abs(number) <= 2.0**14 for number in numbers), (scaled, k, numbers)
