@@ -203,8 +203,9 @@ def hub_name(path: str | os.PathLike[str]) -> str | None:
 
     cached = snapshot(Path(constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}", revision or "main")
     here = next((str(one) for one in (Path("checkpoints") / name, cached) if one is not None and one.is_dir()), None)
-    remedy = f"it is on this machine: give {here}" if here else _download(said)
-    return f"{what}, not a folder: {said}; {remedy}"
+    if here:
+        return f"{what}, not a folder: {said}; it is on this machine: give {here}"
+    return f"no such folder: {said}; if it is {what}, {_download(said)}"
 
 
 def of_file(path: Path) -> str:

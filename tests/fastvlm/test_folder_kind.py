@@ -89,7 +89,7 @@ def test_a_hub_id_is_named_with_its_snapshot(
     asked = folders.BASE + revision
     for url in ("", "https://huggingface.co/"):
         line = folder_kind.absent(url + asked)
-        assert f"a hub id, not a folder: {asked}" in line and f"`python -m fastvlm download {asked}`" in line
+        assert f"no such folder: {asked}; if it is a hub id" in line and f"`python -m fastvlm download {asked}`" in line
     cached = tmp_path / "hub" / "models--apple--FastVLM-0.5B"
     (cached / "snapshots" / "0123abc").mkdir(parents=True)
     (cached / "refs").mkdir()
@@ -134,7 +134,7 @@ def test_what_an_adapter_says_of_its_base_is_only_text(copy: Path) -> None:
 
 def test_what_is_given_instead_of_an_artefact(copy: Path) -> None:
     assert "a checkpoint, not an artefact: " in str(folder_kind.instead_of_artefact(copy))
-    assert "a hub id, not a folder" in str(folder_kind.instead_of_artefact(Path(folders.BASE)))
+    assert "if it is a hub id" in str(folder_kind.instead_of_artefact(Path(folders.BASE)))
     assert folder_kind.instead_of_artefact(copy / "absent") is folder_kind.instead_of_artefact(copy.parent) is None
     folders.mlx_quantized(copy)
     assert "a quantized model in MLX's format, not an artefact: " in str(folder_kind.instead_of_artefact(copy))
