@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fastvlm import cli
+from fastvlm import cli, start
 from fastvlm.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -129,3 +129,18 @@ def test_a_reader_that_left_is_one_line(words):
 def test_no_stderr_keeps_stdout_a_document():
     code, out, _ = started("benchmarks", "estimate", "--list", "--json", before=lambda: os.close(2))
     assert code == 0 and out.startswith('{"devices"') and out.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, {"GOMP_SPINCOUNT": "1000"}),
+        ({"GOMP_SPINCOUNT": "7"}, {"GOMP_SPINCOUNT": "7"}),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, {"OMP_WAIT_POLICY": "ACTIVE"}),
+    ],
+)
+def test_threads_that_wait_hardly_spin_unless_the_user_says_so(given, expected, monkeypatch):
+    monkeypatch.setattr(os, "environ", dict(given))
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    start.begin()
+    assert os.environ == expected
