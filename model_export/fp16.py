@@ -4,7 +4,7 @@ A convolution takes any power of two at its input and gives any at its output: t
 bias. Additions tie their values to one k. A LayerNorm loses it, with 2^-2k in its eps; a GELU, a sigmoid and a softmax
 keep it by their scaled forms (`model_export.scaled`). Powers of two are exact in binary floating point.
 
-k is the smallest one that leaves HEADROOM, so an encoder that needs none stays as it is. DESIGN: docs/NEURAL_ENGINE.md.
+k is the smallest one that leaves HEADROOM, so an encoder that needs none stays as it is. See docs/NEURAL_ENGINE.md.
 """
 
 import math
