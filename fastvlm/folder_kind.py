@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fastvlm.exported import recognise
+from fastvlm.files import load_json
 
 CHECKPOINT, ARTEFACT = "a checkpoint", "an artefact"  # what may be asked for
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)  # a hub id
@@ -128,9 +129,8 @@ def _base(path: Path) -> str | None:
 def _small_json(file: Path) -> Any:
     """A JSON document of ordinary size, None for whatever else is there."""
     try:
-        small = file.is_file() and file.stat().st_size <= _JSON_LIMIT
-        return json.loads(file.read_text(encoding="utf-8")) if small else None
-    except (OSError, ValueError, RecursionError):
+        return load_json(file, _JSON_LIMIT)
+    except (OSError, ValueError):
         return None
 
 

@@ -32,22 +32,6 @@ class Calibrated:
     facts: dict[str, Any]
 
 
-def calibrate(
-    checkpoint: Checkpoint,
-    recipe: Recipe,
-    preprocessor: Preprocessor,
-    samples: list[Sample] | None,
-    exported: Path | None,
-) -> Calibrated:
-    """Run the samples through the encoder in the folder `exported` (None: the checkpoint's), then the recipe's method.
-
-    Without samples there are built-in ones. Answers that they don't have are the checkpoint's own. The model computes
-    in bfloat16 where the checkpoint is stored so, else in float32.
-    """
-    with _one_thread():
-        return _calibrate(checkpoint, recipe, preprocessor, samples, exported)
-
-
 @contextmanager
 def _one_thread() -> Iterator[None]:
     """How many threads add up a product decides its last bits, and these, over thousands of steps, the weights: a
@@ -60,13 +44,19 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _calibrate(
+@_one_thread()
+def calibrate(
     checkpoint: Checkpoint,
     recipe: Recipe,
     preprocessor: Preprocessor,
     samples: list[Sample] | None,
     exported: Path | None,
 ) -> Calibrated:
+    """Run the samples through the encoder in the folder `exported` (None: the checkpoint's), then the recipe's method.
+
+    Without samples there are built-in ones. Answers that they don't have are the checkpoint's own. The model computes
+    in bfloat16 where the checkpoint is stored so, else in float32.
+    """
     from fastvlm.model import build
     from fastvlm.surface import from_model
 

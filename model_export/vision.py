@@ -84,12 +84,7 @@ def export_vision(
     fastvit, errors = folded_encoder(checkpoint)
     facts: dict[str, Any] = {}
     if config.compute_precision == "float16":
-        # A user's pictures need not be the harshest; the built-in ones have noise among them.
-        harsh = [] if config.calibration_data is None else [noise]
-        measured_on = (
-            one for size in sorted(set(sizes.values())) for one in (*pictures(size), *(f(size) for f in harsh))
-        )
-        encoder, facts["fp16"] = range_safe(fastvit, measured_on)
+        encoder, facts["fp16"] = range_safe(fastvit, _measured_on(config, sizes.values(), pictures))
     else:
         encoder = Encoder(channel_first(fastvit))
     shapes = compress.layer_shapes(encoder.fastvit)
@@ -200,7 +195,7 @@ def _cost_of(added: Collection[str], package: Path) -> dict[str, Any]:
     found = Graph(program.functions[program.default_function])
     new, moved = [], 0
     for one in found.operations:
-        size = cost_of(found, one).bytes or 0
+        size = cost_of(found, one).bytes
         moved += size
         # coremltools has a name of its own for what a clamp becomes; FastViT has no other
         if one.type == "clip" or one.name.removesuffix("_cast_fp16") in added:
