@@ -5,21 +5,18 @@ import json
 import os
 import signal
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
+from rich.filesize import decimal
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
 
 from fastvlm.errors import CheckFailed, UserError
 from fastvlm.files import flag_faults, some_path
@@ -27,6 +24,9 @@ from fastvlm.start import EXIT_INTERRUPTED, EXIT_UNUSABLE
 from fastvlm.terminal import Console, neutral, plain_streams
 
 EXIT_CHECK_FAILED = 1
+LINE_EVERY = 10.0  # seconds between the lines that say how far a step is, where stderr is no terminal
+LONG = 2.0  # seconds: a step that took them leaves a line that says so
+clock = time.monotonic
 _stopped: list[int] = []  # signals that came during `run`
 
 
@@ -126,7 +126,8 @@ def quiet_libraries(debug: bool = False) -> None:
 
 def log(message: str) -> None:
     """One line of what is happening, on stderr."""
-    print(neutral(message), file=sys.stderr, flush=True)  # also in a child that `run` didn't start
+    # neutral also in a child that `run` didn't start; one write, so that two threads' lines don't run into each other
+    print(neutral(message) + "\n", end="", file=sys.stderr, flush=True)
 
 
 def wide_console(width: int) -> Console:
@@ -137,24 +138,122 @@ def wide_console(width: int) -> Console:
     return console
 
 
-@contextmanager
-def progress(description: str, total: float | None = None, sized: bool = False) -> Iterator[Callable[..., None]]:
-    """Show progress on stderr; yields `advance(n=1)`. Without a terminal it prints one line at the start.
+class Step:
+    """A step that is under way. Calling it says that `count` more are done."""
 
-    `sized`: what advances is bytes, and their rate is shown.
+    def __init__(self, what: str, total: float | None, sized: bool) -> None:
+        self.what, self.total, self.sized = what, total, sized
+        self.began, self.done, self.found = clock(), 0.0, 0.0
+        self._lock = threading.Lock()
+
+    def __call__(self, count: float = 1) -> None:
+        with self._lock:
+            self.done += count
+
+    def at(self, done: float, total: float) -> None:
+        """Say how much is done of how much. What is done when it is first called was done before this step."""
+        self.found = done if self.total is None else min(self.found, done)
+        self.done, self.total = done, total
+
+    @property
+    def seconds(self) -> float:
+        return clock() - self.began
+
+    def state(self) -> str:
+        """What is done, and the time that it took and will take: "12 of 40, 35 s, about 82 s left"."""
+        seconds, new, parts = self.seconds, self.done - self.found, []
+        if self.total is not None:
+            shown = decimal if self.sized else "{:.0f}".format
+            parts.append(f"{shown(int(self.done))} of {shown(int(self.total))}")  # type: ignore[operator]
+            if self.sized and new > 0 and seconds > 0:
+                parts.append(f"{decimal(int(new / seconds))}/s")
+        parts.append(duration(seconds))
+        if self.total is not None and new > 0 and self.done < self.total:
+            parts.append(f"about {duration(seconds / new * (self.total - self.done))} left")
+        return ", ".join(parts)
+
+    def line(self) -> str:
+        return f"{self.what}: {self.state()}"
+
+
+def duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+
+
+class _Display:
+    """Shows all steps that are under way, the outer ones first: bars on a terminal, else a line now and then."""
+
+    def __init__(self) -> None:
+        self.steps: list[Step] = []
+        self._lock = threading.RLock()
+        self._due = 0.0  # when the next line is
+        self._stop: Callable[[], None] = lambda: None
+
+    def begin(self, step: Step) -> None:
+        with self._lock:
+            console = Console(stderr=True)
+            bars = console.is_terminal and not console.is_dumb_terminal
+            if not bars:
+                log(f"{step.what} …")
+                self._due = clock() + LINE_EVERY
+            self.steps.append(step)
+            if len(self.steps) == 1:
+                self._stop = self._show_bars(console) if bars else self._show_lines()
+
+    def end(self, step: Step) -> None:
+        with self._lock:
+            self.steps.remove(step)
+            if not self.steps:
+                self._stop()
+            if step.seconds >= LONG:
+                log(step.line())
+
+    def _show_bars(self, console: Console) -> Callable[[], None]:
+        # rich would take stdout to the console of the bars, which is stderr
+        live = Live(get_renderable=self._bars, console=console, transient=True, redirect_stdout=sys.stdout.isatty())
+        live.start()
+        return live.stop
+
+    def _bars(self) -> Table:
+        rows = Table.grid(padding=(0, 1))
+        for step in tuple(self.steps):
+            rows.add_row(Text(step.what), ProgressBar(step.total, step.done, width=40), Text(step.state()))
+        return rows
+
+    def _show_lines(self) -> Callable[[], None]:
+        ended = threading.Event()
+        thread = threading.Thread(target=self.beat, args=[ended.wait], name="progress", daemon=True)
+        thread.start()
+
+        def stop() -> None:
+            ended.set()
+            thread.join()
+
+        return stop
+
+    def beat(self, wait: Callable[[float], bool]) -> None:
+        """A line whenever one is due, until `wait(seconds)` says that all is done."""
+        while not wait(max(0.0, self._due - clock())):
+            if clock() >= self._due:
+                self._due, steps = clock() + LINE_EVERY, tuple(self.steps)
+                with suppress(OSError, ValueError):  # a reader that left is for the next line of the command itself
+                    if steps:
+                        log("; ".join(step.line() for step in steps))
+
+
+_display = _Display()
+
+
+@contextmanager
+def progress(what: str, total: float | None = None, sized: bool = False) -> Iterator[Step]:
+    """Show on stderr that a step is under way, how far it is and how long it will take; yields `advance(n=1)`.
+
+    Where stderr is no terminal, that is a line at the start and one every ten seconds, whether or not anything
+    advances. Steps may be inside each other. `sized`: what advances is bytes, and their rate is shown.
     """
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        log(f"{description} …")
-        yield lambda n=1: None
-        return
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        *((DownloadColumn(), TransferSpeedColumn()) if sized else (MofNCompleteColumn(),)),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console) as bar:
-        task = bar.add_task(description, total=total)
-        yield lambda n=1: bar.advance(task, n)
+    step = Step(what, total, sized)
+    _display.begin(step)
+    try:
+        yield step
+    finally:
+        _display.end(step)

@@ -12,7 +12,6 @@ import json
 import os
 import re
 import shutil
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
@@ -21,17 +20,8 @@ from typing import Any
 from urllib.parse import quote
 
 from rich.filesize import decimal
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
 
-from fastvlm.cli import add_common, log, one_line
+from fastvlm.cli import add_common, log, one_line, progress
 from fastvlm.errors import UserError
 from fastvlm.fetch import (
     CHUNK,
@@ -51,7 +41,6 @@ from fastvlm.fetch import (
 )
 from fastvlm.folder_kind import REPOSITORY
 from fastvlm.staging import own, remove
-from fastvlm.terminal import Console
 from fastvlm.unpack import name_faults, unpack
 
 ZOO = json.loads(Path(__file__).with_name("zoo.json").read_text(encoding="utf-8"))
@@ -62,7 +51,6 @@ DATA_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.md", "*.model", 
 PACKAGE_FILES = "*.mlpackage/*"  # a Core ML package is a folder, the only one that is taken
 RESEARCH_ONLY = "apple-amlr"  # the hub's tag for Apple's research licence
 LISTING_LIMIT = 64 << 20  # bytes of a hub's answer that are read
-LINE_EVERY = 30.0  # seconds between progress lines when stderr is no terminal
 
 
 def add_parser(subparsers: Any) -> None:
@@ -262,12 +250,12 @@ def _from_zoo(name: str, url: str, work: Path, retries: Retries) -> dict[str, An
     licence = ZOO["licence"]
     log(f"{name} is under the {licence['name']}: {licence['notice']} ({licence['url']})")
     archive = work / "part"
-    with _bar(name) as report:
-        validator = fetch(url, archive, retries, unpacked=True, report=report)
+    with progress(name, sized=True) as step:
+        validator = fetch(url, archive, retries, unpacked=True, report=step.at)
     shutil.rmtree(work / "files", ignore_errors=True)
     try:
-        with _bar(f"{name}: unpacking") as report:
-            files = unpack(archive, work / "files", report)
+        with progress(f"{name}: unpacking", sized=True) as step:
+            files = unpack(archive, work / "files", step.at)
     except DiskFull:
         raise
     except UserError as error:
@@ -317,14 +305,14 @@ def _from_hub(repository: str, revision: str, work: Path, retries: Retries) -> d
     folder.mkdir(exist_ok=True)
     need_disk(work, total - min(total, sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())))
     files: dict[str, Any] = {}
-    with _bar(repository) as report:
+    with progress(repository, sized=True) as step:
         for file in wanted:
             name, size = file["rfilename"], file["size"]
             path, part = folder / name, work / "part"
             sha256 = _verified(path, file) if path.exists() else ""
             if not sha256:
                 url = f"{_endpoint()}/{info['id']}/resolve/{sha}/{quote(name)}"
-                fetch(url, part, retries, size, _secrets(), report=_part_of(report, done, total))
+                fetch(url, part, retries, size, _secrets(), report=_part_of(step.at, done, total))
                 sha256 = _verified(part, file)
                 if not sha256:
                     part.unlink()
@@ -398,30 +386,3 @@ def _verified(path: Path, file: dict[str, Any]) -> str:
     large = file.get("lfs")
     same = sha256.hexdigest() == large["sha256"] if large else blob.hexdigest() == file["blobId"]
     return sha256.hexdigest() if same else ""
-
-
-@contextmanager
-def _bar(description: str) -> Iterator[Report]:
-    """Progress on stderr in bytes, MB/s and time left; without a terminal, a line now and then."""
-    console, began = Console(stderr=True), time.monotonic()
-    last, tasks = began, list[TaskID]()
-
-    def line(have: int, total: int) -> None:
-        nonlocal last
-        if time.monotonic() - last >= LINE_EVERY:
-            last = time.monotonic()
-            log(f"{description}: {decimal(have)} of {decimal(total)} after {last - began:.0f} s")
-
-    if not console.is_terminal:
-        log(f"{description} …")
-        yield line
-        return
-    speed = (DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(TextColumn("{task.description}", markup=False), BarColumn(), *speed, console=console) as bar:
-
-        def report(have: int, total: int) -> None:
-            if not tasks:  # begun here, so that bytes from an earlier run don't count as speed
-                tasks.append(bar.add_task(description, total=total, completed=have))
-            bar.update(tasks[0], completed=have, total=total)
-
-        yield report

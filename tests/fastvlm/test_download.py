@@ -2,7 +2,6 @@
 
 import fcntl
 import hashlib
-import io
 import json
 import random
 import re
@@ -33,10 +32,10 @@ from download_server import (
     get,
     make_zip,
 )
-from rich.console import Console
+from rich.filesize import decimal
 from safetensors.numpy import save
 
-from fastvlm import download
+from fastvlm import cli, download
 from fastvlm.errors import UserError
 from fastvlm.staging import own
 
@@ -87,21 +86,15 @@ def test_command_downloads_then_does_nothing(zoo: Server, tmp_path: Path, capsys
     assert "already complete" in out and len(out.splitlines()) == 1 and err == "" and zoo.requests == []
 
 
-def test_progress_in_bytes(zoo: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    screen, size = io.StringIO(), len(zoo.files[FILE])
-    monkeypatch.setattr(download, "Console", lambda stderr: Console(file=screen, force_terminal=True, width=120))
-    zoo.acts[FILE] = [Act(pace=0.03)]
-    get(tmp_path)
-    assert re.search(rf"{NAME} .*{size / 1000:.1f}/{size / 1000:.1f} kB.* [MkB]+/s", screen.getvalue())
-
-
-def test_progress_without_a_terminal(
-    zoo: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_progress_in_bytes(
+    zoo: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(download, "LINE_EVERY", 0.0)
+    monkeypatch.setattr(cli, "LONG", 0.0)
+    size = re.escape(decimal(len(zoo.files[FILE])))
     get(tmp_path)
     out, err = capsys.readouterr()
-    assert re.search(rf"{NAME}: [\d.]+ kB of [\d.]+ kB after \d+ s", err) and out == ""
+    assert re.search(rf"{NAME} …\n{NAME}: {size} of {size}, [\d.,]+ [MkB]+/s, 0 s\n", err) and out == ""
+    assert f"{NAME}: unpacking …" in err
 
 
 def test_dry_run_writes_nothing(zoo: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
