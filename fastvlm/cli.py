@@ -25,7 +25,8 @@ from fastvlm.terminal import Console, neutral, plain_streams
 
 EXIT_CHECK_FAILED = 1
 LINE_EVERY = 10.0  # seconds between the lines that say how far a step is, where stderr is no terminal
-LONG = 2.0  # seconds: a step that took them leaves a line that says so
+LONG = 2.0  # seconds from which on a step is worth a line: one then, and one at its end
+TICK = 1.0  # seconds between looks whether a line is due
 clock = time.monotonic
 _stopped: list[int] = []  # signals that came during `run`
 
@@ -143,7 +144,7 @@ class Step:
 
     def __init__(self, what: str, total: float | None, sized: bool) -> None:
         self.what, self.total, self.sized = what, total, sized
-        self.began, self.done, self.found = clock(), 0.0, 0.0
+        self.began, self.done, self.found, self.said = clock(), 0.0, 0.0, False
         self._lock = threading.Lock()
 
     def __call__(self, count: float = 1) -> None:
@@ -186,18 +187,15 @@ class _Display:
     def __init__(self) -> None:
         self.steps: list[Step] = []
         self._lock = threading.RLock()
-        self._due = 0.0  # when the next line is
+        self._last = 0.0  # when the last line was
         self._stop: Callable[[], None] = lambda: None
 
     def begin(self, step: Step) -> None:
         with self._lock:
-            console = Console(stderr=True)
-            bars = console.is_terminal and not console.is_dumb_terminal
-            if not bars:
-                log(f"{step.what} …")
-                self._due = clock() + LINE_EVERY
             self.steps.append(step)
             if len(self.steps) == 1:
+                console = Console(stderr=True)
+                bars = console.is_terminal and not console.is_dumb_terminal
                 self._stop = self._show_bars(console) if bars else self._show_lines()
 
     def end(self, step: Step) -> None:
@@ -221,7 +219,7 @@ class _Display:
         return rows
 
     def _show_lines(self) -> Callable[[], None]:
-        ended = threading.Event()
+        self._last, ended = clock(), threading.Event()
         thread = threading.Thread(target=self.beat, args=[ended.wait], name="progress", daemon=True)
         thread.start()
 
@@ -233,12 +231,15 @@ class _Display:
 
     def beat(self, wait: Callable[[float], bool]) -> None:
         """A line whenever one is due, until `wait(seconds)` says that all is done."""
-        while not wait(max(0.0, self._due - clock())):
-            if clock() >= self._due:
-                self._due, steps = clock() + LINE_EVERY, tuple(self.steps)
+        while not wait(TICK):
+            steps = tuple(self.steps)
+            due = any(not step.said and step.seconds >= LONG for step in steps) or clock() >= self._last + LINE_EVERY
+            if steps and due:
                 with suppress(OSError, ValueError):  # a reader that left is for the next line of the command itself
-                    if steps:
-                        log("; ".join(step.line() for step in steps))
+                    log("; ".join(step.line() for step in steps))
+                self._last = clock()
+                for step in steps:
+                    step.said = True
 
 
 _display = _Display()
@@ -248,7 +249,7 @@ _display = _Display()
 def progress(what: str, total: float | None = None, sized: bool = False) -> Iterator[Step]:
     """Show on stderr that a step is under way, how far it is and how long it will take; yields `advance(n=1)`.
 
-    Where stderr is no terminal, that is a line at the start and one every ten seconds, whether or not anything
+    Where stderr is no terminal, that is a line after two seconds and then one every ten, whether or not anything
     advances. Steps may be inside each other. `sized`: what advances is bytes, and their rate is shown.
     """
     step = Step(what, total, sized)

@@ -42,40 +42,36 @@ def passing(clock: Clock, seconds: float) -> Callable[[float], bool]:
     end = clock.now + seconds
 
     def wait(timeout: float) -> bool:
-        over = clock.now + timeout > end
-        clock.now = min(clock.now + timeout, end)
-        return over
+        clock.now += timeout
+        return clock.now >= end
 
     return wait
 
 
-def test_a_line_each_ten_seconds(clock: Clock, display: cli._Display, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_line_after_two_seconds_and_then_each_ten(
+    clock: Clock, display: cli._Display, capsys: pytest.CaptureFixture[str]
+) -> None:
     with cli.progress("parity (pictures)", 40) as advance:
-        display.beat(passing(clock, 25))  # nothing advances, and still it says that it is alive
-        clock.now = 34
+        display.beat(passing(clock, 23))  # nothing advances, and still it says that it is alive
         advance(12)
-        display.beat(passing(clock, 1))
-        clock.now = 35
+        display.beat(passing(clock, 10))
         with cli.progress("hash", 3e9, sized=True) as inner:
-            display.beat(passing(clock, 9))  # the inner step has just begun
             inner(1.5e9)
+            display.beat(passing(clock, 10))
+            inner(1.5e9)
+        with cli.progress("a short one"):
             display.beat(passing(clock, 1))
         advance(28)
         clock.now = 150
-    with cli.progress("a short one"):
-        clock.now += 1
     out, err = capsys.readouterr()
     assert out == "" and err.splitlines() == [
-        "parity (pictures) …",
-        "parity (pictures): 0 of 40, 10 s",
-        "parity (pictures): 0 of 40, 20 s",
-        "parity (pictures): 12 of 40, 34 s, about 79 s left",
-        "hash …",
-        "parity (pictures): 12 of 40, 45 s, about 105 s left; "
-        "hash: 1.5 GB of 3.0 GB, 150.0 MB/s, 10 s, about 10 s left",
-        "hash: 1.5 GB of 3.0 GB, 150.0 MB/s, 10 s, about 10 s left",
+        "parity (pictures): 0 of 40, 2 s",
+        "parity (pictures): 0 of 40, 12 s",
+        "parity (pictures): 0 of 40, 22 s",
+        "parity (pictures): 12 of 40, 32 s, about 75 s left",
+        "parity (pictures): 12 of 40, 35 s, about 82 s left; hash: 1.5 GB of 3.0 GB, 750.0 MB/s, 2 s, about 2 s left",
+        "hash: 3.0 GB of 3.0 GB, 300.0 MB/s, 10 s",
         "parity (pictures): 40 of 40, 2 min",
-        "a short one …",
     ]
     display.beat(passing(clock, 100))
     assert capsys.readouterr().err == ""  # no step, no line
@@ -107,7 +103,8 @@ class Watched(io.StringIO):
 def test_the_thread_ends_with_the_step(monkeypatch: pytest.MonkeyPatch, error: type[BaseException] | None) -> None:
     stderr, threads = Watched(), threading.active_count()
     monkeypatch.setattr(sys, "stderr", stderr)
-    monkeypatch.setattr(cli, "LINE_EVERY", 0.0)
+    for name in ("LINE_EVERY", "LONG", "TICK"):
+        monkeypatch.setattr(cli, name, 0.0)
 
     def work() -> None:
         with cli.progress("outer"), cli.progress("inner"):
@@ -156,5 +153,5 @@ def test_bars_inside_bars_and_lines_above_them(monkeypatch: pytest.MonkeyPatch, 
 def test_a_dumb_terminal_gets_lines(monkeypatch: pytest.MonkeyPatch, clock: Clock, display: cli._Display) -> None:
     stream = terminal(monkeypatch, "dumb")
     with cli.progress("step"):
-        pass
-    assert stream.getvalue() == "step …\n"
+        display.beat(passing(clock, 3))
+    assert stream.getvalue() == "step: 2 s\nstep: 3 s\n"
