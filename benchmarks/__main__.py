@@ -15,7 +15,7 @@ from rich.table import Table
 
 from benchmarks import encoder, environment, estimate, export, mac_report, peers, quantization, ttft
 from benchmarks.pictures import LIMIT
-from fastvlm.cli import Parser, add_common, log, main, progress
+from fastvlm.cli import Parser, add_common, log, main
 from fastvlm.files import Output
 from fastvlm.terminal import Console
 from model_export.config import LLM_RUNNERS, VISION_RUNNERS
@@ -90,13 +90,10 @@ def run_parity(args: argparse.Namespace) -> dict[str, Any]:
 
     page = Path(args.output_dir) / "index.html"
     command = shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]])
-    total = parity.steps(args.reference, args.images, args.limit)
-    with progress(f"comparing {total} pictures", total) as advance:
-        result = parity.compare(
-            args.reference, args.candidate, args.images, args.limit,
-            report=page, advance=advance, vision=args.vision, llm=args.llm, command=command,
-            resolution=args.resolution,
-        )  # fmt: skip
+    result = parity.compare(
+        args.reference, args.candidate, args.images, args.limit,
+        report=page, vision=args.vision, llm=args.llm, command=command, resolution=args.resolution,
+    )  # fmt: skip
     if not args.json:
         print_parity(result)
     log(f"page: {page}")

@@ -13,12 +13,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from benchmarks import environment, metrics, pictures, tolerances
+from benchmarks import environment, language_parity, metrics, pictures, tolerances
 from benchmarks.operations import Error, layer_errors, layer_scales, rounding_errors, traced_scales
 from benchmarks.pictures import LIMIT, Picture
+from fastvlm import streamed
+from fastvlm.cli import progress
 from fastvlm.errors import CheckFailed, UserError
 from fastvlm.files import load_json
-from fastvlm.surface import FastVLM
+from fastvlm.surface import FastVLM, Language, load_checkpoint
 from model_export import contract
 
 MAX_NEW_TOKENS = 48  # of each answer
@@ -48,7 +50,7 @@ _WORST: dict[str, Callable[[list[float]], float]] = {
 
 @dataclass
 class Row:
-    """One picture: what both sides answered and the figures of each stage. `figures` are by the names of `LABELS`."""
+    """One picture: what both sides answered and the figures of each stage, by the names of `LABELS`."""
 
     name: str
     source: str
@@ -60,13 +62,36 @@ class Row:
     figures: dict[str, float]
 
 
+@dataclass(frozen=True)
+class Seen:
+    """A picture that both encoders have seen: its row so far, and both sides' merged embeddings (1, T, H) float32."""
+
+    row: Row
+    expected: np.ndarray
+    actual: np.ndarray
+
+
+@dataclass(frozen=True)
+class Speaker:
+    """What one side answers with."""
+
+    language: Language
+    tokenizer: Any
+
+    @classmethod
+    def of(cls, model: FastVLM) -> "Speaker":
+        return cls(model.language, model.tokenizer)
+
+    def text(self, ids: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+
+
 def compare(
     reference: str | Path,
     candidate: str | Path,
     images: str | Path | None = None,
     limit: int = LIMIT,
     report: str | Path | None = None,
-    advance: Callable[..., None] | None = None,
     vision: str = "auto",
     llm: str = "auto",
     command: str | None = None,
@@ -77,46 +102,42 @@ def compare(
 
     `reference` is a checkpoint folder, run by PyTorch in float32 at the artefact's resolution; `candidate` an artefact
     folder, its halves run by `vision` and `llm` as in `model_export.runtime.load`. `images` is a folder of the user's
-    pictures. `advance()` is called once a picture (`steps` says how many). `report` is where the HTML page goes,
-    `command` its origin, `name` what it calls the candidate (default: the folder's name). `resolution` is one of the
-    artefact's (default: its native one).
+    pictures. `report` is where the HTML page goes, `command` its origin, `name` what it calls the candidate (default:
+    the folder's name). `resolution` is one of the artefact's (default: its native one).
 
     Raises UserError for folders or pictures that cannot be used, CheckFailed where both sides' arrays differ in shape.
     A broken tolerance is no exception: "passed" is False.
     """
-    import fastvlm
     from model_export import runtime
 
     checkpoint, artefact = Path(reference), Path(candidate)
     chosen = pictures.choose(checkpoint, Path(images) if images else None, limit)
     pictures.check(chosen)
     actual = runtime.load(artefact, vision=vision, llm=llm, resolution=resolution)
-    expected = at_size(fastvlm.load(checkpoint), actual.image_size)
+    expected = at_size(load_checkpoint(checkpoint, streamed=True), actual.image_size)
     _check_comparable(expected, actual)
     first = next(pictures.opened(chosen[:1]))
-    operations = compare_operations(checkpoint, artefact, expected.preprocess(first.image), resolution)
-    rows, thumbnails = [], []
-    for picture in pictures.opened(chosen):
-        rows.append(compare_picture(expected, actual, picture))
-        if report is not None:
-            thumbnails.append(thumbnail(picture.image))
-        if advance is not None:
+    with progress("parity: operations of the encoder"):
+        operations = compare_operations(checkpoint, artefact, expected.preprocess(first.image), resolution)
+    seen, thumbnails = [], []
+    with progress("parity: encoders, pictures", len(chosen)) as advance:
+        for picture in pictures.opened(chosen):
+            seen.append(see(expected, actual, picture))
+            if report is not None:
+                thumbnails.append(thumbnail(picture.image))
             advance()
     sides = {
         "reference": {"name": checkpoint.resolve().name, "runners": expected.runners},
         "candidate": {"name": name or artefact.resolve().name, "runners": actual.runners},
     }
-    result = document(rows, operations, weight_family(artefact), sides)
+    speakers = Speaker.of(expected), Speaker.of(actual)
+    del expected, actual  # and with them the encoders, before the language models need the memory
+    result = document(answer(*speakers, seen), operations, weight_family(artefact), sides)
     if report is not None:
         from benchmarks.report import write
 
         write(Path(report), result, thumbnails, command)
     return result
-
-
-def steps(reference: str | Path, images: str | Path | None = None, limit: int = LIMIT) -> int:
-    """How many times `compare` will call `advance` (cheap: no model is loaded)."""
-    return len(pictures.choose(Path(reference), Path(images) if images else None, limit))
 
 
 def at_size(model: FastVLM, image_size: int) -> FastVLM:
@@ -177,17 +198,14 @@ def _listed(errors: list[Error]) -> list[dict[str, Any]]:
     return [asdict(error) | {"snr_db": tolerances.number(error.snr_db)} for error in errors]
 
 
-def compare_picture(expected: FastVLM, actual: FastVLM, picture: Picture) -> Row:
-    """Run one picture through both sides, each on its own pixels, features and embeddings, to the end of the answer."""
+def see(expected: FastVLM, actual: FastVLM, picture: Picture) -> Seen:
+    """Run one picture through both sides as far as the merged embeddings, each on its own pixels and features."""
     pixels = [model.preprocess(picture.image) for model in (expected, actual)]
     features = [model.encode_image(values) for model, values in zip((expected, actual), pixels)]
     embeds = [
         model.merge(picture.question, [model.project(values)]) for model, values in zip((expected, actual), features)
     ]
-    logits = [model.language.logits(values) for model, values in zip((expected, actual), embeds)]
-    tokens = [list(model.language.stream(values, MAX_NEW_TOKENS)) for model, values in zip((expected, actual), embeds)]
-    answers = [_text(model, ids) for model, ids in zip((expected, actual), tokens)]
-    for what, (a, b) in {"pixels": pixels, "features": features, "merged embeddings": embeds, "logits": logits}.items():
+    for what, (a, b) in {"pixels": pixels, "features": features, "merged embeddings": embeds}.items():
         if a.shape != b.shape:
             raise CheckFailed(f"{picture.name}: {what}: got shape {b.shape}, expected {a.shape}")
     peak = float(np.abs(features[0]).max())
@@ -197,42 +215,54 @@ def compare_picture(expected: FastVLM, actual: FastVLM, picture: Picture) -> Row
         "encoder_cosine": metrics.cosine(*features),
         "encoder_max_abs": metrics.max_abs(*features) / peak if peak else math.inf,
         "merged_snr": min(map(metrics.snr_db, embeds[0][0], embeds[1][0])),
-        "prefill_kl": metrics.kl_divergence(*logits),
-        "prefill_top1": metrics.top1_agreement(*logits),
-        "greedy_tokens": float(tokens[0] == tokens[1]),
-        "greedy_answers": float(answers[0] == answers[1]),
     }
-    parted = _divergence(expected, actual, embeds[0], tokens)
-    return Row(picture.name, picture.source, picture.question, picture.truth, answers[0], answers[1], parted, figures)
+    row = Row(picture.name, picture.source, picture.question, picture.truth, "", "", None, figures)
+    return Seen(row, *embeds)
 
 
-def _text(model: FastVLM, ids: Sequence[int]) -> str:
-    return model.tokenizer.decode(ids, skip_special_tokens=True)
+def answer(expected: Speaker, actual: Speaker, seen: Sequence[Seen]) -> list[Row]:
+    """Take pictures that both encoders have seen to the end of their answers, each side on its own embeddings."""
+    with streamed.workers():
+        with progress("parity: candidate, greedy answers"):
+            theirs = language_parity.answers(actual.language, [one.actual for one in seen], MAX_NEW_TOKENS)
+        with progress("parity: reference, the same answers"):
+            drafts = [reading.tokens for reading in theirs]
+            ours = language_parity.answers_after(
+                expected.language, [one.expected for one in seen], drafts, MAX_NEW_TOKENS
+            )
+        with progress("parity: prefill logits, pictures", len(seen)) as advance:
+            for one, a, b in zip(seen, ours, theirs):
+                row, languages = one.row, (expected.language, actual.language)
+                kl, same = language_parity.logits_figures(*languages, (a.hidden, b.hidden))
+                row.reference, row.candidate = expected.text(a.tokens), actual.text(b.tokens)
+                row.divergence = _divergence(expected, actual, a, b)
+                row.figures |= {
+                    "prefill_kl": kl,
+                    "prefill_top1": same,
+                    "greedy_tokens": float(a.tokens == b.tokens),
+                    "greedy_answers": float(row.reference == row.candidate),
+                }
+                advance()
+    return [one.row for one in seen]
 
 
 def _divergence(
-    expected: FastVLM, actual: FastVLM, embeds: np.ndarray, tokens: list[list[int]]
+    expected: Speaker, actual: Speaker, a: language_parity.Reading, b: language_parity.Reading
 ) -> dict[str, Any] | None:
     """Where two answers part: the text before, each side's token (None: it ended) and rest, and the reference's margin.
 
     `margin` in nats is log p(reference's token) − log p(candidate's) by the reference; near 0 it was a tie. None where
     one of the two ended.
     """
-    a, b = tokens
-    at = metrics.first_divergence(a, b)
+    at = metrics.first_divergence(a.tokens, b.tokens)
     if at is None:
         return None
-    common = _text(expected, a[:at])
+    common = expected.text(a.tokens[:at])
     sides = {}
-    for side, model, ids in (("reference", expected, a), ("candidate", actual, b)):
-        upto = _text(model, ids[: at + 1])
-        sides[side] = {"token": upto[len(common) :] if at < len(ids) else None, "rest": _text(model, ids)[len(upto) :]}
-    margin = None
-    if at < len(a) and at < len(b):
-        if at:
-            embeds = np.concatenate([embeds, expected.language.embed(np.array([a[:at]], dtype=np.int64))], axis=1)
-        scores = metrics.log_softmax(expected.language.logits(embeds)[0, -1])
-        margin = tolerances.number(float(scores[a[at]] - scores[b[at]]))
+    for side, speaker, ids in (("reference", expected, a.tokens), ("candidate", actual, b.tokens)):
+        upto = speaker.text(ids[: at + 1])
+        sides[side] = {"token": upto[len(common) :] if at < len(ids) else None, "rest": speaker.text(ids)[len(upto) :]}
+    margin = None if a.margin is None else tolerances.number(a.margin)
     return {"position": at, "common": common, **sides, "margin": margin}
 
 

@@ -117,6 +117,16 @@ def _torch(folder: Path, tokenizer: Any) -> "Language":
 
     from fastvlm.surface import TorchLanguage, eos_ids
 
+    class TorchText(TorchLanguage):
+        """What a model does behind its last layer is its own: its states are the logits already."""
+
+        def _states(self, **inputs: Any) -> tuple[torch.Tensor, Any]:
+            output = self.model(**inputs)
+            return output.logits, output.past_key_values
+
+        def _head(self, hidden: np.ndarray) -> np.ndarray:
+            return hidden
+
     document = config(folder)
     fields = {key: value for key, value in document.items() if key not in ("quantization", "quantization_config")}
     try:
@@ -148,7 +158,7 @@ def _torch(folder: Path, tokenizer: Any) -> "Language":
     release = torch.__version__.split("+")[0]
     ends = eos_ids(tokenizer, document.get("eos_token_id"))
     name = f"PyTorch {release} CPU float32 over {_stored_as(document)} tensors"
-    return TorchLanguage(model, ends, name, _remedy(folder))
+    return TorchText(model, ends, name, _remedy(folder))
 
 
 def _dequantized(folder: Path, quantization: dict[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -198,10 +208,10 @@ def _mlx(folder: Path, tokenizer: Any) -> "Language":
         def _embed(self, ids: np.ndarray) -> np.ndarray:
             return ids
 
-        def _hidden(self, embeds: np.ndarray, cache: Any) -> Any:
+        def _states(self, embeds: np.ndarray, cache: Any) -> Any:
             return self.text(mx.array(embeds.astype(np.int32)), cache=cache)
 
-        def _head(self, hidden: Any) -> Any:
+        def _head(self, hidden: np.ndarray) -> np.ndarray:
             return hidden  # they are logits already
 
     try:

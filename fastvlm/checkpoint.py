@@ -61,9 +61,10 @@ class Checkpoint:
         """How a picture becomes square: see `preprocessing.STRATEGIES`."""
         return self.preprocessor.image_strategy
 
-    def read(self, name: str, mapped: bool = False) -> torch.Tensor:
-        """One tensor by canonical name, in the file's dtype; `mapped` leaves it in the file (don't change it then)."""
-        return self._weights.read(self.tensors[name], mapped)
+    def read(self, name: str, mapped: bool = False, alone: bool = False) -> torch.Tensor:
+        """One tensor by canonical name, in the file's dtype; `mapped` leaves it in the file (don't change it then), and
+        `alone` in a mapping that ends with it."""
+        return self._weights.read(self.tensors[name], mapped, alone)
 
     def tokenizer(self) -> "PreTrainedTokenizerBase":
         """The tokenizer, with `<image>` at `image_token_id`; UserError if the files don't give one."""

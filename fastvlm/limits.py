@@ -18,13 +18,13 @@ class Part(Protocol):
     remedy: str
 
 
-def finite(values: np.ndarray, what: str, part: Part) -> np.ndarray:
-    """`values`; CheckFailed, naming `what` ("stage: values", where {} is the position) and the remedy, where one isn't
-    finite."""
+def finite(values: np.ndarray, what: str, part: Part, first: int = 0) -> np.ndarray:
+    """`values`; CheckFailed, naming `what` ("stage: values", where {} is the position, counted from `first`) and the
+    remedy, where one isn't finite."""
     if not values.size or (math.isfinite(values.min()) and math.isfinite(values.max())):  # NaN comes out of both
         return values
     bad = ~np.isfinite(values)
-    position = np.argwhere(bad)[0][-2] if values.ndim > 1 else 0
+    position = first + (np.argwhere(bad)[0][-2] if values.ndim > 1 else 0)
     counted = f"{np.count_nonzero(bad):,} of {values.size:,} values are NaN or infinite"
     raise CheckFailed(f"{what.format(position)}: {counted} ({part.name}): {part.remedy}")
 

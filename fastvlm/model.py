@@ -2,6 +2,7 @@
 
 import copy
 import json
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from torch import nn
 from fastvlm import naming
 from fastvlm.checkpoint import Checkpoint
 from fastvlm.dtypes import dtype_name, torch_dtype
+from fastvlm.streamed import STREAMED, Memory, Rows, StreamedEmbedding, StreamedLinear
 
 if TYPE_CHECKING:
     from transformers import FastVlmConfig, FastVlmForConditionalGeneration
@@ -92,25 +94,46 @@ def build(
     device: str | torch.device = "cpu",
     attn_implementation: str = "sdpa",
     vision_dtype: str | torch.dtype | None = None,
+    streamed: bool = False,
 ) -> "FastVlmForConditionalGeneration":
     """The whole model in the checkpoint's form (training or folded), eval mode, no gradients.
 
     `attn_implementation` is the text decoder's; the vision tower's attention is timm's own. `vision_dtype` is the
     vision tower's and the projector's (None: `dtype`). Weights already in `dtype`
     stay memory-mapped on the CPU (changes in memory never reach the file); others are converted one at a time.
+    `streamed`: the language model's matrices stay as they are stored (`fastvlm.streamed`).
     """
     config: Any = copy.deepcopy(checkpoint.hf_config)  # Any: Transformers types its parts as dict | config | None
     config.text_config._attn_implementation = attn_implementation
     config.image_token_index = checkpoint.image_token_id
     model = skeleton(config)
+    if streamed:
+        _stream(model, checkpoint, _dtype(dtype))
     _load(model, checkpoint, "", _dtype(dtype), torch.device(device), _dtype(vision_dtype or dtype))
     decoder = model.model.language_model
     decoder.rotary_emb = type(decoder.rotary_emb)(config=config.text_config).to(
         device
     )  # not in any file: float32 always
-    if checkpoint.tied:
+    if checkpoint.tied and not streamed:
         model.lm_head.weight = decoder.embed_tokens.weight
     return _frozen(model)
+
+
+def _stream(model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
+    """Put streamed layers in the places of the language model's embeddings and linear layers; biases are left."""
+    memory, head = Memory(), naming.LM_HEAD.removesuffix(".weight")
+
+    def rows(name: str) -> Rows:
+        return checkpoint.read(name, mapped=True, alone=True).__getitem__
+
+    for path, layer in [*model.named_modules()]:
+        name = naming.EMBEDDINGS if path == head and checkpoint.tied else f"{path}.weight"
+        if isinstance(layer, nn.Embedding):
+            model.set_submodule(path, StreamedEmbedding(rows(name), dtype))
+        elif isinstance(layer, nn.Linear) and path.startswith((naming.LANGUAGE, head)):
+            info = checkpoint.tensors[name]
+            layer_rows = partial(rows, name)
+            model.set_submodule(path, StreamedLinear(layer_rows, info.shape, memory.take(info.nbytes), layer.bias))
 
 
 def folded_skeleton(checkpoint: Checkpoint) -> nn.Module:
@@ -154,15 +177,16 @@ def _load(
 ) -> None:
     """Assign every tensor below `prefix` to the module on the meta device; anything left over or missing raises."""
     state: dict[str, Any] = {}
+    streamed = {f"{path}.weight" for path, layer in model.named_modules() if isinstance(layer, STREAMED)}
     for name in checkpoint.tensors:
-        if name.startswith(prefix):
+        if name.startswith(prefix) and name not in streamed:
             wanted = vision_dtype if name.startswith((naming.VISION, naming.PROJECTOR)) else dtype
             same = dtype_name(wanted) == checkpoint.tensors[name].dtype
             state[name[len(prefix) :]] = checkpoint.read(name, mapped=same).to(device=device, dtype=wanted)
     for name in model.state_dict():
         if naming.is_ignored(name):
             state[name] = torch.zeros((), dtype=torch.int64, device=device)  # BatchNorm's counter
-    if checkpoint.tied and not prefix:
+    if checkpoint.tied and not prefix and not streamed:
         state[naming.LM_HEAD] = state[naming.EMBEDDINGS]
     model.load_state_dict(state, strict=True, assign=True)
 

@@ -55,18 +55,28 @@ class Language(ABC):
         """(1, T) int64 -> (1, T, H) float32."""
         return finite(self._embed(ids), "language model: embeddings of tokens", self)
 
+    def hidden(self, embeds: np.ndarray, past: Any = None, kept: np.ndarray | None = None) -> tuple[np.ndarray, Any]:
+        """(B, T, H) float32 behind what the KV cache `past` holds -> the final hidden states (B, T, H) float32, and the
+        cache, which now holds these positions too (`past` itself, extended). NaN and infinity show in `head`.
+
+        `kept` (B, length of `past`) bool says which cached positions belong to each sequence (default: all).
+        """
+        before = kept.sum(1).max() if kept is not None else 0 if past is None else self.length(past)
+        self.check_length(int(before) + embeds.shape[1])
+        return self._hidden(embeds, past, kept)
+
+    def head(self, hidden: np.ndarray, first: int = 0) -> np.ndarray:
+        """Final hidden states (..., T, H) float32, of positions from `first` on -> logits (..., T, V) float32."""
+        return finite(self._head(hidden), "language model: logits at position {}", self, first)
+
     def logits(self, embeds: np.ndarray) -> np.ndarray:
-        """(1, T, H) float32 -> (1, T, V) float32."""
-        self.check_length(embeds.shape[1])
-        return finite(self._logits(embeds), "language model: logits at position {}", self)
+        """(B, T, H) float32 -> (B, T, V) float32."""
+        return self.head(self.hidden(embeds)[0])
 
     def prefill(self, embeds: np.ndarray, past: Any = None) -> tuple[np.ndarray, Any]:
-        """(1, T, H) float32 behind what the KV cache `past` holds -> the last position's logits (V,) float32, and the
-        cache, which now holds these positions too (`past` itself, extended)."""
-        last = (0 if past is None else self.length(past)) + embeds.shape[1] - 1
-        self.check_length(last + 1)
-        logits, past = self._prefill(embeds, past)
-        return finite(logits, f"language model: logits at position {last}", self), past
+        """As `hidden`, for one sequence (1, T, H) -> the last position's logits (V,) float32, and the cache."""
+        hidden, past = self.hidden(embeds, past)
+        return self.head(hidden[:, -1:], self.length(past) - 1)[0, -1], past
 
     def check_length(self, tokens: int, of_pictures: int = 0) -> None:
         """UserError for a prompt of more tokens than there are positions."""
@@ -82,10 +92,10 @@ class Language(ABC):
         """`embed`, whatever comes out; so the next two."""
 
     @abstractmethod
-    def _logits(self, embeds: np.ndarray) -> np.ndarray: ...
+    def _hidden(self, embeds: np.ndarray, past: Any, kept: np.ndarray | None) -> tuple[np.ndarray, Any]: ...
 
     @abstractmethod
-    def _prefill(self, embeds: np.ndarray, past: Any) -> tuple[np.ndarray, Any]: ...
+    def _head(self, hidden: np.ndarray) -> np.ndarray: ...
 
     @abstractmethod
     def length(self, past: Any) -> int:
@@ -299,17 +309,23 @@ class TorchLanguage(Language):
         return self.model.get_input_embeddings()(torch.from_numpy(ids).to(self.like.device)).float().cpu().numpy()
 
     @torch.inference_mode()
-    def _logits(self, embeds: np.ndarray) -> np.ndarray:
-        return self.model(inputs_embeds=self._tensor(embeds), use_cache=False).logits.float().cpu().numpy()
+    def _hidden(self, embeds: np.ndarray, past: Any, kept: np.ndarray | None) -> tuple[np.ndarray, Any]:
+        where: dict[str, Any] = {}
+        if kept is not None:
+            new = np.ones(embeds.shape[:2], np.int64)
+            positions = kept.sum(1, keepdims=True) + new.cumsum(1) - 1
+            mask = np.concatenate([kept.astype(np.int64), new], axis=1)
+            where = {"attention_mask": torch.from_numpy(mask), "position_ids": torch.from_numpy(positions)}
+        states, past = self._states(inputs_embeds=self._tensor(embeds), past_key_values=past, use_cache=True, **where)
+        return states.float().cpu().numpy(), past
+
+    def _states(self, **inputs: Any) -> tuple[torch.Tensor, Any]:
+        output = self.model.model(**inputs)
+        return output.last_hidden_state, output.past_key_values
 
     @torch.inference_mode()
-    def _prefill(self, embeds: np.ndarray, past: Any) -> tuple[np.ndarray, Any]:
-        # By index and not as `1`, a view, for which PyTorch's matmul copies a frozen bfloat16 matrix (272 MB at 0.5B).
-        last = torch.tensor([embeds.shape[1] - 1], device=self.like.device)
-        output = self.model(
-            inputs_embeds=self._tensor(embeds), past_key_values=past, use_cache=True, logits_to_keep=last
-        )
-        return output.logits[0, -1].float().cpu().numpy(), output.past_key_values
+    def _head(self, hidden: np.ndarray) -> np.ndarray:
+        return self.model.lm_head(self._tensor(hidden)).float().cpu().numpy()
 
     def length(self, past: Any) -> int:
         return past.get_seq_length()
@@ -349,15 +365,16 @@ def load_checkpoint(
     device: str = "cpu",
     attn_implementation: str = "sdpa",
     image_strategy: str | None = None,
+    streamed: bool = False,
 ) -> FastVLM:
     """Load a checkpoint in any supported layout as a FastVLM run by PyTorch; `dtype` may be "auto", too (see
-    `dtypes.computed_in`)."""
+    `dtypes.computed_in`). `streamed` is for proofs: the language model's matrices stay as they are stored."""
     from fastvlm.checkpoint import open_checkpoint
     from fastvlm.model import build
 
     checkpoint = open_checkpoint(path, image_strategy)
     vision, language = computed_in(checkpoint.dtype, device) if dtype == "auto" else (dtype, dtype)
-    model = build(checkpoint, language, device, attn_implementation, vision)
+    model = build(checkpoint, language, device, attn_implementation, vision, streamed)
     return from_model(model, checkpoint, checkpoint.preprocessor)
 
 

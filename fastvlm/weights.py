@@ -65,11 +65,15 @@ class Weights:
     warnings: list[str] = field(default_factory=list)
     _handles: dict[Path, Any] = field(default_factory=dict)
 
-    def read(self, info: TensorInfo, mapped: bool = False) -> torch.Tensor:
-        """The tensor in memory of its own, or mapped from the file (no copy, and the process grows as it is used)."""
+    def read(self, info: TensorInfo, mapped: bool = False, alone: bool = False) -> torch.Tensor:
+        """The tensor in memory of its own, or mapped from the file (no copy, and the process grows as it is used);
+        `alone`: in a mapping that ends with it."""
         if info.extended:
-            rows = self.read(replace(info, shape=(info.shape[0] - 1, *info.shape[1:]), extended=False), mapped)
+            rows = self.read(replace(info, shape=(info.shape[0] - 1, *info.shape[1:]), extended=False), mapped, alone)
             return torch.cat([rows, rows[:1]])
+        if mapped and alone and info.offset >= 0:
+            with safe_open(info.file, "pt", device="cpu") as file:
+                return file.get_tensor(info.source)
         if mapped or info.offset < 0:
             handle = self._handles.get(info.file)
             if handle is None:

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fastvlm.cli import Parser, add_common, log, main, progress
+from fastvlm.cli import Parser, add_common, log, main
 from fastvlm.errors import UserError
 from fastvlm.files import Output
 from model_export import config as configuration
@@ -175,16 +175,14 @@ def _parity(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     from benchmarks import parity
 
     options = {} if args.parity_limit is None else {"limit": args.parity_limit}
-    with progress("parity (pictures)", parity.steps(args.checkpoint, **options)) as advance:
-        result = parity.compare(
-            args.checkpoint,
-            folder,
-            report=args.parity_report,
-            advance=advance,
-            command="python -m model_export all",
-            name=args.output_dir.name,
-            **options,
-        )
+    result = parity.compare(
+        args.checkpoint,
+        folder,
+        report=args.parity_report,
+        command="python -m model_export all",
+        name=args.output_dir.name,
+        **options,
+    )
     for line in parity.broken_lines(result):
         log(f"parity: {line}")
     return parity.summary(result)

@@ -3,6 +3,7 @@
 PyTorch computes with the values that MLX's quantized tensors stand for, dequantized bit for bit as MLX does.
 """
 
+import math
 from collections.abc import Iterable
 from functools import partial
 from importlib.metadata import version
@@ -14,11 +15,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from fastvlm.dtypes import dtype_name, torch_dtype
+from fastvlm.dtypes import dtype_name
 from fastvlm.errors import UserError
 from fastvlm.files import load_json
 from fastvlm.limits import positions
 from fastvlm.prompt import prompt_fault
+from fastvlm.streamed import Memory, Rows, StreamedEmbedding, StreamedLinear
 from fastvlm.surface import Language, TorchLanguage, TorchProjector
 from model_export import contract
 from model_export.linear import packed
@@ -109,6 +111,11 @@ class StoredTensors:
             raise self._unusable(module, error) from None
         return rows, columns
 
+    def mapped(self, name: str) -> Rows:
+        """Gives the values of a weight's rows, as `read`, out of a mapping of its own."""
+        parts = self.stored(name)
+        return lambda index: self.value(name, {part: tensor[index] for part, tensor in parts.items()})
+
     def _unusable(self, module: str, error: Exception) -> UserError:
         return UserError(f"{self.folder}: {module}: unusable quantized weight ({error}); export again")
 
@@ -172,20 +179,6 @@ def eos_ids(config: dict[str, Any]) -> list[int]:
     return [eos] if isinstance(eos, int) else list(eos)
 
 
-class _StoredEmbedding(nn.Module):
-    """An embedding table that stays as it is stored, mapped from its file; rows are dequantized when they are asked
-    for."""
-
-    def __init__(self, stored: StoredTensors, name: str, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.parts, self.value, self.dtype = stored.stored(name), partial(stored.value, name), dtype
-        self(torch.zeros(1, dtype=torch.int64))  # refused now, if its parts contradict each other
-
-    def forward(self, ids: Tensor) -> Tensor:
-        rows = self.value({part: tensor[ids.flatten()] for part, tensor in self.parts.items()})
-        return rows.to(self.dtype).unflatten(0, ids.shape)
-
-
 class _Projector(nn.Module):
     """Two linear layers with an exact GELU between them, under the artefact's names."""
 
@@ -200,8 +193,9 @@ class _Projector(nn.Module):
 def torch_language(folder: Path, dtype: str = "float32") -> tuple[TorchLanguage, TorchProjector]:
     """The language model and the projector on the CPU, computing in `dtype` with the artefact's own values.
 
-    "float32" keeps the model as Transformers builds it, for proofs; "bfloat16" is for speed: matrices packed, the
-    embedding table as it is stored; "int8" is that with 8-bit operands for the vocabulary's logits.
+    "float32" is the model as Transformers builds it; "as-stored" computes in float32, too, but its matrices stay as
+    they are stored (`fastvlm.streamed`), for proofs; "bfloat16" is for speed: matrices packed, the embedding table as
+    it is stored; "int8" is that with 8-bit operands for the vocabulary's logits.
 
     Raises UserError with every missing, unexpected and misshapen tensor.
     """
@@ -230,29 +224,27 @@ def torch_language(folder: Path, dtype: str = "float32") -> tuple[TorchLanguage,
     expected: dict[str, tuple[nn.Module, str]] = {}
     for prefix, owner in ((contract.LANGUAGE_PREFIX, model), (contract.PROJECTOR_PREFIX, projector)):
         expected |= {prefix + name: (owner, name) for name, _ in owner.named_parameters()}
-    packs = dtype in ("bfloat16", "int8")
     with returned_buffers():
-        _fill(expected, stored, dtype, model if packs else None)
-    if not packs:
+        _fill(expected, stored, dtype, model)
+    if dtype == "float32":
         model.tie_weights()
     rotary = model.model.rotary_emb
     model.model.rotary_emb = type(rotary)(config=text)  # its table is computed, not stored
     release = torch.__version__.split("+")[0]
-    computed = "bfloat16, int8 logits" if dtype == "int8" else dtype
+    computed = {"int8": "bfloat16, int8 logits", "as-stored": "float32"}.get(dtype, dtype)
     name = f"PyTorch {release} CPU {computed} over MLX {stored.label} tensors"
     for module in (model, projector):
         module.eval().requires_grad_(False)
     return TorchLanguage(model, eos_ids(config), name, _REMEDY), TorchProjector(projector, name, _REMEDY)
 
 
-def _fill(
-    expected: dict[str, tuple[nn.Module, str]], stored: StoredTensors, dtype: str, packs: nn.Module | None
-) -> None:
-    """Put each stored weight into its module, one after the other, so that no second copy of the model exists; in
-    `packs`, pack linear layers on the way and leave the embedding table where it is."""
-    names, target = stored.names(), torch_dtype("bfloat16" if dtype == "int8" else dtype)
+def _fill(expected: dict[str, tuple[nn.Module, str]], stored: StoredTensors, dtype: str, model: nn.Module) -> None:
+    """Put each stored weight into its module, one after the other, so that no second copy of the model exists; but in
+    float32, `model` gets packed or streamed linear layers on the way, and its embedding table stays where it is."""
+    names, target = stored.names(), {"float32": torch.float32, "as-stored": torch.float32}.get(dtype, torch.bfloat16)
     faults = [f"{name} is missing" for name in sorted(set(expected) - names)]
     faults += [f"{name} is unexpected" for name in sorted(names - set(expected))]
+    memory = Memory()
     for name in sorted(set(expected) & names):
         module, path = expected[name]
         shape, got = module.get_parameter(path).shape, stored.shape(name)
@@ -261,14 +253,20 @@ def _fill(
         if faults:
             continue
         path, _, leaf = path.rpartition(".")
-        owner = module.get_submodule(path)
-        if module is packs and isinstance(owner, nn.Embedding):
-            module.set_submodule(path, _StoredEmbedding(stored, name, target))
+        owner, replaced = module.get_submodule(path), module is model and dtype != "float32"
+        if replaced and isinstance(owner, nn.Embedding):
+            rows = stored.mapped(name)
+            rows(torch.zeros(1, dtype=torch.int64))  # refused now, if its parts contradict each other
+            module.set_submodule(path, StreamedEmbedding(rows, target))
             if not stored.config["tie_word_embeddings"]:
                 continue
             path, owner = "lm_head", module.get_submodule("lm_head")
+        if replaced and dtype == "as-stored" and leaf == "weight" and isinstance(owner, nn.Linear):
+            keeps, bias = memory.take(2 * math.prod(got)), owner.bias  # the values have 16 bits, but for float32's
+            module.set_submodule(path, StreamedLinear(partial(stored.mapped, name), got, keeps, bias))
+            continue
         setattr(owner, leaf, nn.Parameter(stored.read(name).to(target), requires_grad=False))
-        if module is packs and isinstance(owner, nn.Linear) and not any(one.is_meta for one in owner.parameters()):
+        if replaced and isinstance(owner, nn.Linear) and not any(one.is_meta for one in owner.parameters()):
             module.set_submodule(path, packed(owner, dtype if path == "lm_head" else "bfloat16"))
     if faults:
         raise UserError(f"{stored.folder}: the weights are not this config.json's: {'; '.join(faults)}; export again")
@@ -280,21 +278,30 @@ class MlxLanguage(Language):
     def __init__(self, text: Any, eos: Iterable[int], name: str, remedy: str, positions: int | None) -> None:
         self.text, self.eos_ids, self.name = text, frozenset(eos), name
         self.remedy, self.positions = remedy, positions
+        self.dtype: Any = None  # of the last hidden states
 
     def _embed(self, ids: np.ndarray) -> np.ndarray:
         return _to_numpy(self.text.model.embed_tokens(_to_mlx(ids.astype(np.int32))))
 
-    def _logits(self, embeds: np.ndarray) -> np.ndarray:
-        return _to_numpy(self._head(self._hidden(embeds, None)))
-
-    def _prefill(self, embeds: np.ndarray, past: Any) -> tuple[np.ndarray, Any]:
+    def _hidden(self, embeds: np.ndarray, past: Any, kept: np.ndarray | None) -> tuple[np.ndarray, Any]:
         import mlx.core as mx
         from mlx_lm.models.cache import make_prompt_cache
 
+        if kept is not None:
+            raise NotImplementedError("mlx-lm's models take no mask for their cache")
         cache = make_prompt_cache(self.text) if past is None else past
-        logits = self._head(self._hidden(embeds, cache)[:, -1:])
-        mx.eval(logits, [layer.state for layer in cache])
-        return _to_numpy(logits)[0, -1], cache
+        hidden = self._states(embeds, cache)
+        mx.eval(hidden, [layer.state for layer in cache])
+        self.dtype = hidden.dtype
+        return _to_numpy(hidden), cache
+
+    def _states(self, embeds: np.ndarray, cache: Any) -> Any:
+        dtype = self.text.model.embed_tokens(_to_mlx(np.zeros((1, 1), np.int32))).dtype  # what the app merges into
+        return self.text.model(None, cache, _to_mlx(embeds).astype(dtype))
+
+    def _head(self, hidden: np.ndarray) -> np.ndarray:
+        states, tied = _to_mlx(hidden).astype(self.dtype), self.text.args.tie_word_embeddings
+        return _to_numpy(self.text.model.embed_tokens.as_linear(states) if tied else self.text.lm_head(states))
 
     def length(self, past: Any) -> int:
         return max(getattr(layer, "offset", 0) for layer in past)  # layers without attention keep no count
@@ -304,14 +311,6 @@ class MlxLanguage(Language):
 
         trim_prompt_cache(past, self.length(past) - length)
         return past
-
-    def _hidden(self, embeds: np.ndarray, cache: Any) -> Any:
-        dtype = self.text.model.embed_tokens(_to_mlx(np.zeros((1, 1), np.int32))).dtype  # what the app merges into
-        return self.text.model(None, cache, _to_mlx(embeds).astype(dtype))
-
-    def _head(self, hidden: Any) -> Any:
-        tied = self.text.args.tie_word_embeddings
-        return self.text.model.embed_tokens.as_linear(hidden) if tied else self.text.lm_head(hidden)
 
 
 class MlxProjector:

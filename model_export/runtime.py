@@ -70,7 +70,7 @@ def load(
         encoder = CoreMLVision(folder, units or document["config"].get("compute_units", "ALL"), function)
     else:
         encoder = ExecutorVision(folder, compute, function)
-    dtype = compute if compute in ("bfloat16", "int8") else "float32"
+    dtype = compute if compute in ("float32", "bfloat16", "int8") else "as-stored"
     speaker, projector = language.mlx_language(folder) if use_mlx else language.torch_language(folder, dtype)
     image_token, preprocessor = config["image_token_index"], read_preprocessor(folder)
     tokenizer = layouts.load_tokenizer(folder, image_token)

@@ -2,7 +2,7 @@
 
 import copy
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from benchmarks import parity
 from benchmarks.pictures import Picture
 from fastvlm import demo
 from fastvlm.surface import FastVLM, Language
@@ -69,36 +70,38 @@ class FakeProjector:
 
 @dataclass
 class FakeLanguage(Language):
+    """Its cache is the embeddings so far, and which of them belong to each sequence."""
+
     embedding: np.ndarray
-    head: np.ndarray
+    matrix: np.ndarray
     name: str = "fake language"
     remedy: str = "mend it"
     positions: int | None = None
-    seen: list[Any] = field(default_factory=list)
+    eos_ids: frozenset[int] = frozenset({EOS})
 
     def _embed(self, ids):
         return self.embedding[ids]
 
-    def _logits(self, embeds):
-        steps = np.arange(1, embeds.shape[1] + 1, dtype=np.float32)[None, :, None]
-        before = np.roll(embeds, 1, axis=1)
-        return (np.tanh(embeds + 0.8 * before + np.cumsum(embeds, axis=1) / steps) @ self.head).astype(np.float32)
+    def _hidden(self, embeds, past, kept):
+        before = np.empty((len(embeds), 0, embeds.shape[2]), np.float32) if past is None else past
+        past, count = np.concatenate([before, embeds], axis=1), embeds.shape[1]
+        kept = np.ones(before.shape[:2], bool) if kept is None else kept
+        kept = np.concatenate([kept, np.ones((len(embeds), count), bool)], axis=1)
+        return np.stack([self._states(one[own])[-count:] for one, own in zip(past, kept)]), past
 
-    def _prefill(self, embeds, past):
-        return self._logits(embeds)[0, -1], past
+    def _states(self, embeds):
+        steps = np.arange(1, len(embeds) + 1, dtype=np.float32)[:, None]
+        before = np.pad(embeds, ((1, 0), (0, 0)))[:-1]
+        return np.tanh(embeds + 0.8 * before + np.cumsum(embeds, axis=0) / steps).astype(np.float32)
+
+    def _head(self, hidden):
+        return hidden @ self.matrix
 
     def length(self, past):
-        raise NotImplementedError
+        return past.shape[1]
 
-    rewind = length
-
-    def stream(self, embeds, max_new_tokens, temperature=0.0, top_p=None, seed=None):
-        for _ in range(min(max_new_tokens, 12)):
-            token = int(self.logits(embeds)[0, -1].argmax())
-            if token == EOS:
-                return
-            yield token
-            embeds = np.concatenate([embeds, self.embed(np.array([[token]]))], axis=1)
+    def rewind(self, past, length):
+        return past[:, :length]
 
 
 @pytest.fixture(scope="session")
@@ -137,6 +140,17 @@ def shown() -> list[Picture]:
     rng = np.random.default_rng(3)
     images = [Image.fromarray(rng.integers(0, 256, (90, 120, 3)).astype(np.uint8)) for _ in range(4)]
     return [Picture(f"picture {n}", image, f"What is this, {n}?", None, "demo") for n, image in enumerate(images)]
+
+
+@pytest.fixture
+def compared():
+    """Take pictures through two models: the rows."""
+
+    def run(expected, actual, pictures):
+        seen = [parity.see(expected, actual, picture) for picture in pictures]
+        return parity.answer(parity.Speaker.of(expected), parity.Speaker.of(actual), seen)
+
+    return run
 
 
 @pytest.fixture

@@ -7,16 +7,17 @@ import numpy as np
 import pytest
 
 from benchmarks import parity, pictures, tolerances
+from benchmarks.language_parity import Reading
 from fastvlm import demo
 from fastvlm.errors import CheckFailed, UserError
 
 
 @pytest.fixture
-def judge(reference, candidate, shown, operations, sides):
+def judge(reference, candidate, shown, operations, sides, compared):
     """Compare the two fakes over the pictures and judge."""
 
     def run(family="fp16"):
-        rows = [parity.compare_picture(reference, candidate, picture) for picture in shown]
+        rows = compared(reference, candidate, shown)
         return parity.document(rows, operations, family, sides)
 
     return run
@@ -50,7 +51,7 @@ def perturb_embedding(model):
 
 
 def perturb_head(model):
-    model.language.head[2, 7] += 9
+    model.language.matrix[2, 7] += 9
 
 
 def perturb_pixels(model):
@@ -81,7 +82,7 @@ def test_one_perturbed_weight_fails_and_names_the_stage(judge, candidate, pertur
         (lambda model: model.vision.weight, "vision encoder: features: .* (fake vision)"),
         (lambda model: model.projector.weight, "projector: embeddings of a picture: .* (fake projector)"),
         (lambda model: model.language.embedding, "language model: embeddings of tokens: .* (fake language)"),
-        (lambda model: model.language.head, "language model: logits at position 0: .* (fake language)"),
+        (lambda model: model.language.matrix, "language model: logits at position .*: .* (fake language)"),
     ],
 )
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -95,8 +96,8 @@ def test_what_is_not_finite_ends_the_comparison_where_it_begins(judge, candidate
 
 # For each figure a value just out of its tolerance; encoder ones come in through the first row, or the operations.
 @pytest.mark.parametrize("metric", [name for name in parity.LABELS if name not in ("operation_snr", "layer_snr")])
-def test_each_figure_fails_alone(reference, candidate, shown, operations, sides, metric):
-    rows = [parity.compare_picture(reference, candidate, picture) for picture in shown]
+def test_each_figure_fails_alone(reference, candidate, shown, operations, sides, metric, compared):
+    rows = compared(reference, candidate, shown)
     limits = tolerances.for_encoder("float16") | tolerances.for_language("fp16")
     worse = -1e-3 if limits[metric].sense == ">=" else 1e-3
     for row in rows:
@@ -108,8 +109,8 @@ def test_each_figure_fails_alone(reference, candidate, shown, operations, sides,
     assert parity.document(rows, operations, "fp16", sides)["broken"] == [metric]
 
 
-def test_the_worst_picture_counts(reference, candidate, shown, operations, sides):
-    rows = [parity.compare_picture(reference, candidate, picture) for picture in shown]
+def test_the_worst_picture_counts(reference, candidate, shown, operations, sides, compared):
+    rows = compared(reference, candidate, shown)
     rows[2].figures["encoder_snr"] = 20.0
     figure = parity.document(rows, operations, "fp16", sides)["metrics"]["encoder_snr"]
     assert figure["value"] == 20 and figure["worst_row"] == 2 and figure["passed"] is False
@@ -133,49 +134,60 @@ def test_layers_that_could_not_be_matched_fail(judge, operations):
     assert result["metrics"]["layer_snr"]["reason"].startswith("the program's layers")
 
 
-def test_nothing_compared_never_passes(operations, sides, reference, candidate, shown):
+def test_nothing_compared_never_passes(operations, sides, reference, candidate, shown, compared):
     with pytest.raises(CheckFailed, match="nothing was compared"):
         parity.document([], operations, "fp16", sides)
-    rows = [parity.compare_picture(reference, candidate, shown[0])]
+    rows = compared(reference, candidate, shown[:1])
     with pytest.raises(CheckFailed, match="nothing was compared"):
         parity.document(rows, operations | {"rounding": []}, "fp16", sides)
 
 
-def test_shapes_that_differ_are_named(reference, candidate, shown):
+def test_shapes_that_differ_are_named(reference, candidate, shown, compared):
     candidate.projector.weight = np.ones((12, 9), np.float32)
     candidate.language.embedding = np.ones((40, 9), np.float32)
-    candidate.language.head = np.ones((9, 40), np.float32)
+    candidate.language.matrix = np.ones((9, 40), np.float32)
     with pytest.raises(
         CheckFailed, match=r"picture 0: merged embeddings: got shape \(1, \d+, 9\), expected \(1, \d+, 8\)"
     ):
-        parity.compare_picture(reference, candidate, shown[0])
+        compared(reference, candidate, shown[:1])
+
+
+def greedy(model, picture):
+    return list(model.language.stream(model.embed(picture.question, picture.image), parity.MAX_NEW_TOKENS))
 
 
 def test_where_answers_part(reference, candidate, shown):
-    tokens = list(reference.language.stream(reference.embed(shown[0].question, shown[0].image), 12))
+    tokens = greedy(reference, shown[0])
     assert len(tokens) > 3
     other = (tokens[2] + 1) % 36
-    candidate.language.stream = lambda embeds, count: iter([*tokens[:2], other, *tokens[3:]])
-    row = parity.compare_picture(reference, candidate, shown[0])
-    decode = reference.tokenizer.decode
-    assert row.divergence["position"] == 2
-    assert row.divergence["common"] == decode(tokens[:2])
-    assert row.divergence["reference"]["token"] == decode([tokens[2]])
-    assert row.divergence["candidate"]["token"] == decode([other])
-    assert (
-        row.divergence["common"] + row.divergence["candidate"]["token"] + row.divergence["candidate"]["rest"]
-        == row.candidate
-    )
-    assert row.divergence["margin"] > 0  # the reference preferred its own token
-    assert row.figures["greedy_tokens"] == row.figures["greedy_answers"] == 0
+    forced = [*tokens[:2], other, *tokens[3:]]
+    readings = [Reading(np.zeros((1, 1)), ids) for ids in (tokens, forced)]
+    readings[0].margin = 0.25
+    sides = [parity.Speaker.of(model) for model in (reference, candidate)]
+    parted, decode = parity._divergence(*sides, *readings), reference.tokenizer.decode
+    assert parted["position"] == 2 and parted["margin"] == 0.25
+    assert parted["common"] == decode(tokens[:2])
+    assert parted["reference"] == {"token": decode([tokens[2]]), "rest": decode(tokens[3:])}
+    assert parted["candidate"] == {"token": decode([other]), "rest": decode(tokens[3:])}
+    readings[1].tokens, readings[0].margin = tokens[:-1], None
+    parted = parity._divergence(*sides, *readings)
+    assert parted["position"] == len(tokens) - 1
+    assert parted["candidate"] == {"token": None, "rest": ""} and parted["margin"] is None
+    readings[1].tokens = tokens
+    assert parity._divergence(*sides, *readings) is None
 
 
-def test_an_answer_that_stops_early(reference, candidate, shown):
-    tokens = list(reference.language.stream(reference.embed(shown[0].question, shown[0].image), 12))
-    candidate.language.stream = lambda embeds, count: iter(tokens[:-1])
-    row = parity.compare_picture(reference, candidate, shown[0])
-    assert row.divergence["position"] == len(tokens) - 1
-    assert row.divergence["candidate"]["token"] is None and row.divergence["margin"] is None
+def test_answers_that_part_are_both_sides_own(reference, candidate, shown, compared):
+    candidate.language.matrix = candidate.language.matrix.copy()
+    perturb_head(candidate)
+    rows = compared(reference, candidate, shown)
+    for row, picture in zip(rows, shown):
+        ours, theirs = greedy(reference, picture), greedy(candidate, picture)
+        assert row.reference == reference.tokenizer.decode(ours)
+        assert row.candidate == candidate.tokenizer.decode(theirs)
+        assert row.figures["greedy_tokens"] == (ours == theirs)
+    parted = [row for row in rows if row.divergence]
+    assert parted and any(row.divergence["margin"] is not None and row.divergence["margin"] > 0 for row in parted)
 
 
 def test_four_bit_answers_are_reported_not_judged(judge, candidate):

@@ -109,7 +109,6 @@ def test_the_users_pictures_are_compared(checkpoint, artefact, tmp_path):
     Image.linear_gradient("L").save(tmp_path / "mine <b>.png")
     result = parity.compare(checkpoint, artefact, images=tmp_path, limit=1, report=tmp_path / "page.html")
     assert result["pictures"] == {"demo": 1, "yours": 1} and result["passed"]
-    assert parity.steps(checkpoint, tmp_path, 1) == 2
     assert "mine &lt;b&gt;.png" in (tmp_path / "page.html").read_text()
 
 

@@ -42,7 +42,7 @@ def compare(tmp_path, reference, samples):
 
 
 def perturb_head(model):
-    model.language.head[2, 7] += 9
+    model.language.matrix[2, 7] += 9
 
 
 def perturb_embedding(model):
@@ -116,7 +116,7 @@ def test_what_does_not_fit_is_refused(compare, candidate, samples, tmp_path, ref
     with pytest.raises(UserError, match="text tiny: 9 tokens, expected at least 64"):
         compare(candidate, text=quality.Text("tiny", "ninechars"))
     other = copy.deepcopy(candidate)
-    other.language.head = other.language.head[:, :-1]
+    other.language.matrix = other.language.matrix[:, :-1]
     with pytest.raises(UserError, match="vocabulary: candidate 39 tokens, reference 40"):
         compare(other)
     known = candidate.tokenizer.__class__.__call__
@@ -129,7 +129,7 @@ def test_what_does_not_fit_is_refused(compare, candidate, samples, tmp_path, ref
 
 
 def test_logits_that_are_not_finite_fail(compare, candidate):
-    candidate.language.head[0, 0] = np.nan
+    candidate.language.matrix[0, 0] = np.nan
     with pytest.raises(CheckFailed, match=r"language model: logits at position .* mend it"):
         compare(candidate)
 

@@ -11,9 +11,9 @@ HOSTILE = '"><script>alert(1)</script><img src=http://evil.example/x onerror=ale
 
 
 @pytest.fixture
-def rendered(reference, candidate, shown, operations, sides):
+def rendered(reference, candidate, shown, operations, sides, compared):
     def run(command="python -m benchmarks parity", change=None):
-        rows = [parity.compare_picture(reference, candidate, picture) for picture in shown]
+        rows = compared(reference, candidate, shown)
         if change:
             change(rows, operations, sides)
         result = parity.document(rows, operations, "fp16", sides)
@@ -92,14 +92,14 @@ def test_the_page_is_the_same_twice(rendered):
     assert rendered() == rendered()
 
 
-def test_each_row_needs_its_picture(reference, candidate, shown, operations, sides):
-    rows = [parity.compare_picture(reference, candidate, picture) for picture in shown]
+def test_each_row_needs_its_picture(reference, candidate, shown, operations, sides, compared):
+    rows = compared(reference, candidate, shown)
     with pytest.raises(ValueError):
         report.render(parity.document(rows, operations, "fp16", sides), [])
 
 
-def test_writing_replaces_in_one_piece(tmp_path, monkeypatch, reference, candidate, shown, operations, sides):
-    rows = [parity.compare_picture(reference, candidate, shown[0])]
+def test_writing_replaces_in_one_piece(tmp_path, monkeypatch, reference, candidate, shown, operations, sides, compared):
+    rows = compared(reference, candidate, shown[:1])
     result = parity.document(rows, operations, "fp16", sides)
     path = tmp_path / "new" / "index.html"
     report.write(path, result, [shown[0].image])

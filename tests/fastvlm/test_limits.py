@@ -121,14 +121,14 @@ def test_a_later_step_of_the_answer_is_looked_at_too(tiny_fast_vlm, tmp_path, pr
 def test_a_session_keeps_nothing_of_what_was_not_finite(demo_model, monkeypatch, value) -> None:
     session, white = Session(demo_model), Image.new("RGB", (64, 64), "white")
     expected = demo_model.generate("What is it?", white, 8)
-    prefill = type(demo_model.language)._prefill
+    head = type(demo_model.language)._head
 
-    def broken(self: Any, embeds: np.ndarray, past: Any) -> Any:
-        logits, past = prefill(self, embeds, past)
-        return np.where(np.arange(len(logits)) == 3, value, logits), past
+    def broken(self: Any, hidden: np.ndarray) -> np.ndarray:
+        logits = head(self, hidden)
+        return np.where(np.arange(logits.shape[-1]) == 3, value, logits)
 
     with monkeypatch.context() as patch:
-        patch.setattr(type(demo_model.language), "_prefill", broken)
+        patch.setattr(type(demo_model.language), "_head", broken)
         count = demo_model.tokenize("What is it?").shape[1]
         with pytest.raises(CheckFailed, match=f"logits at position {count - 1}: 1 of 448 values"):
             session.generate("What is it?", white, 8)
@@ -140,14 +140,14 @@ def test_a_session_keeps_nothing_of_what_was_not_finite(demo_model, monkeypatch,
 
 
 def test_every_row_of_logits_counts(demo_model, monkeypatch) -> None:
-    logits = type(demo_model.language)._logits
+    head = type(demo_model.language)._head
 
-    def broken(self: Any, embeds: np.ndarray) -> np.ndarray:
-        found = logits(self, embeds).copy()
+    def broken(self: Any, hidden: np.ndarray) -> np.ndarray:
+        found = head(self, hidden).copy()
         found[0, 5, 7] = -np.inf
         return found
 
-    monkeypatch.setattr(type(demo_model.language), "_logits", broken)
+    monkeypatch.setattr(type(demo_model.language), "_head", broken)
     with pytest.raises(CheckFailed, match="language model: logits at position 5: 1 of "):
         demo_model.logits("What is it?")
 

@@ -1,0 +1,91 @@
+"""Layers whose weights stay as they are stored and are converted part by part when they are used.
+
+A model of them takes the memory of what it may keep of its stored weights; the others are read at every use.
+"""
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Rows = Callable[[Any], Tensor]  # a slice, or ids (N,) -> the values of those rows of a weight
+_AT_ONCE = 1 << 19  # values that are converted at once: 2 MiB in float32, about what a core's cache holds
+_pool: Executor | None = None
+
+
+@contextmanager
+def workers() -> Iterator[None]:
+    """Inside, streamed layers are computed by as many threads as PyTorch has, each running its operations alone."""
+    global _pool
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # also what threads that start from here on begin with
+    try:
+        with ThreadPoolExecutor(threads) as _pool:
+            yield
+    finally:
+        _pool = None
+        torch.set_num_threads(threads)
+
+
+@dataclass
+class Memory:
+    """What layers may keep of their weights; the 0.5B model's all fit in 16 bits."""
+
+    free: int = 5 << 28  # bytes
+
+    def take(self, size: int) -> bool:
+        """Whether `size` bytes are free; then they are no longer."""
+        taken = size <= self.free
+        self.free -= size if taken else 0
+        return taken
+
+
+class StreamedLinear(nn.Module):
+    """x (..., I) @ weight (O, I) transposed + bias, in x's dtype.
+
+    `read()` gives access to the weight's rows, in a mapping of their own that ends with it; with `keeps`, rows are
+    kept once they are read.
+    """
+
+    def __init__(
+        self, read: Callable[[], Rows], shape: tuple[int, ...], keeps: bool, bias: nn.Parameter | None
+    ) -> None:
+        super().__init__()
+        self.read, (self.out_features, self.in_features), self.bias = read, shape, bias
+        self.keeps, self.kept = keeps, dict[int, Tensor]()
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat, step = x.flatten(0, -2), max(1, _AT_ONCE // self.in_features)
+        result, starts = x.new_empty(len(flat), self.out_features), range(0, self.out_features, step)
+        rows = self.read() if len(self.kept) < len(starts) else None
+
+        @torch.inference_mode()  # of each thread
+        def compute(start: int) -> None:
+            part = slice(start, start + step)
+            weight = self.kept[start] if rows is None else rows(part)
+            if rows is not None and self.keeps:
+                self.kept[start] = weight.clone()  # not the mapping
+            bias = None if self.bias is None else self.bias[part]
+            result[:, part] = nn.functional.linear(flat, weight.to(x.dtype), bias)
+
+        for _ in map(compute, starts) if _pool is None or len(starts) == 1 else _pool.map(compute, starts):
+            pass
+        return result.unflatten(0, x.shape[:-1])
+
+
+class StreamedEmbedding(nn.Module):
+    """A table whose rows are converted to `dtype` when they are asked for."""
+
+    def __init__(self, rows: Rows, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.rows, self.dtype = rows, dtype
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.rows(ids.flatten()).to(self.dtype).unflatten(0, ids.shape)
+
+
+STREAMED = (StreamedLinear, StreamedEmbedding)
