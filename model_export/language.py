@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from fastvlm.dtypes import dtype_name
+from fastvlm.dtypes import dtype_name, torch_dtype
 from fastvlm.errors import UserError
 from fastvlm.files import load_json
 from fastvlm.limits import positions
@@ -190,6 +190,9 @@ class _Projector(nn.Module):
         return self.linear_2(nn.functional.gelu(self.linear_0(x)))
 
 
+_REPLACING = ("as-stored", "bfloat16", "int8")  # what is computed by other layers than Transformers' own
+
+
 def torch_language(folder: Path, dtype: str = "float32") -> tuple[TorchLanguage, TorchProjector]:
     """The language model and the projector on the CPU, computing in `dtype` with the artefact's own values.
 
@@ -226,7 +229,7 @@ def torch_language(folder: Path, dtype: str = "float32") -> tuple[TorchLanguage,
         expected |= {prefix + name: (owner, name) for name, _ in owner.named_parameters()}
     with returned_buffers():
         _fill(expected, stored, dtype, model)
-    if dtype == "float32":
+    if dtype not in _REPLACING:
         model.tie_weights()
     rotary = model.model.rotary_emb
     model.model.rotary_emb = type(rotary)(config=text)  # its table is computed, not stored
@@ -239,9 +242,9 @@ def torch_language(folder: Path, dtype: str = "float32") -> tuple[TorchLanguage,
 
 
 def _fill(expected: dict[str, tuple[nn.Module, str]], stored: StoredTensors, dtype: str, model: nn.Module) -> None:
-    """Put each stored weight into its module, one after the other, so that no second copy of the model exists; but in
-    float32, `model` gets packed or streamed linear layers on the way, and its embedding table stays where it is."""
-    names, target = stored.names(), {"float32": torch.float32, "as-stored": torch.float32}.get(dtype, torch.bfloat16)
+    """Put each stored weight into its module, one after the other, so that no second copy of the model exists; `model`
+    may get packed or streamed linear layers on the way, and then its embedding table stays where it is."""
+    names, target = stored.names(), torch_dtype({"as-stored": "float32", "int8": "bfloat16"}.get(dtype, dtype))
     faults = [f"{name} is missing" for name in sorted(set(expected) - names)]
     faults += [f"{name} is unexpected" for name in sorted(names - set(expected))]
     memory = Memory()
@@ -253,7 +256,7 @@ def _fill(expected: dict[str, tuple[nn.Module, str]], stored: StoredTensors, dty
         if faults:
             continue
         path, _, leaf = path.rpartition(".")
-        owner, replaced = module.get_submodule(path), module is model and dtype != "float32"
+        owner, replaced = module.get_submodule(path), module is model and dtype in _REPLACING
         if replaced and isinstance(owner, nn.Embedding):
             rows = stored.mapped(name)
             rows(torch.zeros(1, dtype=torch.int64))  # refused now, if its parts contradict each other
