@@ -6,7 +6,7 @@ first one that differs on it decodes by itself.
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,7 +35,10 @@ class Reading:
     margin: float | None = None
 
 
-def answers(language: Language, embeds: Sequence[np.ndarray], most: int) -> list[Reading]:
+Advance = Callable[[int], Any]  # is told how many tokens of answers are behind us, those that an end saves included
+
+
+def answers(language: Language, embeds: Sequence[np.ndarray], most: int, advance: Advance) -> list[Reading]:
     """Read prompts, each (1, T, H) float32, and answer each greedily with at most `most` tokens."""
     found: dict[int, Reading] = {}
     for batch in _batches(embeds):
@@ -44,7 +47,8 @@ def answers(language: Language, embeds: Sequence[np.ndarray], most: int) -> list
         tokens = language.head(hidden[:, -1:], hidden.shape[1] - 1)[:, -1].argmax(-1)
         room = _room(language, hidden.shape[1], most)
         running = [one for one, token in zip(readings, tokens) if _goes_on(language, one.tokens, token, room)]
-        _decode(language, past, readings, running, room)
+        _decode(language, past, readings, running, room, advance)
+        advance(most * len(batch) - sum(len(one.tokens) for one in readings))
         if language.positions is not None and any(room == len(one.tokens) < most for one in readings):
             log(stopped(language.positions))
         found |= zip(batch, readings)
@@ -52,7 +56,7 @@ def answers(language: Language, embeds: Sequence[np.ndarray], most: int) -> list
 
 
 def answers_after(
-    language: Language, embeds: Sequence[np.ndarray], drafts: Sequence[list[int]], most: int
+    language: Language, embeds: Sequence[np.ndarray], drafts: Sequence[list[int]], most: int, advance: Advance
 ) -> list[Reading]:
     """The same, and the same answers, given drafts of them: as much of one as is right costs no decoding."""
     found: dict[int, Reading] = {}
@@ -79,7 +83,9 @@ def answers_after(
                 scores = metrics.log_softmax(logits[right])
                 reading.margin = float(scores[tokens[right]] - scores[draft[right]])
             readings.append(reading)
-        _decode(language, past, readings, running, room, kept)
+        advance(sum(len(one.tokens) for one in readings))
+        _decode(language, past, readings, running, room, advance, kept)
+        advance(most * len(batch) - sum(len(one.tokens) for one in readings))
         found |= zip(batch, readings)
     return [found[index] for index in range(len(embeds))]
 
@@ -113,10 +119,12 @@ def _decode(
     readings: list[Reading],
     running: list[Reading],
     room: int,
+    advance: Advance,
     kept: np.ndarray | None = None,
 ) -> None:
     """Take the `running` ones of a batch to their end; `kept` as in `Language.hidden`."""
     while running:
+        advance(len(running))
         goes_on = np.array([[one in running] for one in readings])
         last = [[one.tokens[-1] if one.tokens else 0] for one in readings]
         hidden, past = language.hidden(language.embed(np.array(last, np.int64)), past, kept)

@@ -14,13 +14,14 @@ import numpy as np
 from PIL import Image
 
 from benchmarks import environment, language_parity, metrics, pictures, tolerances
+from benchmarks.language_parity import Reading
 from benchmarks.operations import Error, layer_errors, layer_scales, rounding_errors, traced_scales
 from benchmarks.pictures import LIMIT, Picture
 from fastvlm import streamed
 from fastvlm.cli import progress
 from fastvlm.errors import CheckFailed, UserError
 from fastvlm.files import load_json
-from fastvlm.surface import FastVLM, Language, load_checkpoint
+from fastvlm.surface import FastVLM, Language, TorchLanguage, load_checkpoint
 from model_export import contract
 
 MAX_NEW_TOKENS = 48  # of each answer
@@ -223,13 +224,9 @@ def see(expected: FastVLM, actual: FastVLM, picture: Picture) -> Seen:
 def answer(expected: Speaker, actual: Speaker, seen: Sequence[Seen]) -> list[Row]:
     """Take pictures that both encoders have seen to the end of their answers, each side on its own embeddings."""
     with streamed.workers():
-        with progress("parity: candidate, greedy answers"):
-            theirs = language_parity.answers(actual.language, [one.actual for one in seen], MAX_NEW_TOKENS)
-        with progress("parity: reference, the same answers"):
-            drafts = [reading.tokens for reading in theirs]
-            ours = language_parity.answers_after(
-                expected.language, [one.expected for one in seen], drafts, MAX_NEW_TOKENS
-            )
+        theirs = _answers("candidate", actual, [one.actual for one in seen])
+        drafts = [reading.tokens for reading in theirs]
+        ours = _answers("reference", expected, [one.expected for one in seen], drafts)
         with progress("parity: prefill logits, pictures", len(seen)) as advance:
             for one, a, b in zip(seen, ours, theirs):
                 row, languages = one.row, (expected.language, actual.language)
@@ -246,9 +243,21 @@ def answer(expected: Speaker, actual: Speaker, seen: Sequence[Seen]) -> list[Row
     return [one.row for one in seen]
 
 
-def _divergence(
-    expected: Speaker, actual: Speaker, a: language_parity.Reading, b: language_parity.Reading
-) -> dict[str, Any] | None:
+def _answers(
+    side: str, speaker: Speaker, embeds: list[np.ndarray], drafts: list[list[int]] | None = None
+) -> list[Reading]:
+    """What one side makes of the prompts, at most MAX_NEW_TOKENS of each answer."""
+    with progress(f"parity: answers of the {side}, tokens", MAX_NEW_TOKENS * len(embeds)) as advance:
+        if drafts is None:
+            found = language_parity.answers(speaker.language, embeds, MAX_NEW_TOKENS, advance)
+        else:
+            found = language_parity.answers_after(speaker.language, embeds, drafts, MAX_NEW_TOKENS, advance)
+    if isinstance(speaker.language, TorchLanguage):
+        streamed.forget(speaker.language.model)  # the memory is for the other side now
+    return found
+
+
+def _divergence(expected: Speaker, actual: Speaker, a: Reading, b: Reading) -> dict[str, Any] | None:
     """Where two answers part: the text before, each side's token (None: it ended) and rest, and the reference's margin.
 
     `margin` in nats is log p(reference's token) − log p(candidate's) by the reference; near 0 it was a tie. None where

@@ -77,6 +77,13 @@ class StreamedLinear(nn.Module):
         return result.unflatten(0, x.shape[:-1])
 
 
+def forget(model: nn.Module) -> None:
+    """Drop what the layers of a model keep, until they are used again."""
+    for layer in model.modules():
+        if isinstance(layer, StreamedLinear):
+            layer.kept.clear()
+
+
 class StreamedEmbedding(nn.Module):
     """A table whose rows are converted to `dtype` when they are asked for."""
 

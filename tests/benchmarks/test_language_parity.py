@@ -10,6 +10,12 @@ from fastvlm import streamed
 from fastvlm.surface import Language, load_checkpoint
 
 MOST = 12
+
+
+def tell(count):
+    assert count >= 0
+
+
 PROMPTS = ("What is it?", "How many stars?", "Where is it?", "What is that?")
 
 
@@ -27,7 +33,7 @@ def greedy(demo_model, embeds):
 
 
 def test_a_batch_answers_as_each_prompt_alone(demo_model, embeds, greedy):
-    found = language_parity.answers(demo_model.language, embeds, MOST)
+    found = language_parity.answers(demo_model.language, embeds, MOST, tell)
     assert [one.tokens for one in found] == greedy
     assert len({len(answer) for answer in greedy}) > 1  # they end at different steps
     for one, alone in zip(found, embeds):
@@ -41,7 +47,7 @@ def test_any_draft_gives_the_same_answers(demo_model, embeds, greedy, data):
     for own in greedy:
         draft = own[: data.draw(st.integers(0, len(own)))] + data.draw(st.lists(st.integers(0, 447), max_size=3))
         drafts.append(data.draw(st.sampled_from([draft, own]))[:MOST])
-    found = language_parity.answers_after(demo_model.language, embeds, drafts, MOST)
+    found = language_parity.answers_after(demo_model.language, embeds, drafts, MOST, tell)
     assert [one.tokens for one in found] == greedy
     for one, own, draft, prompt in zip(found, greedy, drafts, embeds):
         at = metrics.first_divergence(own, draft)
@@ -55,10 +61,13 @@ def test_any_draft_gives_the_same_answers(demo_model, embeds, greedy, data):
 
 def test_positions_end_answers(demo_model, embeds, greedy, capsys, monkeypatch):
     monkeypatch.setattr(demo_model.language, "positions", embeds[0].shape[1] + 2)
-    cut = language_parity.answers(demo_model.language, embeds[:1], MOST)
+    cut = language_parity.answers(demo_model.language, embeds[:1], MOST, tell)
     assert cut[0].tokens == greedy[0][:3] == list(demo_model.language.stream(embeds[0], MOST))
     assert "the answer is cut off" in capsys.readouterr().err
-    assert language_parity.answers_after(demo_model.language, embeds[:1], greedy[:1], MOST)[0].tokens == greedy[0][:3]
+    assert (
+        language_parity.answers_after(demo_model.language, embeds[:1], greedy[:1], MOST, tell)[0].tokens
+        == greedy[0][:3]
+    )
 
 
 def test_logits_in_parts_are_the_logits(demo_model, embeds, monkeypatch):
@@ -84,6 +93,6 @@ def test_a_streamed_model_is_the_model(demo_model, embeds, greedy, keeps, monkey
     for _ in range(2):  # reading, and out of memory
         with streamed.workers():
             assert model.language.logits(embeds[1]) == pytest.approx(expected, abs=1e-4)
-            assert [one.tokens for one in language_parity.answers(model.language, embeds, MOST)] == greedy
+            assert [one.tokens for one in language_parity.answers(model.language, embeds, MOST, tell)] == greedy
     layers = [layer for layer in model.language.model.modules() if isinstance(layer, streamed.StreamedLinear)]
     assert len(layers) == 4 * 7 + 1 and all(bool(layer.kept) == bool(keeps) for layer in layers)
