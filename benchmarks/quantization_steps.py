@@ -42,14 +42,6 @@ def small(target: str) -> dict[str, float]:
     return {}
 
 
-def large(target: str) -> dict[str, float]:
-    """A random 7B checkpoint, 15 GB."""
-    from fastvlm.synthetic import write_checkpoint
-
-    write_checkpoint(target, shape="7b", dtype="bfloat16", shards=4)
-    return {}
-
-
 def text_model(checkpoint: str, target: str) -> dict[str, float]:
     """The checkpoint's language model as a Qwen2 folder: the same values under Qwen2's own names."""
     import shutil
@@ -151,7 +143,7 @@ def same_tensors(ours: str, theirs: str) -> dict[str, float]:
 
 
 STEPS: dict[str, Callable[..., dict[str, float]]] = {
-    step.__name__: step for step in (small, large, text_model, schemes, same_tensors)
+    step.__name__: step for step in (small, text_model, schemes, same_tensors)
 }
 
 if __name__ == "__main__":

@@ -21,7 +21,8 @@ def synthetic(target: str, shape: str = "0.5b") -> dict[str, float]:
     """Write the random checkpoint of a real shape."""
     from fastvlm.synthetic import write_checkpoint
 
-    write_checkpoint(target, shape=shape, dtype="float16")
+    large = shape == "7b"  # as it is published
+    write_checkpoint(target, shape=shape, dtype="bfloat16" if large else "float16", shards=4 if large else 1)
     return {}
 
 

@@ -63,7 +63,7 @@ def add_suite(subparsers: Any, suite: Suite, help: str, description: str) -> arg
         type=Output(),
         default="build/benchmarks",
         metavar="DIR",
-        help="where the synthetic checkpoints, 0.5 and 1.3 GB, are kept (default: %(default)s)",
+        help="where the synthetic checkpoints are kept, 1.3 GB, and 15 GB of 7B (default: %(default)s)",
     )
     add_common(parser)
     parser.set_defaults(run=partial(run, suite))
@@ -166,5 +166,5 @@ def synthetic(store: Path, shape: str = "0.5b") -> Path:
     """A checkpoint of a real shape with random weights, made once."""
     target = store / f"synthetic-{shape}"
     if not target.is_dir():
-        run_step("writing a random checkpoint of the real shape", step("steps", "synthetic", target, shape))
+        run_step(f"writing a random checkpoint of the {shape} shape", step("steps", "synthetic", target, shape))
     return target

@@ -3,6 +3,7 @@
 import math
 import sys
 
+import psutil
 import pytest
 
 from benchmarks import environment, export, steps, suite
@@ -74,7 +75,14 @@ def test_every_section_reports_bars_and_every_step_exists(tmp_path, monkeypatch)
         figures |= section(tmp_path, tmp_path / "work")
     assert set(figures) <= set(export.BARS)
     assert figures["encoder_peak_ratio"] == 1.0
-    assert sum("--quant" in command for command in made) == 3
+    assert sum("--quant" in command for command in made) == 6
+
+
+def test_busy_processes_end_with_the_block():
+    with pytest.raises(ZeroDivisionError), export.busy(1):
+        (load,) = psutil.Process().children()
+        1 / 0  # noqa: B018
+    assert not load.is_running()
 
 
 def test_the_table(capsys):
