@@ -38,6 +38,32 @@ def test_snr_is_the_ratio_of_signal_to_noise(pair):
     assert got == expected or math.isclose(got, expected, abs_tol=1e-6)
 
 
+@pytest.mark.parametrize("scale", [3e38, 1.0, 1e-13, 1e-15, 1e-19, 1e-30, 1e-42])
+@pytest.mark.parametrize("noise", [3.0, 1e-3, 1e-7, 1e-20])
+def test_snr_of_many_values_at_the_ends_of_float32(scale, noise):
+    """Parts that float32 can add, parts that it cannot, silent and equal ones, and a last one that is not full."""
+    rng = np.random.default_rng(0)
+    size = 3 * metrics._VALUES_AT_ONCE + 333
+    a, error = (rng.uniform(-1, 1, size) for _ in range(2))
+    a[: metrics._VALUES_AT_ONCE] *= scale
+    error[: metrics._VALUES_AT_ONCE] *= scale
+    a[-200_000:-100_000] = error[-70_000:] = 0
+    with np.errstate(over="ignore"):
+        a, b = a.astype(np.float32), np.clip(a + noise * error, -3.4e38, 3.4e38).astype(np.float32)
+    for x, y in ((a, b), (a[: metrics._VALUES_AT_ONCE], b[: metrics._VALUES_AT_ONCE])):
+        got, expected = metrics.snr_db(x, y), slow_snr(x, y)
+        assert got == expected or math.isclose(got, expected, abs_tol=1e-5)
+        assert metrics.snr_db(x.reshape(-1, 1), y.reshape(-1, 1)) == got
+
+
+def test_snr_does_not_depend_on_the_order_in_memory():
+    a, b = np.random.default_rng(0).normal(size=(2, 512, 512)).astype(np.float32)
+    expected = metrics.snr_db(a, b)
+    assert metrics.snr_db(a.T, b.T) == expected
+    assert metrics.snr_db(a.T, np.ascontiguousarray(b.T)) == pytest.approx(expected, abs=1e-6)
+    assert metrics.snr_db(a, b.T) == pytest.approx(slow_snr(a.ravel(), b.T.ravel()), abs=1e-6) != expected
+
+
 @given(vectors, st.sampled_from([2.0**-20, 0.5, 4.0, 2.0**30]))
 def test_snr_and_cosine_do_not_depend_on_the_unit(pair, scale):
     a, b = (x.astype(np.float64) for x in pair)
