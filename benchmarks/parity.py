@@ -14,8 +14,8 @@ import numpy as np
 from PIL import Image
 
 from benchmarks import environment, language_parity, metrics, pictures, tolerances
+from benchmarks.encoders import Encoded, encode, encode_first
 from benchmarks.language_parity import Reading
-from benchmarks.operations import Error, layer_errors, layer_scales, rounding_errors, traced_scales
 from benchmarks.pictures import LIMIT, Picture
 from fastvlm import streamed
 from fastvlm.cli import progress
@@ -117,13 +117,15 @@ def compare(
     actual = runtime.load(artefact, vision=vision, llm=llm, resolution=resolution)
     expected = at_size(load_checkpoint(checkpoint, streamed=True), actual.image_size)
     _check_comparable(expected, actual)
-    first = next(pictures.opened(chosen[:1]))
-    with progress("parity: operations of the encoder"):
-        operations = compare_operations(checkpoint, artefact, expected.preprocess(first.image), resolution)
+    operations: dict[str, Any] = {}
     seen, thumbnails = [], []
     with progress("parity: encoders, pictures", len(chosen)) as advance:
         for picture in pictures.opened(chosen):
-            seen.append(see(expected, actual, picture))
+            if operations:
+                encoded = encode(expected, actual, picture)
+            else:
+                operations, encoded = encode_first(checkpoint, artefact, expected, actual, picture, resolution)
+            seen.append(see(expected, actual, picture, encoded))
             if report is not None:
                 thumbnails.append(thumbnail(picture.image))
             advance()
@@ -164,61 +166,17 @@ def _check_comparable(expected: FastVLM, actual: FastVLM) -> None:
         )
 
 
-def compare_operations(
-    checkpoint: Path, artefact: Path, pixels: np.ndarray, resolution: int | None = None
-) -> dict[str, Any]:
-    """The package operation by operation on one picture (1, 3, S, S), in the MIL executor whatever else runs it.
-
-    {"precision", "rounding": [...], "layers": [...], "fault"}: lists of `operations.Error` as dictionaries in execution
-    order; `fault` says why the layers could not be matched with the checkpoint's.
-    """
-    from fastvlm.checkpoint import open_checkpoint
-    from fastvlm.model import encoder
-    from fastvlm.reparam import fold
-    from model_export.artefact import is_ours, read_whole
-    from model_export.runtime import function_for
-
-    manifest = read_whole(artefact)
-    package, function = artefact / contract.PACKAGE, function_for(manifest, artefact, resolution)
-    rounding, precision = rounding_errors(package, pixels, function)
-    stored = encoder(open_checkpoint(checkpoint))
-    folded = fold(stored)
-    if manifest["vision"].get("compression", {}).get("forms") or manifest["config"].get("vision_quant") == "compressed":
-        precision = "compressed"
-    scales = layer_scales(folded, manifest["vision"].get("fp16")) if is_ours(manifest) else traced_scales(stored)
-    layers: list[Error] = []
-    fault = None
-    try:
-        layers = layer_errors(package, folded, pixels, function, scales)
-    except CheckFailed as error:
-        fault = str(error)
-    return {"precision": precision, "rounding": _listed(rounding), "layers": _listed(layers), "fault": fault}
-
-
-def _listed(errors: list[Error]) -> list[dict[str, Any]]:
-    return [asdict(error) | {"snr_db": tolerances.number(error.snr_db)} for error in errors]
-
-
-def see(expected: FastVLM, actual: FastVLM, picture: Picture) -> Seen:
-    """Run one picture through both sides as far as the merged embeddings, each on its own pixels and features."""
-    pixels = [model.preprocess(picture.image) for model in (expected, actual)]
-    features = [model.encode_image(values) for model, values in zip((expected, actual), pixels)]
+def see(expected: FastVLM, actual: FastVLM, picture: Picture, encoded: Encoded) -> Seen:
+    """Take one picture that both sides have encoded as far as the merged embeddings, each on its own features."""
     embeds = [
-        model.merge(picture.question, [model.project(values)]) for model, values in zip((expected, actual), features)
+        model.merge(picture.question, [model.project(values)])
+        for model, values in zip((expected, actual), encoded.features)
     ]
-    for what, (a, b) in {"pixels": pixels, "features": features, "merged embeddings": embeds}.items():
-        if a.shape != b.shape:
-            raise CheckFailed(f"{picture.name}: {what}: got shape {b.shape}, expected {a.shape}")
-    peak = float(np.abs(features[0]).max())
-    figures = {
-        "preprocessing": metrics.max_abs(*pixels),
-        "encoder_snr": metrics.snr_db(*features),
-        "encoder_cosine": metrics.cosine(*features),
-        "encoder_max_abs": metrics.max_abs(*features) / peak if peak else math.inf,
-        "merged_snr": min(map(metrics.snr_db, embeds[0][0], embeds[1][0])),
-    }
-    row = Row(picture.name, picture.source, picture.question, picture.truth, "", "", None, figures)
-    return Seen(row, *embeds)
+    a, b = embeds
+    if a.shape != b.shape:
+        raise CheckFailed(f"{picture.name}: merged embeddings: got shape {b.shape}, expected {a.shape}")
+    figures = encoded.figures | {"merged_snr": min(map(metrics.snr_db, a[0], b[0]))}
+    return Seen(Row(picture.name, picture.source, picture.question, picture.truth, "", "", None, figures), a, b)
 
 
 def answer(expected: Speaker, actual: Speaker, seen: Sequence[Seen]) -> list[Row]:

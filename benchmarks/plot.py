@@ -23,7 +23,7 @@ _BEHIND = {"facecolor": _CARD, "edgecolor": "none", "pad": 1.5, "alpha": 0.85}
 def error_plot(operations: dict[str, Any], limits: dict[str, Any], first: dict[str, Any] | None) -> str:
     """SVG text: SNR in dB of every operation (line) and every layer (dots) over the order of execution.
 
-    `operations` as in `parity.compare_operations`, `limits` the document's metrics (for the tolerance), `first` the
+    `operations` as in `encoders.compare_operations`, `limits` the document's metrics (for the tolerance), `first` the
     operation that left its tolerance. Exact values lie above any scale and are left out; broken ones lie on the floor.
     """
     import matplotlib

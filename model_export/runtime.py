@@ -111,7 +111,7 @@ class ExecutorVision:
             self.executor = mil.load(folder / contract.PACKAGE, compute=compute, function_name=function)
         except mil.MILError as error:
             raise UserError(f"{folder / contract.PACKAGE}: {error}") from error
-        self.name, self.remedy = f"MIL executor ({compute})", _REMEDY
+        self.compute, self.name, self.remedy = compute, f"MIL executor ({compute})", _REMEDY
 
     def encode(self, pixel_values: np.ndarray) -> np.ndarray:
         """(1, 3, S, S) float32 -> (1, N, C) float32."""

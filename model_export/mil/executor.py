@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -73,17 +75,42 @@ class MILExecutor:
         written over.
         """
         values: dict[str, torch.Tensor] = {**self._plan.constants, **self._input_tensors(inputs)}
-        steps = self._plan.steps if watch is not None else self._plan.merged
         with kept_buffers():
-            for step in steps:
-                outputs = self._run_step(step, values, keep=watch is not None)
+            for operation, outputs in self._walk(values, keep=watch is not None):
                 if watch is not None:
-                    watch(step.operation, outputs)
-                values.update(outputs)
+                    watch(operation, outputs)
                 del outputs
-                for name in step.frees:
-                    values.pop(name, None)
             return {name: self._array(values[name], type) for name, type in self.outputs.items()}
+
+    def watched(self, inputs: Mapping[str, np.ndarray]) -> Iterator[tuple[Operation, Mapping[str, torch.Tensor]]]:
+        """What `run` shows to `watch`, one by one: each operation runs when it is asked for, so that two executors may
+        take turns."""
+        return self._walk({**self._plan.constants, **self._input_tensors(inputs)}, keep=True)
+
+    @torch.inference_mode()
+    def _walk(
+        self, values: dict[str, torch.Tensor], keep: bool
+    ) -> Iterator[tuple[Operation, Mapping[str, torch.Tensor]]]:
+        """Run step by step; `values` are those in use. `keep`: one operation at a time, and write over nothing."""
+        for step in self._plan.steps if keep else self._plan.merged:
+            outputs = self._run_step(step, values, keep)
+            yield step.operation, outputs
+            values.update(outputs)
+            del outputs
+            for name in step.frees:
+                values.pop(name, None)
+
+    def in_float32(self) -> MILExecutor:
+        """One as typed, by the policy "float32": it has the same kernels and weights, and nothing is rounded."""
+        if self.policy != POLICIES["as-typed"]:
+            raise ValueError(f"the policy {self.policy.name} has kernels of its own")
+        made = copy.copy(self)
+        made.policy = POLICIES["float32"]
+        made._plan = replace(
+            self._plan,
+            **{name: tuple(_unrounded(step) for step in getattr(self._plan, name)) for name in ("steps", "merged")},
+        )
+        return made
 
     def _input_tensors(self, inputs: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
         if set(inputs) != set(self.inputs):
@@ -186,6 +213,10 @@ def _check(operation: Operation, name: str, tensor: torch.Tensor, type: TensorTy
         shape = ", ".join(map(str, tensor.shape))
         came = f"{tensor.dtype}[{shape}]".removeprefix("torch.")
         raise MILError(f"operation {operation.name!r} ({operation.type}): {name!r} came out as {came}, declared {type}")
+
+
+def _unrounded(step: Step) -> Step:
+    return replace(step, rounds=False, then=tuple(map(_unrounded, step.then)))
 
 
 def _finish(tensor: torch.Tensor, step: Step) -> torch.Tensor:

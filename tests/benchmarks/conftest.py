@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from benchmarks import parity
+from benchmarks import encoders, parity
 from benchmarks.pictures import Picture
 from fastvlm import demo
 from fastvlm.surface import FastVLM, Language
@@ -147,7 +147,7 @@ def compared():
     """Take pictures through two models: the rows."""
 
     def run(expected, actual, pictures):
-        seen = [parity.see(expected, actual, picture) for picture in pictures]
+        seen = [parity.see(expected, actual, one, encoders.encode(expected, actual, one)) for one in pictures]
         return parity.answer(parity.Speaker.of(expected), parity.Speaker.of(actual), seen)
 
     return run
@@ -155,7 +155,7 @@ def compared():
 
 @pytest.fixture
 def operations() -> dict[str, Any]:
-    """What `parity.compare_operations` gives for a sound fp16 package."""
+    """What `encoders.compare_operations` gives for a sound fp16 package."""
     rounding = [
         {"index": i, "name": f"x_{i}", "type": "conv" if i % 3 == 0 else "gelu", "snr_db": 66.0 - i / 10, "layer": None}
         for i in range(60)

@@ -16,7 +16,13 @@ from safetensors.torch import load_file, save_file
 from timm.models import fastvit
 from torch import Tensor, nn
 
+from benchmarks.encoders import compare_operations
+from fastvlm.checkpoint import open_checkpoint
+from fastvlm.model import encoder
 from fastvlm.reparam import fold
+from fastvlm.surface import TorchVision
+from model_export import runtime
+from model_export.artefact import read_whole
 
 VISION = "model.vision_tower.timm_model."
 WIDTHS = (4, 8, 8, 32, 64)
@@ -168,3 +174,14 @@ def heated(source: Path, target: Path, factors: Mapping[int, float]) -> Path:
         gains[rf"stages\.{stage}\.blocks\.\d+\.mlp\.conv\.conv\.weight"] = 1 / factor
         gains[rf"{after}\.reparam_conv\.weight"] = 1 / factor
     return rewritten(source, target, gains)
+
+
+def compared_operations(
+    checkpoint: Path, artefact: Path, pixels: np.ndarray, resolution: int | None = None
+) -> dict[str, Any]:
+    """What parity says of the operations and layers of this artefact's package."""
+    function = runtime.function_for(read_whole(artefact), artefact, resolution)
+    reference = TorchVision(encoder(open_checkpoint(checkpoint)), "PyTorch", "")
+    return compare_operations(
+        checkpoint, artefact, reference, runtime.ExecutorVision(artefact, function=function), pixels
+    )[0]

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from encoders import counts_of, heated, outputs_of, rewritten, snr_db
+from encoders import compared_operations, counts_of, heated, outputs_of, rewritten, snr_db
 
 from benchmarks import parity
 from fastvlm import pictures
@@ -195,7 +195,7 @@ def test_parity_fails_when_the_record_is_false(
 ) -> None:
     false = falsified(family.artefacts[3e5], tmp_path / "false", change)
     pixels = prepared(family.cool)[0]
-    operations = parity.compare_operations(family.hot[3e5], false, pixels)
+    operations = compared_operations(family.hot[3e5], false, pixels)
     worst = min(operations["layers"], key=lambda error: float(error["snr_db"]))
     assert float(worst["snr_db"]) < 10
     if change is one_layer_forgotten:
@@ -264,7 +264,7 @@ def test_features_beyond_float16_leave_in_float32(make_checkpoint: Callable[...,
 def test_parity_and_the_manifest_know_scaled_activations(make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     hot = rewritten(make_checkpoint(), tmp_path / "hot", HOT["patch embedding"] | HOT["scores"])
     export(plan(ExportConfig(hot, tmp_path / "made")))
-    result = parity.compare_operations(hot, tmp_path / "made", prepared(hot)[0])
+    result = compared_operations(hot, tmp_path / "made", prepared(hot)[0])
     assert result["fault"] is None and len(result["layers"]) == 42
     assert min(float(error["snr_db"]) for error in result["layers"]) >= 40
     facts = read_manifest(tmp_path / "made")["vision"]

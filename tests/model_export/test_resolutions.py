@@ -9,11 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from encoders import counts_of, largest_rank
+from encoders import compared_operations, counts_of, largest_rank
 from PIL import Image
 
 from benchmarks import __main__ as benchmarks
-from benchmarks import parity
 from fastvlm.cli import run
 from fastvlm.errors import CheckFailed, UserError
 from model_export import artefact as manifests
@@ -253,7 +252,7 @@ def test_parity_looks_at_that_function(several: Path, tiny_checkpoint: Path, tmp
     broken = {}
     for resolution in (64, 192, None):
         size = resolution or 128
-        found = parity.compare_operations(tiny_checkpoint, copied, pixels_of(size), resolution)
+        found = compared_operations(tiny_checkpoint, copied, pixels_of(size), resolution)
         broken[resolution] = min(float(error["snr_db"]) for error in found["layers"]) < 40
     assert broken == {64: True, 192: False, None: False}
 

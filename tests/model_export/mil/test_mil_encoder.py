@@ -94,6 +94,24 @@ def test_watching_changes_no_number(package: Callable[..., Path], compute: str, 
                 assert torch.equal(value.half().float(), value), f"{operation.name} is not rounded"
 
 
+def test_the_same_kernels_in_float32(package: Callable[..., Path]) -> None:
+    """Beside the rounded run, operation by operation in turns: each is what a run of its own gives."""
+    typed = mil.load(package())
+    pairs = zip(typed.watched(IMAGES), typed.in_float32().watched(IMAGES), strict=True)
+    found = [({n: v.clone() for n, v in a.items()}, {n: v.clone() for n, v in b.items()}) for (_, a), (_, b) in pairs]
+    for side, compute in enumerate(("as-typed", "float32")):
+        alone: list[dict[str, torch.Tensor]] = []
+        mil.load(package(), compute).run(
+            IMAGES, watch=lambda _, outputs, alone=alone: alone.append({n: v.clone() for n, v in outputs.items()})
+        )
+        assert len(alone) == len(found)
+        assert all(torch.equal(pair[side][name], each[name]) for pair, each in zip(found, alone) for name in each)
+    whole = [made.predict(IMAGES)["image_features"] for made in (mil.load(package(), "float32"), typed.in_float32())]
+    np.testing.assert_array_equal(*whole)
+    with pytest.raises(ValueError, match="kernels of its own"):
+        mil.load(package(), "strict-fp16").in_float32()
+
+
 def test_as_typed_rounds_and_float32_does_not(package: Callable[..., Path], reference: np.ndarray) -> None:
     rounded, wide = (
         mil.load(package(), compute).predict(IMAGES)["image_features"] for compute in ("as-typed", "float32")
