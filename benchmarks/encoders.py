@@ -37,7 +37,6 @@ def encode(expected: FastVLM, actual: FastVLM, picture: Picture) -> Encoded:
 
 
 def encode_first(
-    checkpoint: Path,
     artefact: Path,
     expected: FastVLM,
     actual: FastVLM,
@@ -53,10 +52,12 @@ def encode_first(
     assert isinstance(reference, TorchVision)
     reference.encoder.to(memory_format=torch.channels_last)
     pixels = [model.preprocess(picture.image) for model in (expected, actual)]
-    shared = isinstance(executor, ExecutorVision) and executor.compute == "as-typed" and np.array_equal(*pixels)
+    shared = (
+        isinstance(executor, ExecutorVision) and executor.compute == "as-typed" and np.array_equal(pixels[0], pixels[1])
+    )
     if not isinstance(executor, ExecutorVision) or executor.compute != "as-typed":
         executor = ExecutorVision(artefact, function=function_for(read_whole(artefact), artefact, resolution))
-    found, first, second = compare_operations(checkpoint, artefact, reference, executor, pixels[0])
+    found, first, second = compare_operations(artefact, reference, executor, pixels[0])
     first = finite(first, "vision encoder: features", reference)
     if shared and second is not None:
         second = finite(second, "vision encoder: features", executor)
@@ -66,27 +67,24 @@ def encode_first(
 
 
 def compare_operations(
-    checkpoint: Path, artefact: Path, reference: TorchVision, candidate: ExecutorVision, pixels: np.ndarray
+    artefact: Path, reference: TorchVision, candidate: ExecutorVision, pixels: np.ndarray
 ) -> tuple[dict[str, Any], np.ndarray, np.ndarray | None]:
-    """The package operation by operation on one picture (1, 3, S, S), and the features of both sides.
+    """The package operation by operation on one picture (1, 3, S, S), and the features of both sides: `reference` as
+    the checkpoint has it, folded or not; `candidate` as typed.
 
     {"precision", "rounding": [...], "layers": [...], "fault"}: lists of `operations.Error` as dictionaries in execution
     order; `fault` says why the layers could not be matched with the checkpoint's. The candidate's features are None
     where no operation gives them. UserError for a program that cannot be run.
     """
-    from fastvlm.checkpoint import open_checkpoint
-    from fastvlm.model import folded_skeleton
-
-    manifest = read_whole(artefact)
+    manifest, encoder = read_whole(artefact), reference.encoder
     if is_ours(manifest):
-        folded = folded_skeleton(open_checkpoint(checkpoint))
-        scales = operations.layer_scales(folded, manifest["vision"].get("fp16"))
+        scales = operations.layer_scales(encoder, manifest["vision"].get("fp16"))
     else:
-        scales = operations.traced_scales(reference.encoder)
+        scales = operations.traced_scales(encoder)
     features: list[np.ndarray] = []
 
     def run(emit: operations.Emit) -> None:
-        with operations.layers_of(reference.encoder, emit):
+        with operations.layers_of(encoder, emit):
             features.append(reference.encode(pixels))
 
     try:

@@ -96,10 +96,11 @@ def compare(
             )
             return
         index, output = value
-        expected, got = (_by_channel(one.array) for one in (layer, output))
+        array = _by_channel(layer.array)
         if scales and (scale := scales.get(layer.name)) is not None:
-            expected = expected * scale[:, None]
-        found.layers.append(Error(index, output.name, output.type, _snr(expected, got), layer.name))
+            array = array * scale[:, None]
+        snr = _snr(array, _by_channel(output.array))
+        found.layers.append(Error(index, output.name, output.type, snr, layer.name))
 
     reference(meet)
     meet(None)
@@ -151,12 +152,14 @@ def layers_of(encoder: nn.Module, emit: Emit) -> Iterator[None]:
     with torch.inference_mode(), ExitStack() as hooks:
         for name, (kind, module, before) in _places(encoder).items():
 
-            def hook(_: Any, inputs: Any, output: torch.Tensor | None = None, name=name, kind=kind) -> None:
-                array = (inputs[0] if output is None else output).numpy()
-                emit(Value(name, kind, _channels_first(array, kind)))
+            def take(tensor: torch.Tensor, name: str = name, kind: str = kind) -> None:
+                emit(Value(name, kind, _channels_first(tensor.numpy(), kind)))
 
-            register = module.register_forward_pre_hook if before else module.register_forward_hook
-            hooks.callback(register(hook).remove)
+            if before:
+                handle = module.register_forward_pre_hook(lambda _, inputs, take=take: take(inputs[0]))
+            else:
+                handle = module.register_forward_hook(lambda _, __, output, take=take: take(output))
+            hooks.callback(handle.remove)
         yield
 
 
@@ -189,21 +192,19 @@ def _places(encoder: nn.Module) -> dict[str, tuple[str, nn.Module, bool]]:
     return places
 
 
-def layer_scales(folded: nn.Module, fp16: Mapping[str, Any] | None) -> dict[str, np.ndarray]:
-    """By what the export multiplied each layer's output, (channels,), where it did: powers of two for float16's sake,
-    and the attention's 1 / sqrt(head size) in its queries. Of `folded`, the folded encoder, names and shapes are asked
-    (it may be on the meta device); `fp16` is what the manifest says of it.
+def layer_scales(encoder: nn.Module, fp16: Mapping[str, Any] | None) -> dict[str, np.ndarray]:
+    """By what the export multiplied layers' outputs, (channels,) or (1,) for all: powers of two for float16's sake, and
+    the attention's 1 / sqrt(head size) in its queries. `fp16` is what the manifest says of the encoder.
     """
-    layers = {name: layer for name, layer in folded.named_modules() if type(layer) in _LAYERS}
     exponents = fp16["layer_exponents"] if fp16 else {}
-    scales = {}
-    for name, layer in layers.items():  # an attention's qkv has three exponents, of as many channels each
-        powers = np.exp2(np.atleast_1d(np.float32(exponents.get(name, 0))))
-        scales[name] = np.repeat(powers, len(layer.weight) // len(powers))  # type: ignore[arg-type]
-    for name, module in folded.named_modules():
-        if isinstance(module, Attention):
-            scales[f"{name}.qkv"][: module.proj.in_features] *= module.scale
-    return {name: scale for name, scale in scales.items() if not (scale == 1).all()}
+    scales = {name: np.exp2(np.atleast_1d(np.float32(exponent))) for name, exponent in exponents.items()}
+    for name, module in encoder.named_modules():
+        if isinstance(module, Attention):  # queries, keys and values may have an exponent each
+            powers = scales.get(f"{name}.qkv", np.ones(1, np.float32))
+            scale = np.repeat(powers, module.qkv.out_features // len(powers))
+            scale[: module.proj.in_features] *= module.scale
+            scales[f"{name}.qkv"] = scale
+    return scales
 
 
 def traced_scales(encoder: nn.Module) -> dict[str, np.ndarray]:

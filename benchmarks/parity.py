@@ -124,7 +124,7 @@ def compare(
             if operations:
                 encoded = encode(expected, actual, picture)
             else:
-                operations, encoded = encode_first(checkpoint, artefact, expected, actual, picture, resolution)
+                operations, encoded = encode_first(artefact, expected, actual, picture, resolution)
             seen.append(see(expected, actual, picture, encoded))
             if report is not None:
                 thumbnails.append(thumbnail(picture.image))

@@ -106,10 +106,8 @@ class MILExecutor:
             raise ValueError(f"the policy {self.policy.name} has kernels of its own")
         made = copy.copy(self)
         made.policy = POLICIES["float32"]
-        made._plan = replace(
-            self._plan,
-            **{name: tuple(_unrounded(step) for step in getattr(self._plan, name)) for name in ("steps", "merged")},
-        )
+        steps, merged = (tuple(map(_unrounded, steps)) for steps in (self._plan.steps, self._plan.merged))
+        made._plan = replace(self._plan, steps=steps, merged=merged)
         return made
 
     def _input_tensors(self, inputs: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
