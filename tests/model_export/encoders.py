@@ -182,6 +182,5 @@ def compared_operations(
     """What parity says of the operations and layers of this artefact's package."""
     function = runtime.function_for(read_whole(artefact), artefact, resolution)
     reference = TorchVision(encoder(open_checkpoint(checkpoint)), "PyTorch", "")
-    return compare_operations(
-        checkpoint, artefact, reference, runtime.ExecutorVision(artefact, function=function), pixels
-    )[0]
+    candidate = runtime.ExecutorVision(artefact, function=function)
+    return compare_operations(artefact, reference, candidate, pixels)[0]
