@@ -78,7 +78,8 @@ def _squares_in_float32(r: np.ndarray, c: np.ndarray) -> tuple[float, float] | N
         difference = np.subtract(rows, c.reshape(rows.shape))
         signal, noise = (float(np.vecdot(x, x).sum(dtype=np.float64)) for x in (rows, difference))
     least = _LEAST_MEAN_SQUARE * r.size
-    return (signal, noise) if least <= signal < math.inf and least <= noise < math.inf else None
+    sound = least <= signal < math.inf and (least <= noise < math.inf or (noise == 0 and np.array_equal(r, c)))
+    return (signal, noise) if sound else None
 
 
 def _squares(r: np.ndarray, c: np.ndarray, unit: float) -> tuple[float, float] | None:
