@@ -217,7 +217,7 @@ def planned(shape: str, recipe: str) -> tuple[Model, "Shape"]:
 
 def sized(shape: "Shape", recipe: "Recipe") -> Model:
     """A model of a shape by a recipe, with FastViTHD decoded. UserError where the recipe doesn't fit it."""
-    from quantization.schemes import DTYPES
+    from fastvlm.dtypes import ITEMSIZE
 
     size = stored_bytes(recipe, shape)
     norm, projector = (recipe.choices(name)[0] for name in (_NORM, _PROJECTOR))
@@ -228,7 +228,7 @@ def sized(shape: "Shape", recipe: "Recipe") -> Model:
         language=round(size["language"] - size["projector"]),
         projector=round(size["projector"]),
         encoder=work.weights,
-        itemsize=DTYPES[norm.dtype].itemsize,
+        itemsize=ITEMSIZE[norm.dtype],
         quantized=projector.mlx() is not None,
         image_size=shape.image_size,
         picture_tokens=(shape.image_size // contract.PATCH_SIZE) ** 2,

@@ -20,7 +20,8 @@ from quantization import awq, decoder, dwq, gptq
 from quantization.allocation import allocate
 from quantization.calibration import Calibration
 from quantization.language_sensitivity import sensitivities
-from quantization.schemes import DTYPES, Affine, Scheme, nbytes
+from quantization.schemes import Affine, Scheme, nbytes
+from quantization.tensors import decode, encode
 
 _TOKENS, _USED, _JUDGED = 256, 32, 16  # of a row of text; rows to calibrate on and to judge by
 _DWQ_STEPS = 60
@@ -96,7 +97,7 @@ def _stored(model: Any, plan: Mapping[str, Scheme], found: Mapping[str, Mapping[
             weight.copy_(found[name]["weight"])
             continue
         scheme = plan[name]
-        weight.copy_(scheme.decode(parts or scheme.encode(weight.to(DTYPES[scheme.dtype]))))
+        weight.copy_(decode(scheme, parts or encode(scheme, weight)))
     return changed
 
 

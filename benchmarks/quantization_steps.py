@@ -78,9 +78,9 @@ def schemes(checkpoint: str) -> dict[str, float]:
     """Every round-to-nearest scheme on one matrix of every shape, against `mlx.core.quantize`."""
     import mlx.core as mx
     import numpy as np
-    import torch
 
-    from quantization.schemes import DTYPES, MODES
+    from fastvlm.dtypes import as_array, torch_dtype
+    from quantization.schemes import MODES
 
     different = compared = 0
     for mode in sorted(set(MODES) - {"cast", "coreml"}):
@@ -93,10 +93,10 @@ def schemes(checkpoint: str) -> dict[str, float]:
             for name, matrix in _matrices(checkpoint):
                 if scheme.fault(tuple(matrix.shape)):
                     continue
-                rows = matrix.to(DTYPES[scheme.dtype])
+                rows = as_array(matrix.to(torch_dtype(scheme.dtype)))
                 given = mx.array(matrix.float().numpy()).astype(getattr(mx, scheme.dtype))
                 expected = [np.array(part.view(mx.uint8)) for part in mx.quantize(given, mode=mode, **theirs)]
-                ours = [part.contiguous().view(torch.uint8).numpy() for part in scheme.encode(rows).values()]
+                ours = list(scheme.encode(rows)[0].values())
                 same &= [part.tobytes() for part in ours] == [part.tobytes() for part in expected]
                 if not same:
                     log(f"{mode} {settings}: {name} differs")

@@ -115,7 +115,8 @@ def _torch(folder: Path, tokenizer: Any) -> "Language":
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from fastvlm.surface import TorchLanguage, eos_ids
+    from fastvlm.prompt import eos_ids
+    from fastvlm.surface import TorchLanguage
 
     class TorchText(TorchLanguage):
         """What a model does behind its last layer is its own: its states are the logits already."""
@@ -199,7 +200,7 @@ def _mlx(folder: Path, tokenizer: Any) -> "Language":
     except ImportError as error:
         raise UserError(f"MLX is not usable here ({error}): use --llm torch") from None
     from fastvlm.limits import positions
-    from fastvlm.surface import eos_ids
+    from fastvlm.prompt import eos_ids
     from model_export.language import MlxLanguage
 
     class MlxText(MlxLanguage):

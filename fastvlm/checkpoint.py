@@ -6,24 +6,27 @@
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
+import numpy as np
 
 from fastvlm import folder_kind, layouts, naming
+from fastvlm.configuration import ModelConfig, checked_by_transformers, configuration_of, hf_config_of
 from fastvlm.documents import Fault, read_json
-from fastvlm.dtypes import DTYPES
+from fastvlm.dtypes import DTYPES, Array
 from fastvlm.errors import UserError
 from fastvlm.files import beside_faults
-from fastvlm.layouts import hf_config_of
 from fastvlm.preprocessing import Preprocessor, preprocessor_of, read_image_processor
+from fastvlm.shapes import shapes
 from fastvlm.weights import TensorInfo, Weights, scan
 
 if TYPE_CHECKING:
+    import torch
     from transformers import FastVlmConfig, PreTrainedTokenizerBase
 
-__all__ = ["Checkpoint", "Examination", "TensorInfo", "examine", "hf_config_of", "open_checkpoint"]
+__all__ = ["Checkpoint", "Examination", "TensorInfo", "examine", "open_checkpoint"]
 
 _TRAINING_PARTS = (".conv_kxk.", ".conv_scale.", ".identity.", ".large_conv.", ".small_conv.", ".pos_enc.")
 
@@ -34,7 +37,7 @@ class Checkpoint:
 
     `tensors` holds exactly the parameters and buffers that inference uses, under canonical names; a tied checkpoint has
     no `lm_head.weight` in it even if the file repeats the embeddings. `config` has config.json's checked settings;
-    `dtype` is that of most weights; `hf_config` says what the weights are (form, tying), whatever config.json claims.
+    `dtype` is that of most weights; `model_config` says what the weights are (form, tying), whatever config.json claims.
     """
 
     path: Path
@@ -45,7 +48,7 @@ class Checkpoint:
     preprocessor: Preprocessor
     image_token_id: int
     tied: bool
-    hf_config: "FastVlmConfig"
+    model_config: ModelConfig
     tensors: Mapping[str, TensorInfo]
     files: tuple[Path, ...]
     warnings: tuple[str, ...]
@@ -61,7 +64,16 @@ class Checkpoint:
         """How a picture becomes square: see `preprocessing.STRATEGIES`."""
         return self.preprocessor.image_strategy
 
-    def read(self, name: str, mapped: bool = False, alone: bool = False) -> torch.Tensor:
+    @cached_property
+    def hf_config(self) -> "FastVlmConfig":
+        """`model_config` as Transformers has it."""
+        return hf_config_of(self.model_config)
+
+    def rows(self, name: str, start: int, stop: int) -> Array:
+        """Some rows of a tensor by canonical name, in memory of their own; bfloat16 as its bits, uint16."""
+        return self._weights.rows(self.tensors[name], start, stop)
+
+    def read(self, name: str, mapped: bool = False, alone: bool = False) -> "torch.Tensor":
         """One tensor by canonical name, in the file's dtype; `mapped` leaves it in the file (don't change it then), and
         `alone` in a mapping that ends with it."""
         return self._weights.read(self.tensors[name], mapped, alone)
@@ -147,20 +159,21 @@ def examine(path: str | os.PathLike[str], image_strategy: str | None = None) -> 
     if not sound:
         return found
     tied = _resolve_tie(weights, tensors, config, layout, found.warnings if complete else [])
-    hf_config = _hf_config(config, layout, form, tied, found.faults)
-    if hf_config is None:
+    model = checked_by_transformers(configuration_of(config, layout, form, tied), found.faults)
+    if model is None:
         return found
-    _compare(tensors, unknown, hf_config, tied, complete, found.faults)
+    _compare(tensors, unknown, model, tied, complete, found.faults)
     dtype = _dtype(tensors, config, complete, found)
-    text: Any = hf_config.text_config
-    token = layouts.image_token(config, layout, vocabulary, text.vocab_size, found.faults, found.warnings)
+    rows = model.text.vocab_size
+    token = layouts.image_token(config, layout, vocabulary, rows, found.faults, found.warnings)
     if not found.faults and preprocessor is not None:
         if tied:
             tensors.pop(naming.LM_HEAD, None)
-        if token == text.vocab_size:
-            _add_row(tensors, text)
+        if token == rows:
+            _add_row(tensors, rows + 1)
+            model = replace(model, text=replace(model.text, vocab_size=rows + 1))
         found.checkpoint = Checkpoint(
-            found.path, layout, form, config, dtype, preprocessor, token, tied, hf_config, tensors,
+            found.path, layout, form, config, dtype, preprocessor, token, tied, model, tensors,
             tuple(weights.files), tuple(found.warnings), weights,
         )  # fmt: skip
     return found
@@ -182,14 +195,13 @@ def _is_other(found: Examination, config: Any = None, tensors: Mapping[str, Any]
     return True
 
 
-def _add_row(tensors: dict[str, TensorInfo], text: Any) -> None:
+def _add_row(tensors: dict[str, TensorInfo], rows: int) -> None:
     """A row for the image token, whose id a loader looks up before the picture's embeddings take its place.
 
     It repeats the first one: its logit ties with token 0's, so it is never the largest alone, and argmax takes 0.
     """
-    text.vocab_size += 1
     for name in {naming.EMBEDDINGS, naming.LM_HEAD} & set(tensors):
-        tensors[name] = replace(tensors[name], shape=(text.vocab_size, *tensors[name].shape[1:]), extended=True)
+        tensors[name] = replace(tensors[name], shape=(rows, *tensors[name].shape[1:]), extended=True)
 
 
 def _read_config(path: Path, faults: list[Fault]) -> dict[str, Any] | None:
@@ -238,19 +250,6 @@ def _form(tensors: Mapping[str, TensorInfo], incomplete: bool, found: Examinatio
     return "training" if training else "folded"
 
 
-def _hf_config(
-    config: dict[str, Any], layout: str, form: str, tied: bool, faults: list[Fault]
-) -> "FastVlmConfig | None":
-    try:
-        hf_config = hf_config_of(config, layout, form, tied)
-    except Exception as error:  # Transformers validates with many exception types; all mean an unusable config
-        faults.append(Fault(f"config.json doesn't describe a FastVLM ({_reason(error)})"))
-        return None
-    rope = layouts.rope_fault(hf_config)
-    faults += [rope] if rope else []
-    return hf_config
-
-
 def _reason(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
@@ -273,25 +272,24 @@ def _resolve_tie(
 def _identical(weights: Weights, a: TensorInfo, b: TensorInfo) -> bool:
     if (a.shape, a.dtype) != (b.shape, b.dtype):
         return False
-    pieces = zip(
-        weights.read(a, True).split(4096), weights.read(b, True).split(4096)
-    )  # different ones differ in the first piece
-    return all(torch.equal(x, y) for x, y in pieces)
+    step = 4096  # different ones differ in the first piece
+    return all(
+        np.array_equal(weights.rows(a, start, start + step), weights.rows(b, start, start + step))
+        for start in range(0, a.shape[0], step)
+    )
 
 
 def _compare(
     tensors: Mapping[str, TensorInfo],
     unknown: list[str],
-    hf_config: "FastVlmConfig",
+    model: ModelConfig,
     tied: bool,
     complete: bool,
     faults: list[Fault],
 ) -> None:
     """Names and shapes against those of Transformers' own class."""
-    from fastvlm.model import shapes
-
     try:
-        expected = shapes(hf_config)
+        expected = shapes(model)
     except Exception as error:  # timm builds the tower, and raises anything for widths that don't go together
         faults.append(Fault(f"config.json: no model can be built of these sizes ({_reason(error)})"))
         return

@@ -137,9 +137,8 @@ def _look_at_tokenizer(checkpoint: "Checkpoint", report: Report) -> None:
     except UserError as error:
         report.faults.append(Fault(str(error)))
         return
-    text: Any = checkpoint.hf_config.text_config
     report.facts |= {
-        "tokenizer": f"{len(tokenizer)} tokens for {text.vocab_size} rows",
+        "tokenizer": f"{len(tokenizer)} tokens for {checkpoint.model_config.text.vocab_size} rows",
         "image_token": f"<image> = {checkpoint.image_token_id}",
         "end_token": f"{tokenizer.eos_token} = {tokenizer.eos_token_id}",
         "chat_template": "none",
@@ -163,15 +162,14 @@ def _look_at_tokenizer(checkpoint: "Checkpoint", report: Report) -> None:
 
 
 def _export(checkpoint: "Checkpoint") -> dict[str, Any]:
-    from fastvlm.layouts import loader_faults
+    from fastvlm.configuration import loader_faults
 
-    vision: Any = checkpoint.hf_config.vision_config
-    tokens, channels = (checkpoint.image_size // 64) ** 2, vision.hidden_size
+    tokens, channels = (checkpoint.image_size // 64) ** 2, checkpoint.model_config.vision_width
     source, target = shlex.quote(str(checkpoint.path)), shlex.quote(checkpoint.path.resolve().name + "-artefact")
     fold = (
         "branches and BatchNorms are folded first" if checkpoint.form == "training" else "BatchNorms are folded first"
     )
-    faults = loader_faults(checkpoint.hf_config)
+    faults = loader_faults(checkpoint.model_config)
     if faults:
         reason = f"no: the demo app or the MLX loaders don't run it: {'; '.join(faults)}"
         return {"export": reason, "demo_app": "no"}

@@ -1,17 +1,15 @@
 """What the small files of the two layouts say: configuration, resolution, image strategy, vocabulary, image token."""
 
 import re
-from collections.abc import Container
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastvlm.documents import Fault, checked, read_json, read_settings, shown
 from fastvlm.errors import UserError
-from fastvlm.preprocessing import STRIDE, size_in_config
 from fastvlm.prompt import prompt_fault
 
 if TYPE_CHECKING:
-    from transformers import FastVlmConfig, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 LAYOUTS = ("llava_qwen2", "fast_vlm")
 IMAGE_TOKEN = "<image>"
@@ -20,13 +18,10 @@ TRANSFORMERS_IMAGE_ID = 151646  # FastVlmConfig's default
 _IDS = 1 << 31  # a token's id is below
 FASTVITHD_WIDTHS = (96, 192, 384, 768, 1536)
 
-# Fields of Qwen2's configuration that inference uses; the LLaVA layout keeps them at the top level, and must have the
-# first ones.
+# What the LLaVA layout, which keeps the language model's settings at the top level, must say.
 _QWEN2_REQUIRED = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
-_QWEN2_FIELDS = (
-    *_QWEN2_REQUIRED, "hidden_act", "max_position_embeddings", "rms_norm_eps", "rope_theta", "use_sliding_window",
-    "sliding_window", "max_window_layers", "layer_types", "bos_token_id", "eos_token_id", "head_dim",
-)  # fmt: skip
+# What published checkpoints say: known without Transformers, whose activations are PyTorch's.
+_ACTIVATIONS = ("silu", "gelu")
 
 
 def layout_of(config: dict[str, Any], faults: list[Fault]) -> str | None:
@@ -41,7 +36,7 @@ def layout_of(config: dict[str, Any], faults: list[Fault]) -> str | None:
 def read_config(config: dict[str, Any], layout: str, faults: list[Fault]) -> dict[str, Any]:
     """config.json's settings, each checked, and against each other; with a fault, no model can be built."""
     config = checked(config, "config.json", faults)
-    text = _text(config, layout)
+    text = text_of(config, layout)
     absent = tuple(key for key in _QWEN2_REQUIRED if key not in text)
     if absent and layout == "llava_qwen2" and not faults:
         faults.append(Fault("config.json: missing", absent))
@@ -73,6 +68,8 @@ def _contradictions(text: dict[str, Any]) -> list[str]:
 
 
 def _unknown_activation(key: str, name: str) -> str | None:
+    if name in _ACTIVATIONS:
+        return None
     from transformers.activations import ACT2FN
 
     try:
@@ -97,7 +94,7 @@ def check_config(
         projector = config.get("mm_projector_type", "mlp2x_gelu")
         if projector != "mlp2x_gelu":
             faults.append(Fault(f"config.json: projector {shown(projector)}, expected mlp2x_gelu"))
-        width = 2 * _widths(config, layout)[-1]
+        width = 2 * widths_of(config, layout)[-1]
         if config.get("mm_hidden_size", width) != width:
             warnings.append(
                 f"config.json says mm_hidden_size {config['mm_hidden_size']}, but the encoder gives {width}"
@@ -111,117 +108,35 @@ def check_config(
     text = config.get("text_config", {}).get("model_type", "qwen2")
     if text != "qwen2":
         faults.append(Fault(f"another model: language model {shown(text)}, expected qwen2"))
-    said = _model_args(config, layout).get("inference_mode", False)
+    said = model_args(config, layout).get("inference_mode", False)
     if form is not None and said != (form == "folded"):
         warnings.append(
             f"config.json says inference_mode {str(said).lower()}, but the tensors are in {form} form: {form} used"
         )
 
 
-def hf_config_of(config: dict[str, Any], layout: str, form: str, tied: bool) -> "FastVlmConfig":
-    """Transformers' configuration for a raw config.json, with the form and the tying that the weights have.
-
-    Raises whatever Transformers raises for values it refuses.
-    """
-    from transformers import FastVlmConfig, PreTrainedConfig, Qwen2Config
-
-    args = _model_args(config, layout)
-    args = {key: tuple(value) if isinstance(value, list) else value for key, value in args.items()}
-    vision: dict[str, Any] = {
-        "architecture": "fastvit_mci3",
-        "do_pooling": True,
-        "global_pool": "avg",
-        "num_labels": 0,
-        "hidden_size": 2 * _widths(config, layout)[-1],
-        "model_args": args | {"inference_mode": form == "folded"},
-    }
-    text = _text(config, layout)
-    fields = {key: text[key] for key in _QWEN2_FIELDS if key in text}
-    rope = {key: value for key, value in _rope(text).items() if key not in ("type", "mrope_section")}
-    pixels = size_in_config(config)
-    return FastVlmConfig(
-        # what TimmWrapperConfig holds; importing that costs timm, torchvision and 3 s, and only a model needs it
-        vision_config=PreTrainedConfig(**vision),
-        text_config=Qwen2Config(
-            **fields,
-            num_key_value_heads=text.get("num_key_value_heads"),
-            rope_parameters=rope or None,
-            tie_word_embeddings=tied,
-        ),
-        image_token_index=config.get("image_token_index", config.get("image_token_id", TRANSFORMERS_IMAGE_ID)),
-        image_seq_length=(pixels // STRIDE) ** 2 if pixels else config.get("image_seq_length", 256),
-        projector_hidden_act=config.get("projector_hidden_act", "gelu"),
-        multimodal_projector_bias=config.get("multimodal_projector_bias", True),
-        tie_word_embeddings=tied,
-    )
-
-
-def _text(config: dict[str, Any], layout: str) -> dict[str, Any]:
+def text_of(config: dict[str, Any], layout: str) -> dict[str, Any]:
+    """The language model's settings."""
     return config if layout == "llava_qwen2" else config.get("text_config", {})
 
 
-def _rope(text: dict[str, Any]) -> dict[str, Any]:
-    """The rotary position encoding's parameters under their present names; `type` is what `rope_type` was called."""
-    rope = text.get("rope_scaling") or text.get("rope_parameters") or {}
-    return rope | ({"rope_type": rope["type"]} if "type" in rope else {})
-
-
-def loader_faults(config: "FastVlmConfig", rope_types: Container[str] = ("default",)) -> list[str]:
-    """What Transformers runs and the demo app and the MLX loaders don't: no export of such a checkpoint is right.
-
-    `rope_types`: the rotary position encodings that the loader of the export in question computes.
-    """
-    text: Any = config.text_config
-    head = text.hidden_size // text.num_attention_heads
-    rope = text.rope_parameters["rope_type"]
-    return [
-        f"{what} is {got!r}, expected {expected!r}"
-        for what, got, expected in (
-            ("rotary position encoding", rope, rope if rope in rope_types else "default"),
-            ("sliding-window attention", bool(text.use_sliding_window), False),
-            ("activation", text.hidden_act, "silu"),
-            ("width of a head", getattr(text, "head_dim", None) or head, head),
-            ("projector's activation", config.projector_hidden_act, "gelu"),
-            ("projector's bias", bool(config.multimodal_projector_bias), True),
-        )
-        if got != expected
-    ]
-
-
-def rope_fault(config: "FastVlmConfig") -> Fault | None:
-    """Why Transformers can't compute the rotary position encoding that config.json asks for, if so."""
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-    text: Any = config.text_config
-    kind = text.rope_parameters["rope_type"]
-    if kind == "default":
-        return None
-    try:
-        for length in (None, _IDS):  # some have other frequencies for long prompts
-            frequencies, factor = ROPE_INIT_FUNCTIONS[kind](text, "cpu", seq_len=length)
-            if not (frequencies * factor).isfinite().all():
-                raise ValueError("its frequencies are not finite")
-    except Exception as error:  # a parameter that is missing, or that the formula can't take
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        return Fault(f"config.json: rope_scaling: no rotary position encoding of type {kind} can be made ({reason})")
-    return None
-
-
-def _model_args(config: dict[str, Any], layout: str) -> dict[str, Any]:
+def model_args(config: dict[str, Any], layout: str) -> dict[str, Any]:
+    """What is said of the vision tower, by timm's names."""
     if layout == "llava_qwen2":
         return dict(config.get("mm_vision_model_args") or {})
     return dict(config.get("vision_config", {}).get("model_args") or {})
 
 
-def _widths(config: dict[str, Any], layout: str) -> tuple[int, ...]:
-    return tuple(_model_args(config, layout).get("embed_dims") or FASTVITHD_WIDTHS)
+def widths_of(config: dict[str, Any], layout: str) -> tuple[int, ...]:
+    """Channels of the vision tower's stages; its output has twice the last."""
+    return tuple(model_args(config, layout).get("embed_dims") or FASTVITHD_WIDTHS)
 
 
 def says_tied(config: dict[str, Any], layout: str) -> bool | None:
     """What config.json says about tying, None if nothing (Transformers' FastVLM: tied if either level says so)."""
     said = [config.get("tie_word_embeddings")]
     if layout == "fast_vlm":
-        said.append(_text(config, layout).get("tie_word_embeddings"))
+        said.append(text_of(config, layout).get("tie_word_embeddings"))
     known = [bool(value) for value in said if value is not None]
     return any(known) if known else None
 

@@ -1,9 +1,7 @@
 """Build Transformers' FastVLM, or its encoder alone, from a checkpoint: strictly, weights in memory once."""
 
 import copy
-import json
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,81 +9,13 @@ from torch import nn
 
 from fastvlm import naming
 from fastvlm.checkpoint import Checkpoint
+from fastvlm.configuration import ARCHITECTURE
 from fastvlm.dtypes import dtype_name, torch_dtype
+from fastvlm.shapes import skeleton
 from fastvlm.streamed import STREAMED, Memory, Rows, StreamedEmbedding, StreamedLinear
 
 if TYPE_CHECKING:
-    from transformers import FastVlmConfig, FastVlmForConditionalGeneration
-
-
-def skeleton(config: "FastVlmConfig") -> "FastVlmForConditionalGeneration":
-    """The model on the meta device: names and shapes, no memory."""
-    from transformers import FastVlmForConditionalGeneration, TimmWrapperConfig
-
-    config = copy.deepcopy(config)
-    vision: Any = config.vision_config
-    fields = ("architecture", "do_pooling", "global_pool", "num_labels", "hidden_size", "model_args")
-    config.vision_config = TimmWrapperConfig(**{name: getattr(vision, name) for name in fields})
-    with torch.device("meta"):
-        return FastVlmForConditionalGeneration(config)
-
-
-def shapes(config: "FastVlmConfig") -> dict[str, tuple[int, ...]]:
-    """Name -> shape of `skeleton`'s state, but for what inference ignores.
-
-    For the published vision tower without Transformers' and timm's models, whose imports cost 3 s and 0.2 GB.
-    """
-    vision: Any = config.vision_config
-    if set(vision.model_args) - {"inference_mode"}:
-        state = skeleton(config).state_dict()
-        return {name: tuple(tensor.shape) for name, tensor in state.items() if not naming.is_ignored(name)}
-    table = json.loads(Path(__file__).with_name("fastvithd.json").read_text(encoding="utf-8"))
-    tower = table["folded" if vision.model_args.get("inference_mode") else "training"]
-    text: Any = config.text_config
-    rest = language_shapes(
-        hidden=text.hidden_size,
-        inner=text.intermediate_size,
-        heads=text.num_attention_heads,
-        kv_heads=text.num_key_value_heads,
-        head=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
-        layers=text.num_hidden_layers,
-        vocab=text.vocab_size,
-        features=vision.hidden_size,
-        bias=config.multimodal_projector_bias,
-    )
-    return {naming.VISION + name: tuple(shape) for name, shape in tower.items()} | rest
-
-
-def language_shapes(
-    hidden: int, inner: int, heads: int, kv_heads: int, head: int, layers: int, vocab: int, features: int, bias: bool
-) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of a Qwen2 of these sizes with its lm_head, and of the projector (`bias`: with biases) before it.
-
-    `head` is the width of one of `heads`, `features` that of the encoder's output.
-    """
-    queries, keys = heads * head, kv_heads * head
-    found: dict[str, tuple[int, ...]] = {
-        naming.EMBEDDINGS: (vocab, hidden),
-        naming.LANGUAGE + "norm.weight": (hidden,),
-        naming.LM_HEAD: (vocab, hidden),
-        naming.PROJECTOR + "linear_1.weight": (hidden, features),
-        naming.PROJECTOR + "linear_2.weight": (hidden, hidden),
-    }
-    if bias:
-        found |= {f"{naming.PROJECTOR}linear_{number}.bias": (hidden,) for number in (1, 2)}
-    layer: dict[str, tuple[int, ...]] = {
-        "input_layernorm.weight": (hidden,),
-        "post_attention_layernorm.weight": (hidden,),
-        "self_attn.o_proj.weight": (hidden, queries),
-        "mlp.gate_proj.weight": (inner, hidden),
-        "mlp.up_proj.weight": (inner, hidden),
-        "mlp.down_proj.weight": (hidden, inner),
-    }
-    for name, rows in (("q", queries), ("k", keys), ("v", keys)):
-        layer |= {f"self_attn.{name}_proj.weight": (rows, hidden), f"self_attn.{name}_proj.bias": (rows,)}
-    for number in range(layers):
-        found |= {f"{naming.LANGUAGE}layers.{number}.{name}": shape for name, shape in layer.items()}
-    return found
+    from transformers import FastVlmForConditionalGeneration
 
 
 def build(
@@ -156,11 +86,9 @@ def tower(checkpoint: Checkpoint) -> nn.Module:
 def _fastvit(checkpoint: Checkpoint, **changed: Any) -> nn.Module:
     import timm
 
-    vision: Any = checkpoint.hf_config.vision_config
+    args = {**checkpoint.model_config.vision_args, **changed}
     with torch.device("meta"):
-        return timm.create_model(
-            vision.architecture, pretrained=False, num_classes=0, **{**vision.model_args, **changed}
-        )
+        return timm.create_model(ARCHITECTURE, pretrained=False, num_classes=0, **args)
 
 
 def _dtype(dtype: str | torch.dtype) -> torch.dtype:

@@ -1,6 +1,6 @@
 """From a question to token ids: Qwen2's chat template with the image tokens in front of the question."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -71,3 +71,10 @@ def encode_prompt(
         if piece:
             ids += tokenizer(piece, add_special_tokens=False)["input_ids"]
     return np.array([ids], dtype=np.int64)
+
+
+def eos_ids(tokenizer: Any, configured: int | Sequence[int] | None) -> set[int]:
+    """The ids that end an answer: the configuration's, the tokenizer's, and the template's `<|im_end|>`."""
+    ids = {configured} if isinstance(configured, int) else set(configured or ())
+    ids |= {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(END_OF_TURN)}
+    return {token for token in ids if token is not None}

@@ -32,6 +32,11 @@ def begin() -> None:
         _end(line, EXIT_UNUSABLE)
 
 
+def cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _leave(signum: int, frame: Any) -> None:
     _end("interrupted", EXIT_INTERRUPTED)
 

@@ -19,7 +19,7 @@ from fastvlm.dtypes import computed_in, dtype_name
 from fastvlm.errors import UserError
 from fastvlm.limits import Part, finite, positions, stopped, warn_once
 from fastvlm.preprocessing import Preprocessor
-from fastvlm.prompt import END_OF_TURN, encode_prompt
+from fastvlm.prompt import encode_prompt, eos_ids
 
 _SHOWN = 5  # faults a line
 
@@ -407,10 +407,3 @@ def _name_and_remedy(module: torch.nn.Module, path: Path) -> tuple[str, str]:
         return name, "float16 ends at 65504: run the checkpoint with --dtype bfloat16 or float32"
     doctor = f"python -m fastvlm doctor {shlex.quote(str(path))}"
     return name, f"weights are damaged, or too large: `{doctor}` reads them all"
-
-
-def eos_ids(tokenizer: Any, configured: int | Sequence[int] | None) -> set[int]:
-    """The ids that end an answer: the configuration's, the tokenizer's, and the template's `<|im_end|>`."""
-    ids = {configured} if isinstance(configured, int) else set(configured or ())
-    ids |= {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(END_OF_TURN)}
-    return {token for token in ids if token is not None}

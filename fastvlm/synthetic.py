@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from fastvlm import naming, synthetic_tokenizer
-from fastvlm.dtypes import SAFETENSORS_NAMES, torch_dtype
+from fastvlm.dtypes import ITEMSIZE, SAFETENSORS_NAMES, torch_dtype
 from fastvlm.errors import UserError
 
 LAYOUTS = ("fast_vlm", "llava_qwen2")
@@ -185,10 +185,10 @@ def _config(s: Shape, layout: str, form: str, dtype: str, tied: bool, image_size
 
 def _expected(config: dict[str, Any], layout: str, form: str, tied: bool) -> dict[str, tuple[int, ...]]:
     """Canonical name -> shape, from Transformers' own class on the meta device."""
-    from fastvlm.checkpoint import hf_config_of
-    from fastvlm.model import skeleton
+    from fastvlm.configuration import configuration_of, hf_config_of
+    from fastvlm.shapes import skeleton
 
-    state = skeleton(hf_config_of(config, layout, form, tied)).state_dict()
+    state = skeleton(hf_config_of(configuration_of(config, layout, form, tied))).state_dict()
     return {name: tuple(tensor.shape) for name, tensor in state.items() if not (tied and name == naming.LM_HEAD)}
 
 
@@ -262,8 +262,8 @@ def _write_safetensors(
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     position = 0
     for name, shape in part.items():
-        kind = torch.int64 if name.endswith("num_batches_tracked") else torch_dtype(dtype)
-        size = math.prod(shape) * kind.itemsize
+        kind = "int64" if name.endswith("num_batches_tracked") else dtype
+        size = math.prod(shape) * ITEMSIZE[kind]
         header[source(name)] = {
             "dtype": SAFETENSORS_NAMES[kind],
             "shape": list(shape),

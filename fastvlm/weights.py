@@ -11,14 +11,16 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from safetensors import safe_open
+import numpy as np
 
 from fastvlm.documents import Fault, is_lfs_pointer, lfs_fault, parse_json, read_json, shown
-from fastvlm.dtypes import SAFETENSORS_DTYPES, dtype_name
+from fastvlm.dtypes import ARRAYS, ITEMSIZE, SAFETENSORS_DTYPES, Array, as_array, as_tensor, dtype_name
 from fastvlm.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
 
 _MAX_HEADER = 100_000_000  # bytes; the safetensors library's own limit
 _SINGLE = ("model.safetensors", "pytorch_model.bin")
@@ -51,7 +53,7 @@ class TensorInfo:
     @property
     def nbytes(self) -> int:
         """Bytes in the file."""
-        return self.size * getattr(torch, self.dtype).itemsize
+        return self.size * ITEMSIZE.get(self.dtype, 0)  # a .bin file may hold what no checkpoint may
 
 
 @dataclass
@@ -65,32 +67,59 @@ class Weights:
     warnings: list[str] = field(default_factory=list)
     _handles: dict[Path, Any] = field(default_factory=dict)
 
-    def read(self, info: TensorInfo, mapped: bool = False, alone: bool = False) -> torch.Tensor:
+    def read(self, info: TensorInfo, mapped: bool = False, alone: bool = False) -> "torch.Tensor":
         """The tensor in memory of its own, or mapped from the file (no copy, and the process grows as it is used);
         `alone`: in a mapping that ends with it."""
+        if not mapped:
+            whole = replace(info, shape=info.shape or (1,))
+            return as_tensor(self.rows(whole, 0, whole.shape[0]).reshape(info.shape))
         if info.extended:
-            rows = self.read(replace(info, shape=(info.shape[0] - 1, *info.shape[1:]), extended=False), mapped, alone)
+            import torch
+
+            rows = self.read(_plain(info), mapped, alone)
             return torch.cat([rows, rows[:1]])
-        if mapped and alone and info.offset >= 0:
+        from safetensors import safe_open
+
+        if alone and info.offset >= 0:
             with safe_open(info.file, "pt", device="cpu") as file:
-                return file.get_tensor(info.source)
-        if mapped or info.offset < 0:
-            handle = self._handles.get(info.file)
-            if handle is None:
-                handle = load_bin(info.file) if info.offset < 0 else safe_open(info.file, "pt", device="cpu")
-                self._handles[info.file] = handle
-            tensor = handle[info.source] if isinstance(handle, Mapping) else handle.get_tensor(info.source)
-            return tensor if mapped else tensor.clone()
-        tensor = torch.empty(info.shape, dtype=getattr(torch, info.dtype))
+                found: torch.Tensor = file.get_tensor(info.source)
+                return found
+        handle = self._handles.get(info.file)
+        if handle is None:
+            handle = load_bin(info.file) if info.offset < 0 else safe_open(info.file, "pt", device="cpu")
+            self._handles[info.file] = handle
+        tensor: torch.Tensor = handle[info.source] if isinstance(handle, Mapping) else handle.get_tensor(info.source)
+        return tensor
+
+    def rows(self, info: TensorInfo, start: int, stop: int) -> Array:
+        """Rows from `start` to `stop` or the last one, in memory of their own; bfloat16 as its bits, uint16.
+
+        Of a mapped file, every page once read would count as ours.
+        """
+        if info.extended:
+            inner, last = _plain(info), info.shape[0] - 1
+            if stop <= last:
+                return self.rows(inner, start, stop)
+            return np.concatenate([self.rows(inner, min(start, last), last), self.rows(inner, 0, 1)])
+        if info.offset < 0:  # an old .bin file, whose tensors are where PyTorch says
+            tensor = self.read(info, mapped=True)
+            return as_array(tensor.reshape(info.shape)[start:stop]).copy()
+        count = max(0, min(stop, info.shape[0]) - start)
+        part = np.empty((count, *info.shape[1:]), ARRAYS.get(info.dtype, info.dtype))
+        rest = memoryview(part.reshape(-1).view(np.uint8))
         with info.file.open("rb", buffering=0) as file:
-            file.seek(info.offset)
-            rest = tensor.reshape(-1).view(torch.uint8).numpy().data
+            file.seek(info.offset + start * math.prod(info.shape[1:]) * part.itemsize)
             while rest:  # one read is at most 2 GiB on Linux
                 count = file.readinto(rest)
                 if not count:
                     raise UserError(f"{info.file} became shorter while it was read; is it still being written?")
                 rest = rest[count:]
-        return tensor
+        return part
+
+
+def _plain(info: TensorInfo) -> TensorInfo:
+    """An extended tensor as it is in the file."""
+    return replace(info, shape=(info.shape[0] - 1, *info.shape[1:]), extended=False)
 
 
 def scan(folder: Path) -> Weights:
@@ -243,7 +272,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     _check_spans(spans, shapes, kinds, size - 8 - length)
     starts = {name: 8 + length + begin for begin, _, name in spans}
     return {
-        name: TensorInfo(dtype_name(SAFETENSORS_DTYPES[kinds[name]]), shapes[name], path, name, starts[name])
+        name: TensorInfo(SAFETENSORS_DTYPES[kinds[name]], shapes[name], path, name, starts[name])
         for name in entries
     }
 
@@ -295,7 +324,7 @@ def _check_spans(spans: list[Any], shapes: dict[str, tuple[int, ...]], kinds: di
     unknown = sorted({kind for kind in kinds.values() if kind not in SAFETENSORS_DTYPES})
     if unknown:
         raise HeaderError(f"tensors of unsupported types {', '.join(unknown)}; expected F32, F16 or BF16")
-    sizes = {name: math.prod(shape) * SAFETENSORS_DTYPES[kinds[name]].itemsize for name, shape in shapes.items()}
+    sizes = {name: math.prod(shape) * ITEMSIZE[SAFETENSORS_DTYPES[kinds[name]]] for name, shape in shapes.items()}
     beyond = [name for _, end, name in spans if end > available and sum(sizes.values()) <= available]
     if beyond:
         raise HeaderError(f"lying safetensors header: {beyond[0]} is said to end beyond the file's {available} bytes")
@@ -314,8 +343,10 @@ def _check_spans(spans: list[Any], shapes: dict[str, tuple[int, ...]], kinds: di
         raise HeaderError(f"lying safetensors header: {available - position} bytes of data belong to no tensor")
 
 
-def load_bin(path: Path) -> dict[str, torch.Tensor]:
+def load_bin(path: Path) -> "dict[str, torch.Tensor]":
     """A PyTorch `.bin` state dict, weights only, memory-mapped where its format (zip, since torch 1.6) allows it."""
+    import torch
+
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except OSError:

@@ -66,9 +66,8 @@ def calibrate(
     model = from_model(build(checkpoint, dtype, "cpu"), checkpoint, preprocessor)
     if exported is not None:
         model = replace(model, vision=ExecutorVision(exported))
-    text: Any = checkpoint.hf_config.text_config
     with progress("calibration (pictures and questions)", len(samples)) as advance:
-        calibration = collect(model, text.vocab_size, samples, advance)
+        calibration = collect(model, checkpoint.model_config.text.vocab_size, samples, advance)
     language = model.language.model  # type: ignore[attr-defined]
     del model
     decided, parts = calibrated(recipe, weight_shapes(checkpoint), language, calibration, progress, ELSEWHERE)

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from fastvlm.dtypes import dtype_name, torch_dtype
+from fastvlm.dtypes import as_array, as_tensor, dtype_name, torch_dtype
 from fastvlm.errors import UserError
 from fastvlm.files import load_json
 from fastvlm.limits import positions
@@ -132,13 +132,13 @@ class StoredTensors:
     @staticmethod
     def _dequantized(stored: dict[str, Tensor], scheme: dict[str, Any]) -> Tensor:
         mode, bits, group_size = scheme["mode"], scheme["bits"], scheme["group_size"]
-        packed, scales = stored["weight"], stored["scales"]
+        packed, scales = as_array(stored["weight"]), as_array(stored["scales"])
         if mode == "affine":
-            return affine.dequantize(packed, scales, stored["biases"], bits, group_size)
+            return as_tensor(affine.dequantize(packed, scales, as_array(stored["biases"]), bits, group_size))
         form = floating.FORMATS[mode]
         if (bits, group_size) != (form.bits, form.group_size):
             raise ValueError(f"{mode} has {form.bits} bits in groups of {form.group_size}")
-        return floating.dequantize(packed, scales, mode, torch.bfloat16)  # MLX's default, and exact
+        return as_tensor(floating.dequantize(packed, scales, mode, "bfloat16"))  # MLX's default, and exact
 
     def _get(self, name: str) -> Tensor:
         # Mapped anew for each tensor: what was read and converted doesn't stay in memory beside what it became.

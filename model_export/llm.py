@@ -10,24 +10,25 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from fastvlm import naming
 from fastvlm.checkpoint import Checkpoint
+from fastvlm.dtypes import LARGEST, Array, bits_of, kind_of
 from fastvlm.errors import UserError
+from fastvlm.start import cores
 from model_export import contract
 from model_export.llm_config import language_config
 from model_export.resume import Kept
-from model_export.tensor_file import Spec, TensorFile, nbytes
+from model_export.tensor_file import TensorFile
 from quantization import budget
 from quantization.recipe import ELSEWHERE, Recipe
-from quantization.schemes import DTYPES, Scheme
+from quantization.schemes import Scheme, Spec, spec_bytes
 
 SHARD_BYTES = 1 << 30  # what an interrupted run loses at most; peers write 5 GiB, and loaders take any number
 _CHUNK = 1 << 20  # values that a worker converts at once: 4 MiB in float32
@@ -39,7 +40,7 @@ _DECISIONS = {
     "projector": "multi_modal_projector.linear_0.weight",
 }
 
-Rows = Callable[[int, int], Tensor]  # (start, stop) -> those rows of a tensor
+Rows = Callable[[int, int], Array]  # (start, stop) -> those rows of a tensor
 
 
 @dataclass(frozen=True)
@@ -51,9 +52,9 @@ class Weight:
     file: str
     shape: tuple[int, ...]
     scheme: Scheme
-    source: torch.dtype
+    source: str
     rows: Rows
-    ready: Mapping[str, Tensor] | None = None  # its parts, where they are not to be made from the rows
+    ready: Mapping[str, Array] | None = None  # its parts, where they are not to be made from the rows
 
     def parts(self) -> dict[str, Spec]:
         """Stored tensor name -> dtype, shape: `x.weight` and, where quantized, `x.scales` and `x.biases`."""
@@ -62,21 +63,31 @@ class Weight:
             f"{stem}.{leaf if part == 'weight' else part}": spec for part, spec in self.scheme.parts(self.shape).items()
         }
 
-    def convert(self, start: int, stop: int) -> tuple[dict[str, Tensor], list[float]]:
-        """Rows `start` to `stop` as they are stored, by stored name, and the least and greatest of their values."""
+    def convert(self, start: int, stop: int) -> tuple[dict[str, Array], float]:
+        """Rows `start` to `stop` as they are stored, by stored name, and their largest magnitude, or what isn't finite."""
         if self.ready is None:
             rows = self.rows(start, stop)
-            encoded = self.scheme.encode(rows.to(DTYPES[self.scheme.dtype]))
+            encoded, largest = self.scheme.encode(rows)
+            if not largest < LARGEST[self.scheme.dtype]:  # rounding may have made it so
+                largest = _magnitude(rows)
         else:
-            encoded = {part: tensor[start:stop] for part, tensor in self.ready.items()}
-            rows = torch.cat([tensor.float().flatten() for tensor in encoded.values() if tensor.is_floating_point()])
-        edges = [edge.item() for edge in rows.aminmax()]  # not-a-number spreads into both
-        return dict(zip(self.parts(), encoded.values(), strict=True)), edges
+            encoded = {part: array[start:stop] for part, array in self.ready.items()}
+            largest = float(np.max([_magnitude(array) for array in encoded.values() if kind_of(array)]))
+        return dict(zip(self.parts(), encoded.values(), strict=True)), largest
+
+
+def _magnitude(values: Array) -> float:
+    """The largest magnitude of floats, NaN above all."""
+    bits = bits_of(np.ascontiguousarray(values))
+    top = bits & (np.iinfo(bits.dtype).max >> 1)
+    if kind_of(values) == "bfloat16":
+        top = top.astype(np.uint32) << 16
+    return float(top.max(initial=0).view(np.float16 if top.itemsize == 2 else np.float32))
 
 
 def bytes_to_read(checkpoint: Checkpoint, recipe: Recipe, layout: str = "app") -> int:
     """The total of what `export_llm` reports through `advance`."""
-    return sum(nbytes((weight.source, weight.shape)) for weight in _weights(checkpoint, recipe, layout))
+    return sum(spec_bytes((weight.source, weight.shape)) for weight in _weights(checkpoint, recipe, layout))
 
 
 def planned_bytes(checkpoint: Checkpoint, recipe: Recipe, layout: str = "app") -> int:
@@ -87,7 +98,7 @@ def planned_bytes(checkpoint: Checkpoint, recipe: Recipe, layout: str = "app") -
         budget.check(recipe, shapes, ELSEWHERE)
         return recipe.budget.limit(sum(map(math.prod, shapes.values())))
     weights = _weights(checkpoint, recipe, layout)
-    return sum(nbytes(spec) for weight in weights for spec in weight.parts().values())
+    return sum(spec_bytes(spec) for weight in weights for spec in weight.parts().values())
 
 
 def export_llm(
@@ -97,7 +108,7 @@ def export_llm(
     advance: Callable[[int], None] | None = None,
     layout: str = "app",
     kept: Kept | None = None,
-    ready: Mapping[str, Mapping[str, Tensor]] | None = None,
+    ready: Mapping[str, Mapping[str, Array]] | None = None,
 ) -> dict[str, Any]:
     """Write the decoder, the projector and config.json into `folder`, which exists and has no such files.
 
@@ -126,7 +137,7 @@ def export_llm(
         )
     _write_json(folder / contract.CONFIG, config)
     stored = {name: (weight.file, spec) for weight in weights for name, spec in weight.parts().items()}
-    size = sum(nbytes(spec) for _, spec in stored.values())
+    size = sum(spec_bytes(spec) for _, spec in stored.values())
     parameters = sum(math.prod(weight.shape) for weight in weights)
     if contract.WEIGHTS not in (file for file, _ in stored.values()):
         index = {
@@ -170,7 +181,7 @@ def _weights(checkpoint: Checkpoint, recipe: Recipe, layout: str) -> list[Weight
     """Everything that will be stored, each with its scheme and its file."""
     sources = _sources(checkpoint)
     shapes = weight_shapes(checkpoint)
-    tower: dict[str, tuple[tuple[int, ...], torch.dtype, Rows]] = {}
+    tower: dict[str, tuple[tuple[int, ...], str, Rows]] = {}
     if layout == "mlx-vlm":
         from model_export import mlx_vlm  # and with it timm
 
@@ -179,7 +190,7 @@ def _weights(checkpoint: Checkpoint, recipe: Recipe, layout: str) -> list[Weight
         shapes |= {name: shape for name, (shape, _, _) in tower.items()}
     plan = recipe.plan(shapes, ELSEWHERE[:1] if tower else ELSEWHERE)
     decoder = [name for name in shapes if name.startswith(contract.LANGUAGE_PREFIX)]
-    shards = _shards({name: sum(map(nbytes, plan[name].parts(shapes[name]).values())) for name in decoder})
+    shards = _shards({name: sum(map(spec_bytes, plan[name].parts(shapes[name]).values())) for name in decoder})
     weights = []
     for name, shape in shapes.items():
         stored, file = name, contract.PROJECTOR_WEIGHTS
@@ -192,37 +203,9 @@ def _weights(checkpoint: Checkpoint, recipe: Recipe, layout: str) -> list[Weight
         if name in tower:
             _, source, rows = tower[name]
         else:
-            source, rows = DTYPES[checkpoint.tensors[sources[name]].dtype], rows_of(checkpoint, sources[name])
+            source, rows = checkpoint.tensors[sources[name]].dtype, partial(checkpoint.rows, sources[name])
         weights.append(Weight(name, stored, file, shape, plan[name], source, rows))
     return weights
-
-
-def rows_of(checkpoint: Checkpoint, name: str) -> Rows:
-    """Reads rows of a checkpoint's tensor into memory: of a mapped file, every page once read would count as ours."""
-    info = checkpoint.tensors[name]
-    dtype, columns = DTYPES[info.dtype], math.prod(info.shape[1:])
-    if info.extended:  # the row that the file doesn't have repeats the first one
-        whole = replace(info, shape=(info.shape[0] - 1, *info.shape[1:]), extended=False)
-        inner = rows_of(replace(checkpoint, tensors={name: whole}), name)
-        return lambda start, stop: (
-            torch.cat([inner(start, stop), inner(0, 1)]) if stop > whole.shape[0] else inner(start, stop)
-        )
-    if info.offset < 0:  # an old .bin file, whose tensors are where PyTorch says
-        return lambda start, stop: checkpoint.read(name, mapped=True)[start:stop]
-
-    def rows(start: int, stop: int) -> Tensor:
-        part = torch.empty(min(stop, info.shape[0]) - start, *info.shape[1:], dtype=dtype)
-        rest = part.view(-1).view(torch.uint8).numpy().data
-        with info.file.open("rb", buffering=0) as file:
-            file.seek(info.offset + start * columns * dtype.itemsize)
-            while rest:  # a single read may be short
-                count = file.readinto(rest)
-                if not count:
-                    raise UserError(f"{info.file}: ended in {info.source} while it was read: has it changed?")
-                rest = rest[count:]
-        return part
-
-    return rows
 
 
 def _shards(sizes: dict[str, int]) -> dict[str, str]:
@@ -241,12 +224,12 @@ def _write_weights(weights: list[Weight], folder: Path, advance: Callable[[int],
     """Write every file, one after the other; returns what is wrong with the values."""
     faults: list[str] = []
     finished: list[Future[None]] = []
-    with _workers() as pool:
+    with ThreadPoolExecutor(cores()) as pool:
         for file in dict.fromkeys(weight.file for weight in weights):
             own = [weight for weight in weights if weight.file == file]
             if kept.take(folder / file):
                 if advance:
-                    advance(sum(nbytes((weight.source, weight.shape)) for weight in own))
+                    advance(sum(spec_bytes((weight.source, weight.shape)) for weight in own))
                 continue
             with TensorFile(folder / file, {k: v for weight in own for k, v in weight.parts().items()}) as output:
                 found = _stream(own, output, pool, advance)
@@ -258,40 +241,24 @@ def _write_weights(weights: list[Weight], folder: Path, advance: Callable[[int],
     return faults
 
 
-@contextmanager
-def _workers() -> Iterator[Executor]:
-    """As many threads as torch would use, each running its operations alone.
-
-    Torch's own threads wait for each other after every operation: on a busy machine that made an export 200 times
-    slower than one thread is.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # also what threads that start from here on begin with
-    try:
-        with ThreadPoolExecutor(threads) as pool:
-            yield pool
-    finally:
-        torch.set_num_threads(threads)
-
-
 def _stream(
     weights: list[Weight], output: TensorFile, pool: Executor, advance: Callable[[int], None] | None
 ) -> list[str]:
     """Convert and write the weights of a file, some rows at a time; returns what is wrong with their values."""
 
-    def convert(piece: tuple[Weight, int, int]) -> tuple[Weight, int, list[float]]:
+    def convert(piece: tuple[Weight, int, int]) -> tuple[Weight, int, float]:
         weight, start, stop = piece
-        parts, edges = weight.convert(start, stop)
+        parts, largest = weight.convert(start, stop)
         for name, rows in parts.items():
             output.write(name, rows, start)
-        return weight, nbytes((weight.source, (stop - start, *weight.shape[1:]))), edges
+        return weight, spec_bytes((weight.source, (stop - start, *weight.shape[1:]))), largest
 
     found: dict[str, tuple[Weight, list[float]]] = {}
-    for weight, size, both in pool.map(convert, _pieces(weights)):
-        found.setdefault(weight.name, (weight, []))[1].extend(both)
+    for weight, size, largest in pool.map(convert, _pieces(weights)):
+        found.setdefault(weight.name, (weight, []))[1].append(largest)
         if advance:
             advance(size)
-    return [fault for weight, edges in found.values() if (fault := _fault(weight, edges))]
+    return [fault for weight, magnitudes in found.values() if (fault := _fault(weight, magnitudes))]
 
 
 def _pieces(weights: list[Weight]) -> Iterator[tuple[Weight, int, int]]:
@@ -301,11 +268,11 @@ def _pieces(weights: list[Weight]) -> Iterator[tuple[Weight, int, int]]:
         yield from ((weight, start, min(start + step, rows)) for start in range(0, rows, step))
 
 
-def _fault(weight: Weight, edges: list[float]) -> str | None:
-    """What is wrong with a weight whose pieces have these least and greatest values, if anything."""
-    if not all(map(math.isfinite, edges)):
+def _fault(weight: Weight, magnitudes: list[float]) -> str | None:
+    """What is wrong with a weight whose pieces have these largest magnitudes, if anything."""
+    if not all(map(math.isfinite, magnitudes)):
         return f"{weight.rule_name}: values are not finite"
-    largest, limit = max(map(abs, edges)), torch.finfo(DTYPES[weight.scheme.dtype]).max
+    largest, limit = max(magnitudes), LARGEST[weight.scheme.dtype]
     if largest > limit:
         return f"{weight.rule_name}: largest value {largest:.4g} is past {weight.scheme.dtype}'s {limit:.4g}"
     return None

@@ -4,8 +4,8 @@ from typing import Any
 
 from fastvlm.checkpoint import Checkpoint
 from fastvlm.errors import UserError
-from fastvlm.layouts import loader_faults
-from fastvlm.surface import eos_ids
+from fastvlm.configuration import loader_faults
+from fastvlm.prompt import eos_ids
 from model_export import contract
 
 # LLaVA's value for pictures that are cropped, not padded: anything but "pad" (llava/mm_utils.py, process_images)
@@ -26,8 +26,7 @@ _PROMPT_LIMIT = 8192  # tokens; mlx-vlm cuts longer prompts (apple/FastVLM-*: to
 
 def language_config(checkpoint: Checkpoint, layout: str) -> dict[str, Any]:
     """The document without its `quantization` block. UserError with everything that these loaders don't compute."""
-    text: Any = checkpoint.hf_config.text_config
-    vision: Any = checkpoint.hf_config.vision_config
+    text = checkpoint.model_config.text
     scaling = _rope_scaling(checkpoint, layout)
     eos = sorted(int(token) for token in eos_ids(checkpoint.tokenizer(), text.eos_token_id))
     return scaling | {
@@ -41,14 +40,14 @@ def language_config(checkpoint: Checkpoint, layout: str) -> dict[str, Any]:
         "num_key_value_heads": text.num_key_value_heads,
         "hidden_act": text.hidden_act,
         "rms_norm_eps": float(text.rms_norm_eps),
-        "rope_theta": float(text.rope_parameters["rope_theta"]),
+        "rope_theta": float(text.rope["rope_theta"]),
         "max_position_embeddings": text.max_position_embeddings,
         "tie_word_embeddings": checkpoint.tied,
         "bos_token_id": text.bos_token_id,
         "eos_token_id": eos[0] if len(eos) == 1 else eos,
         "image_token_index": contract.MLX_VLM_IMAGE_TOKEN if layout == "mlx-vlm" else checkpoint.image_token_id,
         "image_aspect_ratio": _ASPECT_RATIOS[checkpoint.image_strategy],
-        "mm_hidden_size": vision.hidden_size,
+        "mm_hidden_size": checkpoint.model_config.vision_width,
         "mm_projector_type": "mlp2x_gelu",
         "mm_use_im_start_end": False,
         "mm_vision_tower": f"mobileclip_l_{checkpoint.image_size}",
@@ -58,10 +57,10 @@ def language_config(checkpoint: Checkpoint, layout: str) -> dict[str, Any]:
 
 def _rope_scaling(checkpoint: Checkpoint, layout: str) -> dict[str, Any]:
     """`rope_scaling`, where there is one. UserError with everything that the layout's loaders don't compute."""
-    text: Any = checkpoint.hf_config.text_config
-    rope = {key: value for key, value in text.rope_parameters.items() if key not in ("rope_type", "rope_theta")}
-    kind, read = text.rope_parameters["rope_type"], _ROPES[layout]
-    faults = loader_faults(checkpoint.hf_config, read)
+    text = checkpoint.model_config.text
+    rope = {key: value for key, value in text.rope.items() if key not in ("rope_type", "rope_theta")}
+    kind, read = text.rope["rope_type"], _ROPES[layout]
+    faults = loader_faults(checkpoint.model_config, read)
     other = sorted(set(rope) - set(read.get(kind, rope)))
     if other:
         faults.append(f"rotary position encoding {kind!r} has {', '.join(other)}, which mlx-vlm doesn't read")

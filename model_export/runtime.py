@@ -10,7 +10,8 @@ import numpy as np
 from fastvlm import layouts
 from fastvlm.errors import UserError
 from fastvlm.preprocessing import read_preprocessor
-from fastvlm.surface import FastVLM, Vision, eos_ids
+from fastvlm.prompt import eos_ids
+from fastvlm.surface import FastVLM, Vision
 from model_export import artefact as manifest
 from model_export import contract, fastest, language, mil
 from model_export.config import COMPUTE_UNITS, COMPUTES, LLM_RUNNERS, VISION_RUNNERS

@@ -11,17 +11,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
-from torch import Tensor
+import numpy as np
 
-Spec = tuple[torch.dtype, tuple[int, ...]]
+from fastvlm.dtypes import ARRAYS, ITEMSIZE, SAFETENSORS_NAMES, Array
+from quantization.schemes import Spec, spec_bytes
 
-_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.uint32: "U32", torch.uint8: "U8"}
-
-
-def nbytes(spec: Spec) -> int:
-    """The size of a tensor's data in bytes."""
-    return math.prod(spec[1]) * spec[0].itemsize
+_NAMES = SAFETENSORS_NAMES | {"uint32": "U32"}
 
 
 class TensorFile:
@@ -37,9 +32,9 @@ class TensorFile:
         self._starts: dict[str, int] = {}
         position = 0
         # widest type first, so that every tensor is aligned to its own size
-        for name in sorted(tensors, key=lambda n: (-tensors[n][0].itemsize, n)):
+        for name in sorted(tensors, key=lambda n: (-ITEMSIZE[tensors[n][0]], n)):
             dtype, shape = tensors[name]
-            end = position + nbytes(tensors[name])
+            end = position + spec_bytes(tensors[name])
             header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [position, end]}
             self._starts[name] = position
             position = end
@@ -65,13 +60,13 @@ class TensorFile:
     def __exit__(self, *exception: object) -> None:
         os.close(self._fd)
 
-    def write(self, name: str, rows: Tensor, first_row: int = 0) -> None:
+    def write(self, name: str, rows: Array, first_row: int = 0) -> None:
         """Write `rows`, which start at `first_row` of the tensor's first dimension. ValueError if they don't belong."""
         dtype, shape = self._specs[name]
-        if rows.dtype != dtype or rows.shape[1:] != shape[1:] or first_row + len(rows) > shape[0]:
-            raise ValueError(f"{name}: rows {rows.dtype} {tuple(rows.shape)} at {first_row} are not of {dtype} {shape}")
-        offset = len(self._head) + self._starts[name] + first_row * math.prod(shape[1:]) * dtype.itemsize
-        self._write(rows.contiguous().view(-1).view(torch.uint8).numpy().data, offset)
+        if rows.dtype != ARRAYS.get(dtype, dtype) or rows.shape[1:] != shape[1:] or first_row + len(rows) > shape[0]:
+            raise ValueError(f"{name}: rows {rows.dtype} {rows.shape} at {first_row} are not of {dtype} {shape}")
+        offset = len(self._head) + self._starts[name] + first_row * math.prod(shape[1:]) * rows.itemsize
+        self._write(memoryview(np.ascontiguousarray(rows).reshape(-1).view(np.uint8)), offset)
 
     def _write(self, data: bytes | memoryview, offset: int) -> None:
         view = memoryview(data)

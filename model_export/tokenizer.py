@@ -22,7 +22,7 @@ def write_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:
     from a .jinja file, where Transformers 5 would put it); paths and settings of this machine stay out.
     """
     tokenizer: Any = checkpoint.tokenizer()
-    text: Any = checkpoint.hf_config.text_config
+    text = checkpoint.model_config.text
     template = tokenizer.chat_template or CHAT_TEMPLATE
     ends = END_OF_TURN in template and END_OF_TURN in tokenizer.get_vocab()
     (folder / contract.TOKENIZER).write_text(tokenizer.backend_tokenizer.to_str(pretty=True) + "\n", encoding="utf-8")

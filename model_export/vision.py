@@ -207,7 +207,7 @@ def _cost_of(added: Collection[str], package: Path) -> dict[str, Any]:
 
 def folded_encoder(checkpoint: Checkpoint) -> tuple[nn.Module, dict[str, float]]:
     """The folded float32 encoder and the fold's errors. Loaded as it is stored: half the memory, nothing rounded."""
-    stored = {info.dtype for name, info in checkpoint.tensors.items() if name.startswith(naming.VISION)} & DTYPES.keys()
+    stored = {info.dtype for name, info in checkpoint.tensors.items() if name.startswith(naming.VISION)} & {*DTYPES}
     original = load_encoder(checkpoint, dtype=stored.pop() if len(stored) == 1 else "float32")
     folded, errors = fold_and_prove(original, dtype=torch.float32)
     return folded.requires_grad_(False), errors

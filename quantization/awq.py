@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from quantization import decoder
-from quantization.schemes import DTYPES, Affine
+from quantization.schemes import Affine, Cast
+from quantization.tensors import as_stored, encode
 
 _GRID = 20
 _LEAST_CLIP = 0.5
@@ -36,10 +37,8 @@ def quantize(
     for number, layer, calls in decoder.layers(model, batches):
         found = _searched(layer, calls, scheme)
         for name, value in found.state_dict().items():
-            parts = {"weight": value.to(DTYPES[scheme.dtype])}
-            if name.removesuffix(".weight") in decoder.MATRICES:
-                parts = scheme.encode(parts["weight"])
-            stored[f"model.layers.{number}.{name}"] = parts
+            matrix = name.removesuffix(".weight") in decoder.MATRICES
+            stored[f"model.layers.{number}.{name}"] = encode(scheme if matrix else Cast(scheme.dtype), value)
         if advance is not None:
             advance()
     return stored
@@ -65,7 +64,7 @@ def _loss(layer: Any, expected: Sequence[Tensor], calls: Sequence[decoder.Call],
     rounded = copy.deepcopy(layer)
     for name in decoder.MATRICES:
         matrix = rounded.get_submodule(name)
-        matrix.weight.copy_(_round(matrix.weight, scheme))
+        matrix.weight.copy_(as_stored(scheme, matrix.weight))
     return sum(float((call.run(rounded) - wanted).square().sum()) for call, wanted in zip(calls, expected))
 
 
@@ -97,7 +96,7 @@ def _best_scales(
         scales = (magnitude ** (step / _GRID)).clamp(min=1e-4)
         scales = (scales / (scales.max() * scales.min()).sqrt()).to(x.dtype)
         for matrix, weight in zip(matrices, original):
-            matrix.weight.copy_(_round(weight * scales, scheme) / scales)
+            matrix.weight.copy_(as_stored(scheme, weight * scales) / scales)
         loss = sum(float((a - b).float().square().sum()) for a, b in zip(run(), expected))
         if loss < least:
             best, least = scales, loss
@@ -136,15 +135,10 @@ def best_clip(weight: Tensor, x: Tensor, scheme: Affine) -> Tensor:
         best, least = reach.clone(), torch.full_like(reach[..., 0], float("inf"))
         for step in range(int(_LEAST_CLIP * _GRID)):
             bound = reach * (1 - step / _GRID)
-            rounded = _round(grouped.clamp(-bound, bound).view_as(rows), scheme).view_as(grouped)
+            rounded = as_stored(scheme, grouped.clamp(-bound, bound).view_as(rows)).view_as(grouped)
             # (groups, tokens, rows): what each group's rounding changes in the output
             loss = torch.einsum("gtk,rgk->gtr", x, rounded - grouped).square().mean(1).T
             better = loss < least
             best[better], least = bound[better], torch.where(better, loss, least)
         clipped.append(grouped.clamp(-best, best).view_as(rows))
     return torch.cat(clipped).to(weight.dtype)
-
-
-def _round(weight: Tensor, scheme: Affine) -> Tensor:
-    """What rounding to nearest leaves of a matrix."""
-    return scheme.decode(scheme.encode(weight.to(DTYPES[scheme.dtype]))).to(weight.dtype)

@@ -119,7 +119,7 @@ def describe(recipe: "Recipe") -> dict[str, Any]:
 def weight_shapes(shape: "Shape") -> dict[str, tuple[int, ...]]:
     """The artefact's weights (without an encoder) of a model of this shape: name -> shape."""
     from fastvlm import naming
-    from fastvlm.model import language_shapes
+    from fastvlm.shapes import language_shapes
 
     found = language_shapes(
         hidden=shape.hidden,

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from quantization import affine, decoder
+from fastvlm.dtypes import torch_dtype
+from quantization import decoder
 from quantization.calibration import Calibration, filled
-from quantization.schemes import DTYPES, Affine, Scheme
+from quantization.schemes import Affine, Scheme
+from quantization.tensors import decode, encode
 
 _TEMPERATURE = 2.0
 _BATCH = 8
@@ -25,9 +27,11 @@ _RATE = 2e-3  # of Adam, in units of each weight's mean scale; falls to nothing 
 
 @dataclass
 class _Weight:
-    """codes (O, G, group) uint8; scales and biases (O, G) float32, divided by `unit`."""
+    """codes (O, G, group), whole numbers in float32, and as they are stored; scales and biases (O, G) float32, divided by
+    `unit`."""
 
     codes: Tensor
+    packed: Tensor
     scales: Tensor
     biases: Tensor
     unit: float
@@ -37,11 +41,11 @@ class _Weight:
         return ((self.codes * self.scales[..., None] + self.biases[..., None]) * self.unit).flatten(1)
 
     def parts(self) -> dict[str, Tensor]:
-        rows = self.codes.flatten(1)
+        dtype = torch_dtype(self.scheme.dtype)
         return {
-            "weight": affine.pack(rows, self.scheme.bits).view(torch.uint32),
-            "scales": (self.scales.detach() * self.unit).to(DTYPES[self.scheme.dtype]),
-            "biases": (self.biases.detach() * self.unit).to(DTYPES[self.scheme.dtype]),
+            "weight": self.packed,
+            "scales": (self.scales.detach() * self.unit).to(dtype),
+            "biases": (self.biases.detach() * self.unit).to(dtype),
         }
 
 
@@ -60,11 +64,11 @@ def quantize(
     for name, scheme in schemes.items():
         if not isinstance(scheme, Affine):
             continue
-        parts = scheme.encode(model.get_parameter(name).detach().to(DTYPES[scheme.dtype]))
+        parts = encode(scheme, model.get_parameter(name))
         if scheme.bits < 8:
             weights[name] = _open(parts, scheme)
         else:
-            fixed[name] = scheme.decode(parts).float()
+            fixed[name] = decode(scheme, parts).float()
     trained = [tensor for weight in weights.values() for tensor in (weight.scales, weight.biases)]
     optimizer = torch.optim.Adam(trained, lr=_RATE)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
@@ -89,8 +93,10 @@ def quantize(
 def _open(parts: Mapping[str, Tensor], scheme: Affine) -> _Weight:
     scales, biases = parts["scales"].float(), parts["biases"].float()
     unit = float(scales.abs().mean())
-    codes = affine.unpack(parts["weight"].view(torch.uint8), scheme.bits).unflatten(1, (-1, scheme.group_size))
-    return _Weight(codes, (scales / unit).requires_grad_(), (biases / unit).requires_grad_(), unit, scheme)
+    packed, ones = parts["weight"], torch.ones_like(scales)
+    codes = decode(scheme, {"weight": packed, "scales": ones, "biases": torch.zeros_like(ones)})
+    codes = codes.unflatten(1, (-1, scheme.group_size))
+    return _Weight(codes, packed, (scales / unit).requires_grad_(), (biases / unit).requires_grad_(), unit, scheme)
 
 
 def _batch(calibration: Calibration, order: np.random.Generator) -> tuple[np.ndarray, Tensor]:

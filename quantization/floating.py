@@ -1,19 +1,18 @@
-"""MLX's floating-point modes in PyTorch: the bytes of `mlx.core.quantize`, the values of `mlx.core.dequantize`.
+"""MLX's floating-point modes on NumPy arrays: the bytes of `mlx.core.quantize`, the values of `mlx.core.dequantize`.
 
 Each group of neighbours along a row shares a scale, and a value is a 4 or 8 bit float times that scale:
 mxfp4 and mxfp8 (OCP Microscaling Formats 1.0) have a power of two (E8M0) for 32 values, nvfp4 an E4M3 for 16.
 Source of the arithmetic: mlx, `fp_quantize` and `fp_dequantize` in `mlx/ops.cpp` (0.32.2) and `mx_scale_round_up` in
 `mlx/backend/metal/kernels/fp8.h` (0.32.4); intermediates have the weight's type where MLX's have. Tests hold it to
-mlx 0.32.4.
+mlx 0.32.4. bfloat16 is held as its bits, uint16.
 """
 
 from dataclasses import dataclass
 from functools import cache
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from quantization.affine import DTYPES
+from fastvlm.dtypes import ARRAYS, Array, bits_of, kind_of
 
 
 @dataclass(frozen=True)
@@ -32,140 +31,98 @@ class Format:
 
 FORMATS = {"mxfp4": Format(4, 32, True), "mxfp8": Format(8, 32, True), "nvfp4": Format(4, 16, False)}
 
-_CHUNK = 1 << 18  # values worked on at once: 1 MiB in float32, about a core's L2 cache
 _BIAS = 127  # of a power of two as it is stored
-_E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
-_MIDDLES = (_E2M1[1:] + _E2M1[:-1]) / 2
-_HUGE = 2.0**24  # from here on, float32 differences to the fourteen values are no longer exact
 
 
-def quantize(weight: Tensor, mode: str) -> tuple[Tensor, Tensor]:
+def quantize(weight: Array, mode: str, dtype: str | None = None) -> tuple[tuple[Array, Array], float]:
     """Quantize rows to nearest, byte for byte as `mlx.core.quantize(w, mode=mode)` does on the CPU.
 
-    weight: (O, I) float16, bfloat16 or float32, finite, I divisible by the mode's group size.
-    Returns (packed (O, I*bits/32) uint32, scales (O, I/group_size) uint8). Raises ValueError for anything else.
+    weight: (O, I) float16, bfloat16 or float32, I divisible by the mode's group size; rounded to `dtype` (None: its
+    own) first. Returns (packed (O, I*bits/32) uint32, scales (O, I/group_size) uint8), and the largest magnitude in
+    `dtype`: where that is not finite, the parts mean nothing. Raises ValueError for anything else.
     """
-    form = _format(mode)
-    if weight.ndim != 2 or weight.dtype not in DTYPES or weight.shape[1] % form.group_size:
+    from quantization import kernels  # and with it numba
+
+    form, kind = _format(mode), kind_of(weight)
+    if weight.ndim != 2 or kind is None or weight.shape[1] % form.group_size:
         raise ValueError(
-            f"cannot quantize {weight.dtype} {tuple(weight.shape)} as {mode}: "
+            f"cannot quantize {kind or weight.dtype} {weight.shape} as {mode}: "
             f"expected a float matrix whose rows divide into groups of {form.group_size}"
         )
-    rows, columns = weight.shape
-    packed = torch.empty(rows, columns * form.bits // 8, dtype=torch.uint8)
-    scales = torch.empty(rows, columns // form.group_size, dtype=torch.uint8)
-    step = max(1, _CHUNK // columns)
-    for start in range(0, rows, step):
-        part = slice(start, start + step)
-        groups = weight[part].to(torch.float32).reshape(-1, columns // form.group_size, form.group_size)
-        # as integers, floats without their signs keep their order; three times as fast for groups of 16
-        largest = (groups.view(torch.int32) & 0x7FFFFFFF).amax(-1).view(torch.float32)
-        scale = (largest / form.largest).to(weight.dtype)
-        codes, divisor = _power_scales(scale) if form.power else _e4m3_scales(scale)
-        values = (groups / divisor.unsqueeze(-1)).to(weight.dtype).to(torch.float32)
-        encode = _e4m3 if form.bits == 8 else _e2m1_by_distance if (largest > _HUGE).any() else _e2m1_pairs
-        packed[part] = encode(values).view(-1, packed.shape[1])
-        scales[part] = codes
-    return packed.view(torch.uint32), scales
+    (rows, columns), source = weight.shape, np.ascontiguousarray(weight)
+    packed = np.empty((rows, columns * form.bits // 32), np.uint32)
+    scales = np.empty((rows, columns // form.group_size), np.uint8)
 
+    def work(start: int, stop: int) -> float:
+        part = slice(start, stop)
+        settings = kernels.KINDS[kind], kernels.KINDS[dtype or kind], form.bits, form.group_size, form.power
+        outputs = bits_of(packed[part], np.uint8), bits_of(scales[part], np.uint8)
+        return float(kernels.floating_quantize(bits_of(source[part]), *settings, _e4m3_values(), *outputs))
 
-def _power_scales(scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Stored scales and divisors (float32): the smallest powers of two that are no smaller, 1 for zeros."""
-    mantissa, exponent = torch.frexp(scale.float())  # mantissa in [0.5, 1)
-    exponent = (exponent - (mantissa == 0.5).int()).masked_fill_(mantissa == 0, 0)
-    return (exponent + _BIAS).to(torch.uint8), exponent.double().exp2().float()
-
-
-def _e4m3_scales(scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Stored scales and divisors (float32): the nearest E4M3. What is divided by zero is stored as zero."""
-    codes = _e4m3(scale.float())
-    divisor = _e4m3_values().index_select(0, codes.flatten().int()).view(codes.shape)
-    return codes, divisor.masked_fill(divisor == 0, torch.inf)
-
-
-def _e4m3(values: Tensor) -> Tensor:
-    """float32 to E4M3's codes (uint8), to nearest and even; what is larger becomes the largest."""
-    return values.clamp(-448.0, 448.0).to(torch.float8_e4m3fn).view(torch.uint8)
-
-
-def _e2m1_pairs(values: Tensor) -> Tensor:
-    """float32 (..., even) to E2M1's codes, two in a byte, the first in the low half: to nearest, ties towards zero."""
-    # a float32's upper 11 bits, rounded up, say between which of the middles it is: those have no lower bits
-    upper = values.flatten().view(torch.int32) + ((1 << 21) - 1)
-    codes = _e2m1_codes().index_select(0, (upper >> 21).bitwise_and_(0x7FF))
-    pairs = codes.view(torch.int16)  # little-endian: 0x0b0a
-    return (pairs | (pairs >> 4)).to(torch.uint8)
-
-
-def _e2m1_by_distance(values: Tensor) -> Tensor:
-    """The same, as MLX computes it: the first value of the smallest difference, rounded to float32."""
-    table = torch.cat([_E2M1, -_E2M1])
-    codes = torch.zeros(values.shape, dtype=torch.uint8)
-    best = values.abs()
-    for code in range(1, 16):
-        distance = (values - table[code]).abs()
-        nearer = distance < best
-        codes[nearer], best = code, torch.minimum(best, distance)
-    return codes[..., ::2] | (codes[..., 1::2] << 4)
+    return (packed, scales), kernels.greatest(kernels.spread(work, rows, columns))
 
 
 @cache
-def _e2m1_codes() -> Tensor:
-    """The code of every float32 by its upper 11 bits rounded up, (2048,) uint8."""
-    # the float32 with just these bits is the largest that is rounded up to them
-    numbers = (torch.arange(2048, dtype=torch.int32) << 21).view(torch.float32).nan_to_num()
-    codes = torch.bucketize(numbers.abs(), _MIDDLES)  # as many middles are below
-    return torch.where((numbers < 0) & (codes > 0), codes + 8, codes).to(torch.uint8)
-
-
-@cache
-def _e4m3_values() -> Tensor:
+def _e4m3_values() -> Array:
     """What each byte stands for as an E4M3, (256,) float32; 0x7F and 0xFF are NaN."""
-    return torch.arange(256).to(torch.uint8).view(torch.float8_e4m3fn).float()
+    codes = np.arange(256)
+    exponents, mantissas = codes >> 3 & 15, codes & 7
+    values = np.where(exponents > 0, np.ldexp(1 + mantissas / 8, exponents - 7), np.ldexp(mantissas / 8, -6))
+    values[codes & 0x7F == 0x7F] = np.nan
+    return np.where(codes < 128, values, -values).astype(np.float32)
 
 
 @cache
-def _byte_values(bits: int, dtype: torch.dtype) -> Tensor:
-    """The values in each byte, (256, 8/bits)."""
+def _values(bits: int) -> Array:
+    """What each code stands for, float32."""
     if bits == 8:
-        return _e4m3_values().to(dtype).unsqueeze(1)
-    table, codes = torch.cat([_E2M1, -_E2M1]).to(dtype), torch.arange(256)
-    return torch.stack([table[codes & 0xF], table[codes >> 4]], 1)
+        return _e4m3_values()
+    half = np.array([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], np.float32)
+    return np.concatenate([half, -half])
 
 
 @cache
-def _scale_values(power: bool, dtype: torch.dtype) -> Tensor:
-    """What each stored scale stands for, (256,); float16 has no powers of two below -24 (0) and above 15 (infinity)."""
-    return (torch.exp2(torch.arange(256.0, dtype=torch.float64) - _BIAS) if power else _e4m3_values()).to(dtype)
+def _scale_values(power: bool, dtype: str) -> Array:
+    """What each stored scale stands for in `dtype`, (256,) float32; float16 has no powers of two below -24 (0) and
+    above 15 (infinity)."""
+    if not power:
+        return _e4m3_values()
+    values = np.exp2(np.arange(256.0) - _BIAS)
+    with np.errstate(over="ignore"):
+        return values.astype(np.float16 if dtype == "float16" else np.float32).astype(np.float32)
 
 
-def dequantize(packed: Tensor, scales: Tensor, mode: str, dtype: torch.dtype) -> Tensor:
+def dequantize(packed: Array, scales: Array, mode: str, dtype: str, wide: bool = False) -> Array:
     """The values MLX computes with: (O, I) in `dtype`, bit for bit as `mlx.core.dequantize(..., dtype=dtype)`.
 
-    packed: (O, I*bits/32) uint32; scales: (O, I/group_size) uint8. MLX's own default dtype is bfloat16.
-    Raises ValueError when the shapes or dtypes contradict each other.
+    packed: (O, I*bits/32) uint32; scales: (O, I/group_size) uint8. MLX's own default dtype is bfloat16. `wide` gives
+    the same values as float32. Raises ValueError when the shapes or dtypes contradict each other.
     """
+    from quantization import kernels
+
     form = _format(mode)
     rows, columns = scales.shape[0], scales.shape[-1] * form.group_size
     if (
-        packed.dtype != torch.uint32
-        or scales.dtype != torch.uint8
-        or dtype not in DTYPES
+        packed.dtype != np.uint32
+        or scales.dtype != np.uint8
+        or dtype not in ARRAYS
         or packed.shape != (rows, columns * form.bits // 32)
     ):
         raise ValueError(
-            f"not a matrix in {mode}: packed {packed.dtype} {tuple(packed.shape)}, scales {scales.dtype} "
-            f"{tuple(scales.shape)}, to {dtype}"
+            f"not a matrix in {mode}: packed {packed.dtype} {packed.shape}, scales {scales.dtype} {scales.shape}, "
+            f"to {dtype}"
         )
-    stream = packed.contiguous().view(torch.uint8)
-    values, factors = _byte_values(form.bits, dtype), _scale_values(form.power, dtype)
-    out = torch.empty(rows, columns, dtype=dtype)
-    step = max(1, _CHUNK // columns)
-    for start in range(0, rows, step):
-        part = slice(start, start + step)
-        scale = factors.index_select(0, scales[part].flatten().int())
-        found = values.index_select(0, stream[part].flatten().int())
-        out[part] = found.view(-1, form.group_size).mul_(scale.unsqueeze(1)).view(-1, columns)
+    packed, scales = np.ascontiguousarray(packed), np.ascontiguousarray(scales)
+    tables = _scale_values(form.power, dtype), _values(form.bits)
+    out = np.empty((rows, columns), np.float32 if wide else ARRAYS[dtype])
+
+    def work(start: int, stop: int) -> None:
+        part = slice(start, stop)
+        parts = bits_of(packed[part], np.uint8), bits_of(scales[part], np.uint8)
+        settings = kernels.KINDS[dtype], form.bits, form.group_size, wide
+        kernels.floating_dequantize(*parts, *tables, *settings, bits_of(out[part]))
+
+    kernels.spread(work, rows, columns)
     return out
 
 

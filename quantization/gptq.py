@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastvlm.dtypes import as_array, as_tensor, torch_dtype
 from quantization import affine, decoder
-from quantization.schemes import DTYPES, Affine
+from quantization.schemes import Affine
+from quantization.tensors import decode, encode
 
 _DAMPING = 1e-2  # of the Hessian's mean diagonal
 
@@ -40,7 +42,7 @@ def quantize(
             assert isinstance(matrix, nn.Linear)
             parts = round_matrix(matrix.weight, hessian, scheme)
             stored[f"model.layers.{number}.{name}.weight"] = parts
-            matrix.weight.copy_(scheme.decode(parts))
+            matrix.weight.copy_(decode(scheme, parts))
         if advance is not None:
             advance()
     return stored
@@ -48,7 +50,7 @@ def quantize(
 
 def round_matrix(weight: Tensor, hessian: Tensor, scheme: Affine) -> dict[str, Tensor]:
     """One matrix (O, I) with the second moments (I, I) float32 of its input, summed over tokens."""
-    group, bins, dtype = scheme.group_size, 2**scheme.bits - 1, DTYPES[scheme.dtype]
+    group, bins, dtype = scheme.group_size, 2**scheme.bits - 1, torch_dtype(scheme.dtype)
     damped = hessian + torch.eye(len(hessian)) * (_DAMPING * hessian.diagonal().mean() + torch.finfo().tiny)
     inverse = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True)
     rest, codes = weight.float().clone(), torch.empty(weight.shape, dtype=torch.uint8)
@@ -56,7 +58,8 @@ def round_matrix(weight: Tensor, hessian: Tensor, scheme: Affine) -> dict[str, T
     biases = torch.empty_like(scales)
     for number, start in enumerate(range(0, weight.shape[1], group)):
         stop = start + group
-        scales[:, number], biases[:, number] = affine.scale_and_bias(rest[:, start:stop].to(dtype).float(), bins)
+        edges = encode(scheme, rest[:, start:stop])
+        scales[:, number], biases[:, number] = edges["scales"][:, 0], edges["biases"][:, 0]
         scale, bias = scales[:, number].float(), biases[:, number].float()
         errors = torch.empty(len(weight), group)
         for column in range(start, stop):
@@ -67,4 +70,4 @@ def round_matrix(weight: Tensor, hessian: Tensor, scheme: Affine) -> dict[str, T
             rest[:, column:stop] -= error[:, None] * inverse[column, column:stop]
             errors[:, column - start] = error
         rest[:, stop:] -= errors @ inverse[start:stop, stop:]
-    return {"weight": affine.pack(codes, scheme.bits).view(torch.uint32), "scales": scales, "biases": biases}
+    return {"weight": as_tensor(affine.pack(as_array(codes), scheme.bits)), "scales": scales, "biases": biases}

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from quantization import decoder
 from quantization.calibration import Calibration
 from quantization.decoder import EMBEDDINGS
-from quantization.schemes import DTYPES, Scheme
+from quantization.schemes import Scheme
+from quantization.tensors import as_stored
 
 HEAD = "lm_head.weight"
 _TOKENS = 4096  # of a batch: each batch rounds every matrix by every scheme once
@@ -100,8 +101,7 @@ def _add(weight: Tensor, x: Tensor, gradient: Tensor, schemes: Sequence[Scheme],
 def _errors(rows: Tensor, schemes: Sequence[Scheme]) -> Iterator[tuple[int, Tensor]]:
     """What each scheme changes in some rows of a matrix, in its dtype."""
     for number, scheme in enumerate(schemes):
-        stored = scheme.decode(scheme.encode(rows.to(DTYPES[scheme.dtype])))
-        yield number, stored.to(rows.dtype) - rows
+        yield number, as_stored(scheme, rows) - rows
 
 
 def _from_the_head(

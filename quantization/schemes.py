@@ -9,13 +9,13 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Protocol
 
-import torch
-from torch import Tensor
-
-from quantization import affine, floating
+from fastvlm.dtypes import ITEMSIZE, Array
+from quantization import affine, casting, floating
 from quantization.compression import COMPRESSIONS
 
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+DTYPES = ("float16", "bfloat16", "float32")
+
+Spec = tuple[str, tuple[int, ...]]  # of a stored tensor: its type's name, its shape
 
 
 class Scheme(Protocol):
@@ -36,15 +36,15 @@ class Scheme(Protocol):
         """Why a weight of this shape cannot be stored so, or None."""
         ...
 
-    def parts(self, shape: tuple[int, ...]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    def parts(self, shape: tuple[int, ...]) -> dict[str, Spec]:
         """What is stored for a weight `x.weight` of this shape: part name ("weight", "scales", ...) -> dtype, shape."""
         ...
 
-    def encode(self, rows: Tensor) -> dict[str, Tensor]:
-        """The parts of some rows (already in `dtype`) of a weight."""
+    def encode(self, rows: Array) -> tuple[dict[str, Array], float]:
+        """The parts of some rows of a weight, which are rounded to `dtype` first, and their largest magnitude then."""
         ...
 
-    def decode(self, parts: Mapping[str, Tensor]) -> Tensor:
+    def decode(self, parts: Mapping[str, Array]) -> Array:
         """The values, in `dtype`, that MLX computes with."""
         ...
 
@@ -59,7 +59,7 @@ class Cast:
 
     dtype: str
 
-    LEGAL: ClassVar[dict[str, tuple[Any, ...]]] = {"dtype": tuple(DTYPES)}
+    LEGAL: ClassVar[dict[str, tuple[Any, ...]]] = {"dtype": DTYPES}
 
     def to_json(self) -> dict[str, Any]:
         return {"dtype": self.dtype}
@@ -67,13 +67,14 @@ class Cast:
     def fault(self, shape: tuple[int, ...]) -> str | None:
         return None
 
-    def parts(self, shape: tuple[int, ...]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-        return {"weight": (DTYPES[self.dtype], shape)}
+    def parts(self, shape: tuple[int, ...]) -> dict[str, Spec]:
+        return {"weight": (self.dtype, shape)}
 
-    def encode(self, rows: Tensor) -> dict[str, Tensor]:
-        return {"weight": rows}
+    def encode(self, rows: Array) -> tuple[dict[str, Array], float]:
+        values, largest = casting.cast(rows, self.dtype)
+        return {"weight": values}, largest
 
-    def decode(self, parts: Mapping[str, Tensor]) -> Tensor:
+    def decode(self, parts: Mapping[str, Array]) -> Array:
         return parts["weight"]
 
     def mlx(self) -> dict[str, Any] | None:
@@ -91,7 +92,7 @@ class Affine:
     LEGAL: ClassVar[dict[str, tuple[Any, ...]]] = {
         "bits": affine.BITS,
         "group_size": affine.GROUP_SIZES,
-        "dtype": tuple(DTYPES),
+        "dtype": DTYPES,
     }
 
     def to_json(self) -> dict[str, Any]:
@@ -108,20 +109,20 @@ class Affine:
             )
         return None
 
-    def parts(self, shape: tuple[int, ...]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    def parts(self, shape: tuple[int, ...]) -> dict[str, Spec]:
         rows, columns = shape
-        groups = (DTYPES[self.dtype], (rows, columns // self.group_size))
+        groups = (self.dtype, (rows, columns // self.group_size))
         return {
-            "weight": (torch.uint32, (rows, affine.packed_columns(columns, self.bits))),
+            "weight": ("uint32", (rows, affine.packed_columns(columns, self.bits))),
             "scales": groups,
             "biases": groups,
         }
 
-    def encode(self, rows: Tensor) -> dict[str, Tensor]:
-        packed, scales, biases = affine.quantize(rows, self.bits, self.group_size)
-        return {"weight": packed, "scales": scales, "biases": biases}
+    def encode(self, rows: Array) -> tuple[dict[str, Array], float]:
+        (packed, scales, biases), largest = affine.quantize(rows, self.bits, self.group_size, self.dtype)
+        return {"weight": packed, "scales": scales, "biases": biases}, largest
 
-    def decode(self, parts: Mapping[str, Tensor]) -> Tensor:
+    def decode(self, parts: Mapping[str, Array]) -> Array:
         return affine.dequantize(parts["weight"], parts["scales"], parts["biases"], self.bits, self.group_size)
 
     def mlx(self) -> dict[str, Any] | None:
@@ -136,7 +137,7 @@ class Floating:
     dtype: str
 
     MODE: ClassVar[str]
-    LEGAL: ClassVar[dict[str, tuple[Any, ...]]] = {"dtype": tuple(DTYPES)}
+    LEGAL: ClassVar[dict[str, tuple[Any, ...]]] = {"dtype": DTYPES}
 
     @property
     def form(self) -> floating.Format:
@@ -153,19 +154,19 @@ class Floating:
             return f"rows of {shape[1]} do not divide into {self.MODE}'s groups of {self.form.group_size}"
         return None
 
-    def parts(self, shape: tuple[int, ...]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    def parts(self, shape: tuple[int, ...]) -> dict[str, Spec]:
         rows, columns = shape
         return {
-            "weight": (torch.uint32, (rows, columns * self.form.bits // 32)),
-            "scales": (torch.uint8, (rows, columns // self.form.group_size)),
+            "weight": ("uint32", (rows, columns * self.form.bits // 32)),
+            "scales": ("uint8", (rows, columns // self.form.group_size)),
         }
 
-    def encode(self, rows: Tensor) -> dict[str, Tensor]:
-        packed, scales = floating.quantize(rows, self.MODE)
-        return {"weight": packed, "scales": scales}
+    def encode(self, rows: Array) -> tuple[dict[str, Array], float]:
+        (packed, scales), largest = floating.quantize(rows, self.MODE, self.dtype)
+        return {"weight": packed, "scales": scales}, largest
 
-    def decode(self, parts: Mapping[str, Tensor]) -> Tensor:
-        return floating.dequantize(parts["weight"], parts["scales"], self.MODE, DTYPES[self.dtype])
+    def decode(self, parts: Mapping[str, Array]) -> Array:
+        return floating.dequantize(parts["weight"], parts["scales"], self.MODE, self.dtype)
 
     def mlx(self) -> dict[str, Any] | None:
         return {"group_size": self.form.group_size, "bits": self.form.bits, "mode": self.MODE}
@@ -201,13 +202,13 @@ class CoreML:
     def fault(self, shape: tuple[int, ...]) -> str | None:
         return "a Core ML form is for the vision encoder's layers"
 
-    def parts(self, shape: tuple[int, ...]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    def parts(self, shape: tuple[int, ...]) -> dict[str, Spec]:
         return {}
 
-    def encode(self, rows: Tensor) -> dict[str, Tensor]:
-        return {}
+    def encode(self, rows: Array) -> tuple[dict[str, Array], float]:
+        return {}, 0.0
 
-    def decode(self, parts: Mapping[str, Tensor]) -> Tensor:
+    def decode(self, parts: Mapping[str, Array]) -> Array:
         raise ValueError("a Core ML form has no parts in the MLX folder")
 
     def mlx(self) -> dict[str, Any] | None:
@@ -224,9 +225,14 @@ MODES: dict[str, type[Cast] | type[Affine] | type[Floating] | type[CoreML]] = {
 }
 
 
+def spec_bytes(spec: Spec) -> int:
+    """The size of a stored tensor's data in bytes."""
+    return math.prod(spec[1]) * ITEMSIZE[spec[0]]
+
+
 def nbytes(scheme: Scheme, shape: tuple[int, ...]) -> int:
     """What a weight of this shape takes when it is stored."""
-    return sum(dtype.itemsize * math.prod(size) for dtype, size in scheme.parts(shape).values())
+    return sum(map(spec_bytes, scheme.parts(shape).values()))
 
 
 def legal_combinations() -> str:

@@ -150,11 +150,6 @@ def sources_sha256() -> str:
     return digest.hexdigest()
 
 
-def cores() -> int:
-    """How many this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def available_memory() -> int:
     """Bytes that can be had now without swapping, within a container's limit."""
     import psutil

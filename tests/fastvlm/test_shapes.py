@@ -3,8 +3,8 @@
 import pytest
 
 from fastvlm import naming
-from fastvlm.layouts import hf_config_of
-from fastvlm.model import shapes, skeleton
+from fastvlm.configuration import configuration_of, hf_config_of
+from fastvlm.shapes import shapes, skeleton
 from fastvlm.synthetic import SHAPES, _config
 
 
@@ -14,6 +14,6 @@ from fastvlm.synthetic import SHAPES, _config
 def test_shapes_are_those_of_the_class(shape: str, form: str, layout: str) -> None:
     sizes = SHAPES[shape]
     raw = _config(sizes, layout, form, "float16", sizes.tied, sizes.image_size)
-    config = hf_config_of(raw, layout, form, sizes.tied)
-    state = skeleton(config).state_dict()
-    assert shapes(config) == {name: tuple(t.shape) for name, t in state.items() if not naming.is_ignored(name)}
+    model = configuration_of(raw, layout, form, sizes.tied)
+    state = skeleton(hf_config_of(model)).state_dict()
+    assert shapes(model) == {name: tuple(t.shape) for name, t in state.items() if not naming.is_ignored(name)}
