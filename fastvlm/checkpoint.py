@@ -79,7 +79,11 @@ class Checkpoint:
         return self._weights.read(self.tensors[name], mapped, alone)
 
     def tokenizer(self) -> "PreTrainedTokenizerBase":
-        """The tokenizer, with `<image>` at `image_token_id`; UserError if the files don't give one."""
+        """The tokenizer, with `<image>` at `image_token_id`, read once; UserError if the files don't give one."""
+        return self._tokenizer
+
+    @cached_property
+    def _tokenizer(self) -> "PreTrainedTokenizerBase":
         return layouts.load_tokenizer(self.path, self.image_token_id)
 
     def nonfinite(self, advance: Callable[..., Any] | None = None) -> list[str]:

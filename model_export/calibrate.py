@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from fastvlm import conversations, demo, naming
 from fastvlm.checkpoint import Checkpoint
 from fastvlm.cli import log, progress
 from fastvlm.conversations import Sample
+from fastvlm.dtypes import Array, as_array
 from fastvlm.preprocessing import Preprocessor
 from model_export.llm import weight_shapes
 from model_export.runtime import ExecutorVision
@@ -28,7 +28,7 @@ class Calibrated:
     """The recipe without choices, the parts of weights by the artefact's names, and facts for the manifest."""
 
     recipe: Recipe
-    parts: Mapping[str, Mapping[str, Tensor]]
+    parts: Mapping[str, Mapping[str, Array]]
     facts: dict[str, Any]
 
 
@@ -79,7 +79,8 @@ def calibrate(
         "encoder": "the exported package" if exported is not None else "the checkpoint's",
         "computed_in": dtype,
     }
-    return Calibrated(decided, parts, facts)
+    arrays = {name: {part: as_array(tensor) for part, tensor in found.items()} for name, found in parts.items()}
+    return Calibrated(decided, arrays, facts)
 
 
 def built_in(checkpoint: Path) -> list[Sample]:

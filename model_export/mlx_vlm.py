@@ -4,113 +4,118 @@ Source: mlx-vlm 0.7.10, `mlx_vlm/models/fastvlm` (vision.py, config.py, fastvlm.
 network with a BatchNorm in each ConvFFN, layer scales, and convolution kernels in channels-last order (O, H, W, I).
 """
 
-import copy
 import re
-from functools import lru_cache
-from threading import Lock
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+import numpy as np
 
 from fastvlm import naming
 from fastvlm.checkpoint import Checkpoint
-from fastvlm.errors import CheckFailed, UserError
-from fastvlm.model import folded_skeleton, tower
-from fastvlm.reparam import fold
-from model_export.llm import Rows, rows_of
-from quantization.schemes import DTYPES
+from fastvlm.dtypes import Array
+from fastvlm.errors import UserError
+from fastvlm.shapes import shapes
+from model_export.llm import Rows
+from quantization.casting import cast
 
 _PREFIX = "vision_tower.vision_model."
 _LLAVA_PREFIX = "model.vision_tower.vision_tower.model."
 # What mlx-vlm's VisionConfig fixes in code: it has no way to be told another tower.
 _BLOCKS, _WIDTHS, _FEATURES = (2, 12, 24, 4, 2), (96, 192, 384, 768, 1536), 3072
 _HEAD = (_FEATURES, 768)  # the pre-training classifier's projection: required by the loader, never computed
-_BATCHNORM_EPS = 1e-5  # mlx.nn.BatchNorm's default
-# What is folded in one go, by its name in timm: no fold reaches across these.
-_BLOCK = re.compile(r"stem\.\d+|stages\.\d+\.(blocks\.\d+|downsample|pos_emb)|final_conv")
-_UNFOLDED = ("mlp.fc1", "token_mixer.qkv")  # the widest layers of a block, which no fold changes
+BATCHNORM_EPS = 1e-5  # the default of mlx.nn.BatchNorm, and timm's
+_BLOCK = re.compile(r"stages\.(\d+)\.blocks\.(\d+)\.")
+# The layer whose output a layer scale multiplies, by its name in the block.
+_SCALED = {"mlp.fc2": ("layer_scale", "layer_scale_2"), "token_mixer.proj": ("layer_scale_1",)}
+
+Tower = dict[str, tuple[tuple[int, ...], str, Rows]]
 
 
-def vision_tower(checkpoint: Checkpoint) -> dict[str, tuple[tuple[int, ...], torch.dtype, Rows]]:
+def vision_tower(checkpoint: Checkpoint) -> Tower:
     """mlx-vlm's name -> shape and dtype of the folded tower's tensor, and its rows, which are folded when asked for.
 
     UserError for a tower that mlx-vlm cannot run.
     """
-    folded: Any = folded_skeleton(checkpoint)
+    model = checkpoint.model_config
+    folded = shapes(replace(model, vision_args={**model.vision_args, "inference_mode": True}))
+    folded = {name.removeprefix(naming.VISION): shape for name, shape in folded.items() if name.startswith(naming.VISION)}
     _refuse_other_towers(folded)
-    blocks = _Blocks(checkpoint)
-    tensors: dict[str, tuple[tuple[int, ...], torch.dtype, Rows]] = {}
+    source: Any = _Folded(checkpoint)
+    if checkpoint.form == "training":
+        from model_export.mlx_vlm_fold import Blocks  # and with it torch and timm
+
+        source = Blocks(checkpoint)
+    tensors: Tower = {}
 
     def constant(name: str, value: float, *shape: int) -> None:
-        tensors[name] = shape, torch.float32, lambda start, stop: torch.full((stop - start, *shape[1:]), value)
+        def rows(start: int, stop: int) -> Array:
+            return np.full((stop - start, *shape[1:]), value, np.float32)
 
-    for name, tensor in folded.state_dict().items():
-        shape, (stem, _, norm) = tuple(tensor.shape), name.partition("mlp.conv.bn.")
+        tensors[_name(name)] = shape, "float32", rows
+
+    for name, shape in folded.items():
+        stem, _, norm = name.partition("mlp.conv.bn.")
         if norm:  # the fold has absorbed it; mlx-vlm's convolution has no bias: the BatchNorm behind it adds it
-            value = {"weight": (1 + _BATCHNORM_EPS) ** 0.5, "running_mean": 0.0, "running_var": 1.0}.get(norm)
-            if norm == "bias":
-                tensors[_name(name)] = shape, *blocks.rows(f"{stem}mlp.conv.conv.bias")
-            elif value is not None:
-                constant(_name(name), value, *shape)
+            value = {"weight": (1 + BATCHNORM_EPS) ** 0.5, "running_mean": 0.0, "running_var": 1.0}.get(norm)
+            if value is None:
+                tensors[_name(name)] = shape, *source.rows(f"{stem}mlp.conv.conv.bias")
+            else:
+                constant(name, value, *shape)
+        elif name.endswith("gamma"):  # the fold has absorbed the layer scales
+            constant(name, 1.0, 1, 1, shape[0])
         elif len(shape) == 4:
-            tensors[_name(name)] = (shape[0], *shape[2:], shape[1]), *blocks.rows(name)
-        elif not name.endswith("gamma"):
-            tensors[_name(name)] = shape, *blocks.rows(name)
-    for index, stage in enumerate(folded.stages):
-        for number, block in enumerate(stage.blocks):  # the fold has absorbed the layer scales
-            attention = hasattr(block, "layer_scale_1")
-            for scale in ("layer_scale_1", "layer_scale_2") if attention else ("layer_scale",):
-                constant(_name(f"stages.{index}.blocks.{number}.{scale}.gamma"), 1.0, 1, 1, _WIDTHS[index])
-    constant(_PREFIX + "head.proj", 0.0, *_HEAD)
+            dtype, rows = source.rows(name)
+            tensors[_name(name)] = (shape[0], *shape[2:], shape[1]), dtype, partial(_channels_last, rows)
+        else:
+            tensors[_name(name)] = shape, *source.rows(name)
+    head = _PREFIX + "head.proj"
+    tensors[head] = _HEAD, "float32", lambda start, stop: np.zeros((stop - start, *_HEAD[1:]), np.float32)
     return dict(sorted(tensors.items()))
 
 
-class _Blocks:
-    """The tower's blocks, each read and folded when one of its tensors is asked for; only the last ones stay."""
+def _channels_last(rows: Rows, start: int, stop: int) -> Array:
+    return np.ascontiguousarray(rows(start, stop).transpose(0, 2, 3, 1))
+
+
+class _Folded:
+    """A tower whose branches are folded already: the ConvFFNs' BatchNorms and the layer scales are left to do.
+
+    As `fastvlm.reparam`: in float64, and the result is rounded once, to float32. The product of two float32 is, too.
+    """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        self._checkpoint, self._lock = checkpoint, Lock()
-        self._tower: Any = tower(checkpoint)
-        self._folded = lru_cache(maxsize=2)(self._fold)  # two: workers may be on either side of a border
+        self._checkpoint = checkpoint
 
-    def rows(self, name: str) -> tuple[torch.dtype, Rows]:
-        """dtype and rows of a folded tensor by its name in timm; kernels in channels-last order."""
-        match = _BLOCK.match(name)
-        assert match, name
-        block = match.group()
-        stored = rows_of(self._checkpoint, naming.VISION + name) if _is_unfolded(name) else None
+    def rows(self, name: str) -> tuple[str, Rows]:
+        """dtype and rows of a folded tensor by its name in timm."""
+        if "mlp.conv.conv." in name:
+            return "float32", partial(self._convolution, name.partition("mlp.conv.")[0] + "mlp.conv.", name)
+        block = _BLOCK.match(name)
+        layer = name[block.end() :].rpartition(".")[0] if block else ""
+        for scale in _SCALED.get(layer, ()):
+            if block and naming.VISION + (gamma := f"{block.group()}{scale}.gamma") in self._checkpoint.tensors:
+                return "float32", partial(self._scaled, name, gamma)
+        stored = naming.VISION + name
+        return self._checkpoint.tensors[stored].dtype, partial(self._checkpoint.rows, stored)
 
-        def rows(start: int, stop: int) -> Tensor:
-            if stored:
-                part = stored(start, stop)
-            else:
-                with self._lock:
-                    part = self._folded(block)[name][start:stop]
-            return part.permute(0, 2, 3, 1).contiguous() if part.ndim == 4 else part
+    def _read(self, name: str, start: int, stop: int) -> Array:
+        return cast(self._checkpoint.rows(naming.VISION + name, start, stop), "float32")[0]
 
-        return DTYPES[self._checkpoint.tensors[naming.VISION + name].dtype] if stored else torch.float32, rows
+    def _scaled(self, name: str, gamma: str, start: int, stop: int) -> Array:
+        values = self._read(name, start, stop)
+        return values * self._read(gamma, start, stop).reshape(-1, *[1] * (values.ndim - 1))
 
-    def _fold(self, block: str) -> dict[str, Tensor]:
-        module = copy.deepcopy(self._tower.get_submodule(block))
-        for name, _ in list(module.named_modules()):
-            if name in _UNFOLDED:
-                module.set_submodule(name, nn.Identity())
-        stored = naming.VISION + block + "."
-        state = {name: torch.zeros((), dtype=torch.int64) for name in module.state_dict() if naming.is_ignored(name)}
-        for name in self._checkpoint.tensors:
-            if name.startswith(stored) and not _is_unfolded(name):
-                state[name.removeprefix(stored)] = self._checkpoint.read(name)
-        module.load_state_dict(state, strict=True, assign=True)
-        try:
-            folded = fold(module, torch.float32)
-        except CheckFailed as error:
-            raise CheckFailed(f"vision tower, {block}: {error}") from None
-        return {f"{block}.{name}": tensor for name, tensor in folded.state_dict().items()}
-
-
-def _is_unfolded(name: str) -> bool:
-    return name.rpartition(".")[0].endswith(_UNFOLDED)
+    def _convolution(self, stem: str, name: str, start: int, stop: int) -> Array:
+        weight, bias, mean, variance = (
+            self._read(f"{stem}bn.{part}", start, stop).astype(np.float64)
+            for part in ("weight", "bias", "running_mean", "running_var")
+        )
+        scale = weight / np.sqrt(variance + BATCHNORM_EPS)
+        if name.endswith("bias"):
+            return (bias - mean * scale).astype(np.float32)
+        return (self._read(name, start, stop).astype(np.float64) * scale.reshape(-1, 1, 1, 1)).astype(np.float32)
 
 
 def projector_name(name: str) -> str:
@@ -124,9 +129,13 @@ def _name(timm_name: str) -> str:
     return _PREFIX + apple.replace("patch_embed.", "patch_embed.blocks.")
 
 
-def _refuse_other_towers(tower: Any) -> None:
-    blocks = tuple(len(stage.blocks) for stage in tower.stages)
-    widths = tuple(stage.blocks[0].mlp.fc1.in_channels for stage in tower.stages)
+def _refuse_other_towers(folded: Mapping[str, tuple[int, ...]]) -> None:
+    found: dict[int, int] = {}
+    for name in folded:
+        if block := _BLOCK.match(name):
+            found[int(block[1])] = max(found.get(int(block[1]), 0), int(block[2]) + 1)
+    blocks = tuple(found[stage] for stage in sorted(found))
+    widths = tuple(folded[f"stages.{stage}.blocks.0.mlp.fc1.weight"][1] for stage in sorted(found))
     if (blocks, widths) != (_BLOCKS, _WIDTHS):
         raise UserError(
             f"layout mlx-vlm: mlx-vlm runs only FastViTHD with {_BLOCKS} blocks of {_WIDTHS} channels, "

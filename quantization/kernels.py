@@ -22,7 +22,7 @@ _BFLOAT16, _FLOAT16, _FLOAT32 = KINDS.values()
 _LEAST = 1 << 20  # values that are worth a thread
 _BLOCK = 2048  # values on their way at once: 8 KiB, in a core's first cache; whole groups of any size
 U8, U16, U32, U64, I32, F32 = np.uint8, np.uint16, np.uint32, np.uint64, np.int32, np.float32
-_SIGN, _MAGNITUDE, _INFINITY = U32(0x80000000), U32(0x7FFFFFFF), U32(0x7F800000)
+_SIGN, _MAGNITUDE, _INFINITY, _NAN = U32(0x80000000), U32(0x7FFFFFFF), U32(0x7F800000), U32(0x7FC00000)
 _HALF_INFINITY, _HALF_NORMAL = U32(0x47800000), U32(0x38800000)  # float16's, as float32: 65536, 2^-14
 _HALF_STEP = F32(0.5)  # a float32 of this exponent has float16's smallest value, 2^-24, as its last bit
 _INTEGER_STEP = F32(1 << 23)  # and one of this exponent 1
@@ -84,16 +84,18 @@ def _from_half(half: Any) -> Any:
 
 @_compiled
 def _rounded(value: Any, kind: Any) -> Any:
-    """A float32 to nearest and even in the precision of `kind`, still as float32; NaN may become infinity."""
+    """A float32 to nearest and even in the precision of `kind`, still as float32."""
     bits = _bits(value)
     sign, size = U32(bits & _SIGN), U32(bits & _MAGNITUDE)
     if kind == _FLOAT16:
         normal = U32(U32(size + U32(0xFFF) + U32(U32(size >> U32(13)) & U32(1))) & U32(0xFFFFE000))
         normal = normal if normal < _HALF_INFINITY else _INFINITY
+        normal = normal if size <= _INFINITY else _NAN
         small = _bits(F32(_float(size) + _HALF_STEP) - _HALF_STEP)
         return _float(U32((small if size < _HALF_NORMAL else normal) | sign))
     if kind == _BFLOAT16:
-        return _float(U32(U32(U32(size + U32(0x7FFF) + U32(U32(size >> U32(16)) & U32(1))) & U32(0xFFFF0000)) | sign))
+        near = U32(U32(size + U32(0x7FFF) + U32(U32(size >> U32(16)) & U32(1))) & U32(0xFFFF0000))
+        return _float(U32((near if size <= _INFINITY else _NAN) | sign))
     return value
 
 

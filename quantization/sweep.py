@@ -23,6 +23,7 @@ from typing import Any
 from fastvlm import staging
 from fastvlm.cli import log, one_line
 from fastvlm.errors import UserError
+from fastvlm.start import cores
 from fastvlm.terminal import Console
 from quantization.compression import COMPRESSIONS
 from quantization.recipe import Recipe, load_recipe

@@ -17,6 +17,8 @@ from fastvlm import synthetic
 from fastvlm.checkpoint import open_checkpoint
 from fastvlm.errors import UserError
 from fastvlm.model import build
+from fastvlm.start import cores
+from fastvlm.weights import Weights
 from model_export import contract, llm
 from model_export.llm import bytes_to_read, export_llm
 from model_export.llm_config import language_config
@@ -161,24 +163,21 @@ def test_progress_adds_up(tiny_fast_vlm, tmp_path, monkeypatch):
 def most_alive(source: Path, folder: Path, chunk: int) -> int:
     """The most bytes that have been read and not yet dropped at any time of an export in pieces of `chunk` values."""
     sizes: dict[int, int] = {}
-    most, original = [0], llm.rows_of
+    most, original = [0], Weights.rows
 
-    def watched(checkpoint, name):
-        rows = original(checkpoint, name)
+    def read(self: Weights, *arguments) -> np.ndarray:
+        part = original(self, *arguments)
+        sizes[id(part)] = part.nbytes
+        weakref.finalize(part, sizes.pop, id(part))
+        most[0] = max(most[0], sum(list(sizes.values())))
+        return part
 
-        def read(start: int, stop: int) -> torch.Tensor:
-            part = rows(start, stop)
-            sizes[id(part)] = part.nbytes
-            weakref.finalize(part, sizes.pop, id(part))
-            most[0] = max(most[0], sum(list(sizes.values())))
-            return part
-
-        return read
-
+    checkpoint = open_checkpoint(source)
+    folder.mkdir()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(llm, "rows_of", watched)
+        patch.setattr(Weights, "rows", read)
         patch.setattr(llm, "_CHUNK", chunk)
-        exported(source, load_recipe("int4"), folder)
+        export_llm(checkpoint, load_recipe("int4"), folder)
     return most[0]
 
 
@@ -186,7 +185,7 @@ def test_memory_does_not_depend_on_the_models_size(tiny_fast_vlm, make_checkpoin
     large = dataclasses.replace(synthetic.SHAPES["tiny"], layers=4, intermediate=1024)
     monkeypatch.setitem(synthetic.SHAPES, "large", large)
     models = {"small": tiny_fast_vlm, "large": make_checkpoint(shape="large")}
-    bound = 2 * torch.get_num_threads() * 1024 * 4  # each worker's piece, and its result until it is taken
+    bound = 2 * cores() * 1024 * 4  # each worker's piece, and its result until it is taken
     for name, source in models.items():
         assert most_alive(source, tmp_path / name, 1024) <= bound
     # the control: in pieces as large as the weights, the larger model takes more

@@ -7,7 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quantization.affine import BITS, GROUP_SIZES, dequantize, quantize
+from fastvlm.dtypes import as_array, as_tensor, dtype_name
+from quantization import affine, kernels
+from quantization.affine import BITS, GROUP_SIZES
 
 DTYPES = {torch.float16: mx.float16, torch.bfloat16: mx.bfloat16, torch.float32: mx.float32}
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -34,14 +36,30 @@ def torch_bytes(tensor: torch.Tensor) -> bytes:
     return tensor.contiguous().view(torch.uint8).numpy().tobytes()
 
 
-def assert_as_mlx(weight: torch.Tensor, bits: int, group: int) -> None:
-    before = weight.clone()
-    ours, theirs = quantize(weight, bits, group), mx.quantize(to_mlx(weight), group, bits)
+def quantize(weight: torch.Tensor, bits: int, group: int, dtype: torch.dtype | None = None) -> list[torch.Tensor]:
+    """Ours, on tensors."""
+    name = None if dtype is None else dtype_name(dtype)
+    return [as_tensor(part) for part in affine.quantize(as_array(weight), bits, group, name)[0]]
+
+
+def dequantize(
+    packed: torch.Tensor, scales: torch.Tensor, biases: torch.Tensor, bits: int, group: int, wide: bool = False
+) -> torch.Tensor:
+    return as_tensor(affine.dequantize(*map(as_array, (packed, scales, biases)), bits, group, wide))
+
+
+def assert_as_mlx(weight: torch.Tensor, bits: int, group: int, dtype: torch.dtype | None = None) -> None:
+    before, rounded = weight.clone(), weight.to(dtype or weight.dtype)
+    ours, theirs = quantize(weight, bits, group, dtype), mx.quantize(to_mlx(rounded), group, bits)
     assert [t.shape for t in ours] == [a.shape for a in theirs]
     for name, a, b in zip(("packed", "scales", "biases"), ours, theirs, strict=True):
         assert torch_bytes(a) == mlx_bytes(b), name
-    assert torch_bytes(dequantize(*ours, bits, group)) == mlx_bytes(mx.dequantize(*theirs, group, bits))
+    values = dequantize(*ours, bits, group)
+    assert torch_bytes(values) == mlx_bytes(mx.dequantize(*theirs, group, bits))
+    assert torch.equal(dequantize(*ours, bits, group, wide=True), values.float())
     assert torch.equal(weight, before)
+    _, largest = affine.quantize(as_array(weight), bits, group, dtype_name(rounded.dtype))
+    assert largest == rounded.abs().max()
 
 
 @dtypes
@@ -90,9 +108,35 @@ def test_random_matrices_as_mlx(seed, rows, groups, combination, dtype, exponent
     assert_as_mlx(values.clamp(-6e4, 6e4).to(dtype), bits, group)
 
 
-def test_more_rows_than_are_worked_on_at_once(monkeypatch):
-    monkeypatch.setattr("quantization.affine._CHUNK", 200)
-    assert_as_mlx(torch.randn(11, 64, generator=torch.Generator().manual_seed(1)), 3, 32)
+@dtypes
+@pytest.mark.parametrize("source", DTYPES, ids=str)
+def test_rounds_to_another_type_first(source, dtype):
+    """What torch's own casts make of the weight: subnormal numbers, the largest ones, halves between two."""
+    generator = torch.Generator().manual_seed(5)
+    rows = torch.randn(64, 64, generator=generator) * 10.0 ** torch.arange(-32.0, 32.0).div(4).unsqueeze(1)
+    rows[0] = 2.0**-25 * torch.arange(64)  # float16's subnormals and halves of them
+    rows[1] = 1.0 + torch.arange(64) * 2.0**-12  # halves of float16's steps, and of bfloat16's
+    rows[2] = 1.0 + torch.arange(64) * 2.0**-9
+    assert_as_mlx(rows.clamp(-6e4, 6e4).to(source), 4, 64, dtype)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e30])
+def test_what_is_not_finite_is_reported(value):
+    weight = torch.randn(4, 64, generator=torch.Generator().manual_seed(6))
+    assert np.isfinite(affine.quantize(as_array(weight), 4, 64, "float16")[1])
+    weight[3, 5] = value
+    assert not np.isfinite(affine.quantize(as_array(weight), 4, 64, "float16")[1])
+
+
+def test_threads_and_blocks_change_nothing(monkeypatch):
+    """Rows on three threads, in blocks that end in the middle of a row, give MLX's bytes, too."""
+    monkeypatch.setattr("quantization.kernels._LEAST", 64)
+    monkeypatch.setattr("quantization.kernels.cores", lambda: 3)
+    threads = []
+    pool = kernels.ThreadPoolExecutor
+    monkeypatch.setattr(kernels, "ThreadPoolExecutor", lambda count: threads.append(count) or pool(count))
+    assert_as_mlx(torch.randn(11, 3 * 640, generator=torch.Generator().manual_seed(1)), 3, 32)
+    assert set(threads) == {3}
 
 
 def test_other_bytes_are_noticed():

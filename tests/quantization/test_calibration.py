@@ -20,6 +20,7 @@ from quantization.calibration import Calibration, collect
 from quantization.language_sensitivity import sensitivities
 from quantization.recipe import recipe_from_json
 from quantization.schemes import Affine, Cast, nbytes
+from quantization.tensors import as_stored, decode, encode
 
 INT4 = Affine(4, 64, "float32")
 SCHEMES = [Affine(bits, 64, "float32") for bits in (3, 4, 8)]
@@ -55,12 +56,12 @@ def with_parts(model, stored, scheme=INT4):
     changed = copy.deepcopy(model)
     with torch.no_grad():
         for name, parts in stored.items():
-            changed.get_parameter(name).copy_(scheme.decode(parts) if "scales" in parts else parts["weight"])
+            changed.get_parameter(name).copy_(decode(scheme, parts) if "scales" in parts else parts["weight"])
     return changed
 
 
 def rounded(model, names, scheme=INT4):
-    return {name: scheme.encode(model.get_parameter(name).detach()) for name in names}
+    return {name: encode(scheme, model.get_parameter(name)) for name in names}
 
 
 def matrices(model):
@@ -127,9 +128,9 @@ def test_gptq_rounds_as_mlx_lm_does():
     model, _ = mlx_gptq.gptq_quantize(One(), mx.array(x.numpy()), 4, 64, 4, 64)
     ours = gptq.round_matrix(weight, x[0].T @ x[0], INT4)
     theirs = {name: torch.from_numpy(np.array(getattr(model.linear, name))) for name in ours}
-    a, b = INT4.decode(ours), INT4.decode(theirs)
+    a, b = decode(INT4, ours), decode(INT4, theirs)
     assert (ours["weight"].view(torch.uint8) == theirs["weight"].view(torch.uint8)).float().mean() > 0.97
-    loss = [float(((x[0] @ (w - weight).T) ** 2).sum()) for w in (a, b, INT4.decode(INT4.encode(weight)))]
+    loss = [float(((x[0] @ (w - weight).T) ** 2).sum()) for w in (a, b, as_stored(INT4, weight))]
     assert loss[0] == pytest.approx(loss[1], rel=0.01) and loss[0] < 0.5 * loss[2]
 
 

@@ -8,7 +8,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_affine import DTYPES, dtypes, mlx_bytes, on_the_cpu, to_mlx, torch_bytes  # noqa: F401
 
-from quantization.floating import FORMATS, dequantize, quantize
+from fastvlm.dtypes import as_array, as_tensor, dtype_name
+from quantization import floating
+from quantization.floating import FORMATS
 
 modes = pytest.mark.parametrize("mode", FORMATS)
 
@@ -19,11 +21,23 @@ def as_bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous().view(kind).masked_fill(tensor.isnan(), -1)
 
 
+def quantize(weight: torch.Tensor, mode: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ours, on tensors."""
+    packed, scales = floating.quantize(as_array(weight), mode)[0]
+    return as_tensor(packed), as_tensor(scales)
+
+
+def dequantize(packed: torch.Tensor, scales: torch.Tensor, mode: str, dtype: torch.dtype) -> torch.Tensor:
+    return as_tensor(floating.dequantize(as_array(packed), as_array(scales), mode, dtype_name(dtype)))
+
+
 def assert_dequantized_as_mlx(packed: torch.Tensor, scales: torch.Tensor, mode: str) -> None:
     for dtype, theirs in DTYPES.items():
         expected = mx.dequantize(mx.array(packed.numpy()), mx.array(scales.numpy()), mode=mode, dtype=theirs)
         expected = torch.from_numpy(np.array(expected.view(mx.uint8))).view(dtype)
         assert torch.equal(as_bits(dequantize(packed, scales, mode, dtype)), as_bits(expected))
+        wide = floating.dequantize(as_array(packed), as_array(scales), mode, dtype_name(dtype), wide=True)
+        assert torch.equal(as_bits(as_tensor(wide)), as_bits(expected.float()))
 
 
 def assert_as_mlx(weight: torch.Tensor, mode: str) -> None:
@@ -131,8 +145,9 @@ def test_every_byte_with_every_scale_dequantized_as_mlx(mode):
 
 @modes
 def test_more_rows_than_are_worked_on_at_once(mode, monkeypatch):
-    monkeypatch.setattr("quantization.floating._CHUNK", 200)
-    assert_as_mlx(torch.randn(11, 64, generator=torch.Generator().manual_seed(1)), mode)
+    monkeypatch.setattr("quantization.kernels._LEAST", 64)
+    monkeypatch.setattr("quantization.kernels.cores", lambda: 3)
+    assert_as_mlx(torch.randn(11, 3 * 640, generator=torch.Generator().manual_seed(1)), mode)
 
 
 @modes

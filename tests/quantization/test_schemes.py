@@ -10,9 +10,11 @@ import torch
 from mlx.utils import tree_flatten
 from test_affine import on_the_cpu, to_mlx, torch_bytes  # noqa: F401
 
+from fastvlm.dtypes import dtype_name, torch_dtype
 from fastvlm.errors import UserError
 from quantization.recipe import VISION, recipe_from_json
-from quantization.schemes import DTYPES, MODES, Scheme, legal_combinations
+from quantization.schemes import MODES, Scheme, legal_combinations
+from quantization.tensors import encode
 
 MATRIX = (48, 384)
 STORED = [kind(*values) for mode, kind in MODES.items() if mode != "coreml"
@@ -21,7 +23,7 @@ FLOATING = [scheme for scheme in STORED if scheme.to_json().get("mode") in ("mxf
 
 
 def weight(scheme: Scheme) -> torch.Tensor:
-    return torch.randn(MATRIX, generator=torch.Generator().manual_seed(4)).to(DTYPES[scheme.dtype])
+    return torch.randn(MATRIX, generator=torch.Generator().manual_seed(4)).to(torch_dtype(scheme.dtype))
 
 
 def read_back(document: dict, pattern: str = "*") -> Scheme:
@@ -32,9 +34,9 @@ def read_back(document: dict, pattern: str = "*") -> Scheme:
 @pytest.mark.parametrize("scheme", STORED, ids=str)
 def test_what_is_stored_is_what_parts_say(scheme):
     rows = weight(scheme)
-    whole = scheme.encode(rows)
-    assert {name: (part.dtype, tuple(part.shape)) for name, part in whole.items()} == scheme.parts(MATRIX)
-    halves = [scheme.encode(rows[:17]), scheme.encode(rows[17:])]
+    whole = encode(scheme, rows)
+    assert {name: (dtype_name(part.dtype), tuple(part.shape)) for name, part in whole.items()} == scheme.parts(MATRIX)
+    halves = [encode(scheme, rows[:17]), encode(scheme, rows[17:])]
     for name, part in whole.items():  # as an export streams them
         assert torch_bytes(part) == torch_bytes(halves[0][name]) + torch_bytes(halves[1][name])
 
@@ -46,7 +48,7 @@ def test_the_entry_gives_a_module_that_takes_the_parts(scheme):
     own = {name: tuple(value.shape) for name, value in tree_flatten(layer.parameters())}
     assert own == {name: shape for name, (_, shape) in scheme.parts(MATRIX).items()}
     assert {name: value.dtype == mx.uint32 for name, value in tree_flatten(layer.parameters())} == {
-        name: dtype == torch.uint32 for name, (dtype, _) in scheme.parts(MATRIX).items()
+        name: dtype == "uint32" for name, (dtype, _) in scheme.parts(MATRIX).items()
     }
 
 
@@ -54,7 +56,7 @@ def test_the_entry_gives_a_module_that_takes_the_parts(scheme):
 def test_floating_schemes_are_mlxs_own(scheme):
     entry = scheme.mlx()
     theirs = mx.quantize(to_mlx(weight(scheme)), entry["group_size"], entry["bits"], entry["mode"])
-    ours = scheme.encode(weight(scheme))
+    ours = encode(scheme, weight(scheme))
     assert len(theirs) == len(ours) == 2
     for part, their in zip(("weight", "scales"), theirs, strict=True):
         assert torch.equal(ours[part], torch.from_numpy(np.array(their)))
@@ -69,7 +71,7 @@ def test_the_encoders_forms():
     for form in MODES["coreml"].LEGAL["form"]:
         scheme = read_back({"mode": "coreml", "form": form}, VISION + "stages.0.*")
         assert scheme.to_json() == {"mode": "coreml", "form": form}
-        assert scheme.parts((4, 4)) == {} and scheme.encode(torch.ones(4, 4)) == {} and scheme.mlx() is None
+        assert scheme.parts((4, 4)) == {} and encode(scheme, torch.ones(4, 4)) == {} and scheme.mlx() is None
         assert "vision encoder" in str(scheme.fault((4, 4)))
 
 
