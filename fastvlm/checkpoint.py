@@ -37,7 +37,8 @@ class Checkpoint:
 
     `tensors` holds exactly the parameters and buffers that inference uses, under canonical names; a tied checkpoint has
     no `lm_head.weight` in it even if the file repeats the embeddings. `config` has config.json's checked settings;
-    `dtype` is that of most weights; `model_config` says what the weights are (form, tying), whatever config.json claims.
+    `dtype` is that of most weights; `model_config` says what the weights are (form, tying), whatever config.json
+    claims.
     """
 
     path: Path

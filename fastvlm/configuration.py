@@ -1,4 +1,4 @@
-"""What a checkpoint's model is made of, from config.json's checked settings, in the names of Transformers' FastVlmConfig.
+"""What a checkpoint's model is made of, from config.json's checked settings, under the names of Transformers' classes.
 
 Transformers itself is asked only for what needs its word, a scaled rotary position encoding: it imports PyTorch.
 """
@@ -83,9 +83,7 @@ def configuration_of(config: dict[str, Any], layout: str, form: str, tied: bool)
         ),
         vision_args=args | {"inference_mode": form == "folded"},
         vision_width=2 * layouts.widths_of(config, layout)[-1],
-        image_token_index=config.get(
-            "image_token_index", config.get("image_token_id", layouts.TRANSFORMERS_IMAGE_ID)
-        ),
+        image_token_index=config.get("image_token_index", config.get("image_token_id", layouts.TRANSFORMERS_IMAGE_ID)),
         image_seq_length=(pixels // STRIDE) ** 2 if pixels else config.get("image_seq_length", 256),
         projector_hidden_act=config.get("projector_hidden_act", "gelu"),
         multimodal_projector_bias=config.get("multimodal_projector_bias", True),
@@ -105,19 +103,21 @@ def hf_config_of(model: ModelConfig) -> "FastVlmConfig":
     """Transformers' configuration of the model. Raises whatever Transformers raises for values it refuses."""
     from transformers import FastVlmConfig, PreTrainedConfig, Qwen2Config
 
-    text = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(model.text).items()}
+    text: dict[str, Any] = asdict(model.text)
+    text = {key: list(value) if isinstance(value, tuple) else value for key, value in text.items()}
     if text["head_dim"] is None:
         del text["head_dim"]
+    # what TimmWrapperConfig holds; importing that costs timm, torchvision and 3 s, and only a model needs it
+    vision: dict[str, Any] = {
+        "architecture": ARCHITECTURE,
+        "do_pooling": True,
+        "global_pool": "avg",
+        "num_labels": 0,
+        "hidden_size": model.vision_width,
+        "model_args": dict(model.vision_args),
+    }
     return FastVlmConfig(
-        # what TimmWrapperConfig holds; importing that costs timm, torchvision and 3 s, and only a model needs it
-        vision_config=PreTrainedConfig(
-            architecture=ARCHITECTURE,
-            do_pooling=True,
-            global_pool="avg",
-            num_labels=0,
-            hidden_size=model.vision_width,
-            model_args=dict(model.vision_args),
-        ),
+        vision_config=PreTrainedConfig(**vision),
         text_config=Qwen2Config(**text, tie_word_embeddings=model.tied),
         image_token_index=model.image_token_index,
         image_seq_length=model.image_seq_length,

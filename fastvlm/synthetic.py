@@ -283,8 +283,8 @@ def _write_safetensors(
                     factor = 2.0**exponent
                 if name in factors:
                     chunk *= factor
-                kind = chunk.dtype if chunk.dtype == torch.int64 else torch_dtype(dtype)
-                file.write(chunk.to(kind).view(torch.uint8).numpy().data)
+                stored = chunk if chunk.dtype == torch.int64 else chunk.to(torch_dtype(dtype))
+                file.write(stored.view(torch.uint8).numpy().data)
 
 
 def _values(name: str, shape: tuple[int, ...], seed: int) -> Iterator[torch.Tensor]:

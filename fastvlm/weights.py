@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastvlm.documents import Fault, is_lfs_pointer, lfs_fault, parse_json, read_json, shown
-from fastvlm.dtypes import ARRAYS, ITEMSIZE, SAFETENSORS_DTYPES, Array, as_array, as_tensor, dtype_name
+from fastvlm.dtypes import ARRAYS, ITEMSIZE, SAFETENSORS_DTYPES, Array, as_array, as_tensor, bits_of, dtype_name
 from fastvlm.errors import UserError
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ class Weights:
             return as_array(tensor.reshape(info.shape)[start:stop]).copy()
         count = max(0, min(stop, info.shape[0]) - start)
         part = np.empty((count, *info.shape[1:]), ARRAYS.get(info.dtype, info.dtype))
-        rest = memoryview(part.reshape(-1).view(np.uint8))
+        rest = bits_of(part, np.uint8).data
         with info.file.open("rb", buffering=0) as file:
             file.seek(info.offset + start * math.prod(info.shape[1:]) * part.itemsize)
             while rest:  # one read is at most 2 GiB on Linux
@@ -272,8 +272,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     _check_spans(spans, shapes, kinds, size - 8 - length)
     starts = {name: 8 + length + begin for begin, _, name in spans}
     return {
-        name: TensorInfo(SAFETENSORS_DTYPES[kinds[name]], shapes[name], path, name, starts[name])
-        for name in entries
+        name: TensorInfo(SAFETENSORS_DTYPES[kinds[name]], shapes[name], path, name, starts[name]) for name in entries
     }
 
 

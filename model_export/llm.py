@@ -64,7 +64,7 @@ class Weight:
         }
 
     def convert(self, start: int, stop: int) -> tuple[dict[str, Array], float]:
-        """Rows `start` to `stop` as they are stored, by stored name, and their largest magnitude, or what isn't finite."""
+        """Rows `start` to `stop` as they are stored, by stored name, and their largest magnitude."""
         if self.ready is None:
             rows = self.rows(start, stop)
             encoded, largest = self.scheme.encode(rows)

@@ -3,8 +3,8 @@
 from typing import Any
 
 from fastvlm.checkpoint import Checkpoint
-from fastvlm.errors import UserError
 from fastvlm.configuration import loader_faults
+from fastvlm.errors import UserError
 from fastvlm.prompt import eos_ids
 from model_export import contract
 

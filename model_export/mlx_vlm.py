@@ -40,7 +40,9 @@ def vision_tower(checkpoint: Checkpoint) -> Tower:
     """
     model = checkpoint.model_config
     folded = shapes(replace(model, vision_args={**model.vision_args, "inference_mode": True}))
-    folded = {name.removeprefix(naming.VISION): shape for name, shape in folded.items() if name.startswith(naming.VISION)}
+    folded = {
+        name.removeprefix(naming.VISION): shape for name, shape in folded.items() if name.startswith(naming.VISION)
+    }
     _refuse_other_towers(folded)
     source: Any = _Folded(checkpoint)
     if checkpoint.form == "training":

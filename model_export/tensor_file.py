@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fastvlm.dtypes import ARRAYS, ITEMSIZE, SAFETENSORS_NAMES, Array
+from fastvlm.dtypes import ARRAYS, ITEMSIZE, SAFETENSORS_NAMES, Array, bits_of
 from quantization.schemes import Spec, spec_bytes
 
 _NAMES = SAFETENSORS_NAMES | {"uint32": "U32"}
@@ -66,7 +66,7 @@ class TensorFile:
         if rows.dtype != ARRAYS.get(dtype, dtype) or rows.shape[1:] != shape[1:] or first_row + len(rows) > shape[0]:
             raise ValueError(f"{name}: rows {rows.dtype} {rows.shape} at {first_row} are not of {dtype} {shape}")
         offset = len(self._head) + self._starts[name] + first_row * math.prod(shape[1:]) * rows.itemsize
-        self._write(memoryview(np.ascontiguousarray(rows).reshape(-1).view(np.uint8)), offset)
+        self._write(bits_of(np.ascontiguousarray(rows), np.uint8).data, offset)
 
     def _write(self, data: bytes | memoryview, offset: int) -> None:
         view = memoryview(data)

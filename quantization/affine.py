@@ -61,9 +61,7 @@ def pack(codes: Array, bits: int) -> Array:
     return packed
 
 
-def dequantize(
-    packed: Array, scales: Array, biases: Array, bits: int, group_size: int, wide: bool = False
-) -> Array:
+def dequantize(packed: Array, scales: Array, biases: Array, bits: int, group_size: int, wide: bool = False) -> Array:
     """The values MLX computes with: (O, I) in the scales' dtype, bit for bit as `mlx.core.dequantize` on the CPU.
 
     packed: (O, I*bits/32) uint32; scales, biases: (O, I/group_size). The product and the sum are rounded to the

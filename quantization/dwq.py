@@ -27,8 +27,7 @@ _RATE = 2e-3  # of Adam, in units of each weight's mean scale; falls to nothing 
 
 @dataclass
 class _Weight:
-    """codes (O, G, group), whole numbers in float32, and as they are stored; scales and biases (O, G) float32, divided by
-    `unit`."""
+    """codes (O, G, group) in float32, and as they are stored; scales and biases (O, G) float32, divided by `unit`."""
 
     codes: Tensor
     packed: Tensor

@@ -1,9 +1,9 @@
 """The loops over values behind `affine` and `floating`, compiled by numba: each group of a weight is read once.
 
 Values come as the bits of their type (float16 and bfloat16 as uint16, float32 as uint32) with its number in `KINDS`, so
-that one machine code serves them all; it is made at the first call of a kernel, some tenths of a second to two seconds,
-and kept for later processes. The kernels release the GIL: threads of the caller's run them side by side. Everything that
-is compiled is in this file, because numba makes its code anew only when the file itself has changed.
+that one machine code serves them all; it is made at the first call of a kernel, in one to five seconds, and kept for
+later processes. The kernels release the GIL: threads of the caller's run them side by side. Everything that is compiled
+is in this file, because numba makes its code anew only when the file itself has changed.
 """
 
 import math
@@ -275,7 +275,7 @@ def _codes(values: Any, start: Any, scale: Any, bias: Any, bins: Any, codes: Any
 def affine_quantize(
     source: Any, kind: Any, to: Any, bits: Any, group: Any, stream: Any, scales: Any, biases: Any
 ) -> Any:
-    """Groups of values to codes, scales and biases in the type `to`; returns the largest magnitude in it, as float32."""
+    """Groups of values to codes, scales and biases in the type `to`; returns the largest magnitude in it, float32."""
     buffer, codes = np.empty(_BLOCK, F32), np.empty(_BLOCK, U8)
     bins, most = F32((1 << bits) - 1), U32(0)
     for first in range(0, source.size, _BLOCK):

@@ -10,7 +10,6 @@ import fcntl
 import hashlib
 import itertools
 import json
-import os
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
