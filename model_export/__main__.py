@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastvlm.cli import Parser, add_common, log, main
 from fastvlm.errors import UserError
@@ -20,6 +20,9 @@ from model_export import config as configuration
 from model_export import contract
 from model_export.mac import add_mac
 from model_export.ranges_report import add_ranges
+
+if TYPE_CHECKING:
+    from model_export.export import Plan, Sources
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -151,7 +154,15 @@ def run_export(parts: tuple[str, ...], args: argparse.Namespace) -> dict[str, An
     config = configuration.ExportConfig(**{key: value for key, value in vars(args).items() if key in fields})
     from model_export import export as exporting
 
-    plan = exporting.plan(config, parts)
+    with exporting.Sources() as sources:
+        plan = exporting.plan(config, parts, None if args.dry_run else sources.begin)
+        return _export(plan, args, sources)
+
+
+def _export(plan: "Plan", args: argparse.Namespace, sources: "Sources") -> dict[str, Any]:
+    from model_export import export as exporting
+
+    config, parts = plan.config, plan.parts
     if args.dry_run:
         document = plan.document()
         size = plan.checkpoint.image_size
@@ -160,7 +171,7 @@ def run_export(parts: tuple[str, ...], args: argparse.Namespace) -> dict[str, An
             print(f"  {name:<24} about {_size(size)}")
         return document
     parity = partial(_parity, args) if parts == ("vision", "llm") else None
-    document = exporting.export(plan, parity)
+    document = exporting.export(plan, parity, sources)
     size = sum(entry["size"] for entry in document["files"].values())
     print(f"{config.output_dir}: {', '.join(parts)}, {len(document['files'])} files, {_size(size)}")
     if parity is not None:

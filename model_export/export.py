@@ -4,7 +4,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -53,14 +53,51 @@ class Plan:
         }
 
 
-def plan(config: ExportConfig, parts: tuple[str, ...] = PARTS) -> Plan:
-    """Resolve an export without writing anything. Raises UserError for whatever would stop it, disk space included."""
+class Sources:
+    """Hashes the checkpoint beside the other work, from `begin` on until its context ends."""
+
+    def __init__(self) -> None:
+        self.before: list[tuple[str, int, int, int]] = []  # its files then, as `_signature` has them
+        self._pool, self._ended = ThreadPoolExecutor(1), threading.Event()
+        self._found: Future[dict[str, Any]] | None = None
+
+    def __enter__(self) -> "Sources":
+        return self
+
+    def begin(self, checkpoint: Checkpoint) -> None:
+        if self._found is None:
+            self.before = _signature(checkpoint)
+            self._found = self._pool.submit(artefact.sources, checkpoint, self._advance)
+
+    def result(self) -> dict[str, Any]:
+        """What `artefact.sources` has found, waited for."""
+        assert self._found is not None
+        return self._found.result()
+
+    def _advance(self, count: int) -> None:
+        if self._ended.is_set():
+            raise InterruptedError("the export has ended")
+
+    def __exit__(self, *exception: object) -> None:
+        self._ended.set()
+        self._pool.shutdown()
+
+
+def plan(
+    config: ExportConfig, parts: tuple[str, ...] = PARTS, begin: Callable[[Checkpoint], None] | None = None
+) -> Plan:
+    """Resolve an export without writing anything. Raises UserError for whatever would stop it, disk space included.
+
+    `begin(checkpoint)` is called as soon as that is open (`Sources.begin`).
+    """
     recipe = load_recipe(config.quant)
     artefact.check_target(config.output_dir, config.overwrite)
     checkpoint = open_checkpoint(config.checkpoint)
     if config.image_size:
         preprocessor = replace(checkpoint.preprocessor, image_size=config.image_size)
         checkpoint = replace(checkpoint, preprocessor=preprocessor)
+    if begin is not None:
+        begin(checkpoint)
     calibration = _calibration(config, recipe, parts)
     for why, target in config.newer_target.items():
         if config.deployment_target != DEFAULT_TARGET:
@@ -80,8 +117,9 @@ def plan(config: ExportConfig, parts: tuple[str, ...] = PARTS) -> Plan:
     return Plan(config, parts, checkpoint, recipe, calibration, sizes)
 
 
-def export(plan: Plan, parity: Parity | None = None) -> dict[str, Any]:
-    """Write the artefact and return its manifest, with `output_dir` and `seconds` by stage added.
+def export(plan: Plan, parity: Parity | None = None, sources: Sources | None = None) -> dict[str, Any]:
+    """Write the artefact and return its manifest, with `output_dir` and `seconds` by stage added. `sources` may have
+    begun.
 
     `parity(folder)` compares the staged artefact with the checkpoint before it is published and returns a document with
     "passed"; what it returns goes into the manifest. When it did not pass, nothing is published. Raises CheckFailed for
@@ -91,13 +129,14 @@ def export(plan: Plan, parity: Parity | None = None) -> dict[str, Any]:
     seconds: dict[str, float] = {}
     for warning in checkpoint.warnings:
         log(f"warning: {warning}")
-    before = _signature(checkpoint)
+    sources = sources or Sources()
+    sources.begin(checkpoint)
     with (
-        resume.kept(config.output_dir, _resume_key(plan, before)) as kept,
-        _hashed(checkpoint) as sources,
+        sources,
+        resume.kept(config.output_dir, _resume_key(plan, sources.before)) as kept,
         staged(config.output_dir, replace=config.overwrite) as folder,
     ):
-        document = _write_parts(plan, folder, sources, kept, seconds)
+        document = _write_parts(plan, folder, sources.result, kept, seconds)
         with _stage("hash the artefact", seconds):
             document = artefact.write_manifest(folder, document, kept.hashes)
         if parity is not None:
@@ -106,7 +145,7 @@ def export(plan: Plan, parity: Parity | None = None) -> dict[str, Any]:
             document = artefact.write_manifest(folder, document | {"parity": result})
             if result.get("passed") is not True:
                 raise CheckFailed(f"parity: {result.get('verdict', 'a tolerance is broken')}; nothing was written")
-        if _signature(checkpoint) != before:
+        if _signature(checkpoint) != sources.before:
             raise UserError(f"{checkpoint.path}: changed while it was exported: nothing was written; export again")
     return {**document, "output_dir": str(config.output_dir), "seconds": seconds}
 
@@ -121,23 +160,6 @@ def _resume_key(plan: Plan, signature: list[tuple[str, int, int, int]]) -> dict[
         "format_version": artefact.FORMAT_VERSION,
         "versions": artefact.versions(),
     }
-
-
-@contextmanager
-def _hashed(checkpoint: Checkpoint) -> Iterator[Callable[[], dict[str, Any]]]:
-    """Hash the checkpoint beside the other work; yields what waits for the result (`artefact.sources`)."""
-    stop = threading.Event()
-
-    def advance(count: int) -> None:
-        if stop.is_set():
-            raise InterruptedError("the export has ended")
-
-    with ThreadPoolExecutor(1) as pool:
-        future = pool.submit(artefact.sources, checkpoint, advance)
-        try:
-            yield future.result
-        finally:
-            stop.set()
 
 
 def _write_parts(
