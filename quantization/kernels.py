@@ -34,15 +34,16 @@ _NO_WORDS = np.empty(0, U32)
 _E2M1 = np.array([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], F32)
 
 
-def _compiled(function: Callable[..., Any]) -> Any:
-    """`numba.njit`, its code kept beside this file, else in the user's cache, else (no folder can be written) nowhere.
+# What the kernels call becomes part of them. Division by zero gives infinity, as everywhere else in floating point.
+_part = njit(nogil=True, error_model="numpy")
 
-    Division by zero gives infinity, as everywhere else in floating point.
-    """
+
+def _compiled(function: Callable[..., Any]) -> Any:
+    """A kernel, its code kept beside this file, else in the user's cache, else (no folder can be written) nowhere."""
     try:
         return njit(nogil=True, cache=True, error_model="numpy")(function)
     except RuntimeError:
-        return njit(nogil=True, error_model="numpy")(function)
+        return _part(function)
 
 
 def spread(work: Callable[[int, int], Any], rows: int, columns: int) -> list[Any]:
@@ -64,17 +65,17 @@ def greatest(found: list[float]) -> float:
 # that are indexes are unsigned: it asks of the others whether they count from the end, and that prevents vectors.
 
 
-@_compiled
+@_part
 def _float(bits: Any) -> Any:
     return U32(bits).view(F32)
 
 
-@_compiled
+@_part
 def _bits(value: Any) -> Any:
     return F32(value).view(U32)
 
 
-@_compiled
+@_part
 def _from_half(half: Any) -> Any:
     """A float16's bits to the float32 of its value; infinity and NaN become larger than any float16."""
     bits = U32(half)
@@ -82,7 +83,7 @@ def _from_half(half: Any) -> Any:
     return _float(U32(_bits(magnitude) | U32((bits & U32(0x8000)) << U32(16))))
 
 
-@_compiled
+@_part
 def _rounded(value: Any, kind: Any) -> Any:
     """A float32 to nearest and even in the precision of `kind`, still as float32."""
     bits = _bits(value)
@@ -99,7 +100,7 @@ def _rounded(value: Any, kind: Any) -> Any:
     return value
 
 
-@_compiled
+@_part
 def _stored(value: Any, kind: Any) -> Any:
     """The bits of a float32 that is already in the precision of `kind`."""
     bits = _bits(value)
@@ -116,7 +117,7 @@ def _stored(value: Any, kind: Any) -> Any:
     return bits
 
 
-@_compiled
+@_part
 def _round(values: Any, kind: Any) -> None:
     """Round float32 values in place to the precision of `kind`."""
     if kind == _FLOAT16:
@@ -127,7 +128,7 @@ def _round(values: Any, kind: Any) -> None:
             values[i] = _rounded(values[i], _BFLOAT16)
 
 
-@_compiled
+@_part
 def _load(source: Any, kind: Any, to: Any, values: Any) -> None:
     """Fill `values` (float32) with `source`'s, in the precision of `to`."""
     if kind == _BFLOAT16:
@@ -143,7 +144,7 @@ def _load(source: Any, kind: Any, to: Any, values: Any) -> None:
         _round(values, to)
 
 
-@_compiled
+@_part
 def _store(values: Any, kind: Any, target: Any) -> None:
     """The inverse of `_load`, of values already in the precision of `kind`."""
     if kind == _BFLOAT16:
@@ -157,7 +158,7 @@ def _store(values: Any, kind: Any, target: Any) -> None:
             target[i] = _bits(values[i])
 
 
-@_compiled
+@_part
 def _largest(values: Any, start: Any, count: Any) -> Any:
     """The bits of the largest magnitude: as integers, floats without their signs keep their order, NaN above all."""
     found, place = U32(0), U64(start)
@@ -167,14 +168,14 @@ def _largest(values: Any, start: Any, count: Any) -> Any:
     return found
 
 
-@_compiled
+@_part
 def _ordered(bits: Any) -> Any:
     """Integers in the order of the floats whose bits they are; its own inverse."""
     number = I32(bits)
     return I32(number ^ I32(I32(number >> I32(31)) & I32(0x7FFFFFFF)))
 
 
-@_compiled
+@_part
 def _pack(codes: Any, bits: Any, stream: Any) -> None:
     """Codes (uint8, a multiple of 8) to a little-endian bit stream (uint8), the first in the lowest bits.
 
@@ -206,7 +207,7 @@ def _pack(codes: Any, bits: Any, stream: Any) -> None:
             stream[i * bits + byte] = U8(word >> U64(8 * byte))
 
 
-@_compiled
+@_part
 def _unpack(stream: Any, bits: Any, codes: Any) -> None:
     """The inverse of `_pack`."""
     if bits == 8:
@@ -249,7 +250,7 @@ def cast(source: Any, kind: Any, to: Any, target: Any) -> Any:
     return _float(most)
 
 
-@_compiled
+@_part
 def _edges(values: Any, start: Any, count: Any) -> Any:
     """Least and greatest of some values, as `_ordered` integers."""
     least, greatest, place = I32(0x7FFFFFFF), I32(-0x80000000), U64(start)
@@ -260,7 +261,7 @@ def _edges(values: Any, start: Any, count: Any) -> Any:
     return least, greatest
 
 
-@_compiled
+@_part
 def _codes(values: Any, start: Any, scale: Any, bias: Any, bins: Any, codes: Any) -> None:
     """The codes of 32 values."""
     place = U64(start)
@@ -331,7 +332,7 @@ def affine_dequantize(
         _store(values, into, target[first : first + values.size])
 
 
-@_compiled
+@_part
 def _e4m3(value: Any) -> Any:
     """A float32 to E4M3's code, to nearest and even; what is larger becomes the largest."""
     bits = _bits(value)
@@ -342,7 +343,7 @@ def _e4m3(value: Any) -> Any:
     return U32((small if size < _E4M3_NORMAL else normal) | sign)
 
 
-@_compiled
+@_part
 def _e2m1(value: Any) -> Any:
     """A float32 to E2M1's code: to nearest, ties towards zero; it has no negative zero."""
     size, code = abs(value), U32(0)
@@ -352,7 +353,7 @@ def _e2m1(value: Any) -> Any:
     return U32(code + (U32(8) if value < F32(0) and code > U32(0) else U32(0)))
 
 
-@_compiled
+@_part
 def _e2m1_by_distance(value: Any) -> Any:
     """The same, as MLX computes it: the first value of the smallest difference, rounded to float32."""
     best, code = abs(value), 0
@@ -364,7 +365,7 @@ def _e2m1_by_distance(value: Any) -> Any:
     return U32(code)
 
 
-@_compiled
+@_part
 def _power(scale: Any) -> Any:
     """The exponent of the smallest power of two that is no smaller than a scale of 0 or more; 0 for 0."""
     if scale == F32(0):
@@ -376,7 +377,7 @@ def _power(scale: Any) -> Any:
     return int(U32(bits >> U32(23))) - _BIAS - below + (1 if bits & U32(0x7FFFFF) else 0)
 
 
-@_compiled
+@_part
 def _power_of_two(exponent: Any) -> Any:
     """2^exponent as float32."""
     return _float(U32((exponent + _BIAS) << 23) if exponent > -_BIAS else U32(1 << (exponent + 149)))
