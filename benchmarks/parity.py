@@ -23,8 +23,12 @@ from fastvlm.errors import CheckFailed, UserError
 from fastvlm.files import load_json
 from fastvlm.surface import FastVLM, Language, TorchLanguage, load_checkpoint
 from model_export import contract
+from model_export.mil.allocator import returned_buffers
 
 MAX_NEW_TOKENS = 48  # of each answer
+_LARGE = (
+    1 << 20
+)  # bytes of a buffer: activations, but no part of a weight while it is converted, of which there are many
 
 # Each figure in the order of the pipeline: its name for people, and how the pictures' figures become one.
 LABELS = {
@@ -181,7 +185,7 @@ def see(expected: FastVLM, actual: FastVLM, picture: Picture, encoded: Encoded) 
 
 def answer(expected: Speaker, actual: Speaker, seen: Sequence[Seen]) -> list[Row]:
     """Take pictures that both encoders have seen to the end of their answers, each side on its own embeddings."""
-    with streamed.workers():
+    with streamed.workers(), returned_buffers(_LARGE):
         theirs = _answers("candidate", actual, [one.actual for one in seen])
         drafts = [reading.tokens for reading in theirs]
         ours = _answers("reference", expected, [one.expected for one in seen], drafts)

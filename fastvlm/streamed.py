@@ -1,13 +1,13 @@
 """Layers whose weights stay as they are stored and are converted part by part when they are used.
 
-A model of them takes the memory of what it may keep of its stored weights; the others are read at every use.
+A model of them takes the memory of what it may keep of its stored weights; the others are mapped at every use.
 """
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +33,7 @@ def workers() -> Iterator[None]:
 
 @dataclass
 class Memory:
-    """What layers may keep of their weights; the 0.5B model's all fit in 16 bits."""
+    """What layers may keep of their stored weights: all of the 0.5B model's in 16 bits."""
 
     free: int = 5 << 28  # bytes
 
@@ -47,8 +47,8 @@ class Memory:
 class StreamedLinear(nn.Module):
     """x (..., I) @ weight (O, I) transposed + bias, in x's dtype.
 
-    `read()` gives access to the weight's rows, in a mapping of their own that ends with it; with `keeps`, rows are
-    kept once they are read.
+    `read()` gives access to the weight's rows, mapped from their file. With `keeps` the mapping stays, and what was
+    read with it; else it ends with each use.
     """
 
     def __init__(
@@ -56,21 +56,19 @@ class StreamedLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.read, (self.out_features, self.in_features), self.bias = read, shape, bias
-        self.keeps, self.kept = keeps, dict[int, Tensor]()
+        self.keeps, self.kept = keeps, cast(Rows | None, None)
 
     def forward(self, x: Tensor) -> Tensor:
         flat, step = x.flatten(0, -2), max(1, _AT_ONCE // self.in_features)
         result, starts = x.new_empty(len(flat), self.out_features), range(0, self.out_features, step)
-        rows = self.read() if len(self.kept) < len(starts) else None
+        rows = self.kept or self.read()
+        self.kept = rows if self.keeps else None
 
-        @torch.inference_mode()  # of each thread
         def compute(start: int) -> None:
             part = slice(start, start + step)
-            weight = self.kept[start] if rows is None else rows(part)
-            if rows is not None and self.keeps:
-                self.kept[start] = weight.clone()  # not the mapping
             bias = None if self.bias is None else self.bias[part]
-            result[:, part] = nn.functional.linear(flat, weight.to(x.dtype), bias)
+            with torch.inference_mode():  # which each thread has of its own
+                result[:, part] = nn.functional.linear(flat, rows(part).to(x.dtype), bias)
 
         for _ in map(compute, starts) if _pool is None or len(starts) == 1 else _pool.map(compute, starts):
             pass
@@ -81,7 +79,7 @@ def forget(model: nn.Module) -> None:
     """Drop what the layers of a model keep, until they are used again."""
     for layer in model.modules():
         if isinstance(layer, StreamedLinear):
-            layer.kept.clear()
+            layer.kept = None
 
 
 class StreamedEmbedding(nn.Module):

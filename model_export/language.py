@@ -3,7 +3,6 @@
 PyTorch computes with the values that MLX's quantized tensors stand for, dequantized bit for bit as MLX does.
 """
 
-import math
 from collections.abc import Iterable
 from functools import partial
 from importlib.metadata import version
@@ -111,34 +110,35 @@ class StoredTensors:
             raise self._unusable(module, error) from None
         return rows, columns
 
-    def mapped(self, name: str) -> Rows:
-        """Gives the values of a weight's rows, as `read`, out of a mapping of its own."""
+    def mapped(self, name: str, wide: bool = False) -> Rows:
+        """Gives the values of a weight's rows, as `read` and `value`, out of a mapping of its own."""
         parts = self.stored(name)
-        return lambda index: self.value(name, {part: tensor[index] for part, tensor in parts.items()})
+        return lambda index: self.value(name, {part: tensor[index] for part, tensor in parts.items()}, wide)
 
     def _unusable(self, module: str, error: Exception) -> UserError:
         return UserError(f"{self.folder}: {module}: unusable quantized weight ({error}); export again")
 
-    def value(self, name: str, stored: dict[str, Tensor]) -> Tensor:
-        """What the stored parts of a weight, or the same rows of all of them, stand for. UserError as `read`."""
+    def value(self, name: str, stored: dict[str, Tensor], wide: bool = False) -> Tensor:
+        """What the stored parts of a weight, or the same rows of all of them, stand for; `wide`: quantized ones in
+        float32. UserError as `read`."""
         module = name.removesuffix(".weight")
         if "scales" not in stored:
             return stored["weight"]
         try:
-            return self._dequantized(stored, self.scheme(module))
+            return self._dequantized(stored, self.scheme(module), wide)
         except (KeyError, ValueError) as error:
             raise self._unusable(module, error) from None
 
     @staticmethod
-    def _dequantized(stored: dict[str, Tensor], scheme: dict[str, Any]) -> Tensor:
+    def _dequantized(stored: dict[str, Tensor], scheme: dict[str, Any], wide: bool) -> Tensor:
         mode, bits, group_size = scheme["mode"], scheme["bits"], scheme["group_size"]
         packed, scales = as_array(stored["weight"]), as_array(stored["scales"])
         if mode == "affine":
-            return as_tensor(affine.dequantize(packed, scales, as_array(stored["biases"]), bits, group_size))
+            return as_tensor(affine.dequantize(packed, scales, as_array(stored["biases"]), bits, group_size, wide))
         form = floating.FORMATS[mode]
         if (bits, group_size) != (form.bits, form.group_size):
             raise ValueError(f"{mode} has {form.bits} bits in groups of {form.group_size}")
-        return as_tensor(floating.dequantize(packed, scales, mode, "bfloat16"))  # MLX's default, and exact
+        return as_tensor(floating.dequantize(packed, scales, mode, "bfloat16", wide))  # MLX's default, and exact
 
     def _get(self, name: str) -> Tensor:
         # Mapped anew for each tensor: what was read and converted doesn't stay in memory beside what it became.
@@ -265,8 +265,8 @@ def _fill(expected: dict[str, tuple[nn.Module, str]], stored: StoredTensors, dty
                 continue
             path, owner = "lm_head", module.get_submodule("lm_head")
         if replaced and dtype == "as-stored" and leaf == "weight" and isinstance(owner, nn.Linear):
-            keeps, bias = memory.take(2 * math.prod(got)), owner.bias  # the values have 16 bits, but for float32's
-            module.set_submodule(path, StreamedLinear(partial(stored.mapped, name), got, keeps, bias))
+            keeps = memory.take(sum(part.nbytes for part in stored.stored(name).values()))
+            module.set_submodule(path, StreamedLinear(partial(stored.mapped, name, True), got, keeps, owner.bias))
             continue
         setattr(owner, leaf, nn.Parameter(stored.read(name).to(target), requires_grad=False))
         if replaced and isinstance(owner, nn.Linear) and not any(one.is_meta for one in owner.parameters()):

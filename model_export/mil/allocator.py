@@ -33,10 +33,11 @@ def kept_buffers() -> Iterator[None]:
 
 
 @contextmanager
-def returned_buffers() -> Iterator[None]:
-    """On glibc, give freed memory back at once inside the block, so that what weights are made from doesn't stay beside
-    them; elsewhere do nothing."""
-    with _settings({_M_MMAP_THRESHOLD: 1 << 18}):
+def returned_buffers(least: int = 1 << 18) -> Iterator[None]:
+    """On glibc, give freed buffers of at least so many bytes back at once inside the block, so that what weights are
+    made from doesn't stay beside them, and small ones that last don't split what large ones were in; elsewhere do
+    nothing."""
+    with _settings({_M_MMAP_THRESHOLD: least}):
         yield
 
 
