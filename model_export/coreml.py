@@ -1,6 +1,7 @@
 """coremltools, imported when it is needed and without the chatter that means nothing to a user."""
 
 import contextlib
+import gc
 import logging
 import sys
 import warnings
@@ -9,10 +10,16 @@ from functools import cache, partialmethod
 from types import ModuleType
 from typing import Any
 
+import numpy as np
+
 # Off macOS the framework's proxies cannot load and are not needed; the versions that coremltools has not tested are
 # the project's pins, which the project's own tests cover.
 _NOISE = ("has not been tested with coremltools", "is not supported. Minimum required version")
 _NOISE_OFF_MAC = ("Failed to load _ML",)
+
+# coremltools imports these only to see whether they are there: for scikit-learn's models, of versions before this
+# project's pin, and for its own tests. They take 2 s and 0.1 GB.
+_NOT_NEEDED = ("sklearn", "transformers")
 
 
 def _is_news(record: logging.LogRecord) -> bool:
@@ -22,10 +29,16 @@ def _is_news(record: logging.LogRecord) -> bool:
 
 @cache
 def coremltools() -> ModuleType:
-    """The coremltools module. Its import takes 2-3 s; the lines that it logs at import off macOS are dropped here."""
+    """The coremltools module, imported without packages that it has no use for here, and without the lines that it logs
+    at import off macOS."""
     logging.getLogger("coremltools").addFilter(_is_news)
-    import coremltools as module
-
+    absent = [name for name in _NOT_NEEDED if name not in sys.modules]
+    sys.modules.update(dict.fromkeys(absent))  # type: ignore[arg-type]  # None: the import says that there is none
+    try:
+        import coremltools as module
+    finally:
+        for name in absent:
+            del sys.modules[name]
     return module
 
 
@@ -43,3 +56,30 @@ def quiet_conversion() -> Iterator[None]:
             yield
     finally:
         tqdm.tqdm.__init__ = original  # type: ignore[method-assign]
+
+
+@contextlib.contextmanager
+def quick_conversion() -> Iterator[None]:
+    """Spare torch.export and coremltools work that changes nothing: the search for cyclic garbage among objects that
+    exist already, and copies of each constant to see whether float16 holds it (half of a conversion's time)."""
+    precision = coremltools().transform.FP16ComputePrecision
+    original = precision.fp16_overflow
+    precision.fp16_overflow = staticmethod(lambda operation: not _fits_float16(operation) and original(operation))
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+        precision.fp16_overflow = staticmethod(original)
+
+
+def _fits_float16(operation: Any) -> bool:
+    """Whether all constants that an operation takes are within float16's range. False if one isn't a number."""
+    largest = np.finfo(np.float16).max
+    for given in operation.inputs.values():
+        for variable in given if isinstance(given, (list, tuple)) else (given,):
+            constant = variable.op is not None and variable.op.op_type == "const"
+            if constant and variable.is_tensor_or_scalar_of(dtype="fp32") and np.size(variable.val):
+                if not -largest <= np.min(variable.val) <= np.max(variable.val) <= largest:
+                    return False
+    return True

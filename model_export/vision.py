@@ -26,7 +26,7 @@ from fastvlm.reparam import FOLD_TOLERANCE, fold_and_prove
 from model_export import compress, contract, fp16, ranges, sensitivity
 from model_export.channel_first import Encoder, channel_first
 from model_export.config import ExportConfig
-from model_export.coreml import coremltools, quiet_conversion
+from model_export.coreml import coremltools, quick_conversion, quiet_conversion
 from model_export.mil import read_package
 from model_export.mil.allocator import kept_buffers
 from model_export.operation_costs import Graph, cost_of
@@ -137,13 +137,14 @@ def _write(
     """Convert a prepared encoder at every size, weights in these forms, and check what was written."""
     stored = compress.compressed(encoder.fastvit, forms)
     parts = {size: target.with_name(f"{size}.mlpackage") for size in sorted(set(sizes.values()))}
-    for size, part in parts.items():
-        program = graph(encoder, size)
-        channels = _output_channels(program)
-        added, last = _added(program), _last_operation(program)
-        float32 = {last} if encoder.exponent and not encoder.fits_float16 else set()
-        _convert(program, config, size, part, float32, stored)
-        del program
+    with quick_conversion():
+        for size, part in parts.items():
+            program = graph(encoder, size)
+            channels = _output_channels(program)
+            added, last = _added(program), _last_operation(program)
+            float32 = {last} if encoder.exponent and not encoder.fits_float16 else set()
+            _convert(program, config, size, part, float32, stored)
+            del program
     if len(sizes) > 1:
         _merge({name: parts[size] for name, size in sizes.items()}, target)
         for part in parts.values():
