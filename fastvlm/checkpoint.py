@@ -79,6 +79,10 @@ class Checkpoint:
         `alone` in a mapping that ends with it."""
         return self._weights.read(self.tensors[name], mapped, alone)
 
+    def unmap(self) -> None:
+        """Give back the memory of files that were read mapped, where no tensor uses it any more."""
+        self._weights.unmap()
+
     def tokenizer(self) -> "PreTrainedTokenizerBase":
         """The tokenizer, with `<image>` at `image_token_id`, read once; UserError if the files don't give one."""
         return self._tokenizer

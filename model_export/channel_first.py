@@ -43,11 +43,11 @@ class ChannelAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         batch, channels, height, width = x.shape
-        heads = self.qkv(x).reshape(batch, 3 * self.heads, self.head_dim, height * width)
+        heads = self.qkv(x).view(batch, 3 * self.heads, self.head_dim, height * width)
         q, k, v = heads.split(self.heads, dim=1)
         weights = self.softmax(q.transpose(2, 3) @ k)
         mixed = v @ weights.transpose(2, 3)
-        return self.proj(mixed.reshape(batch, channels, height, width))
+        return self.proj(mixed.view(batch, channels, height, width))
 
 
 class Encoder(nn.Module):
@@ -61,17 +61,24 @@ class Encoder(nn.Module):
         self.fastvit, self.exponent, self.fits_float16 = fastvit, exponent, fits_float16
 
     def forward(self, images: Tensor) -> Tensor:
-        features = self.fastvit.forward_features(images).flatten(2).transpose(1, 2)  # type: ignore[operator]
+        features = self.fastvit.forward_features(images)  # type: ignore[operator]
+        batch, channels, height, width = features.shape
+        features = features.view(batch, channels, height * width).transpose(1, 2)
         return features * 2.0**self.exponent if self.exponent else features
 
 
 def channel_first(folded: nn.Module) -> nn.Module:
-    """Rewrite the attention blocks of a folded FastViT (see `fastvlm.reparam.fold`) in place, and return it.
+    """Rewrite the attention blocks of a folded FastViT (see `fastvlm.reparam.fold`) in place, and return it. Dropouts
+    go, which do nothing here, and nothing changes its input in place: so the exported graph is core ATen as it is.
 
     The feature map stays the same: (B, 3, S, S) -> (B, C, S/64, S/64). Module names stay timm's.
     """
-    for block in folded.modules():
-        if isinstance(block, AttentionBlock):
+    for name, block in [*folded.named_modules()]:
+        if isinstance(block, nn.Dropout):
+            folded.set_submodule(name, nn.Identity())
+        elif isinstance(block, nn.ReLU):
+            block.inplace = False
+        elif isinstance(block, AttentionBlock):
             assert isinstance(block.norm, nn.LayerNorm)
             block.token_mixer = ChannelAttention(block.token_mixer, block.norm)  # type: ignore[assignment]
             block.norm = ChannelNorm(block.norm.eps)

@@ -186,6 +186,8 @@ def _write_parts(
     calibrated = plan.recipe.calibrates
     if "llm" in plan.parts and not calibrated:
         document["llm"], changes["llm"] = _write_language(plan, folder, kept, seconds)
+    if "vision" in plan.parts:
+        from model_export import vision  # noqa: F401  imported beside the hashing, not after it
     with _stage("hash the checkpoint", seconds):  # what is left of it
         document["sources"] = sources()
     if "vision" in plan.parts:

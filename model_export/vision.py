@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch._export.verifier import Verifier
 
 from fastvlm import naming
 from fastvlm.checkpoint import Checkpoint
@@ -211,6 +212,7 @@ def folded_encoder(checkpoint: Checkpoint) -> tuple[nn.Module, dict[str, float]]
     stored = {info.dtype for name, info in checkpoint.tensors.items() if name.startswith(naming.VISION)} & {*DTYPES}
     original = load_encoder(checkpoint, dtype=stored.pop() if len(stored) == 1 else "float32")
     folded, errors = fold_and_prove(original, dtype=torch.float32)
+    checkpoint.unmap()
     return folded.requires_grad_(False), errors
 
 
@@ -247,10 +249,16 @@ def range_safe(fastvit: nn.Module, pixels: Iterable[np.ndarray]) -> tuple[Encode
 
 
 def graph(encoder: Encoder, image_size: int) -> torch.export.ExportedProgram:
-    """The core-ATen graph. Gradients off: with them the conversion peaks at 7 GB instead of 2 (1024 x 1024)."""
+    """The core-ATen graph. Gradients off: with them the conversion peaks at 7 GB instead of 2 (1024 x 1024).
+
+    `run_decompositions({})`, what coremltools asks for, would trace it once more, for twice as long: there is nothing to
+    decompose in it (tests compare), so its dialect's name is all that would change.
+    """
     example = (torch.zeros(contract.input_shape(image_size)),)
     with torch.no_grad(), quiet_conversion():
-        return torch.export.export(encoder.eval(), example).run_decompositions({})
+        program = torch.export.export(encoder.eval(), example)
+    program._verifiers = [Verifier]  # of core ATen
+    return program
 
 
 def _rounded(value: float | None) -> float | None:
