@@ -211,7 +211,8 @@ def folded_encoder(checkpoint: Checkpoint) -> tuple[nn.Module, dict[str, float]]
     """The folded float32 encoder and the fold's errors. Loaded as it is stored: half the memory, nothing rounded."""
     stored = {info.dtype for name, info in checkpoint.tensors.items() if name.startswith(naming.VISION)} & {*DTYPES}
     original = load_encoder(checkpoint, dtype=stored.pop() if len(stored) == 1 else "float32")
-    folded, errors = fold_and_prove(original, dtype=torch.float32)
+    with kept_buffers():
+        folded, errors = fold_and_prove(original, dtype=torch.float32)
     checkpoint.unmap()
     return folded.requires_grad_(False), errors
 

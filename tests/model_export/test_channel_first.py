@@ -27,6 +27,8 @@ from model_export import contract, vision
 from model_export.audit import audit
 from model_export.channel_first import ChannelNorm, Encoder, channel_first
 from model_export.config import ExportConfig
+from model_export.fp16 import Gain
+from model_export.scaled import SCALED
 
 EXACT = 1e-12
 # Nothing of it depends on widths. The plain trace of the real one has 37 transposes, 25 reshapes and 18 squeezes.
@@ -42,10 +44,25 @@ MOVES = ("transpose", "reshape", "squeeze", "expand_dims")
 
 
 def save(fastvit: nn.Module, size: int, target: Path) -> Path:
-    """A prepared encoder as a package, by the export's own conversion."""
+    """An encoder, prepared or not, as a package, by the export's own conversion."""
     config = ExportConfig(target / "no-checkpoint", target / "out")
-    vision._convert(vision.graph(Encoder(fastvit), size), config, size, target, set(), {})
+    vision._convert(decomposed(Encoder(fastvit), size), config, size, target, set(), {})
     return target
+
+
+def decomposed(encoder: nn.Module, size: int) -> torch.export.ExportedProgram:
+    """The graph as coremltools asks for it."""
+    with torch.no_grad():
+        return torch.export.export(encoder.eval(), (torch.zeros(1, 3, size, size),)).run_decompositions({})
+
+
+def described(program: torch.export.ExportedProgram) -> list[str]:
+    """All of a graph that a conversion reads: nodes, shapes, where they come from in the source."""
+    kept = ("val", "nn_module_stack", "stack_trace")
+    return [
+        f"{node.name} {node.target} {node.args} {node.kwargs} {[node.meta.get(key) for key in kept]}"
+        for node in program.graph.nodes
+    ]
 
 
 # --- the same function
@@ -136,6 +153,19 @@ def test_epsilon_is_the_blocks_own() -> None:
     assert relative(rewritten(x), expected) <= EXACT
     rewritten.norm.eps *= 1.01
     assert relative(rewritten(x), expected) > 1e-6
+
+
+@pytest.mark.parametrize("exponent", [0, 3, 30])
+def test_nothing_of_the_exported_graph_is_left_to_decompose(exponent: int) -> None:
+    plain = Encoder(folded(dtype=torch.float32), exponent)
+    encoder = Encoder(channel_first(copy.deepcopy(plain.fastvit)), exponent)
+    for name, module in [*encoder.named_modules()] if exponent else []:
+        if scaled := SCALED.get(type(module).__name__):
+            encoder.set_submodule(name, scaled(exponent))
+        elif name.endswith("layer_scale_1"):
+            encoder.set_submodule(name, Gain(exponent))
+    assert described(vision.graph(encoder, 128)) == described(decomposed(encoder, 128))
+    assert described(vision.graph(plain, 128)) != described(decomposed(plain, 128))  # the control
 
 
 # --- the saved program
