@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import itertools
 import logging
 import sys
 import warnings
@@ -76,10 +77,10 @@ def quick_conversion() -> Iterator[None]:
 def _fits_float16(operation: Any) -> bool:
     """Whether all constants that an operation takes are within float16's range. False if one isn't a number."""
     largest = np.finfo(np.float16).max
-    for given in operation.inputs.values():
-        for variable in given if isinstance(given, (list, tuple)) else (given,):
-            constant = variable.op is not None and variable.op.op_type == "const"
-            if constant and variable.is_tensor_or_scalar_of(dtype="fp32") and np.size(variable.val):
-                if not -largest <= np.min(variable.val) <= np.max(variable.val) <= largest:
-                    return False
-    return True
+    given = (item if isinstance(item, (list, tuple)) else (item,) for item in operation.inputs.values())
+    constants = (
+        variable.val
+        for variable in itertools.chain.from_iterable(given)
+        if variable.op is not None and variable.op.op_type == "const" and variable.is_tensor_or_scalar_of(dtype="fp32")
+    )
+    return all(-largest <= np.min(value) <= np.max(value) <= largest for value in constants if np.size(value))

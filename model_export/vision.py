@@ -252,8 +252,8 @@ def range_safe(fastvit: nn.Module, pixels: Iterable[np.ndarray]) -> tuple[Encode
 def graph(encoder: Encoder, image_size: int) -> torch.export.ExportedProgram:
     """The core-ATen graph. Gradients off: with them the conversion peaks at 7 GB instead of 2 (1024 x 1024).
 
-    `run_decompositions({})`, what coremltools asks for, would trace it once more, for twice as long: there is nothing to
-    decompose in it (tests compare), so its dialect's name is all that would change.
+    `run_decompositions({})`, what coremltools asks for, would trace it once more, for twice as long: nothing in it is
+    left to decompose (tests compare), so its dialect's name is all that would change.
     """
     example = (torch.zeros(contract.input_shape(image_size)),)
     with torch.no_grad(), quiet_conversion():

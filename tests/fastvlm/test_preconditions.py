@@ -16,8 +16,9 @@ import pytest
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from transformers.activations import ACT2FN
 
-from fastvlm import documents, weights
+from fastvlm import documents, layouts, weights
 from fastvlm.checkpoint import examine, open_checkpoint
 from fastvlm.doctor import diagnose
 from fastvlm.errors import CheckFailed, UserError
@@ -330,3 +331,9 @@ def test_synthetic_checkpoints_have_nothing_to_say(tmp_path: Path) -> None:
     for layout in ("llava_qwen2", "fast_vlm"):
         folder = write_checkpoint(tmp_path / layout, layout=layout)
         assert examine(folder).warnings == [] and answers(folder, tmp_path / "out") == (True, True)
+
+
+def test_activations_that_are_not_looked_up_are_transformers_own() -> None:
+    assert all(layouts._unknown_activation("hidden_act", name) is None for name in ("gelu", "silu", "relu"))
+    assert set(layouts._KNOWN_ACTIVATIONS) <= set(ACT2FN)
+    assert layouts._unknown_activation("hidden_act", "x")
