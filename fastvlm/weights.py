@@ -116,14 +116,14 @@ class Weights:
                 rest = rest[count:]
         return part
 
+    def unmap(self) -> None:
+        """Let go of mapped files; what tensors use of them stays."""
+        self._handles.clear()
+
 
 def _plain(info: TensorInfo) -> TensorInfo:
     """An extended tensor as it is in the file."""
     return replace(info, shape=(info.shape[0] - 1, *info.shape[1:]), extended=False)
-
-    def unmap(self) -> None:
-        """Let go of mapped files; what tensors use of them stays."""
-        self._handles.clear()
 
 
 def scan(folder: Path) -> Weights:

@@ -335,5 +335,5 @@ def test_synthetic_checkpoints_have_nothing_to_say(tmp_path: Path) -> None:
 
 def test_activations_that_are_not_looked_up_are_transformers_own() -> None:
     assert all(layouts._unknown_activation("hidden_act", name) is None for name in ("gelu", "silu", "relu"))
-    assert set(layouts._KNOWN_ACTIVATIONS) <= set(ACT2FN)
+    assert set(layouts._ACTIVATIONS) <= set(ACT2FN)
     assert layouts._unknown_activation("hidden_act", "x")
