@@ -150,12 +150,14 @@ def _add_audit(verbs: Any) -> None:
 
 
 def run_export(parts: tuple[str, ...], args: argparse.Namespace) -> dict[str, Any]:
-    fields = configuration.ExportConfig.__dataclass_fields__
-    config = configuration.ExportConfig(**{key: value for key, value in vars(args).items() if key in fields})
-    from model_export import export as exporting
+    with progress("import PyTorch"):
+        fields = configuration.ExportConfig.__dataclass_fields__
+        config = configuration.ExportConfig(**{key: value for key, value in vars(args).items() if key in fields})
+        from model_export import export as exporting
 
     with exporting.Sources() as sources:
-        plan = exporting.plan(config, parts, None if args.dry_run else sources.begin)
+        with progress(f"open {config.checkpoint}"):
+            plan = exporting.plan(config, parts, None if args.dry_run else sources.begin)
         return _export(plan, args, sources)
 
 

@@ -140,7 +140,7 @@ def export(plan: Plan, parity: Parity | None = None, sources: Sources | None = N
         with _stage("hash the artefact", seconds):
             document = artefact.write_manifest(folder, document, kept.hashes)
         if parity is not None:
-            with _stage("parity", seconds):
+            with _timed("parity", seconds):  # it shows its own progress
                 result = _rounded(dict(parity(folder)))
             document = artefact.write_manifest(folder, document | {"parity": result})
             if result.get("passed") is not True:
@@ -220,7 +220,7 @@ def _write_language(
             )
         recipe, ready, facts = found.recipe, found.parts, {"calibration": found.facts}
     size = llm.bytes_to_read(checkpoint, recipe, config.layout)
-    with _stage("language model", seconds, size), progress("language model", size, sized=True) as advance:
+    with _stage("language model", seconds, size) as advance:
         # what was calibrated depends on more than the key of what is kept
         facts |= llm.export_llm(checkpoint, recipe, folder, advance, config.layout, None if ready else kept, ready)
     tokenizer.write_tokenizer(checkpoint, folder)
@@ -236,7 +236,7 @@ def _write_encoder(
     config, given = plan.config, None
     if plan.calibration is not None:
         given = [sample.image for sample in plan.calibration if sample.image is not None]
-    with _stage("vision encoder", seconds), progress("vision encoder: fold, trace, convert"):
+    with _stage("vision encoder", seconds):
         facts = export_vision(
             plan.checkpoint,
             config,
@@ -283,13 +283,17 @@ def _rounded(value: Any) -> Any:
 
 
 @contextmanager
-def _stage(name: str, seconds: dict[str, float], size: int = 0) -> Iterator[None]:
-    """Time a stage, and say so in a line when it is done; with `size` in bytes, how many a second."""
+def _timed(name: str, seconds: dict[str, float]) -> Iterator[None]:
     start = time.perf_counter()
     yield
-    elapsed = time.perf_counter() - start
-    seconds[name] = round(elapsed, 2)
-    log(f"{name}: {elapsed:.1f} s" + (f", {size / 1e6:,.0f} MB, {size / 1e6 / elapsed:,.0f} MB/s" if size else ""))
+    seconds[name] = round(time.perf_counter() - start, 2)
+
+
+@contextmanager
+def _stage(name: str, seconds: dict[str, float], size: float | None = None) -> Iterator[Callable[[float], None]]:
+    """Time a stage and show its progress: of `size` bytes, if that is what advances."""
+    with _timed(name, seconds), progress(name, size, sized=size is not None) as advance:
+        yield advance
 
 
 def _signature(checkpoint: Checkpoint) -> list[tuple[str, int, int, int]]:

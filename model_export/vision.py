@@ -19,7 +19,7 @@ from torch._export.verifier import Verifier
 
 from fastvlm import naming
 from fastvlm.checkpoint import Checkpoint
-from fastvlm.cli import log
+from fastvlm.cli import log, progress
 from fastvlm.dtypes import DTYPES
 from fastvlm.model import encoder as load_encoder
 from fastvlm.pictures import noise
@@ -207,6 +207,7 @@ def _cost_of(added: Collection[str], package: Path) -> dict[str, Any]:
     return {"operations": len(new), "byte_share": float(f"{share:.3g}")}
 
 
+@progress("fold the branches, prove the fold")
 def folded_encoder(checkpoint: Checkpoint) -> tuple[nn.Module, dict[str, float]]:
     """The folded float32 encoder and the fold's errors. Loaded as it is stored: half the memory, nothing rounded."""
     stored = {info.dtype for name, info in checkpoint.tensors.items() if name.startswith(naming.VISION)} & {*DTYPES}
@@ -217,6 +218,7 @@ def folded_encoder(checkpoint: Checkpoint) -> tuple[nn.Module, dict[str, float]]
     return folded.requires_grad_(False), errors
 
 
+@progress("measure activations, choose powers of two")
 def range_safe(fastvit: nn.Module, pixels: Iterable[np.ndarray]) -> tuple[Encoder, dict[str, Any]]:
     """Make a folded encoder channel-first and carry powers of two so that float16 holds it, in place (see
     `model_export.fp16`); and what the manifest says of it.
@@ -249,6 +251,7 @@ def range_safe(fastvit: nn.Module, pixels: Iterable[np.ndarray]) -> tuple[Encode
     }
 
 
+@progress("trace (torch.export)")
 def graph(encoder: Encoder, image_size: int) -> torch.export.ExportedProgram:
     """The core-ATen graph. Gradients off: with them the conversion peaks at 7 GB instead of 2 (1024 x 1024).
 
@@ -277,6 +280,7 @@ def _last_operation(program: torch.export.ExportedProgram) -> str:
     return str(output.name)
 
 
+@progress("convert (coremltools)")
 def _convert(
     program: torch.export.ExportedProgram,
     config: ExportConfig,
