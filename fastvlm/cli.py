@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -129,6 +130,19 @@ def log(message: str) -> None:
     """One line of what is happening, on stderr."""
     # neutral also in a child that `run` didn't start; one write, so that two threads' lines don't run into each other
     print(neutral(message) + "\n", end="", file=sys.stderr, flush=True)
+
+
+def shown(pieces: Iterator[str], quiet: bool = False) -> str:
+    """Print an answer's pieces as they come, unless `quiet`; returns the whole."""
+    with progress("answer"):  # up to its first piece, which takes prefill
+        text = "".join(pieces if quiet else islice(pieces, 1))
+    if not quiet:
+        print(text, end="", flush=True)
+        for piece in pieces:
+            text += piece
+            print(piece, end="", flush=True)
+        print(flush=True)
+    return text
 
 
 def wide_console(width: int) -> Console:

@@ -3,13 +3,13 @@
 import argparse
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from fastvlm.cli import add_common, log
+from fastvlm.cli import add_common, log, progress, shown
 from fastvlm.errors import UserError
 from fastvlm.prompt import CONV_MODES, IMAGE
 
@@ -101,30 +101,37 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     jobs = plan(len(args.image_file), args.prompt)
     device = choose_device(args.device)
 
-    from fastvlm.preprocessing import open_image
-    from fastvlm.surface import Sampler, load_checkpoint
-
-    Sampler(args.temperature, args.top_p)  # refuses values before the model is loaded
-    pictures = [open_image(path) for path in args.image_file]
     started = time.monotonic()
-    model = load_checkpoint(args.model_path, args.dtype, device, args.attn_implementation, args.image_strategy)
+    with progress(f"load {args.model_path}"):
+        from fastvlm.preprocessing import open_image
+        from fastvlm.surface import Sampler, load_checkpoint
+
+        Sampler(args.temperature, args.top_p)  # refuses values before the model is loaded
+        pictures = [open_image(path) for path in args.image_file]
+        model = load_checkpoint(args.model_path, args.dtype, device, args.attn_implementation, args.image_strategy)
     pixels = f"{model.image_size} × {model.image_size} pixels, {model.preprocessor.image_strategy}"
     log(f"{', '.join(dict.fromkeys(model.runners.values()))}, {pixels}; loaded in {time.monotonic() - started:.1f} s")
     if any(len(job.pictures) > 1 for job in jobs):
         log("warning: FastVLM was trained with one picture a prompt; answers about several may be poor")
     asked = ((f"--prompt {job.prompt[:32]!r}", job.prompt, len(job.pictures)) for job in jobs)
     model.check_prompts(asked, args.conv_mode)
-    image_embeddings = [model.project(model.encode_image(model.preprocess(picture))) for picture in pictures]
+    image_embeddings = []
+    with progress("encode (pictures)", len(pictures)) as advance:
+        for picture in pictures:
+            image_embeddings.append(model.project(model.encode_image(model.preprocess(picture))))
+            advance()
     embeds = [
         model.merge(job.prompt, [image_embeddings[picture] for picture in job.pictures], args.conv_mode) for job in jobs
     ]
     answers = []
     if len(jobs) == 1 and args.num_beams == 1:
         tokens = model.language.stream(embeds[0], args.max_new_tokens, args.temperature, args.top_p)
-        answers = [_shown(model.decode(tokens), quiet=args.json)]
+        answers = [shown(model.decode(tokens), quiet=args.json)]
     else:
-        for start in range(0, len(jobs), _BATCH):
-            answers += generate_batch(model, embeds[start : start + _BATCH], args)
+        with progress("answer (prompts)", len(jobs)) as advance:
+            for start in range(0, len(jobs), _BATCH):
+                answers += generate_batch(model, batch := embeds[start : start + _BATCH], args)
+                advance(len(batch))
         if not args.json:
             for job, answer in zip(jobs, answers):
                 names = ", ".join(args.image_file[picture] for picture in job.pictures)
@@ -151,17 +158,6 @@ def _check(args: argparse.Namespace) -> None:
         faults.append(f"--prompt: names {IMAGE} but there is no --image-file")
     if faults:
         raise UserError("; ".join(faults))
-
-
-def _shown(pieces: Iterator[str], quiet: bool) -> str:
-    text = ""
-    for piece in pieces:
-        text += piece
-        if not quiet:
-            print(piece, end="", flush=True)
-    if not quiet:
-        print(flush=True)
-    return text
 
 
 def generate_batch(model: Any, embeds: Sequence[np.ndarray], args: argparse.Namespace) -> list[str]:

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastvlm.cli import Parser, add_common, log, main
+from fastvlm.cli import Parser, add_common, log, main, progress, shown
 from fastvlm.errors import UserError
 from fastvlm.files import Output
 from model_export import config as configuration
@@ -202,18 +202,19 @@ def _parity(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def run_inspect(args: argparse.Namespace) -> dict[str, Any]:
-    from model_export import artefact, package
+    with progress(f"read {args.model}"):
+        from model_export import artefact, package
 
-    if args.model.suffix == ".mlpackage":
-        document: dict[str, Any] = {"package": package.describe_package(args.model)}
-    else:
-        document = artefact.read(args.model)
-        if not artefact.is_ours(document):
-            document = artefact.read_whole(args.model)
-            print(f"made elsewhere, no {contract.MANIFEST}; not known: {', '.join(document['unknown'])}")
-        artefact.check_complete(args.model, document)
-        if (args.model / contract.PACKAGE).exists():
-            document["package"] = package.describe_package(args.model / contract.PACKAGE)
+        if args.model.suffix == ".mlpackage":
+            document: dict[str, Any] = {"package": package.describe_package(args.model)}
+        else:
+            document = artefact.read(args.model)
+            if not artefact.is_ours(document):
+                document = artefact.read_whole(args.model)
+                print(f"made elsewhere, no {contract.MANIFEST}; not known: {', '.join(document['unknown'])}")
+            artefact.check_complete(args.model, document)
+            if (args.model / contract.PACKAGE).exists():
+                document["package"] = package.describe_package(args.model / contract.PACKAGE)
     for name, entry in document.get("files", {}).items():
         print(f"{_size(entry['size']):>12}  {name}")
     for key in ("parts", "config", "image"):
@@ -268,25 +269,26 @@ def run_verify(args: argparse.Namespace) -> dict[str, Any]:
 
 def run_audit(args: argparse.Namespace) -> dict[str, Any]:
     """Print the audit and the compute plan; the document's "passed" makes the exit code."""
-    from model_export import audit, compute_plan
-
     inside = args.package / contract.PACKAGE
     package = inside if inside.exists() else args.package
-    document = audit.audit(package, args.function)
-    document["compute_plan"] = compute_plan.read(package, args.function)
+    with progress(f"audit {package}"):
+        from model_export import audit, compute_plan
+
+        document = audit.audit(package, args.function)
+        document["compute_plan"] = compute_plan.read(package, args.function)
     print("\n".join(audit.lines(document)))
     return document
 
 
 def run_generate(args: argparse.Namespace) -> dict[str, Any]:
-    from fastvlm.preprocessing import as_rgb
-    from fastvlm.session import Session
-    from model_export import runtime
-
     if args.max_new_tokens < 1:
         raise UserError(f"--max-new-tokens: got {args.max_new_tokens}, expected 1 or more")
     images = args.image_file or []
-    with ThreadPoolExecutor(1) as beside:  # pictures are decoded while the model is loaded
+    with progress(f"load {args.model}"), ThreadPoolExecutor(1) as beside:  # pictures are decoded meanwhile
+        from fastvlm.preprocessing import as_rgb
+        from fastvlm.session import Session
+        from model_export import runtime
+
         opened = beside.submit(lambda: [as_rgb(image) for image in images])
         model = runtime.load(
             args.model, vision=args.vision, llm=args.llm, compute=args.compute, resolution=args.resolution
@@ -300,12 +302,7 @@ def run_generate(args: argparse.Namespace) -> dict[str, Any]:
     session, answers = Session(model), []
     sampling = {"temperature": args.temperature, "top_p": args.top_p, "seed": args.seed}
     for prompt in args.prompt:
-        pieces = []
-        for piece in session.stream(prompt, pictures or None, args.max_new_tokens, **sampling):
-            pieces.append(piece)
-            print(piece, end="", flush=True)
-        print()
-        answers.append("".join(pieces))
+        answers.append(shown(session.stream(prompt, pictures or None, args.max_new_tokens, **sampling)))
     return {"answers": answers, "runners": model.runners}
 
 
