@@ -162,7 +162,9 @@ def _there(place: kept.Place, files: Mapping[str, "File"]) -> tuple[dict[str, An
     """What the app has now, and whether it is anything else than the artefact, in any file."""
     if not place.occupied():
         return None, True
-    return describe(place.model), not kept.holds(place.model, {name: file.sha256 for name, file in files.items()})
+    with progress("compare with the model that is there"):
+        same = kept.holds(place.model, {name: file.sha256 for name, file in files.items()})
+    return describe(place.model), not same
 
 
 def _stand_alone(
@@ -277,14 +279,15 @@ def _copy(source: Path, files: Mapping[str, File], folder: Path) -> dict[str, in
                     f"{folder.parent}: disk full: got {free} free, expected {human(total)}: free some"
                 ) from error
             how["cloned" if cloned else "copied"] += file.size
-            sound = (
-                _stamp(source / name) == file.stamp if cloned else exported.hash_file(target)["sha256"] == file.sha256
-            )
+            if cloned:
+                advance(file.size)
+                sound = _stamp(source / name) == file.stamp
+            else:
+                sound = exported.hash_file(target, advance)["sha256"] == file.sha256
             if not sound:
                 raise UserError(
                     f"{source / name}: changed while it was bundled: leave the artefact alone and try again"
                 )
-            advance(file.size)
     return how
 
 

@@ -20,7 +20,7 @@ from benchmarks.estimate import Device, device_key, devices, language_model, sto
 from benchmarks.estimate import facts as published
 from benchmarks.estimate_work import encoder_work
 from benchmarks.peers import TEXT_TOKENS
-from fastvlm.cli import add_common
+from fastvlm.cli import add_common, progress
 from fastvlm.errors import UserError
 from model_export import artefact as exported
 from model_export import contract
@@ -103,7 +103,8 @@ def run_plan(args: argparse.Namespace) -> dict[str, Any]:
     model, shape = stored(args.artefact.expanduser()) if args.artefact else planned(args.shape, args.recipe or "fp16")
     if args.measure:
         tokens = model.picture_tokens + args.prompt_length
-        document = memory_model.measure(args.artefact.expanduser(), model, tokens, app_facts().cache_limit)
+        with progress("run the language model with MLX"):
+            document = memory_model.measure(args.artefact.expanduser(), model, tokens, app_facts().cache_limit)
         if not args.json:
             report.print_measurement(document)
         return document

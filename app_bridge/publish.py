@@ -11,7 +11,7 @@ from typing import Any
 
 from app_bridge import card, licence
 from app_bridge.hub import MAIN, Held, Hub, Upload, client
-from fastvlm.cli import add_common
+from fastvlm.cli import add_common, progress
 from fastvlm.errors import CheckFailed, UserError
 from fastvlm.files import read_small, read_text
 from model_export import artefact as exported
@@ -131,7 +131,8 @@ def _paths(value: Any, where: str = "") -> Iterator[tuple[str, str]]:
 def _ask(hub: Hub, needed: bool) -> tuple[Held | None, str | None]:
     """What the repository has, and why that isn't known, where it need not be."""
     try:
-        return hub.ask(), None
+        with progress(f"ask {hub.endpoint}"):
+            return hub.ask(), None
     except UserError as error:
         if needed:
             raise

@@ -10,7 +10,7 @@ from app_bridge import findings, kept, licence, packages, resources
 from app_bridge.facts import AppFacts, table
 from app_bridge.findings import Finding
 from app_bridge.subject import AGAIN, Encoder, Subject, listed
-from fastvlm.cli import add_common, log
+from fastvlm.cli import add_common, log, progress
 from fastvlm.errors import UserError
 from model_export import artefact as exported
 from model_export import contract
@@ -64,6 +64,7 @@ def validate(artefact: Path, facts: AppFacts) -> list[Finding]:
     return list(_examine(artefact, facts).findings)
 
 
+@progress("validate")
 def _examine(artefact: Path, facts: AppFacts) -> Subject:
     # torch and tokenizers: two seconds
     from app_bridge.check_config import check_config, check_preprocessor

@@ -109,7 +109,7 @@ def evaluate(job: Job) -> dict[str, Any]:
 def measured(job: Job) -> dict[str, Any]:
     """`evaluate` in a process of its own; its timings have `peak_gb`, too. Raises what that raised."""
     command = [sys.executable, "-m", "benchmarks.evaluate", json.dumps(asdict(job))]
-    done = measure(command)
+    done = measure(command, log)
     lines = done.stdout.splitlines()
     if done.returncode or not lines:
         said = json.loads(lines[-1]) if lines else {}
@@ -195,12 +195,13 @@ def add_evaluate(verbs: Any) -> None:
 
 def run_evaluate(args: argparse.Namespace) -> dict[str, Any]:
     """Check everything, ask the reference, then each candidate; print the table."""
-    kinds = _check(args)
-    text_only = kinds[args.reference] == "text"
-    source = args.samples or (DEMO if knows_demo(args.reference) else DRAWN)
-    if not text_only:
-        conversations.check(choose(source, args.count))
-        source = source if source in (DEMO, DRAWN) else str(Path(source).resolve())
+    with progress("check models and samples"):
+        kinds = _check(args)
+        text_only = kinds[args.reference] == "text"
+        source = args.samples or (DEMO if knows_demo(args.reference) else DRAWN)
+        if not text_only:
+            conversations.check(choose(source, args.count))
+            source = source if source in (DEMO, DRAWN) else str(Path(source).resolve())
     common = {
         "samples": TEXT_ONLY if text_only else source,
         "count": args.count,
@@ -239,10 +240,8 @@ def run_evaluate(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _timed(job: Job) -> dict[str, Any]:
-    with progress(f"{'reference' if job.is_reference else 'candidate'} {Path(job.model).name}", 1) as advance:
-        result = measured(job)
-        advance()
-    return result
+    with progress(f"{'reference' if job.is_reference else 'candidate'} {Path(job.model).name}"):
+        return measured(job)
 
 
 def _names(models: list[Path]) -> list[str]:

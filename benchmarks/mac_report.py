@@ -20,7 +20,7 @@ from typing import Any
 from benchmarks import environment, mac_check
 from benchmarks.mac_check import Check
 from benchmarks.suite import DEMO
-from fastvlm.cli import add_common, log
+from fastvlm.cli import add_common, log, progress
 from fastvlm.errors import UserError
 from fastvlm.files import Output
 from fastvlm.page import templates
@@ -64,8 +64,8 @@ def run_mac_report(args: argparse.Namespace) -> dict[str, Any]:
         elif check.steps:
             rows.append(_row(check, "by hand", check.passes) | {"steps": [_filled(one, places) for one in check.steps]})
         else:
-            log(f"{number}/{len(checks)} {check.name}: at most {check.seconds / 60:.0f} minutes …")
-            rows.append(_ran(check, places))
+            with progress(f"{number}/{len(checks)} {check.name}, at most {check.seconds / 60:.0f} minutes"):
+                rows.append(_ran(check, places))
             log(f"{number}/{len(checks)} {check.name}: {rows[-1]['outcome']}: {rows[-1]['reason']}")
     outcomes = [row["outcome"] for row in rows]
     document = {

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,15 +28,22 @@ class Measured:
     stdout: str
 
 
-def measure(command: Sequence[str]) -> Measured:
-    """Run `command` from the repository's root; its stderr goes where ours goes."""
-    with tempfile.TemporaryDirectory() as folder:
+def measure(command: Sequence[str], say: Callable[[str], None]) -> Measured:
+    """Run `command` from the repository's root; `say` gets each line of its stderr as it comes."""
+    with tempfile.TemporaryDirectory() as folder, open(Path(folder, "stdout"), "w+") as printed:
         result = Path(folder, "result.json")
         between = [sys.executable, "-m", "benchmarks.measure", str(result), *command]
         environment = os.environ | {"PYTHONPATH": str(ROOT)}
-        done = subprocess.run(between, cwd=ROOT, stdout=subprocess.PIPE, text=True, env=environment, check=False)
+        with subprocess.Popen(between, cwd=ROOT, stdout=printed, stderr=subprocess.PIPE, env=environment) as child:
+            try:
+                for line in child.stderr or ():
+                    say(line.decode(errors="replace").rstrip().rpartition("\r")[2])  # of a bar what is seen last
+            except BaseException:
+                child.kill()
+                raise
         figures = json.loads(result.read_text())
-    return Measured(figures["seconds"], figures["peak_bytes"] / 1e9, done.returncode, done.stdout)
+        printed.seek(0)
+        return Measured(figures["seconds"], figures["peak_bytes"] / 1e9, child.returncode, printed.read())
 
 
 def _main(result: str, *command: str) -> int:

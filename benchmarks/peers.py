@@ -13,7 +13,7 @@ from typing import Any
 
 from benchmarks.ttft_report import figures as measured
 from benchmarks.ttft_report import ranked
-from fastvlm.cli import add_common
+from fastvlm.cli import add_common, progress
 from fastvlm.errors import UserError
 from fastvlm.terminal import Console
 
@@ -329,7 +329,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         faults.append(f"--prompt-length: got {args.prompt_length}, expected a number from 1")
     if faults:
         raise UserError("; ".join(faults))
-    comparisons = [compare(name, args.prompt_length) for name in dict.fromkeys(args.name or names())]
+    comparisons, asked = [], dict.fromkeys(args.name or names())
+    with progress("count parameters and MACs (peers)", len(asked)) as advance:
+        for name in asked:
+            comparisons.append(compare(name, args.prompt_length))
+            advance()
     if not args.json:
         for found in comparisons:
             print_comparison(found)

@@ -135,9 +135,8 @@ def print_table(title: str, document: dict[str, Any]) -> None:
 
 def run_step(description: str, command: Sequence[str], check: bool = True) -> Measured:
     """Run a command in a process of its own. Raises CheckFailed when it fails, unless `check` is False."""
-    with progress(description, 1) as advance:
-        done = measure(command)
-        advance()
+    with progress(description):
+        done = measure(command, log)
     if done.returncode and check:
         raise CheckFailed(f"{description}: exit {done.returncode}: {' '.join(command)}")
     return done

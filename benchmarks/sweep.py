@@ -21,7 +21,7 @@ from rich.table import Table
 
 from benchmarks import environment, evaluate, sweep_point
 from fastvlm import conversations
-from fastvlm.cli import log
+from fastvlm.cli import log, progress
 from fastvlm.demo import knows_demo
 from fastvlm.errors import UserError
 from fastvlm.files import Output
@@ -90,7 +90,8 @@ def add_sweep(verbs: Any) -> None:
 
 def run_sweep(args: argparse.Namespace) -> dict[str, Any]:
     """Check everything, measure, write the report; "passed" is False when a point failed."""
-    known = _check(args)
+    with progress("check, and hash the checkpoint"):
+        known = _check(args)
     points, checkpoint, inputs = known["points"], known["checkpoint"], known["inputs"]
     work = args.work_dir.resolve()
     settings = {

@@ -18,7 +18,7 @@ from benchmarks.suite import DEMO, synthetic
 from benchmarks.ttft_document import load_document
 from benchmarks.ttft_run import Effort
 from benchmarks.ttft_runner import DELAY, parse_delays
-from fastvlm.cli import add_common, log
+from fastvlm.cli import add_common, log, progress
 from fastvlm.errors import UserError
 from fastvlm.files import Output
 from fastvlm.staging import write_file
@@ -138,7 +138,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         raise UserError("; ".join(faults))
     if args.shape:
         asked = replace(asked, checkpoint=synthetic(args.work_dir.resolve(), args.shape))
-    document = ttft_plan.measure(asked)
+    with progress("ttft"):
+        document = ttft_plan.measure(asked)
     document["ratios"] = ttft_report.ratios(document)
     if args.save:
         save(args.save, document)

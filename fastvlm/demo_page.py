@@ -60,9 +60,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 def show(model_path: str, count: int, seed: int, folder: Path, quiet: bool) -> dict[str, Any]:
     """Ask `count` held-out questions; print a table and write `folder/index.html`."""
-    from fastvlm.surface import load_checkpoint
+    with progress(f"load {model_path}"):
+        from fastvlm.surface import load_checkpoint
 
-    model = load_checkpoint(model_path)
+        model = load_checkpoint(model_path)
     rows = []
     with progress(f"asking {count} questions", count) as advance:
         for question in demo.questions(count, seed):

@@ -99,10 +99,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Answer and print; returns the document with every answer."""
     _check(args)
     jobs = plan(len(args.image_file), args.prompt)
-    device = choose_device(args.device)
-
     started = time.monotonic()
     with progress(f"load {args.model_path}"):
+        device = choose_device(args.device)
+
         from fastvlm.preprocessing import open_image
         from fastvlm.surface import Sampler, load_checkpoint
 

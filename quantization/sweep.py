@@ -20,10 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from fastvlm import staging
-from fastvlm.cli import log, one_line
+from fastvlm.cli import log, one_line, progress
 from fastvlm.errors import UserError
 from fastvlm.start import cores
-from fastvlm.terminal import Console
 from quantization.compression import COMPRESSIONS
 from quantization.recipe import Recipe, load_recipe
 from quantization.sweep_cluster import cluster
@@ -184,7 +183,7 @@ def _measure_all(
             pool, check = stack.enter_context(cluster(scheduler, sweep.work, sweep.identity, run_id))
         else:
             pool, check = stack.enter_context(_threads(jobs, run_id)), _always_there
-        show = stack.enter_context(_progress(len(points), outcome))
+        advance = stack.enter_context(progress("sweep (points)", len(points)))
         pending = {pool.submit(run_point, task): str(task["point"]["name"]) for task in tasks}
         while pending:
             done, _ = wait(pending, timeout=1, return_when=FIRST_COMPLETED)
@@ -192,7 +191,8 @@ def _measure_all(
             for future in done:
                 name = pending.pop(future)
                 _settle(future, name, sweep.work, outcome)
-                show(name)
+                advance()
+                log(f"{name}: {'FAILED: ' + outcome.errors[name] if name in outcome.errors else 'done'}")
 
 
 def _settle(future: "Future[tuple[int, str]]", name: str, work: Path, outcome: Outcome) -> None:
@@ -258,31 +258,3 @@ def _threads(jobs: int, run_id: str) -> Iterator[Executor]:
             stop(run_id)
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-
-
-@contextmanager
-def _progress(total: int, outcome: Outcome) -> Iterator[Callable[[str], None]]:
-    """Yields what is called with each finished point: a bar, or lines where there is no terminal."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    console, start = Console(stderr=True, highlight=False), time.monotonic()
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("sweeping", total=total)
-
-        def show(name: str) -> None:
-            done = len(outcome.results) - outcome.found + len(outcome.errors)
-            left = _duration((time.monotonic() - start) / done * (total - done))
-            state = f"{len(outcome.errors)} failed, about {left} left"
-            line = f"{name}: {'FAILED: ' + outcome.errors[name] if name in outcome.errors else 'done'}"
-            bar.update(task, completed=done, description=f"sweeping: {state}")
-            if not console.is_terminal:
-                log(f"{done} of {total}, {state}: {line}")
-            elif name in outcome.errors:
-                console.print(line, markup=False, style="red")
-
-        yield show
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"

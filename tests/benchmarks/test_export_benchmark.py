@@ -2,6 +2,8 @@
 
 import math
 import sys
+import tempfile
+from pathlib import Path
 
 import psutil
 import pytest
@@ -13,8 +15,8 @@ from benchmarks.measure import measure
 def test_memory_and_time_are_the_child_processs():
     ballast = bytearray(300 << 20)  # of this process: must not count
     ballast[::4096] = b"x" * len(ballast[::4096])
-    small = measure([sys.executable, "-c", "print('hello')"])
-    large = measure([sys.executable, "-c", "import time; x = b'x' * (200 << 20); time.sleep(0.3)"])
+    small = measure([sys.executable, "-c", "print('hello')"], print)
+    large = measure([sys.executable, "-c", "import time; x = b'x' * (200 << 20); time.sleep(0.3)"], print)
     assert small.stdout == "hello\n" and small.returncode == 0
     assert small.peak_gb < 0.1
     assert 0.2 < large.peak_gb < 0.3
@@ -26,7 +28,27 @@ def test_memory_and_time_are_the_child_processs():
     [("import sys; sys.exit(3)", 3), ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", 137)],
 )
 def test_exit_codes_come_through(code, expected):
-    assert measure([sys.executable, "-c", code]).returncode == expected
+    assert measure([sys.executable, "-c", code], print).returncode == expected
+
+
+def test_what_a_child_says_is_said_as_it_comes():
+    """A bar is what is seen of it last; the child goes on only after its first line was said."""
+    said = []
+
+    def say(line: str) -> None:
+        said.append(line)
+        if line == "first":
+            Path(go).touch()
+
+    with tempfile.TemporaryDirectory() as folder:
+        go = f"{folder}/go"
+        code = (
+            "import os, sys, time\nprint('first', file=sys.stderr, flush=True)\n"
+            f"while not os.path.exists({go!r}): time.sleep(0.01)\n"
+            "sys.stderr.write('10 %\\r100 %\\n'); print('result'); sys.stderr.write('x' * 100_000)"
+        )
+        done = measure([sys.executable, "-c", code], say)
+    assert said == ["first", "100 %", "x" * 100_000] and done.stdout == "result\n"
 
 
 @pytest.mark.parametrize(
