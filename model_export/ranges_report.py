@@ -92,10 +92,11 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _of_checkpoint(args: argparse.Namespace) -> tuple[dict[str, Any], list["Range"]]:
-    from fastvlm.checkpoint import open_checkpoint
-    from model_export import ranges
+    with progress(f"open {args.checkpoint}"):
+        from fastvlm.checkpoint import open_checkpoint
+        from model_export import ranges
 
-    checkpoint = open_checkpoint(args.checkpoint)
+        checkpoint = open_checkpoint(args.checkpoint)
     preprocessor = replace(checkpoint.preprocessor, image_size=args.image_size or checkpoint.image_size)
     pictures, count, pixels = _pictures(args, preprocessor)
     with progress("ranges (pictures)", count) as advance:
@@ -104,13 +105,14 @@ def _of_checkpoint(args: argparse.Namespace) -> tuple[dict[str, Any], list["Rang
 
 
 def _of_package(args: argparse.Namespace) -> tuple[dict[str, Any], list["Range"]]:
-    from fastvlm.preprocessing import Preprocessor, read_preprocessor
-    from model_export import mil, ranges
-
     artefact = args.model / contract.PACKAGE
     package = artefact if artefact.exists() else args.model
+    with progress("import PyTorch"):
+        from fastvlm.preprocessing import Preprocessor, read_preprocessor
+        from model_export import mil, ranges
     try:
-        executor = mil.load(package, compute="float32", function_name=args.function)
+        with progress(f"load {package}"):
+            executor = mil.load(package, compute="float32", function_name=args.function)
         size = _image_size(executor)
         # A package alone does not say how its pictures are prepared; what comes out of the app's way will do.
         plain = Preprocessor(size, contract.APP_IMAGE_STRATEGY)
