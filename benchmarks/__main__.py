@@ -15,7 +15,7 @@ from rich.table import Table
 
 from benchmarks import encoder, environment, estimate, export, mac_report, peers, quantization, ttft
 from benchmarks.pictures import LIMIT
-from fastvlm.cli import Parser, add_common, log, main
+from fastvlm.cli import Parser, add_common, log, main, progress
 from fastvlm.files import Output
 from fastvlm.terminal import Console
 from model_export.config import LLM_RUNNERS, VISION_RUNNERS
@@ -86,7 +86,8 @@ def _add_parity(subparsers: Any) -> None:
 
 def run_parity(args: argparse.Namespace) -> dict[str, Any]:
     """Compare, print the figures as a table, write `index.html`."""
-    from benchmarks import parity
+    with progress("import PyTorch"):
+        from benchmarks import parity
 
     page = Path(args.output_dir) / "index.html"
     command = shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]])

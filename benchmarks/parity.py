@@ -116,10 +116,11 @@ def compare(
     from model_export import runtime
 
     checkpoint, artefact = Path(reference), Path(candidate)
-    chosen = pictures.choose(checkpoint, Path(images) if images else None, limit)
-    pictures.check(chosen)
-    actual = runtime.load(artefact, vision=vision, llm=llm, resolution=resolution)
-    expected = at_size(load_checkpoint(checkpoint, streamed=True), actual.image_size)
+    with progress("parity: load"):
+        chosen = pictures.choose(checkpoint, Path(images) if images else None, limit)
+        pictures.check(chosen)
+        actual = runtime.load(artefact, vision=vision, llm=llm, resolution=resolution)
+        expected = at_size(load_checkpoint(checkpoint, streamed=True), actual.image_size)
     _check_comparable(expected, actual)
     operations: dict[str, Any] = {}
     seen, thumbnails = [], []
