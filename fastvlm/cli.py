@@ -217,8 +217,6 @@ class _Display:
             self.steps.remove(step)
             if not self.steps:
                 self._stop()
-            if step.seconds >= LONG:
-                log(step.line())
 
     def _show_bars(self, console: Console) -> Callable[[], None]:
         # rich would take stdout to the console of the bars, which is stderr
@@ -264,7 +262,8 @@ def progress(what: str, total: float | None = None, sized: bool = False) -> Iter
     """Show on stderr that a step is under way, how far it is and how long it will take; yields `advance(n=1)`.
 
     Where stderr is no terminal, that is a line after two seconds and then one every ten, whether or not anything
-    advances. Steps may be inside each other. `sized`: what advances is bytes, and their rate is shown.
+    advances. A step of two seconds that ends well leaves a line. Steps may be inside each other. `sized`: what
+    advances is bytes, and their rate is shown.
     """
     step = Step(what, total, sized)
     _display.begin(step)
@@ -272,3 +271,5 @@ def progress(what: str, total: float | None = None, sized: bool = False) -> Iter
         yield step
     finally:
         _display.end(step)
+    if step.seconds >= LONG:
+        log(step.line())

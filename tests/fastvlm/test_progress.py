@@ -73,6 +73,9 @@ def test_a_line_after_two_seconds_and_then_each_ten(
         "hash: 3.0 GB of 3.0 GB, 300.0 MB/s, 10 s",
         "parity (pictures): 40 of 40, 2 min",
     ]
+    with pytest.raises(ValueError), cli.progress("a failing one"):
+        clock.now += 100
+        raise ValueError
     display.beat(passing(clock, 100))
     assert capsys.readouterr().err == ""  # no step, no line
 
