@@ -280,7 +280,7 @@ def _last_operation(program: torch.export.ExportedProgram) -> str:
     return str(output.name)
 
 
-@progress("convert (coremltools)")
+@progress("convert to Core ML")
 def _convert(
     program: torch.export.ExportedProgram,
     config: ExportConfig,
