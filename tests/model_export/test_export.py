@@ -366,16 +366,16 @@ def test_verify_and_inspect(tiny_artefact: Path, tmp_path: Path, capsys: pytest.
     assert document["passed"] is False and "weight.bin" in document["findings"][0]
 
 
-# The command, which the system ends, as by SIGKILL, when it has worked on the stage argv[1] for a moment.
+# The command, which the system ends, as by SIGKILL, when it has worked on the step argv[1] for a moment.
 KILLED = """
 import runpy, signal, sys
 from fastvlm import cli
-log, stage = cli.log, sys.argv.pop(1)
-def log_and_die(message):
-    log(message)
-    if stage in message:
+begin, name = cli._display.begin, sys.argv.pop(1)
+def begin_and_die(step):
+    begin(step)
+    if step.what.startswith(name):
         signal.setitimer(signal.ITIMER_PROF, 0.05)  # of the processor's time, however busy the machine is
-cli.log = log_and_die
+cli._display.begin = begin_and_die
 runpy.run_module("model_export", run_name="__main__")
 """
 
@@ -387,9 +387,9 @@ def test_killed_command_leaves_the_old_artefact(tmp_path: Path) -> None:
     export(plan(ExportConfig(DEMO, target, quant="int8"), ("llm",)))
     before = hashes(target)
     command = ["all", "--checkpoint", str(DEMO), "--output-dir", str(target), "--overwrite", "--parity-limit", "1"]
-    for stage in ("language model:", "vision encoder: fold", "parity (pictures)"):
-        killed = subprocess.run([sys.executable, "-c", KILLED, stage, *command], capture_output=True, text=True)
-        assert killed.returncode == -signal.SIGPROF, f"{stage}: {killed.stderr}"
+    for step in ("hash the checkpoint", "fold the branches", "parity: encoders"):
+        killed = subprocess.run([sys.executable, "-c", KILLED, step, *command], capture_output=True, text=True)
+        assert killed.returncode == -signal.SIGPROF, f"{step}: {killed.stderr}"
         assert hashes(target) == before
         left = os.listdir(tmp_path)  # the artefact, one staging folder (each run removes the last one's), and
         assert len(left) == 3 and ".model.resume" in left  # the finished files
