@@ -20,7 +20,7 @@ from model_export.contract import PACKAGE
 Export = Callable[..., Path]
 
 
-def in_process(command: Sequence[str]) -> Measured:
+def in_process(command: Sequence[str], say: Callable[[str], None] = print) -> Measured:
     """Run a step's command here, which spares the imports of a process of its own."""
     python, dash, module, *arguments = command
     assert (python, dash) == (sys.executable, "-m")

@@ -184,7 +184,7 @@ def test_pictures_that_do_not_open_are_refused(capsys, tmp_path, monkeypatch):
     ],
 )
 def test_what_the_process_raised_is_raised(monkeypatch, returncode, stdout, error, message):
-    monkeypatch.setattr(evaluate, "measure", lambda command: Measured(1.0, 1.0, returncode, stdout))
+    monkeypatch.setattr(evaluate, "measure", lambda command, say: Measured(1.0, 1.0, returncode, stdout))
     with pytest.raises(error, match=message):
         evaluate.measured(Job("model", "results"))
 
