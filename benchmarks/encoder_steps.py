@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from fastvlm import threads
 from fastvlm.cli import log, progress, quiet_libraries
 
 FORCED_HEADROOM = 2.0**13  # asked of a checkpoint that needs no power of two
@@ -19,7 +20,6 @@ RIVAL_FORM, SCALED_FORM = "palette4-g16", "palette4-g16-scaled"
 # What the attentions add to the streams, times this: 1 leaves 21 dB where every LayerNorm of a stage is lost.
 ATTENTION_SCALE = 8.0
 PICTURES = 6  # that an SNR is the mean over
-_ONE_CORE = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 
 # Range-safe float16
@@ -257,8 +257,7 @@ def palettization(checkpoint: str) -> dict[str, float]:
     """
     import os
 
-    for name in _ONE_CORE:
-        os.environ[name] = "1"  # before numpy is imported
+    os.environ.update(threads.environment(1))  # before numpy is imported
     import numpy as np
 
     from model_export import compress

@@ -8,6 +8,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from fastvlm import threads
+
 PACKAGES = (
     "torch",
     "timm",
@@ -46,7 +48,7 @@ def describe() -> dict[str, Any]:
         "machine": platform.machine(),
         "cpu": _cpu_model(),
         "cpu_features": _cpu_flags(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": threads.cores(),
         "torch_threads": torch.get_num_threads() if torch else None,
         "memory_gib": _memory_gib(),
         "system": _system(),

@@ -3,7 +3,6 @@
 import argparse
 import json
 import math
-import os
 import platform
 import sys
 import tempfile
@@ -17,6 +16,7 @@ from rich.table import Table
 
 from benchmarks import environment
 from benchmarks.measure import ROOT, Measured, measure
+from fastvlm import threads
 from fastvlm.cli import add_common, log, progress
 from fastvlm.errors import CheckFailed
 from fastvlm.files import Output
@@ -86,7 +86,7 @@ def run(suite: Suite, args: argparse.Namespace) -> dict[str, Any]:
     if unknown := sorted(measured.keys() - suite.bars.keys()):
         raise KeyError(f"{suite.name}: figures without a bar, which no table would show: {', '.join(unknown)}")
     figures = {key: judge(bar, measured[key]) for key, bar in suite.bars.items() if key in measured}
-    known = environment.describe() | {"torch_threads": int(os.environ.get("OMP_NUM_THREADS", 0)) or os.cpu_count()}
+    known = environment.describe() | {"torch_threads": threads.count()}
     document = {
         "passed": all(figure["passed"] is not False for figure in figures.values()),
         "figures": figures,

@@ -19,6 +19,7 @@ from benchmarks.measure import ROOT
 from benchmarks.ttft_document import FORMAT
 from benchmarks.ttft_run import Effort, Specification
 from benchmarks.ttft_runner import DELAY
+from fastvlm import threads
 from fastvlm.cli import log
 from fastvlm.errors import UserError
 from fastvlm.prompt import encode_prompt, render_prompt
@@ -75,15 +76,15 @@ def measure(asked: Asked, say: Say = log) -> dict[str, Any]:
                 # peers have sizes of their own, the same at every point
                 there = [one for one in specifications if one["kind"] != "peer" or not points]
                 points.append(_point(there, here, asked.effort, Path(folder), say))
-    threads = asked.threads or environment_threads()
+    number = asked.threads or threads.count()
     document = {
         "benchmark": "ttft", "format": FORMAT,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]]), "commit": _commit(),
         "delay": os.environ.get(DELAY, ""),
         "checkpoint": identity, "picture": asked.picture.name if asked.picture else "a drawn scene",
-        "tokens": TOKENS, "effort": asdict(asked.effort), "threads": threads,
-        "environment": environment.describe() | {"torch_threads": threads},
+        "tokens": TOKENS, "effort": asdict(asked.effort), "threads": number,
+        "environment": environment.describe() | {"torch_threads": number},
         "load_before": before, "load_after": environment.load(),
         "search": searches, "points": points,
     }  # fmt: skip
@@ -126,12 +127,6 @@ def check(asked: Asked) -> list[str]:
         except UserError as error:
             faults.append(str(error))
     return faults
-
-
-def environment_threads() -> int:
-    """How many threads PyTorch takes where nobody says."""
-    cores: int = environment.describe()["cores"]
-    return int(os.environ.get("OMP_NUM_THREADS", 0)) or cores
 
 
 def _point(

@@ -21,6 +21,7 @@ import psutil
 
 from benchmarks.measure import ROOT
 from benchmarks.ttft_runner import totals
+from fastvlm import threads
 
 # glibc keeps freed buffers: no block is a mapping of its own, and the heap isn't trimmed (mallopt(3)).
 KEEP_BUFFERS = {
@@ -62,8 +63,7 @@ class Process:
     def __init__(self, specification: Specification) -> None:
         environment = os.environ | {"PYTHONPATH": str(ROOT)}
         if specification.get("threads"):
-            names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-            environment |= dict.fromkeys(names, str(specification["threads"]))
+            environment |= threads.environment(specification["threads"])
         if specification.get("keep_buffers"):
             environment |= KEEP_BUFFERS
         command = [specification.get("python") or sys.executable, "-m", "benchmarks.ttft_runner"]

@@ -4,8 +4,8 @@ import platform
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks.ttft_plan import environment_threads
 from benchmarks.ttft_run import RunnerError, Specification, trial
+from fastvlm import threads
 
 ROUNDS = 3  # of each trial after a first one; the fastest counts, because what disturbs a round only makes it slower
 _HOPELESS = 3.0  # a first round so many times slower than the best ends the trial
@@ -48,7 +48,7 @@ def _options(base: Specification, compiled: bool) -> list[tuple[str, Any]]:
     if base["device"] == "cpu":
         if platform.libc_ver()[0] == "glibc":
             options.append(("keep_buffers", True))
-        threads = 0 if base.get("threads") else environment_threads()
-        options += [("threads", number) for number in sorted({1, threads // 2}, reverse=True) if 0 < number < threads]
+        most = 0 if base.get("threads") else threads.count()
+        options += [("threads", number) for number in sorted({1, most // 2}, reverse=True) if 0 < number < most]
     options.append(("attention", "eager"))
     return [*options, ("compile", True)] if compiled else options

@@ -6,10 +6,9 @@ import sys
 from contextlib import suppress
 from typing import Any
 
+from fastvlm import threads
+
 EXIT_UNUSABLE, EXIT_INTERRUPTED = 2, 130
-# Turns that an OpenMP thread spins before it sleeps. By default it spins on, which on busy cores takes the time of the
-# thread that it waits for (docs/LOG.md); this few cost nothing that could be measured on idle ones.
-_SPINS = {"GOMP_SPINCOUNT": "1000"}
 
 
 def begin() -> None:
@@ -18,8 +17,7 @@ def begin() -> None:
     A KeyboardInterrupt inside an import is a traceback, or is lost in a library that catches it; and nothing needs
     cleaning up yet. A signal that is ignored, as in a job in the background, stays so.
     """
-    if "OMP_WAIT_POLICY" not in os.environ:  # else the user has chosen
-        os.environ.update({**_SPINS, **os.environ})
+    os.environ.update(threads.defaults(os.environ))
     for number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _leave)
@@ -30,11 +28,6 @@ def begin() -> None:
     except OSError as error:  # the libraries of PyTorch abort there
         line = f"error: the current folder can't be used ({error.strerror}): was it deleted? cd to another one"
         _end(line, EXIT_UNUSABLE)
-
-
-def cores() -> int:
-    """How many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _leave(signum: int, frame: Any) -> None:

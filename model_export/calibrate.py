@@ -1,14 +1,11 @@
 """Calibration inside an export: pictures and questions through the encoder, and what the recipe makes of them."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from fastvlm import conversations, demo, naming
+from fastvlm import conversations, demo, naming, threads
 from fastvlm.checkpoint import Checkpoint
 from fastvlm.cli import log, progress
 from fastvlm.conversations import Sample
@@ -32,19 +29,9 @@ class Calibrated:
     facts: dict[str, Any]
 
 
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """How many threads add up a product decides its last bits, and these, over thousands of steps, the weights: a
-    recipe gives the same bytes on every number of cores only where that number is fixed."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@_one_thread()
+# How many threads add up a product decides its last bits, and these, over thousands of steps, the weights: a recipe
+# gives the same bytes on every number of cores only where that number is fixed.
+@threads.alone()
 def calibrate(
     checkpoint: Checkpoint,
     recipe: Recipe,

@@ -17,11 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from fastvlm import naming
+from fastvlm import naming, threads
 from fastvlm.checkpoint import Checkpoint
 from fastvlm.dtypes import LARGEST, Array, bits_of, kind_of
 from fastvlm.errors import UserError
-from fastvlm.start import cores
 from model_export import contract
 from model_export.llm_config import language_config
 from model_export.resume import Kept
@@ -224,7 +223,7 @@ def _write_weights(weights: list[Weight], folder: Path, advance: Callable[[int],
     """Write every file, one after the other; returns what is wrong with the values."""
     faults: list[str] = []
     finished: list[Future[None]] = []
-    with ThreadPoolExecutor(cores()) as pool:
+    with ThreadPoolExecutor(threads.count()) as pool:
         for file in dict.fromkeys(weight.file for weight in weights):
             own = [weight for weight in weights if weight.file == file]
             if kept.take(folder / file):

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from fastvlm.start import cores
+from fastvlm import threads
 
 KINDS = {"bfloat16": 0, "float16": 1, "float32": 2}
 _BFLOAT16, _FLOAT16, _FLOAT32 = KINDS.values()
@@ -48,7 +48,7 @@ def _compiled(function: Callable[..., Any]) -> Any:
 
 def spread(work: Callable[[int, int], Any], rows: int, columns: int) -> list[Any]:
     """`work(start, stop)` for all rows, on the cores that this process may use if there is enough for them."""
-    count = max(1, min(cores(), rows, rows * columns // _LEAST))
+    count = max(1, min(threads.count(), rows, rows * columns // _LEAST))
     if count == 1:
         return [work(0, rows)]
     edges = [rows * number // count for number in range(count + 1)]

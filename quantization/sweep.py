@@ -19,10 +19,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fastvlm import staging
+from fastvlm import staging, threads
 from fastvlm.cli import log, one_line, progress
 from fastvlm.errors import UserError
-from fastvlm.start import cores
 from quantization.compression import COMPRESSIONS
 from quantization.recipe import Recipe, load_recipe
 from quantization.sweep_cluster import cluster
@@ -123,7 +122,7 @@ def run(
         missing = [point for point in points if point["name"] not in outcome.results]
         if missing:
             start = time.monotonic()
-            _measure_all(sweep, missing, outcome, jobs or cores(), memory, scheduler)
+            _measure_all(sweep, missing, outcome, jobs or threads.cores(), memory, scheduler)
             outcome.seconds = time.monotonic() - start
         sweep.tidy()
         for left in sweep.work.rglob(staging.PARTIAL):
@@ -171,7 +170,7 @@ def _measure_all(
         "settings": dict(sweep.settings),
         "work": str(sweep.work),
         "limit": memory or (None if scheduler else _SHARE * available_memory()),
-        "threads": None if scheduler else max(1, cores() // jobs),
+        "threads": None if scheduler else max(1, threads.cores() // jobs),
     }
     tasks = [
         {**common, "point": dict(point), "key": outcome.keys[point["name"]], "bytes": sweep.need(point)}

@@ -20,6 +20,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from fastvlm import threads
 from fastvlm.cli import one_line
 from fastvlm.staging import write_file
 
@@ -108,11 +109,11 @@ def _worker_limit() -> float:
 @contextmanager
 def _child_of(task: Mapping[str, Any], errors: Any) -> Iterator["subprocess.Popen[str]"]:
     paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    threads = {"OMP_NUM_THREADS": str(task["threads"])} if task["threads"] else {}
+    number = threads.environment(task["threads"]) if task["threads"] else {}
     with subprocess.Popen(
         [sys.executable, "-m", "quantization.sweep_point"],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True,
-        env=os.environ | {"PYTHONPATH": paths} | threads,
+        env=os.environ | {"PYTHONPATH": paths} | number,
         start_new_session=True,  # a group of its own: Ctrl-C is for the sweep, which then ends it
     ) as child:  # fmt: skip
         with _turn:

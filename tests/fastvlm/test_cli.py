@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fastvlm import cli, start
+from fastvlm import cli, start, threads
 from fastvlm.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -142,5 +142,6 @@ def test_no_stderr_keeps_stdout_a_document():
 def test_threads_that_wait_hardly_spin_unless_the_user_says_so(given, expected, monkeypatch):
     monkeypatch.setattr(os, "environ", dict(given))
     monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(threads, "_QUOTA", "/no container")
     start.begin()
     assert os.environ == expected

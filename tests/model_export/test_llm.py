@@ -13,11 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fastvlm import synthetic
+from fastvlm import synthetic, threads
 from fastvlm.checkpoint import open_checkpoint
 from fastvlm.errors import UserError
 from fastvlm.model import build
-from fastvlm.start import cores
 from fastvlm.weights import Weights
 from model_export import contract, llm
 from model_export.llm import bytes_to_read, export_llm
@@ -185,7 +184,7 @@ def test_memory_does_not_depend_on_the_models_size(tiny_fast_vlm, make_checkpoin
     large = dataclasses.replace(synthetic.SHAPES["tiny"], layers=4, intermediate=1024)
     monkeypatch.setitem(synthetic.SHAPES, "large", large)
     models = {"small": tiny_fast_vlm, "large": make_checkpoint(shape="large")}
-    bound = 2 * cores() * 1024 * 4  # each worker's piece, and its result until it is taken
+    bound = 2 * threads.count() * 1024 * 4  # each worker's piece, and its result until it is taken
     for name, source in models.items():
         assert most_alive(source, tmp_path / name, 1024) <= bound
     # the control: in pieces as large as the weights, the larger model takes more

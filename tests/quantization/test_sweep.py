@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import sweep_fakes as fakes
 
+from fastvlm import threads
 from fastvlm.errors import UserError
 from quantization import sweep, sweep_cluster, sweep_report
 
@@ -164,7 +165,7 @@ def test_points_run_together_as_far_as_memory_allows(tmp_path, points, jobs, mem
     outcome = sweep.run(one, points[:4], jobs=jobs, memory=memory)
     assert len(outcome.results) == 4
     assert max(result["timings"]["crowd"] for result in outcome.results.values()) == most
-    assert {r["timings"]["threads"] for r in outcome.results.values()} == {max(1, sweep.cores() // jobs)}
+    assert {r["timings"]["threads"] for r in outcome.results.values()} == {max(1, threads.cores() // jobs)}
     assert ("will run alone" in capsys.readouterr().err) == (need > (memory or need))
 
 

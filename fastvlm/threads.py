@@ -1,0 +1,65 @@
+"""How many threads a command uses: decided here for every verb. Standard library only, but for `alone`.
+
+The rule: every core that this process may have, unless OMP_NUM_THREADS says another number; and threads that wait
+hardly spin. On idle cores that is the fastest, and on busy ones two threads were as fast as one (docs/LOG.md), so
+nobody has to know how busy the machine is.
+"""
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+
+_NAMES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+# Turns that an OpenMP thread spins before it sleeps. By default it spins on, which on busy cores takes the time of the
+# thread that it waits for; this few cost nothing that could be measured on idle ones.
+_SPINS = "1000"
+_QUOTA = "/sys/fs/cgroup/cpu.max"  # "max 100000", or microseconds of processor time in so many (Linux, cgroup v2)
+
+
+def cores() -> int:
+    """How many this process may use: those that it is bound to, and no more than a container's share of time."""
+    return min(_bound(), _quota() or _bound())
+
+
+def count() -> int:
+    """How many threads a command computes on."""
+    stated = os.environ.get("OMP_NUM_THREADS", "")
+    return int(stated) if stated.isdecimal() and int(stated) else cores()
+
+
+def environment(threads: int) -> dict[str, str]:
+    """What tells a child process that it has so many."""
+    return dict.fromkeys(_NAMES, str(threads))
+
+
+def defaults(given: Mapping[str, str]) -> dict[str, str]:
+    """What a command adds to its environment before it loads a library that has threads: nothing that was chosen."""
+    added = {} if "OMP_WAIT_POLICY" in given else {"GOMP_SPINCOUNT": _SPINS}
+    if cores() < _bound():  # which is what the libraries would take
+        added["OMP_NUM_THREADS"] = str(cores())
+    return {name: value for name, value in added.items() if name not in given}
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """One thread for each of torch's operations inside the block, and in Python threads that start there: where those
+    share the work, or where sums must not depend on how many add them up."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _bound() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _quota() -> int | None:
+    with suppress(OSError, ValueError), open(_QUOTA) as file:
+        time, period = file.read().split()
+        return max(1, -(-int(time) // int(period)))
+    return None
