@@ -9,7 +9,8 @@ A policy says in what the executor computes, and what becomes of a value whose M
 - "float32": never rounded; what the graph means.
 - "bfloat16": held and computed in bfloat16 (sums in float32), with activations inside the operation before them: for
   speed where the processor has bfloat16 instructions, proving nothing.
-- "int8": the same with 8-bit operands in 1 x 1 convolutions, which are nine tenths of FastViTHD.
+- "int8": the same with 8-bit operands in 1 x 1 convolutions, which are nine tenths of FastViTHD. "int8-float32": the
+  rest in float32, where the processor has no bfloat16 instructions.
 
 An operation whose MIL type is fp32 is computed in float32, undivided, in all of them.
 """
@@ -55,6 +56,7 @@ POLICIES = {
         Policy("float32", rounds=False),
         Policy("bfloat16", rounds=False, half=torch.bfloat16, fuses=True),
         Policy("int8", rounds=False, half=torch.bfloat16, fuses=True, int8=True),
+        Policy("int8-float32", rounds=False, fuses=True, int8=True),
     )
 }
 

@@ -53,8 +53,11 @@ class Int8Linear:
     The weight (O, I) is rounded to int8 with one scale for each output; inputs are uint8, quantized by the caller.
     """
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, rows: int) -> None:
-        """`rows`: of the inputs that it will mostly see."""
+    def __init__(
+        self, weight: torch.Tensor, bias: torch.Tensor | None, rows: int, result: torch.dtype = torch.bfloat16
+    ) -> None:
+        """`rows`: of the inputs that it will mostly see. `result`: what it gives where no 8 bits are asked for."""
+        self.result = result
         largest = torch.linalg.vector_norm(weight, float("inf"), dim=1).float()
         self.scales = (largest / 127).clamp_(min=torch.finfo(torch.float32).tiny)
         self.zeros = torch.zeros(len(weight), dtype=torch.int64)
@@ -64,19 +67,19 @@ class Int8Linear:
         self.bias = None if bias is None else bias.float()
 
     def __call__(self, x: Quantized, activation: str = "none", target: tuple[float, int] | None = None) -> torch.Tensor:
-        """(rows, O) bfloat16, or uint8 by the scale and zero point `target`."""
-        to = (1.0, 0, torch.bfloat16) if target is None else (*target, torch.uint8)
+        """(rows, O) of type `result`, or uint8 by the scale and zero point `target`."""
+        to = (1.0, 0, self.result) if target is None else (*target, torch.uint8)
         weights = (self.packed, self.scales, self.zeros, self.bias)
         return torch.ops.onednn.qlinear_pointwise(x.data, x.scale, x.zero, *weights, *to, activation, [], "none")
 
 
 def pointwise(layer: Int8Linear) -> Run:
-    """A 1 x 1 convolution of (N, C, H, W) bfloat16."""
+    """A 1 x 1 convolution of (N, C, H, W)."""
     return lambda x: _picture(layer(Quantized.of(_rows(x))), x)
 
 
 def pair(first: Int8Linear, second: Int8Linear, activation: str) -> Run:
-    """Two 1 x 1 convolutions of (N, C, H, W) bfloat16 with an activation between them."""
+    """Two 1 x 1 convolutions of (N, C, H, W) with an activation between them."""
 
     def run(x: torch.Tensor) -> torch.Tensor:
         rows = Quantized.of(_rows(x))

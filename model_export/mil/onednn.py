@@ -10,6 +10,7 @@ rounding.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -27,6 +28,8 @@ def conv2d(
 ) -> Callable[[torch.Tensor, str], torch.Tensor]:
     """A 2-D convolution of (N, C, H, W) inputs of this shape, in float32 or bfloat16, and an activation ("none",
     "relu", "gelu") on the sums before they are rounded; the result is in channels-last memory."""
+    if groups > len(weight) // groups > 1 == weight.shape[1]:
+        return _interleaved(weight, bias, (strides, padding, dilations, groups, shape))
     weight = weight.contiguous(memory_format=torch.channels_last)
     settings = (list(padding), list(strides), list(dilations), groups)
     packed = torch.ops.mkldnn._reorder_convolution_weight(weight, *settings, list(shape))
@@ -34,6 +37,23 @@ def conv2d(
     def run(x: torch.Tensor, activation: str) -> torch.Tensor:
         x = x.contiguous(memory_format=torch.channels_last)
         return torch.ops.mkldnn._convolution_pointwise(x, packed, bias, *settings, activation, [], "none")
+
+    return run
+
+
+def _interleaved(
+    weight: torch.Tensor, bias: torch.Tensor | None, settings: tuple[Any, ...]
+) -> Callable[[torch.Tensor, str], torch.Tensor]:
+    """Several outputs of each channel, as FastViTHD's patch embeddings have two: one depthwise convolution for the
+    first of them, one for the second, since oneDNN has a fast kernel only for those (twice to seven times as fast)."""
+    several = len(weight) // settings[3]
+    every = [(weight[i::several].clone(), None if bias is None else bias[i::several].clone()) for i in range(several)]
+    parts = [conv2d(*one, *settings) for one in every]  # clones: oneDNN takes no strides from a bias
+
+    def run(x: torch.Tensor, activation: str) -> torch.Tensor:
+        x = x.contiguous(memory_format=torch.channels_last)
+        found = [part(x, activation).permute(0, 2, 3, 1) for part in parts]
+        return torch.stack(found, -1).flatten(-2).permute(0, 3, 1, 2)
 
     return run
 

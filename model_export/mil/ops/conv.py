@@ -59,7 +59,8 @@ def conv(node: Node) -> Kernel:
     if onednn.AVAILABLE and constant and weight is not None and spatial == 2 and len(static) == 4:
         padded = (*static[:2], *(size if symmetric else size + b + a for size, b, a in zip(static[2:], before, after)))
         if node.policy.int8 and int8.AVAILABLE and _is_pointwise(weight, groups, static, node.type):
-            layer = int8.Int8Linear(weight.flatten(1), bias, static[0] * static[2] * static[3])
+            rows = static[0] * static[2] * static[3]
+            layer = int8.Int8Linear(weight.flatten(1), bias, rows, node.policy.half)
             return replace(node.kernel(int8.pointwise(layer), "x"), pointwise=layer)
         packed = onednn.conv2d(weight, bias, strides, inner, dilations, groups, padded)
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model_export import mil
-from model_export.mil import int8, plan
+from model_export.mil import int8, onednn, plan
 
 needs_int8 = pytest.mark.skipif(not int8.AVAILABLE, reason="this processor or PyTorch has no 8-bit products (VNNI)")
 
@@ -79,7 +79,32 @@ def pixels() -> np.ndarray:
     return np.random.default_rng(3).random((1, 3, 128, 128), dtype=np.float32)
 
 
-@pytest.mark.parametrize("compute, least", [("bfloat16", 30), pytest.param("int8", 20, marks=needs_int8)])
+@pytest.mark.skipif(not onednn.AVAILABLE, reason="PyTorch without oneDNN")
+@pytest.mark.parametrize("several", [2, 3])
+def test_several_outputs_of_each_channel_stand_side_by_side(several: int) -> None:
+    rng = np.random.default_rng(4)
+    weight, bias = rng.standard_normal((several * 5, 1, 3, 3)), rng.standard_normal(several * 5)
+    x = rng.standard_normal((1, 5, 9, 7))
+    padded = np.pad(x[0], ((0, 0), (1, 1), (1, 1)))
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), (1, 2))[:, ::2, ::2]
+    sums = np.einsum("cyxij,coij->coyx", windows, weight.reshape(5, several, 3, 3)).reshape(several * 5, 5, 4)
+    expected = gelu(sums + bias[:, None, None])
+    given = [torch.from_numpy(array).float() for array in (weight, bias, x)]
+    run = onednn.conv2d(*given[:2], [2, 2], [1, 1], [1, 1], 5, x.shape)
+    result = run(given[2], "gelu")
+    assert result.is_contiguous(memory_format=torch.channels_last)
+    np.testing.assert_allclose(result[0].numpy(), expected, atol=1e-5)
+    assert np.abs(result[0].numpy() - expected.reshape(5, several, 5, 4).swapaxes(0, 1).reshape(-1, 5, 4)).max() > 1
+
+
+@pytest.mark.parametrize(
+    "compute, least",
+    [
+        ("bfloat16", 30),
+        pytest.param("int8", 20, marks=needs_int8),
+        pytest.param("int8-float32", 20, marks=needs_int8),
+    ],
+)
 def test_a_saved_encoder_keeps_its_features(
     tiny_artefact: Path, pixels: np.ndarray, compute: str, least: float
 ) -> None:
