@@ -22,7 +22,7 @@ from fastvlm.prompt import prompt_fault
 from fastvlm.streamed import Memory, Rows, StreamedEmbedding, StreamedLinear
 from fastvlm.surface import Language, TorchLanguage, TorchProjector
 from model_export import contract
-from model_export.linear import packed
+from model_export.linear import fast
 from model_export.mil.allocator import returned_buffers
 from quantization import affine, floating
 
@@ -190,15 +190,16 @@ class _Projector(nn.Module):
         return self.linear_2(nn.functional.gelu(self.linear_0(x)))
 
 
-_REPLACING = ("as-stored", "bfloat16", "int8")  # what is computed by other layers than Transformers' own
-
-
-def torch_language(folder: Path, dtype: str = "float32") -> tuple[TorchLanguage, TorchProjector]:
+def torch_language(
+    folder: Path, dtype: str = "float32", decode: str | None = None, eight_bits: bool = False
+) -> tuple[TorchLanguage, TorchProjector]:
     """The language model and the projector on the CPU, computing in `dtype` with the artefact's own values.
 
     "float32" is the model as Transformers builds it; "as-stored" computes in float32, too, but its matrices stay as
-    they are stored (`fastvlm.streamed`), for proofs; "bfloat16" is for speed: matrices packed, the embedding table as
-    it is stored; "int8" is that with 8-bit operands for the vocabulary's logits.
+    they are stored (`fastvlm.streamed`), for proofs. "bfloat16", and whatever `decode` is given for, is for speed:
+    matrices packed, the embedding table as it is stored. `decode` is what single tokens are multiplied in; the matrices
+    are held once, so that "bfloat16" there or in `dtype` makes their values bfloat16's in both. `eight_bits`: 8-bit
+    operands for the vocabulary's logits.
 
     Raises UserError with every missing, unexpected and misshapen tensor.
     """
@@ -227,24 +228,36 @@ def torch_language(folder: Path, dtype: str = "float32") -> tuple[TorchLanguage,
     expected: dict[str, tuple[nn.Module, str]] = {}
     for prefix, owner in ((contract.LANGUAGE_PREFIX, model), (contract.PROJECTOR_PREFIX, projector)):
         expected |= {prefix + name: (owner, name) for name, _ in owner.named_parameters()}
+    speed = dtype == "bfloat16" or decode is not None
+    decode = "bfloat16" if dtype == "bfloat16" else decode or dtype
     with returned_buffers():
-        _fill(expected, stored, dtype, model)
-    if dtype not in _REPLACING:
+        _fill(expected, stored, dtype, model, (decode, eight_bits) if speed else None)
+    if not speed and dtype != "as-stored":
         model.tie_weights()
     rotary = model.model.rotary_emb
     model.model.rotary_emb = type(rotary)(config=text)  # its table is computed, not stored
     release = torch.__version__.split("+")[0]
-    computed = {"int8": "bfloat16, int8 logits", "as-stored": "float32"}.get(dtype, dtype)
+    dtype, decode = (one.replace("as-stored", "float32") for one in (dtype, decode))
+    computed = (dtype if decode == dtype else f"{dtype} prompts, {decode} tokens") + ", int8 logits" * eight_bits
     name = f"PyTorch {release} CPU {computed} over MLX {stored.label} tensors"
     for module in (model, projector):
         module.eval().requires_grad_(False)
     return TorchLanguage(model, eos_ids(config), name, _REMEDY), TorchProjector(projector, name, _REMEDY)
 
 
-def _fill(expected: dict[str, tuple[nn.Module, str]], stored: StoredTensors, dtype: str, model: nn.Module) -> None:
+def _fill(
+    expected: dict[str, tuple[nn.Module, str]],
+    stored: StoredTensors,
+    dtype: str,
+    model: nn.Module,
+    speed: tuple[str, bool] | None,
+) -> None:
     """Put each stored weight into its module, one after the other, so that no second copy of the model exists; `model`
-    may get packed or streamed linear layers on the way, and then its embedding table stays where it is."""
-    names, target = stored.names(), torch_dtype({"as-stored": "float32", "int8": "bfloat16"}.get(dtype, dtype))
+    may get packed or streamed linear layers on the way, and then its embedding table stays where it is.
+
+    `speed`: packed, by the dtype that matrices are held in, and whether the logits have 8-bit operands.
+    """
+    names, target = stored.names(), torch_dtype("float32" if dtype == "as-stored" else dtype)
     faults = [f"{name} is missing" for name in sorted(set(expected) - names)]
     faults += [f"{name} is unexpected" for name in sorted(names - set(expected))]
     memory = Memory()
@@ -256,7 +269,7 @@ def _fill(expected: dict[str, tuple[nn.Module, str]], stored: StoredTensors, dty
         if faults:
             continue
         path, _, leaf = path.rpartition(".")
-        owner, replaced = module.get_submodule(path), module is model and dtype in _REPLACING
+        owner, replaced = module.get_submodule(path), module is model and (speed or dtype == "as-stored")
         if replaced and isinstance(owner, nn.Embedding):
             rows = stored.mapped(name)
             rows(torch.zeros(1, dtype=torch.int64))  # refused now, if its parts contradict each other
@@ -264,13 +277,15 @@ def _fill(expected: dict[str, tuple[nn.Module, str]], stored: StoredTensors, dty
             if not stored.config["tie_word_embeddings"]:
                 continue
             path, owner = "lm_head", module.get_submodule("lm_head")
-        if replaced and dtype == "as-stored" and leaf == "weight" and isinstance(owner, nn.Linear):
+        linear = owner if replaced and isinstance(owner, nn.Linear) else None
+        if linear and speed is None and leaf == "weight":
             keeps = memory.take(sum(part.nbytes for part in stored.stored(name).values()))
-            module.set_submodule(path, StreamedLinear(partial(stored.mapped, name, True), got, keeps, owner.bias))
+            module.set_submodule(path, StreamedLinear(partial(stored.mapped, name, True), got, keeps, linear.bias))
             continue
-        setattr(owner, leaf, nn.Parameter(stored.read(name).to(target), requires_grad=False))
-        if replaced and isinstance(owner, nn.Linear) and not any(one.is_meta for one in owner.parameters()):
-            module.set_submodule(path, packed(owner, dtype if path == "lm_head" else "bfloat16"))
+        held = torch_dtype(speed[0]) if speed and linear and leaf == "weight" else target
+        setattr(owner, leaf, nn.Parameter(stored.read(name).to(held), requires_grad=False))
+        if speed and linear and not any(one.is_meta for one in linear.parameters()):
+            module.set_submodule(path, fast(linear, dtype, speed[1] and path == "lm_head"))
     if faults:
         raise UserError(f"{stored.folder}: the weights are not this config.json's: {'; '.join(faults)}; export again")
 

@@ -32,11 +32,11 @@ def load(
     `vision`: "coreml" (macOS only), or "executor", which computes the saved program in PyTorch by the policy `compute`:
     "as-typed" rounds to the program's float16 after every operation, "float32" does not, "strict-fp16" rounds inside
     composite operations as well: PyTorch's language model is in float32 beside them. "bfloat16" is both parts for
-    speed, "int8" that with 8-bit operands in most of the encoder and for the logits, "auto" the faster of float32 and
-    bfloat16, measured now, threads too. `llm`: "mlx" or "torch". For both, "auto" is Core ML and MLX on a Mac, the
-    executor and PyTorch elsewhere; each part's `.name` says what runs it. `resolution` is the side of the pictures in
-    pixels, one of those that the encoder was exported for; None is its native one. `units`: Core ML's compute units;
-    None: as exported.
+    speed, "auto" the faster of float32 and bfloat16 for the encoder, for prompts and for single tokens each, by a
+    measurement that is kept for the machine; "int8" is that with 8-bit operands in most of the encoder and for the
+    logits. `llm`: "mlx" or "torch". For both, "auto" is Core ML and MLX on a Mac, the executor and PyTorch elsewhere;
+    each part's `.name` says what runs it. `resolution` is the side of the pictures in pixels, one of those that the
+    encoder was exported for; None is its native one. `units`: Core ML's compute units; None: as exported.
 
     Raises UserError for an artefact that is not whole, a runner that does not exist here, or another resolution.
     """
@@ -64,15 +64,20 @@ def load(
         raise UserError(f"--compute {compute}: Core ML and MLX run this model: use --vision executor or --llm torch")
     config = language.read_config(folder)
     function = function_for(document, folder, resolution)
-    if compute == "auto":
-        compute = "float32" if use_coreml and use_mlx else fastest.choose()
+    stages = None
+    if compute == "bfloat16":
+        stages = fastest.Stages("bfloat16", "bfloat16", "bfloat16")
+    elif compute in ("auto", "int8") and not (use_coreml and use_mlx):
+        stages = fastest.choose()
     encoder: Vision
     if use_coreml:
         encoder = CoreMLVision(folder, units or document["config"].get("compute_units", "ALL"), function)
     else:
-        encoder = ExecutorVision(folder, compute, function)
-    dtype = compute if compute in ("float32", "bfloat16", "int8") else "as-stored"
-    speaker, projector = language.mlx_language(folder) if use_mlx else language.torch_language(folder, dtype)
+        encoder = ExecutorVision(folder, _policy(compute, stages), function)
+    how: tuple[Any, ...] = ("float32" if compute == "float32" else "as-stored",)
+    if stages:
+        how = (stages.prefill, stages.decode, compute == "int8")
+    speaker, projector = language.mlx_language(folder) if use_mlx else language.torch_language(folder, *how)
     image_token, preprocessor = config["image_token_index"], read_preprocessor(folder)
     tokenizer = layouts.load_tokenizer(folder, image_token)
     speaker.eos_ids = frozenset(eos_ids(tokenizer, [*speaker.eos_ids]))
@@ -84,6 +89,15 @@ def load(
         projector=projector,
         language=speaker,
     )
+
+
+def _policy(compute: str, stages: fastest.Stages | None) -> str:
+    """The executor's policy for what was asked, where `stages` is what is fastest here."""
+    if stages is None:
+        return compute
+    if compute == "int8":
+        return "int8" if stages.encode == "bfloat16" else "int8-float32"
+    return stages.encode
 
 
 def function_for(document: dict[str, Any], folder: Path, resolution: int | None) -> str | None:

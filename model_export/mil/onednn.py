@@ -17,6 +17,11 @@ import torch
 AVAILABLE: bool = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_convolution_weight")
 
 
+def packs(dtype: torch.dtype) -> bool:
+    """Whether the operators take this dtype here: bfloat16 wants at least AVX-512, be it emulated."""
+    return AVAILABLE and (dtype != torch.bfloat16 or torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 def conv2d(
     weight: torch.Tensor,
     bias: torch.Tensor | None,

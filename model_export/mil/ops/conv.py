@@ -56,7 +56,7 @@ def conv(node: Node) -> Kernel:
     weight, bias = node.weight("weight"), node.weight("bias")
     static = tuple(size for size in type.shape if size is not None)
     constant = weight is not None and (bias is not None or not node.has("bias"))
-    if onednn.AVAILABLE and constant and weight is not None and spatial == 2 and len(static) == 4:
+    if constant and weight is not None and onednn.packs(weight.dtype) and spatial == 2 and len(static) == 4:
         padded = (*static[:2], *(size if symmetric else size + b + a for size, b, a in zip(static[2:], before, after)))
         if node.policy.int8 and int8.AVAILABLE and _is_pointwise(weight, groups, static, node.type):
             rows = static[0] * static[2] * static[3]
