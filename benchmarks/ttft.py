@@ -92,7 +92,8 @@ def add_effort(parser: argparse.ArgumentParser, effort: Effort = _DEFAULT) -> No
         type=float,
         default=effort.budget,
         metavar="S",
-        help="seconds for a runner at a point; a slow one gets fewer rounds (default: %(default)g)",
+        help="seconds for a runner's rounds at a point, and for its first, cold pass: a slow one gets fewer rounds, one"
+        " that isn't through by then is stopped, and the table says so (default: %(default)g)",
     )
     parser.add_argument(
         "--work-dir",

@@ -66,7 +66,9 @@ def measure(asked: Asked, say: Say = log) -> dict[str, Any]:
         specifications = _runners(asked, resolutions, native, names, identity, say)
         searches = []
         for base in [one for one in specifications if one["name"].endswith(BEST)]:
-            found = ttft_search.search({**base, **common, "resolution": resolutions[0]}, asked.compiled, say)
+            found = ttft_search.search(
+                {**base, **common, "resolution": resolutions[0]}, asked.compiled, asked.effort.budget, say
+            )
             searches.append(found)
             base.update(found["best"])
         points: list[dict[str, Any]] = []

@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import json
+import math
 import mmap
 import os
 import random
@@ -50,7 +51,8 @@ class RunnerError(Exception):
 
 @dataclass(frozen=True)
 class Effort:
-    """Processes started of each runner, rounds in each after a warm-up, seconds that a runner may take in all."""
+    """Processes started of each runner, rounds in each after a warm-up, seconds that a runner may take for all rounds,
+    and for its cold pass: one that isn't through by then is stopped."""
 
     launches: int = 3
     rounds: int = 5
@@ -78,6 +80,12 @@ class Process:
             self.said.close()
             raise RunnerError(f"{command[0]}: can't be started: {error.strerror}") from None
         self.ready: dict[str, Any] = {}
+        self.within(math.inf)
+        self.stopped = False
+
+    def within(self, seconds: float, says: str = "") -> None:
+        """From now on it has so long: then its process is ended, and a RunnerError says it."""
+        self.deadline, self.says = time.perf_counter() + seconds, says
 
     def open(self) -> dict[str, Any]:
         """Wait until it is loaded."""
@@ -116,7 +124,13 @@ class Process:
 
     def _read(self) -> dict[str, Any]:
         assert self.process.stdout is not None
+        left = max(0.0, self.deadline - time.perf_counter())
+        watch = threading.Timer(min(left, threading.TIMEOUT_MAX), self._stop)
+        watch.start()
         line = self.process.stdout.readline()
+        watch.cancel()
+        if self.stopped:
+            raise RunnerError(self.says)
         if not line:
             raise RunnerError(self._why())
         try:
@@ -129,6 +143,10 @@ class Process:
             raise RunnerError(message["error"], message.get("failed", False))
         return message
 
+    def _stop(self) -> None:
+        self.stopped = True
+        self.process.kill()
+
     def _why(self) -> str:
         code = self.process.wait()
         if code == -signal.SIGKILL:
@@ -139,13 +157,16 @@ class Process:
 
 
 @contextlib.contextmanager
-def processes() -> Iterator[Callable[[Specification], Process]]:
-    """Yields what starts a runner's process; none is left when the block ends, however it ends."""
+def processes() -> Iterator[Callable[..., Process]]:
+    """Yields what starts a runner's process, which may have a limit as in `Process.within`; none is left when the block
+    ends, however it ends."""
     started: list[Process] = []
 
-    def start(specification: Specification) -> Process:
+    def start(specification: Specification, *limit: Any) -> Process:
         process = Process(specification)
         started.append(process)
+        if limit:
+            process.within(*limit)
         process.open()
         return process
 
@@ -198,7 +219,10 @@ def measure(
     for one in specifications:
         if "absent" not in one:
             say(f"{one['name']}: cold")
-        found[one["name"]] = {"name": one["name"], **({"error": one["absent"]} if "absent" in one else _cold(one))}
+        found[one["name"]] = {
+            "name": one["name"],
+            **({"error": one["absent"]} if "absent" in one else _cold(one, effort.budget)),
+        }
     going = {one["name"]: one for one in specifications if "error" not in found[one["name"]]}
     plan = {name: share(found[name]["cold"], effort) for name in going}
     for name, (launches, rounds) in plan.items():
@@ -211,7 +235,7 @@ def measure(
         random.Random(launch).shuffle(block)
         say(f"block {launch + 1} of {effort.launches}: {', '.join(one['name'] for one in block) or 'nothing'}")
         for together in [[one] for one in block] if turns else [block]:
-            _block(together, {name: rounds for name, (_, rounds) in plan.items()}, launch, found)
+            _block(together, {name: rounds for name, (_, rounds) in plan.items()}, launch, found, effort.budget)
     return list(found.values()), turns
 
 
@@ -222,35 +246,22 @@ def trial(specification: Specification, rounds: int, enough: float) -> dict[str,
     """
     with processes() as start:
         process = start({**specification, "until": "prefill"})
-        late = threading.Event()
-
-        def give_up() -> None:
-            late.set()
-            process.process.kill()
-
-        watch = threading.Timer(min(enough, threading.TIMEOUT_MAX), give_up)
-        watch.start()
-        try:
-            first = totals(process.round()["stages"])["ttft_paper"]
-            watch.cancel()
-            times = [totals(process.round()["stages"])["ttft_paper"] for _ in range(rounds)]
-            process.close()
-        except RunnerError:
-            if not late.is_set():
-                raise
-            raise RunnerError(f"given up after {enough:.3g} s") from None
-        finally:
-            watch.cancel()
+        process.within(enough, f"given up after {enough:.3g} s")
+        first = totals(process.round()["stages"])["ttft_paper"]
+        process.within(math.inf)
+        times = [totals(process.round()["stages"])["ttft_paper"] for _ in range(rounds)]
+        process.close()
     return {"ttft_paper": min(times, default=first), "first": first}
 
 
-def _cold(specification: Specification) -> dict[str, Any]:
+def _cold(specification: Specification, budget: float) -> dict[str, Any]:
     """Load and answer once, alone, with the model's files out of the page cache."""
+    late = f"stopped after {budget:.3g} s, the budget: loading and one round, cold, take longer: no figures"
     dropped = drop_from_cache(Path(specification["files"])) if specification.get("files") else False
     try:
         with processes() as start:
             begun = time.perf_counter()
-            process = start(specification)
+            process = start(specification, budget, late)
             answered = process.round()
             took, peak = time.perf_counter() - begun, process.close()
     except RunnerError as error:
@@ -285,9 +296,11 @@ def _note(cold: Mapping[str, Any], launches: int, rounds: int, effort: Effort) -
 
 
 def _block(
-    specifications: Sequence[Specification], rounds: Mapping[str, int], launch: int, found: dict[str, dict[str, Any]]
-) -> None:
+    specifications: Sequence[Specification], rounds: Mapping[str, int], launch: int,
+    found: dict[str, dict[str, Any]], budget: float,
+) -> None:  # fmt: skip
     """Start these runners anew, warm them up, and let them do their rounds in an order that changes; add to `found`."""
+    limit = budget, f"stopped after {budget:.3g} s, the budget, in a round: the cold one was faster"
     with processes() as start:
         yardstick = start(_YARDSTICK)
         yardstick.round()
@@ -295,7 +308,8 @@ def _block(
         for one in specifications:
             name = one["name"]
             with _failing(found[name]):
-                running[name] = start({key: value for key, value in one.items() if key != "keep"})
+                running[name] = start({key: value for key, value in one.items() if key != "keep"}, *limit)
+                running[name].within(*limit)
                 running[name].round()
                 found[name]["launches"].append({"load_s": running[name].ready["load_s"], "rounds": []})
         for number in range(max((rounds[name] for name in running), default=0)):
@@ -305,6 +319,7 @@ def _block(
                 time.sleep(_SETTLE)
                 before = _kept(yardstick.round())
                 with _failing(found[name]):
+                    running[name].within(*limit)
                     answered = running[name].round()
                     found[name]["launches"][-1]["rounds"].append({**_kept(answered), "yardstick": before})
                     found[name]["answer"] = answered.get("answer")
@@ -312,6 +327,7 @@ def _block(
             if "error" in found[name]:
                 continue
             with _failing(found[name]):
+                process.within(math.inf)
                 found[name]["peak_bytes"] = max(found[name]["peak_bytes"], process.close())
 
 

@@ -12,8 +12,9 @@ _HOPELESS = 3.0  # a first round so many times slower than the best ends the tri
 _COMPILES = 600.0  # s that a first round with torch.compile may take
 
 
-def search(base: Specification, compiled: bool, say: Callable[[str], None]) -> dict[str, Any]:
-    """Try the settings of a checkpoint's runner, each in a process of its own -> {"device", "rows", "best"}.
+def search(base: Specification, compiled: bool, budget: float, say: Callable[[str], None]) -> dict[str, Any]:
+    """Try the settings of a checkpoint's runner, each in a process of its own and within `budget` seconds for its first
+    round -> {"device", "rows", "best"}.
 
     A row is {"setting", "value", "ttft_paper", "kept"} in seconds, with "compile_s" or "error" where there is one;
     "best" is what to add to the specification. The first row is Transformers' default.
@@ -26,7 +27,7 @@ def search(base: Specification, compiled: bool, say: Callable[[str], None]) -> d
         row: dict[str, Any] = {"setting": setting, "value": value, "kept": False}
         rows.append(row)
         try:
-            found = trial(tried, ROUNDS, _COMPILES if setting == "compile" else _HOPELESS * least)
+            found = trial(tried, ROUNDS, _COMPILES if setting == "compile" else min(budget, _HOPELESS * least))
         except RunnerError as error:
             row["error"] = str(error)
             say(f"{base['name']}: {setting} {value}: {error}")

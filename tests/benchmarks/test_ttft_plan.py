@@ -7,7 +7,7 @@ import ttft_documents
 from html_page import Page
 
 from benchmarks import __main__ as command
-from benchmarks import peers, ttft, ttft_plan
+from benchmarks import peers, ttft, ttft_plan, ttft_run
 from benchmarks.suite import DEMO
 from benchmarks.ttft_document import load_document
 from benchmarks.ttft_runner import DELAY, STAGES
@@ -257,7 +257,8 @@ def test_a_run_end_to_end_with_a_stage_held_up(tmp_path, demo_artefact, monkeypa
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     saved, page = tmp_path / "run.json", tmp_path / "page.html"
     arguments = ["--artefact", str(demo_artefact), "--runner", "executor-as-typed", "transformers-cpu", "--no-search"]
-    effort = ["--launches", "1", "--rounds", "1", "--budget", "0.01", "--prompt-length", "40"]
+    monkeypatch.setattr(ttft_run, "share", lambda cold, effort: (0, 0))  # the cold round is all there is time for
+    effort = ["--launches", "1", "--rounds", "1", "--budget", "600", "--prompt-length", "40"]
     code = run(
         command.build_parser, ["ttft", *arguments, *effort, "--save", str(saved), "--output", str(page), "--json"]
     )

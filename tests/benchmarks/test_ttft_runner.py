@@ -154,6 +154,21 @@ def test_a_trial_that_takes_too_long_is_given_up_and_a_dead_one_says_why(tmp_pat
         ttft_run.trial(script(tmp_path / "dead", *ready, "exit 7"), 1, 600.0)
 
 
+def test_a_cold_pass_past_the_budget_is_stopped_and_said_so(tmp_path):
+    ready = 'echo \'{"ready": true, "load_s": 1, "import_s": 1, "settings": {}, "delay": ""}\''
+    answers = ["read line", 'echo \'{"stages": {}, "waited": {}}\'', "read line", "echo '{\"peak_bytes\": 7}'"]
+    whole = script(tmp_path / "whole", ready, *answers)
+    never_ready = script(tmp_path / "load", "exec sleep 600")
+    never_through = script(tmp_path / "round", ready, "exec sleep 600")
+    for slow in (never_ready, never_through):
+        (found,), _ = ttft_run.measure([slow], Effort(1, 1, 0.05), lambda line: None)
+        assert (
+            found["error"] == "stopped after 0.05 s, the budget: loading and one round, cold, take longer: no figures"
+        )
+    found = ttft_run._cold(whole, 600.0)
+    assert found["peak_bytes"] == 7 and "error" not in found
+
+
 @pytest.mark.parametrize("kind, needs", [("artefact", False), ("checkpoint", True)])
 def test_each_kind_imports_what_it_needs_before_the_clock(kind, needs):
     code = (
@@ -192,6 +207,9 @@ class Fake:
         self.name, self.fails = specification["name"], specification.get("fails", 99)
         self.ready = {"settings": {}, "delay": "", "load_s": 0.1, "import_s": 0.1}
         self.rounds = 0
+
+    def within(self, *limit):
+        pass
 
     def open(self):
         if not self.fails:

@@ -252,16 +252,29 @@ def test_what_is_no_artefact(artefact, tmp_path, tiny_fast_vlm):
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize(("name", "dtype"), [("fp16", "bfloat16"), ("int4", "int8"), ("floats", "bfloat16")])
-def test_for_speed_it_is_the_same_model(name, dtype, tied, artefact):
-    if dtype == "int8" and not int8.AVAILABLE:
+@pytest.mark.parametrize(
+    ("name", "how", "limit"),
+    [
+        ("fp16", ("bfloat16",), 0.05),
+        ("int4", ("bfloat16", "bfloat16", True), 0.05),
+        ("floats", ("bfloat16",), 0.05),
+        ("fp16", ("float32", "float32"), 1e-5),
+        ("int4", ("float32", "bfloat16"), 0.02),
+        ("floats", ("float32", "bfloat16", True), 0.05),
+    ],
+)
+def test_for_speed_it_is_the_same_model(name, how, limit, tied, artefact):
+    if how[2:] and not int8.AVAILABLE:
         pytest.skip("this processor or PyTorch has no 8-bit products (VNNI)")
-    exact, fast = (torch_language(artefact(name, tied), one)[0] for one in ("float32", dtype))
+    exact, fast = (torch_language(artefact(name, tied), *one)[0] for one in ((), how))
     embeds = exact.embed(IDS)  # the table stays as it is stored; its rows are those of the whole table
-    assert np.array_equal(fast.embed(IDS), torch.from_numpy(embeds).bfloat16().float().numpy())
-    logits = fast.prefill(embeds)[0]
-    assert 0 < relative(logits, exact.prefill(embeds)[0]) < 0.05
-    assert relative(fast.prefill(embeds[:, ::-1].copy())[0], logits) > 0.05
+    given = torch.from_numpy(embeds).to(getattr(torch, how[0]))
+    assert np.array_equal(fast.embed(IDS), given.float().numpy())
+    (logits, past), (expected, kept) = fast.prefill(embeds), exact.prefill(embeds)
+    assert 0 < relative(logits, expected) < limit
+    token = embeds[:, 3:4].copy()
+    assert 0 < relative(fast.prefill(token, past)[0], exact.prefill(token, kept)[0]) < limit
+    assert relative(fast.prefill(embeds[:, ::-1].copy())[0], logits) > limit
 
 
 @pytest.mark.parametrize("load", [torch_language, mlx_language])
