@@ -12,6 +12,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from fastvlm import threads
+
 Rows = Callable[[Any], Tensor]  # a slice, or ids (N,) -> the values of those rows of a weight
 _AT_ONCE = 1 << 19  # values that are converted at once: 2 MiB in float32, about what a core's cache holds
 _pool: Executor | None = None
@@ -21,14 +23,11 @@ _pool: Executor | None = None
 def workers() -> Iterator[None]:
     """Inside, streamed layers are computed by as many threads as PyTorch has, each running its operations alone."""
     global _pool
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # also what threads that start from here on begin with
-    try:
-        with ThreadPoolExecutor(threads) as _pool:
+    with threads.alone() as count, ThreadPoolExecutor(count) as _pool:
+        try:
             yield
-    finally:
-        _pool = None
-        torch.set_num_threads(threads)
+        finally:
+            _pool = None
 
 
 @dataclass

@@ -41,15 +41,15 @@ def defaults(given: Mapping[str, str]) -> dict[str, str]:
 
 
 @contextmanager
-def alone() -> Iterator[None]:
+def alone() -> Iterator[int]:
     """One thread for each of torch's operations inside the block, and in Python threads that start there: where those
-    share the work, or where sums must not depend on how many add them up."""
+    share the work, or where sums must not depend on how many add them up. Yields how many it had before."""
     import torch
 
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        yield
+        yield before
     finally:
         torch.set_num_threads(before)
 

@@ -51,8 +51,8 @@ def test_alone_is_one_thread_and_the_number_before_comes_back() -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(before + 1)
     try:
-        with pytest.raises(ZeroDivisionError), threads.alone():
-            assert torch.get_num_threads() == 1
+        with pytest.raises(ZeroDivisionError), threads.alone() as count:
+            assert torch.get_num_threads() == 1 and count == before + 1
             raise ZeroDivisionError
         assert torch.get_num_threads() == before + 1
     finally:
