@@ -1,7 +1,7 @@
 """Which arithmetic is the fastest on this machine for each stage: measured, since instructions alone don't tell.
 
 A measurement takes about half a second and is kept in the user's cache folder, beside what it was obtained on. What a
-busy machine gave is used and not kept: rounds are interleaved and the fastest counts, but nothing vouches for it.
+busy machine gave is used and not kept: others' use of the caches may be in it.
 """
 
 from __future__ import annotations
@@ -61,21 +61,22 @@ def choose() -> Stages:
 
 
 def measure() -> dict[str, dict[str, float]]:
-    """Seconds of a typical product of each stage, by dtype."""
+    """Seconds of processor time of a typical product of each stage, by dtype."""
     with torch.inference_mode():
         return {stage: _fastest_of({dtype: make(getattr(torch, dtype)) for dtype in DTYPES})
                 for stage, make in (("encode", _convolution), ("prefill", _prompt), ("decode", _token))}  # fmt: skip
 
 
 def _fastest_of(runs: dict[str, Run]) -> dict[str, float]:
-    """The least of some interleaved rounds; the first, which creates threads and kernels, is left out."""
+    """The least of some interleaved rounds, in processor time of all threads, which others on these cores hardly
+    change; the first round, which creates threads and kernels, is left out."""
     least = dict.fromkeys(runs, float("inf"))
     for number in range(_ROUNDS):
         for name, run in runs.items():
-            start = time.perf_counter()
+            start = time.process_time()
             run()
             if number:
-                least[name] = min(least[name], time.perf_counter() - start)
+                least[name] = min(least[name], time.process_time() - start)
     return least
 
 
