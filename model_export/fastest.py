@@ -1,7 +1,8 @@
 """Which arithmetic is the fastest on this machine for each stage: measured, since instructions alone don't tell.
 
-A measurement takes about half a second and is kept in the user's cache folder, beside what it was obtained on. What a
-busy machine gave is used and not kept: others' use of the caches may be in it.
+A measurement takes about half a second and is kept in the user's cache folder, beside what it was obtained on. It is
+processor time of one thread, which a busy machine changes by a few per cent (three times as many runnable threads as
+cores: 3 %), so that what it gave is kept as well.
 """
 
 from __future__ import annotations
@@ -52,31 +53,29 @@ def choose() -> Stages:
     if fastest["prefill"] == "bfloat16":  # the matrices are held once, and float32 has nothing to gain from these
         fastest["decode"] = "bfloat16"
     stages = Stages(**fastest)
-    busy = os.getloadavg()[0] > threads.cores() if hasattr(os, "getloadavg") else False
-    log(f"fastest here: {_line(stages, times)}{', measured on a busy machine: not kept' if busy else ''}")
-    if not busy:
-        with suppress(OSError):  # a home that can't be written: it is measured again
-            write_file(path, json.dumps({"machine": machine, "stages": asdict(stages), "seconds": times}).encode())
+    log(f"fastest here: {_line(stages, times)}")
+    with suppress(OSError):  # a home that can't be written: it is measured again
+        write_file(path, json.dumps({"machine": machine, "stages": asdict(stages), "seconds": times}).encode())
     return stages
 
 
 def measure() -> dict[str, dict[str, float]]:
-    """Seconds of processor time of a typical product of each stage, by dtype."""
-    with torch.inference_mode():
+    """Seconds of processor time of a typical product of each stage on one thread, by dtype."""
+    with torch.inference_mode(), threads.alone():
         return {stage: _fastest_of({dtype: make(getattr(torch, dtype)) for dtype in DTYPES})
                 for stage, make in (("encode", _convolution), ("prefill", _prompt), ("decode", _token))}  # fmt: skip
 
 
 def _fastest_of(runs: dict[str, Run]) -> dict[str, float]:
-    """The least of some interleaved rounds, in processor time of all threads, which others on these cores hardly
-    change; the first round, which creates threads and kernels, is left out."""
+    """The least of some interleaved rounds, in processor time, which others on these cores hardly change; the first
+    round, which creates kernels, is left out."""
     least = dict.fromkeys(runs, float("inf"))
     for number in range(_ROUNDS):
         for name, run in runs.items():
-            start = time.process_time()
+            start = time.thread_time()
             run()
             if number:
-                least[name] = min(least[name], time.process_time() - start)
+                least[name] = min(least[name], time.thread_time() - start)
     return least
 
 

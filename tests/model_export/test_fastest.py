@@ -47,7 +47,7 @@ def test_the_same_model_for_speed_and_names_that_say_what_each_stage_computes_in
 
 @pytest.fixture
 def times(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, dict[str, float]]:
-    """What is measured from now on, on an idle machine, and kept in a folder of the test's."""
+    """What is measured from now on, and kept in a folder of the test's."""
     found = {
         "encode": {"float32": 1.0, "bfloat16": 2.0},
         "prefill": {"float32": 3.0, "bfloat16": 4.0},
@@ -55,7 +55,6 @@ def times(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, dict[str
     }
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(fastest, "measure", lambda: found)
-    monkeypatch.setattr("os.getloadavg", lambda: (0.0, 0.0, 0.0))
     return found
 
 
@@ -110,14 +109,6 @@ def test_other_instructions_or_threads_are_another_machine(times: dict, monkeypa
     monkeypatch.setattr(torch, "get_num_threads", lambda: other)
     times["encode"]["float32"] = 9.0
     assert fastest.choose() != first
-
-
-def test_what_a_busy_machine_gave_is_not_kept(
-    times: dict, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr("os.getloadavg", lambda: (1e3, 0.0, 0.0))
-    assert fastest.choose() == Stages("float32", "float32", "bfloat16")
-    assert "measured on a busy machine: not kept" in capsys.readouterr().err and not (tmp_path / "cache").exists()
 
 
 def test_a_cache_that_cannot_be_written_is_no_obstacle(times: dict, tmp_path: Path) -> None:
