@@ -84,7 +84,7 @@ def interrupted(tiny_checkpoint: Path, tmp_path: Path) -> Path:
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(resume.Kept, "keep", keep)
-        patch.setattr("model_export.llm.cores", lambda: 1)  # one after the other
+        patch.setattr("model_export.llm.threads.count", lambda: 1)  # one after the other
         exported(source, tmp_path / "model")
     assert len(kept(tmp_path)) == 5 and sorted(os.listdir(tmp_path)) == [".model.resume", "source"]
     return tmp_path

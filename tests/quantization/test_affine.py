@@ -131,7 +131,7 @@ def test_what_is_not_finite_is_reported(value):
 def test_threads_and_blocks_change_nothing(monkeypatch):
     """Rows on three threads, in blocks that end in the middle of a row, give MLX's bytes, too."""
     monkeypatch.setattr("quantization.kernels._LEAST", 64)
-    monkeypatch.setattr("quantization.kernels.cores", lambda: 3)
+    monkeypatch.setattr("quantization.kernels.threads.count", lambda: 3)
     threads = []
     pool = kernels.ThreadPoolExecutor
     monkeypatch.setattr(kernels, "ThreadPoolExecutor", lambda count: threads.append(count) or pool(count))

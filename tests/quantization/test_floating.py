@@ -146,7 +146,7 @@ def test_every_byte_with_every_scale_dequantized_as_mlx(mode):
 @modes
 def test_more_rows_than_are_worked_on_at_once(mode, monkeypatch):
     monkeypatch.setattr("quantization.kernels._LEAST", 64)
-    monkeypatch.setattr("quantization.kernels.cores", lambda: 3)
+    monkeypatch.setattr("quantization.kernels.threads.count", lambda: 3)
     assert_as_mlx(torch.randn(11, 3 * 640, generator=torch.Generator().manual_seed(1)), mode)
 
 
