@@ -26,9 +26,7 @@ from model_export import contract
 from model_export.mil.allocator import returned_buffers
 
 MAX_NEW_TOKENS = 48  # of each answer
-_LARGE = (
-    1 << 20
-)  # bytes of a buffer: activations, but no part of a weight while it is converted, of which there are many
+_LARGE = 5 << 19  # bytes of a buffer: activations, but no part of a weight (2 MiB), of which there are many
 
 # Each figure in the order of the pipeline: its name for people, and how the pictures' figures become one.
 LABELS = {
