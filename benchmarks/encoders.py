@@ -16,8 +16,12 @@ from fastvlm.limits import finite
 from fastvlm.surface import FastVLM, TorchVision
 from model_export import contract, mil
 from model_export.artefact import is_ours, read_whole
-from model_export.mil.allocator import kept_buffers
+from model_export.mil.allocator import kept_buffers, returned_buffers
 from model_export.runtime import ExecutorVision, function_for
+
+# Bytes of an activation that three runs side by side give back: kept, they cost 0.7 GB at 1024 x 1024; faulting them in
+# again costs 2 s.
+_LARGE = 24 << 20
 
 
 @dataclass(frozen=True)
@@ -88,7 +92,7 @@ def compare_operations(
             features.append(reference.encode(pixels))
 
     try:
-        with kept_buffers():
+        with returned_buffers(_LARGE):
             typed, exact = (
                 operations.program_values(executor, pixels)
                 for executor in (candidate.executor, candidate.executor.in_float32())

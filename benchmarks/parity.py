@@ -4,6 +4,7 @@ Nothing here depends on the clock or on where the artefact lies: the same two fo
 machine, so that it can go into the manifest.
 """
 
+import gc
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -138,6 +139,7 @@ def compare(
     }
     speakers = Speaker.of(expected), Speaker.of(actual)
     del expected, actual  # and with them the encoders, before the language models need the memory
+    gc.collect()
     result = document(answer(*speakers, seen), operations, weight_family(artefact), sides)
     if report is not None:
         from benchmarks.report import write

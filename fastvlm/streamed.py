@@ -4,9 +4,10 @@ A model of them takes the memory of what it may keep of its stored weights; the 
 """
 
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, cast
 
 import torch
@@ -16,7 +17,7 @@ from fastvlm import threads
 
 Rows = Callable[[Any], Tensor]  # a slice, or ids (N,) -> the values of those rows of a weight
 _AT_ONCE = 1 << 19  # values that are converted at once: 2 MiB in float32, about what a core's cache holds
-_pool: Executor | None = None
+_pool: ThreadPoolExecutor | None = None
 
 
 @contextmanager
@@ -58,20 +59,20 @@ class StreamedLinear(nn.Module):
         self.keeps, self.kept = keeps, cast(Rows | None, None)
 
     def forward(self, x: Tensor) -> Tensor:
-        flat, step = x.flatten(0, -2), max(1, _AT_ONCE // self.in_features)
-        result, starts = x.new_empty(len(flat), self.out_features), range(0, self.out_features, step)
+        flat, result = x.flatten(0, -2), x.new_empty(*x.shape[:-1], self.out_features)
+        out, step = result.view(-1, self.out_features), max(1, _AT_ONCE // self.in_features)
         rows = self.kept or self.read()
         self.kept = rows if self.keeps else None
 
-        def compute(start: int) -> None:
-            part = slice(start, start + step)
-            bias = None if self.bias is None else self.bias[part]
+        def compute(start: int, stop: int) -> None:
             with torch.inference_mode():  # which each thread has of its own
-                result[:, part] = nn.functional.linear(flat, rows(part).to(x.dtype), bias)
+                for first in range(start, stop, step):
+                    part = slice(first, min(first + step, stop))
+                    bias = None if self.bias is None else self.bias[part]
+                    out[:, part] = nn.functional.linear(flat, rows(part).to(x.dtype), bias)
 
-        for _ in map(compute, starts) if _pool is None or len(starts) == 1 else _pool.map(compute, starts):
-            pass
-        return result.unflatten(0, x.shape[:-1])
+        _spread(compute, self.out_features)
+        return result
 
 
 def forget(model: nn.Module) -> None:
@@ -79,6 +80,16 @@ def forget(model: nn.Module) -> None:
     for layer in model.modules():
         if isinstance(layer, StreamedLinear):
             layer.kept = None
+
+
+def _spread(compute: Callable[[int, int], None], size: int) -> None:
+    """Call `compute(start, stop)` for equal parts of `size`, one a worker. The calling thread only waits: parts of
+    weights among what lasts would split its heap."""
+    if _pool is None:
+        return compute(0, size)
+    bounds = [size * number // _pool._max_workers for number in range(_pool._max_workers + 1)]
+    for future in [_pool.submit(compute, *both) for both in pairwise(bounds)]:
+        future.result()
 
 
 class StreamedEmbedding(nn.Module):

@@ -3,6 +3,7 @@
 PyTorch computes with the values that MLX's quantized tensors stand for, dequantized bit for bit as MLX does.
 """
 
+import math
 from collections.abc import Iterable
 from functools import partial
 from importlib.metadata import version
@@ -110,10 +111,14 @@ class StoredTensors:
             raise self._unusable(module, error) from None
         return rows, columns
 
-    def mapped(self, name: str, wide: bool = False) -> Rows:
-        """Gives the values of a weight's rows, as `read` and `value`, out of a mapping of its own."""
+    def dense(self, name: str) -> Rows:
+        """Gives the values of a weight's rows, as `read`, which reads them all at once."""
+        return self.read(name).__getitem__
+
+    def mapped(self, name: str) -> Rows:
+        """The same out of a mapping of its own, dequantized when they are asked for, to float32."""
         parts = self.stored(name)
-        return lambda index: self.value(name, {part: tensor[index] for part, tensor in parts.items()}, wide)
+        return lambda index: self.value(name, {part: tensor[index] for part, tensor in parts.items()}, wide=True)
 
     def _unusable(self, module: str, error: Exception) -> UserError:
         return UserError(f"{self.folder}: {module}: unusable quantized weight ({error}); export again")
@@ -279,8 +284,9 @@ def _fill(
             path, owner = "lm_head", module.get_submodule("lm_head")
         linear = owner if replaced and isinstance(owner, nn.Linear) else None
         if linear and speed is None and leaf == "weight":
-            keeps = memory.take(sum(part.nbytes for part in stored.stored(name).values()))
-            module.set_submodule(path, StreamedLinear(partial(stored.mapped, name, True), got, keeps, linear.bias))
+            keeps = memory.take(2 * math.prod(got))  # the values have 16 bits, but for float32's
+            read = partial(stored.dense if keeps else stored.mapped, name)
+            module.set_submodule(path, StreamedLinear(read, got, keeps, linear.bias))
             continue
         held = torch_dtype(speed[0]) if speed and linear and leaf == "weight" else target
         setattr(owner, leaf, nn.Parameter(stored.read(name).to(held), requires_grad=False))

@@ -38,6 +38,8 @@ def returned_buffers(least: int = 1 << 18) -> Iterator[None]:
     made from doesn't stay beside them, and small ones that last don't split what large ones were in; elsewhere do
     nothing."""
     with _settings({_M_MMAP_THRESHOLD: least}):
+        if libc := _libc():
+            libc.malloc_trim(0)  # what was freed before
         yield
 
 
