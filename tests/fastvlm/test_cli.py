@@ -96,7 +96,7 @@ def test_an_interrupted_import_is_one_line(package, tmp_path):
 @pytest.mark.parametrize("module", [STOP, STOP_IN_A_CLASS], ids=["plain", "as another exception"])
 def test_an_interrupted_import_of_a_verb_is_one_line(module, tmp_path):
     (tmp_path / "torch.py").write_text(module)
-    code, out, err = started("fastvlm", "doctor", str(tmp_path), path=tmp_path)
+    code, out, err = started("fastvlm", "demo", "--count", "1", path=tmp_path)
     assert (code, out, err.splitlines()[-1]) == (130, "", "interrupted") and "Traceback" not in err
 
 
