@@ -17,6 +17,7 @@ from fastvlm import threads
 
 Rows = Callable[[Any], Tensor]  # a slice, or ids (N,) -> the values of those rows of a weight
 _AT_ONCE = 1 << 19  # values that are converted at once: 2 MiB in float32, about what a core's cache holds
+_OUTPUTS = 128  # of a product of many rows at a time, at least: fewer are slow to multiply
 _pool: ThreadPoolExecutor | None = None
 
 
@@ -47,8 +48,7 @@ class Memory:
 class StreamedLinear(nn.Module):
     """x (..., I) @ weight (O, I) transposed + bias, in x's dtype.
 
-    `read()` gives access to the weight's rows, mapped from their file. With `keeps` the mapping stays, and what was
-    read with it; else it ends with each use.
+    `read()` gives access to the weight's rows. With `keeps` what it gave stays; else it ends with each use.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class StreamedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         flat, result = x.flatten(0, -2), x.new_empty(*x.shape[:-1], self.out_features)
-        out, step = result.view(-1, self.out_features), max(1, _AT_ONCE // self.in_features)
+        out, step = result.view(-1, self.out_features), max(_AT_ONCE // self.in_features, min(len(flat), _OUTPUTS))
         rows = self.kept or self.read()
         self.kept = rows if self.keeps else None
 
