@@ -221,7 +221,7 @@ def test_operations_typed_fp32_stay_whole(tmp_path: Path) -> None:
         return wide, packages.mb.layer_norm(x=x, axes=[1], name="narrow")
 
     packages.save_program(tmp_path / "p.mlpackage", build, {"x": x})
-    proofs = [name for name, policy in POLICIES.items() if policy.half is torch.float32]
+    proofs = [name for name, policy in POLICIES.items() if policy.half is torch.float32 and not policy.int8]
     outputs = {name: mil.load(tmp_path / "p.mlpackage", name).predict({"x": x}) for name in proofs}
     assert set(outputs) == {"as-typed", "strict-fp16", "float32"}
     for compute in outputs:
