@@ -147,7 +147,7 @@ def _machine(outcome: sweep.Outcome) -> dict[str, Any]:
 
 
 def _need(weights: int, point: sweep.Point) -> int:
-    copies = 2 if sweep_point.needs_encoder(recipe_from_json(point["recipe"])) else 1  # of a calibrated export
+    copies = 2 if recipe_from_json(point["recipe"]).calibrates else 1  # of a calibrated export
     return copies * _BYTES_PER_WEIGHT * weights + _LIBRARIES + _BYTES_PER_PIXEL * point["resolution"] ** 2
 
 

@@ -1,17 +1,11 @@
 """What is measured of a sweep's point: an encoder and a language model, each exported once for all points that share
-it, put together as `model_export all` would, and held against what the checkpoint says (`quality`).
+it, put together as `model_export all` would, and held against what the checkpoint says (`quality`)."""
 
-As a program (`python -m benchmarks.sweep_point JOB`) it is one export in a process of its own.
-"""
-
-import errno
 import fcntl
 import hashlib
 import json
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,31 +14,37 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import environment, evaluate
-from benchmarks.measure import ROOT
 from benchmarks.ttft_runner import STAGES, one_round, totals
-from fastvlm.cli import one_line, quiet_libraries
 from fastvlm.conversations import Sample
-from fastvlm.errors import CheckFailed, UserError
 from model_export.config import ExportConfig
 from quantization import sweep
-from quantization.recipe import Recipe, recipe_from_json
+from quantization.recipe import recipe_from_json
+from quantization.sweep_server import apart
 
 # How often the first token is asked for: at least so often, and for so many seconds, but not more often than that.
 TIMED, TIMED_SECONDS, TIMED_MOST = 5, 2.0, 25
 
 
+def prepare() -> None:
+    """Import what a point and its exports need, once for all points; none of it starts threads."""
+    from transformers import AutoTokenizer, FastVlmForConditionalGeneration, Qwen2ForCausalLM  # noqa: F401
+
+    from benchmarks import quality, ttft_models  # noqa: F401
+    from model_export import calibrate, export, runtime, vision  # noqa: F401
+
+
 def measure(point: sweep.Point, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Export a point (as far as it isn't yet), load it, and ask it. Figures and timings as `quality.quality`'s, and
     sizes, `bits_per_weight`, `load_s` and the stages of the time to first token, in seconds."""
-    from transformers import AutoTokenizer, Qwen2ForCausalLM  # noqa: F401  imported before the clock runs
-
+    prepare()  # where the libraries of the process that forked this one must not be used
     from benchmarks import quality
     from model_export import runtime
 
     work = Path(settings["work"])
-    results = once(work / "shared" / f"reference-{digest(settings['common'])}.zip", partial(_ask_reference, settings))
     with tempfile.TemporaryDirectory(dir=work, prefix="artefact.") as folder:
         manifest = put_together(point, settings, Path(folder))
+        reference = work / "shared" / f"reference-{digest(settings['common'])}.zip"
+        results = once(reference, partial(_ask_reference, settings))
         start = time.perf_counter()
         model = runtime.load(folder)
         loaded = time.perf_counter() - start
@@ -94,7 +94,7 @@ def _ask_reference(settings: Mapping[str, Any], target: Path) -> None:
         model=settings["checkpoint"], results=str(partial_file), is_reference=True, samples=settings["samples"],
         count=settings["count"], text=settings["text"],
     )  # fmt: skip
-    evaluate.measured(job)
+    apart(evaluate.evaluate, job)
     os.replace(partial_file, target)
 
 
@@ -102,12 +102,16 @@ def put_together(point: sweep.Point, settings: Mapping[str, Any], folder: Path) 
     """Put the point's artefact together in `folder`, out of links to the shared exports; returns its manifest."""
     from model_export import artefact
 
+    recipe = recipe_from_json(point["recipe"])
     of_language: dict[str, Any] = {"quant": point["recipe"]}
     of_encoder = {"vision_quant": point["vision_quant"], "image_size": point["resolution"]}
-    if needs_encoder(recipe_from_json(point["recipe"])):
-        exports = [_shared(settings, ("vision", "llm"), of_language | of_encoder)]
-    else:  # the encoder's preprocessor is last, and stays: it has the resolution
-        exports = [_shared(settings, ("llm",), of_language), _shared(settings, ("vision",), of_encoder)]
+    if recipe.vision:  # the recipe says the encoder's forms
+        of_encoder |= of_language
+    encoder = _shared(settings, ("vision",), of_encoder)
+    if recipe.calibrates:  # on what the encoder gives
+        of_language |= of_encoder
+    language = _shared(settings, ("llm",), of_language, encoder if recipe.calibrates else None)
+    exports = (language, encoder)  # the encoder's preprocessor is last, and stays: it has the resolution
     manifests = [artefact.read_manifest(one) for one in exports]
     for one in exports:
         for name in artefact.files_in(one):
@@ -120,60 +124,48 @@ def put_together(point: sweep.Point, settings: Mapping[str, Any], folder: Path) 
     return artefact.write_manifest(folder, first | last | both)
 
 
-def needs_encoder(recipe: Recipe) -> bool:
-    """Whether the recipe's language model is exported with an encoder: calibrated on what that sees, or the recipe says
-    its forms."""
-    return recipe.calibrates or bool(recipe.vision)
-
-
-def _shared(settings: Mapping[str, Any], parts: Sequence[str], options: dict[str, Any]) -> Path:
+def _shared(
+    settings: Mapping[str, Any], parts: Sequence[str], options: dict[str, Any], encoder: Path | None = None
+) -> Path:
     name = f"{'-'.join(parts)}-{digest(settings['common'], options)}"
-    return once(Path(settings["work"]) / "shared" / name, lambda target: export_apart(settings, parts, options, target))
+    make = partial(export_apart, settings, parts, options, encoder=encoder)
+    return once(Path(settings["work"]) / "shared" / name, make)
 
 
-def export_apart(settings: Mapping[str, Any], parts: Sequence[str], options: dict[str, Any], target: Path) -> None:
+def export_apart(
+    settings: Mapping[str, Any],
+    parts: Sequence[str],
+    options: dict[str, Any],
+    target: Path,
+    encoder: Path | None = None,
+) -> None:
     """`export_here` in a process of its own, so that its memory is not the point's."""
-    job = {"parts": parts, "options": options, "settings": dict(settings), "target": str(target)}
-    command = [sys.executable, "-m", "benchmarks.sweep_point", json.dumps(job)]
-    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False)
-    said = done.stdout.splitlines() or [f"export of {parts[0]}: exit {done.returncode}"]
-    if done.returncode == errno.ENOSPC:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
-    if done.returncode:
-        raise CheckFailed(said[-1])
+    apart(export_here, settings, parts, options, target, encoder)
 
 
-def export_here(job: dict[str, Any]) -> None:
-    """Do an export: "parts", "options" of `ExportConfig` ("quant" a recipe's document), "settings", "target"."""
+def export_here(
+    settings: Mapping[str, Any],
+    parts: Sequence[str],
+    options: dict[str, Any],
+    target: Path,
+    encoder: Path | None = None,
+) -> None:
+    """Export `parts` with these options of `ExportConfig` ("quant" a recipe's document); what calibrates sees through
+    the encoder of the artefact `encoder`."""
     from model_export import export
 
-    options, settings, target = job["options"], job["settings"], Path(job["target"])
+    options = dict(options)
     with tempfile.TemporaryDirectory() as folder:
         if "quant" in options:
             path = Path(folder, "recipe.json")
             path.write_text(json.dumps(options["quant"]))
             options["quant"] = str(path)
-        if settings["calibration_data"] and "llm" in job["parts"]:
+        if settings["calibration_data"] and (encoder or "vision" in parts):
             options["calibration_data"] = Path(settings["calibration_data"])
         config = ExportConfig(checkpoint=Path(settings["checkpoint"]), output_dir=target, **options)
-        export.export(export.plan(config, tuple(job["parts"])))
+        export.export(export.plan(config, tuple(parts)), encoder=encoder)
 
 
 def digest(*parts: Any) -> str:
     """Sixteen letters that stand for JSON values."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _main(job: str) -> int:
-    quiet_libraries()
-    try:
-        export_here(json.loads(job))
-    except (UserError, CheckFailed, OSError, MemoryError) as error:
-        print(one_line(error))
-        full = isinstance(error, OSError) and error.errno == errno.ENOSPC  # which ends the whole sweep
-        return errno.ENOSPC if full else 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(_main(sys.argv[1]))

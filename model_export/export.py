@@ -117,9 +117,11 @@ def plan(
     return Plan(config, parts, checkpoint, recipe, calibration, sizes)
 
 
-def export(plan: Plan, parity: Parity | None = None, sources: Sources | None = None) -> dict[str, Any]:
+def export(
+    plan: Plan, parity: Parity | None = None, sources: Sources | None = None, encoder: Path | None = None
+) -> dict[str, Any]:
     """Write the artefact and return its manifest, with `output_dir` and `seconds` by stage added. `sources` may have
-    begun.
+    begun. `encoder` is an artefact whose encoder the language model is calibrated on, where none is exported with it.
 
     `parity(folder)` compares the staged artefact with the checkpoint before it is published and returns a document with
     "passed"; what it returns goes into the manifest. When it did not pass, nothing is published. Raises CheckFailed for
@@ -136,7 +138,7 @@ def export(plan: Plan, parity: Parity | None = None, sources: Sources | None = N
         resume.kept(config.output_dir, _resume_key(plan, sources.before)) as kept,
         staged(config.output_dir, replace=config.overwrite) as folder,
     ):
-        document = _write_parts(plan, folder, sources.result, kept, seconds)
+        document = _write_parts(plan, folder, sources.result, kept, seconds, encoder)
         with _stage("hash the artefact", seconds):
             document = artefact.write_manifest(folder, document, kept.hashes)
         if parity is not None:
@@ -168,6 +170,7 @@ def _write_parts(
     sources: Callable[[], dict[str, Any]],
     kept: resume.Kept,
     seconds: dict[str, float],
+    encoder: Path | None,
 ) -> dict[str, Any]:
     """All files of the artefact but its manifest; returns what the manifest says about them."""
     config, checkpoint, preprocessor = plan.config, plan.checkpoint, plan.checkpoint.preprocessor
@@ -185,7 +188,7 @@ def _write_parts(
     changes = {}
     calibrated = plan.recipe.calibrates
     if "llm" in plan.parts and not calibrated:
-        document["llm"], changes["llm"] = _write_language(plan, folder, kept, seconds)
+        document["llm"], changes["llm"] = _write_language(plan, folder, kept, seconds, None)
     if "vision" in plan.parts:
         from model_export import vision  # noqa: F401  imported beside the hashing, not after it
     with _stage("hash the checkpoint", seconds):  # what is left of it
@@ -194,16 +197,18 @@ def _write_parts(
         notes = (strategy, document["sources"]["sha256"])
         document["vision"], changes["vision"] = _write_encoder(plan, folder, notes, seconds)
     if "llm" in plan.parts and calibrated:  # on what the exported encoder gives
-        document["llm"], changes["llm"] = _write_language(plan, folder, kept, seconds)
+        exported = folder if "vision" in plan.parts else encoder
+        document["llm"], changes["llm"] = _write_language(plan, folder, kept, seconds, exported)
     tokenizer.write_processors(folder, checkpoint.image_size, strategy, preprocessor.mean, preprocessor.std)
     document["licences"] = artefact.carry_licences(checkpoint.path, folder, [changes[part] for part in sorted(changes)])
     return document
 
 
 def _write_language(
-    plan: Plan, folder: Path, kept: resume.Kept, seconds: dict[str, float]
+    plan: Plan, folder: Path, kept: resume.Kept, seconds: dict[str, float], exported: Path | None
 ) -> tuple[dict[str, Any], str]:
-    """The language model's files; returns the manifest's facts and a sentence for the NOTICE."""
+    """The language model's files, where it calibrates on the encoder in `exported` (None: on the checkpoint's); returns
+    the manifest's facts and a sentence for the NOTICE."""
     config, checkpoint, recipe = plan.config, plan.checkpoint, plan.recipe
     ready: Mapping[str, Mapping[str, Any]] = {}
     facts: dict[str, Any] = {}
@@ -211,13 +216,7 @@ def _write_language(
         from model_export.calibrate import calibrate
 
         with _stage("calibration", seconds):
-            found = calibrate(
-                checkpoint,
-                recipe,
-                plan.checkpoint.preprocessor,
-                plan.calibration,
-                folder if "vision" in plan.parts else None,
-            )
+            found = calibrate(checkpoint, recipe, checkpoint.preprocessor, plan.calibration, exported)
         recipe, ready, facts = found.recipe, found.parts, {"calibration": found.facts}
     size = llm.bytes_to_read(checkpoint, recipe, config.layout)
     with _stage("language model", seconds, size) as advance:

@@ -25,7 +25,8 @@ from fastvlm.errors import UserError
 from quantization.compression import COMPRESSIONS
 from quantization.recipe import Recipe, load_recipe
 from quantization.sweep_cluster import cluster
-from quantization.sweep_point import NO_SPACE, ROOT, result_path, run_point, stop
+from quantization.sweep_point import ROOT, run_point, stop
+from quantization.sweep_server import NO_SPACE, result_path
 
 FORMAT = 1  # of a point's result; part of its key
 WIDE = "fp16"  # the form that leaves the encoder's weights as they are
@@ -249,11 +250,10 @@ def _only_sweep(work: Path) -> Iterator[None]:
 
 @contextmanager
 def _threads(jobs: int, run_id: str) -> Iterator[Executor]:
-    """`jobs` threads; what they run is ended when the block ends with an error."""
+    """`jobs` threads; what they run is ended with the block."""
     with ThreadPoolExecutor(jobs) as pool:
         try:
             yield pool
-        except BaseException:
+        finally:
             stop(run_id)
             pool.shutdown(wait=False, cancel_futures=True)
-            raise

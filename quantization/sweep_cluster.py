@@ -25,7 +25,7 @@ def cluster(address: str, work: Path, identity: Identity, run: str) -> Iterator[
     """An executor, and a check to be called now and then that the cluster is still there (UserError).
 
     `identity` must give on every worker what it gives here, and `work` must be the same folder there. Ends the points
-    of `run` on the workers when the block ends with an error.
+    of `run` on the workers, and what starts them, with the block.
     """
     import dask
     import distributed
@@ -44,15 +44,14 @@ def cluster(address: str, work: Path, identity: Identity, run: str) -> Iterator[
         _check_workers(client, address, work, identity)
         with dask.config.set({"distributed.comm.retry.count": RETRIES}):
             yield client.get_executor(pure=False), _watch(client, address, gone)
-    except BaseException as error:
-        if client.status == "running":
-            with suppress(Exception):
-                client.run(stop, run)
-        elif isinstance(error, Exception) and error is not gone:  # whatever a call says when the other end is gone
+    except Exception as error:
+        if client.status != "running" and error is not gone:  # whatever a call says when the other end is gone
             raise gone from error
         raise
     finally:
         with suppress(Exception):
+            if client.status == "running":
+                client.run(stop, run)
             client.close(timeout=2)
 
 

@@ -1,45 +1,35 @@
 """One point of a sweep in a process of its own: a crash, or the system's killing it for memory, is its failure alone.
 
-`run_point` runs in a thread of the sweep, or on a worker of a Dask cluster, and starts the child. As a program
-(`python -m quantization.sweep_point`) it is the child, which ends when whoever started it ends, in whatever way.
+`run_point` runs in a thread of the sweep, or on a worker of a Dask cluster. The first point of a run starts the server
+(`sweep_server`) that has them measured, here and on each worker; all of it ends when this process ends.
 """
 
-import errno
-import importlib
 import json
 import math
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
-import time
-import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from fastvlm import threads
-from fastvlm.cli import one_line
-from fastvlm.staging import write_file
 
 ROOT = Path(__file__).resolve().parent.parent
-NO_SPACE = 3  # exit code of a child that found the disk full: no other point would fare better
 
 _turn = threading.Condition()
-_children: dict["subprocess.Popen[str]", str] = {}  # -> the run that it belongs to
-_used = 0  # bytes, as estimated, of what this process' children need
+_points: dict[socket.socket, str] = {}  # the connections to points -> the run that they belong to
+_servers: dict[str, tuple["subprocess.Popen[bytes]", socket.socket]] = {}  # of each run
+_used = 0  # bytes, as estimated, of what this process' points need
 _stopped: set[str] = set()  # runs
 
 
-def result_path(work: Path, key: str) -> Path:
-    """Where a point's result is, or will be."""
-    return work / "points" / f"{key}.json"
-
-
 def run_point(task: Mapping[str, Any]) -> tuple[int, str]:
-    """Measure one point in a child process: its exit code (0: the result is written), and its error in a line.
+    """Measure one point in a process of its own: its exit code (0: the result is written), and its error in a line.
 
     task (JSON): "run", an id that `stop` takes; "measure", as "module:function"; "point" and "settings", its arguments;
     "work" and "key", where the result goes; "bytes", what it may need, of "limit" bytes in all (None: the Dask
@@ -50,14 +40,14 @@ def run_point(task: Mapping[str, Any]) -> tuple[int, str]:
             return 1, "stopped"
         logged = Path(task["work"]) / "logs" / f"{task['key']}.log"
         logged.parent.mkdir(parents=True, exist_ok=True)
-        with logged.open("w") as errors, _child_of(task, errors) as child:
-            assert child.stdin and child.stdout
-            with suppress(BrokenPipeError):  # died at once: its exit code tells
-                child.stdin.write(json.dumps(task) + "\n")
-                child.stdin.flush()  # and stays open: its end tells the child that we are gone
-            said = child.stdout.read().strip()
-            code = child.wait()
-            _kill(child)  # whatever it started and left
+        with logged.open("w") as errors, _connected(task, errors) as connection:
+            with suppress(OSError):  # ended at once: its exit code tells
+                connection.sendall(json.dumps(task).encode() + b"\n")
+            said, _, code = connection.makefile().read().rpartition("\n")
+    return _told(int(code or -signal.SIGKILL), said, logged)  # none: nobody was left to say it
+
+
+def _told(code: int, said: str, logged: Path) -> tuple[int, str]:
     if code == 0:
         logged.unlink(missing_ok=True)
         return 0, ""
@@ -68,19 +58,24 @@ def run_point(task: Mapping[str, Any]) -> tuple[int, str]:
 
 
 def stop(run: str) -> None:
-    """End every point of a run that this process has started, and start no more."""
+    """End a run here: every point that this process has had started, and what starts them; start no more."""
     with _turn:
         _stopped.add(run)
-        for child, owner in _children.items():
+        for connection, owner in _points.items():
             if owner == run:
-                _kill(child)
+                _hang_up(connection)
+        if run in _servers:
+            server, tasks = _servers.pop(run)
+            server.kill()
+            server.wait()
+            tasks.close()
         _turn.notify_all()
 
 
-def _kill(child: "subprocess.Popen[str]") -> None:
-    """End a point's child and all that it started: they are a group of their own."""
-    with suppress(ProcessLookupError):
-        os.killpg(child.pid, signal.SIGKILL)
+def _hang_up(connection: socket.socket) -> None:
+    """End a point: its process group does so when the connection ends."""
+    with suppress(OSError):
+        connection.shutdown(socket.SHUT_WR)
 
 
 @contextmanager
@@ -107,70 +102,36 @@ def _worker_limit() -> float:
 
 
 @contextmanager
-def _child_of(task: Mapping[str, Any], errors: Any) -> Iterator["subprocess.Popen[str]"]:
-    paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    number = threads.environment(task["threads"]) if task["threads"] else {}
-    with subprocess.Popen(
-        [sys.executable, "-m", "quantization.sweep_point"],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True,
-        env=os.environ | {"PYTHONPATH": paths} | number,
-        start_new_session=True,  # a group of its own: Ctrl-C is for the sweep, which then ends it
-    ) as child:  # fmt: skip
-        with _turn:
-            _children[child] = task["run"]
+def _connected(task: Mapping[str, Any], errors: Any) -> Iterator[socket.socket]:
+    """A connection to a new process for the point, which ends with it."""
+    ours, theirs = socket.socketpair()
+    with ours:
+        with _turn, theirs:
+            _points[ours] = task["run"]
             if task["run"] in _stopped:
-                _kill(child)
+                _hang_up(ours)
+            else:
+                socket.send_fds(_server(task), [b"."], [theirs.fileno(), errors.fileno()])
         try:
-            yield child
+            yield ours
         finally:
             with _turn:
-                del _children[child]
+                del _points[ours]
 
 
-def _child() -> int:
-    """Measure the point on stdin's first line and write its result; an error goes to stdout."""
-    channel = os.dup(1)
-    os.dup2(2, 1)  # whatever is printed goes to the log
-    task = json.loads(sys.stdin.readline())
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    try:
-        module, _, name = task["measure"].partition(":")
-        start = time.perf_counter()
-        result = _plain(getattr(importlib.import_module(module), name)(task["point"], task["settings"]))
-        result["timings"] |= {"seconds": time.perf_counter() - start, "peak_bytes": _peak_bytes()}
-        document = json.dumps({"key": task["key"], **result}, allow_nan=False)
-        write_file(result_path(Path(task["work"]), task["key"]), document.encode())
-    except Exception as error:
-        traceback.print_exc()
-        os.write(channel, one_line(error).encode())
-        return NO_SPACE if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT) else 1
-    return 0
-
-
-def _end_with_parent() -> None:
-    os.read(0, 1)  # returns when the other end is closed, whatever way the parent ended
-    os.killpg(0, signal.SIGKILL)  # us, and what we started
-
-
-def _plain(value: Any) -> Any:
-    """Mappings and sequences copied for JSON; figures that are not finite as None."""
-    if isinstance(value, Mapping):
-        return {name: _plain(item) for name, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _peak_bytes() -> int:
-    """The largest resident memory of this process; getrusage would count its parent's in on Linux."""
-    with suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
-
-
-if __name__ == "__main__":
-    sys.exit(_child())
+def _server(task: Mapping[str, Any]) -> socket.socket:
+    """The connection to the run's server, which is started where there is none, or no longer."""
+    server, tasks = _servers.get(task["run"], (None, None))
+    if server is None or tasks is None or server.poll() is not None:
+        tasks, theirs = socket.socketpair()
+        paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        number = threads.environment(task["threads"]) if task["threads"] else {}
+        with theirs:
+            server = subprocess.Popen(
+                [sys.executable, "-m", "quantization.sweep_server", task["measure"]],
+                stdin=theirs.fileno(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                env=os.environ | {"PYTHONPATH": paths} | number,
+                start_new_session=True,  # Ctrl-C is for the sweep, which then ends it
+            )  # fmt: skip
+        _servers[task["run"]] = server, tasks
+    return tasks

@@ -107,9 +107,9 @@ def exports_here(monkeypatch):
     """Exports run in this process, and are noted."""
     seen = []
 
-    def here(settings, parts, options, target):
+    def here(settings, parts, options, target, encoder=None):
         seen.append(parts)
-        sweep_point.export_here({"parts": parts, "options": options, "settings": settings, "target": str(target)})
+        sweep_point.export_here(settings, parts, options, target, encoder)
 
     monkeypatch.setattr(sweep_point, "export_apart", here)
     return seen
@@ -127,23 +127,53 @@ def test_halves_put_together_are_the_artefact_of_one_export(tiny_fast_vlm, tmp_p
         mine, theirs = ({n: f for n, f in one["files"].items() if n.startswith(name)} for one in (manifest, whole))
         assert mine == theirs and mine, name
     assert manifest["image"] == whole["image"] and manifest["files"].keys() == whole["files"].keys()
-    assert exports_here == [("llm",), ("vision",)]
+    assert exports_here == [("vision",), ("llm",)]
+
+
+def test_what_is_calibrated_sees_through_the_encoder_that_all_recipes_share(tiny_fast_vlm, tmp_path, exports_here):
+    data = tmp_path / "pictures"
+    data.mkdir()
+    Image.new("RGB", (80, 60), (200, 30, 40)).save(data / "one.png")
+    settings = {"work": str(tmp_path), "checkpoint": str(tiny_fast_vlm), "calibration_data": str(data), "common": "x"}
+    made = {}
+    for name in ("int4", "int4-awq"):
+        folder = tmp_path / name
+        folder.mkdir()
+        point = {"name": "p", "recipe": load_recipe(name).to_json(), "vision_quant": "fp16", "resolution": 64}
+        made[name] = sweep_point.put_together(point, settings, folder)
+    assert exports_here == [("vision",), ("llm",), ("llm",)]
+    config = ExportConfig(tiny_fast_vlm, tmp_path / "whole", quant="int4-awq", image_size=64, calibration_data=data)
+    whole = export.export(export.plan(config))
+    files = made["int4-awq"]["files"]
+    for name in ("fastvithd.mlpackage", "model.safetensors"):
+        assert [f for n, f in files.items() if n.startswith(name)] == [
+            f for n, f in whole["files"].items() if n.startswith(name)
+        ], name
+    assert files["model.safetensors"] != made["int4"]["files"]["model.safetensors"]
+    mine, theirs = (one["llm"]["calibration"] for one in (made["int4-awq"], whole))
+    assert mine == theirs and mine["encoder"] == "the exported package"
 
 
 @pytest.mark.parametrize(
     ("name", "exported"),
-    [("int4", [["llm"], ["vision"]]), ("int4-awq", [["vision", "llm"]]), ("fit:5bpw", [["vision", "llm"]])],
+    [
+        ("int4", "vision llm vision"),  # a language model of its own once for all resolutions
+        ("int4-awq", "vision llm vision llm"),
+        ("fit:5bpw", "vision llm vision llm"),
+    ],
 )
-def test_what_is_calibrated_is_exported_with_its_encoder(name, exported, tmp_path, monkeypatch):
-    def export_apart(settings, parts, options, target):
-        seen.append(list(parts))
-        assert ("quant" in options) == ("llm" in parts) and ("image_size" in options) == ("vision" in parts)
+def test_what_is_exported_anew_for_another_resolution(name, exported, tmp_path, monkeypatch):
+    def export_apart(settings, parts, options, target, encoder):
+        seen.extend(parts)
+        calibrates = parts == ("llm",) and name != "int4"
+        assert ("quant" in options) == (parts == ("llm",)) and (encoder is not None) == calibrates
+        assert ("image_size" in options) == (parts == ("vision",) or calibrates)
         target.mkdir()
         for part in parts:
             (target / part).write_text(part)
         artefact.write_manifest(target, {"parts": list(parts)} | {part: {"options": str(options)} for part in parts})
 
-    seen: list[list[str]] = []
+    seen: list[str] = []
     monkeypatch.setattr(sweep_point, "export_apart", export_apart)
     settings = {"work": str(tmp_path / "work"), "common": "x"}
     for size in (64, 64, 128):
@@ -152,7 +182,7 @@ def test_what_is_calibrated_is_exported_with_its_encoder(name, exported, tmp_pat
         point = {"name": "p", "recipe": load_recipe(name).to_json(), "vision_quant": "fp16", "resolution": size}
         manifest = sweep_point.put_together(point, settings, folder)
         assert set(manifest["files"]) == {"llm", "vision"} and artefact.verify(folder) == []
-    assert seen == exported + exported[-1:], "once for each resolution; a language model of its own once for all"
+    assert seen == exported.split()
 
 
 @pytest.mark.slow

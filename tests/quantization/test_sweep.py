@@ -233,12 +233,20 @@ def test_a_killed_sweep_takes_its_children_with_it(tmp_path, points):
         env=os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{HERE}"}, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     until(lambda: len(fakes.runs(tmp_path)) == 2)
-    children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True).stdout
-    pids = [int(pid) for pid in children.split()]
-    assert len(pids) == 2
+    pids = below(process.pid)
+    assert len(pids) >= 1 + 2, "what starts the points, and they"
     process.kill()
     process.communicate()
     until(lambda: not any(map(alive, pids)), 60)
+
+
+def below(pid):
+    """All processes that it and its children started."""
+    listed = subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True).stdout.split()
+    parents, found = dict(zip(map(int, listed[::2]), map(int, listed[1::2]))), []
+    for one in [one for one, parent in parents.items() if parent == pid]:
+        found += [one, *below(one)]
+    return found
 
 
 def alive(pid):
