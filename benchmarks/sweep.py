@@ -152,9 +152,10 @@ def _need(weights: int, point: sweep.Point) -> int:
 
 
 def _tidy(work: Path) -> None:
-    """Remove what only a running sweep needs: the exported halves, and what killed points left."""
-    for path in (*work.glob("artefact.*"), *work.glob("shared/llm-*"), *work.glob("shared/vision-*")):
-        shutil.rmtree(path, ignore_errors=True)
+    """Remove what only a running sweep needs: the exported halves and their features, and what killed points left."""
+    for pattern in ("artefact.*", "shared/llm-*", "shared/vision-*", "shared/features-*"):
+        for path in work.glob(pattern):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _resolved(path: Path | None) -> str | None:

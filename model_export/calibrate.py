@@ -11,8 +11,8 @@ from fastvlm.cli import log, progress
 from fastvlm.conversations import Sample
 from fastvlm.dtypes import Array, as_array
 from fastvlm.preprocessing import Preprocessor
+from fastvlm.surface import Vision
 from model_export.llm import weight_shapes
-from model_export.runtime import ExecutorVision
 from quantization.calibrated import calibrated
 from quantization.calibration import collect
 from quantization.recipe import ELSEWHERE, Recipe
@@ -37,9 +37,9 @@ def calibrate(
     recipe: Recipe,
     preprocessor: Preprocessor,
     samples: list[Sample] | None,
-    exported: Path | None,
+    exported: Vision | None,
 ) -> Calibrated:
-    """Run the samples through the encoder in the folder `exported` (None: the checkpoint's), then the recipe's method.
+    """Run the samples through the `exported` encoder (None: the checkpoint's), then the recipe's method.
 
     Without samples there are built-in ones. Answers that they don't have are the checkpoint's own. The model computes
     in bfloat16 where the checkpoint is stored so, else in float32.
@@ -52,7 +52,7 @@ def calibrate(
     dtype = "bfloat16" if stored == {"bfloat16"} else "float32"
     model = from_model(build(checkpoint, dtype, "cpu"), checkpoint, preprocessor)
     if exported is not None:
-        model = replace(model, vision=ExecutorVision(exported))
+        model = replace(model, vision=exported)
     with progress("calibration (pictures and questions)", len(samples)) as advance:
         calibration = collect(model, checkpoint.model_config.text.vocab_size, samples, advance)
     language = model.language.model  # type: ignore[attr-defined]

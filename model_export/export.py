@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastvlm import conversations, naming, pictures
 from fastvlm.checkpoint import Checkpoint, open_checkpoint
@@ -18,6 +18,9 @@ from fastvlm.staging import staged
 from model_export import artefact, compress, contract, llm, resume, tokenizer
 from model_export.config import DEFAULT_TARGET, ExportConfig
 from quantization.recipe import Recipe, load_recipe
+
+if TYPE_CHECKING:
+    from fastvlm.surface import Vision
 
 PARTS = ("vision", "llm")
 # What the folded encoder's weights take for each parameter; biases and constants are noise beside them.
@@ -118,10 +121,11 @@ def plan(
 
 
 def export(
-    plan: Plan, parity: Parity | None = None, sources: Sources | None = None, encoder: Path | None = None
+    plan: Plan, parity: Parity | None = None, sources: Sources | None = None, vision: "Vision | None" = None
 ) -> dict[str, Any]:
     """Write the artefact and return its manifest, with `output_dir` and `seconds` by stage added. `sources` may have
-    begun. `encoder` is an artefact whose encoder the language model is calibrated on, where none is exported with it.
+    begun. `vision` is what the language model is calibrated on where no encoder is exported with it (None: the
+    checkpoint's own).
 
     `parity(folder)` compares the staged artefact with the checkpoint before it is published and returns a document with
     "passed"; what it returns goes into the manifest. When it did not pass, nothing is published. Raises CheckFailed for
@@ -138,7 +142,7 @@ def export(
         resume.kept(config.output_dir, _resume_key(plan, sources.before)) as kept,
         staged(config.output_dir, replace=config.overwrite) as folder,
     ):
-        document = _write_parts(plan, folder, sources.result, kept, seconds, encoder)
+        document = _write_parts(plan, folder, sources.result, kept, seconds, vision)
         with _stage("hash the artefact", seconds):
             document = artefact.write_manifest(folder, document, kept.hashes)
         if parity is not None:
@@ -170,7 +174,7 @@ def _write_parts(
     sources: Callable[[], dict[str, Any]],
     kept: resume.Kept,
     seconds: dict[str, float],
-    encoder: Path | None,
+    sees: "Vision | None",
 ) -> dict[str, Any]:
     """All files of the artefact but its manifest; returns what the manifest says about them."""
     config, checkpoint, preprocessor = plan.config, plan.checkpoint, plan.checkpoint.preprocessor
@@ -197,18 +201,21 @@ def _write_parts(
         notes = (strategy, document["sources"]["sha256"])
         document["vision"], changes["vision"] = _write_encoder(plan, folder, notes, seconds)
     if "llm" in plan.parts and calibrated:  # on what the exported encoder gives
-        exported = folder if "vision" in plan.parts else encoder
-        document["llm"], changes["llm"] = _write_language(plan, folder, kept, seconds, exported)
+        if "vision" in plan.parts:
+            from model_export.runtime import ExecutorVision
+
+            sees = ExecutorVision(folder)
+        document["llm"], changes["llm"] = _write_language(plan, folder, kept, seconds, sees)
     tokenizer.write_processors(folder, checkpoint.image_size, strategy, preprocessor.mean, preprocessor.std)
     document["licences"] = artefact.carry_licences(checkpoint.path, folder, [changes[part] for part in sorted(changes)])
     return document
 
 
 def _write_language(
-    plan: Plan, folder: Path, kept: resume.Kept, seconds: dict[str, float], exported: Path | None
+    plan: Plan, folder: Path, kept: resume.Kept, seconds: dict[str, float], sees: "Vision | None"
 ) -> tuple[dict[str, Any], str]:
-    """The language model's files, where it calibrates on the encoder in `exported` (None: on the checkpoint's); returns
-    the manifest's facts and a sentence for the NOTICE."""
+    """The language model's files, calibrated on what `sees` gives; returns the manifest's facts and a sentence for the
+    NOTICE."""
     config, checkpoint, recipe = plan.config, plan.checkpoint, plan.recipe
     ready: Mapping[str, Mapping[str, Any]] = {}
     facts: dict[str, Any] = {}
@@ -216,7 +223,7 @@ def _write_language(
         from model_export.calibrate import calibrate
 
         with _stage("calibration", seconds):
-            found = calibrate(checkpoint, recipe, checkpoint.preprocessor, plan.calibration, exported)
+            found = calibrate(checkpoint, recipe, checkpoint.preprocessor, plan.calibration, sees)
         recipe, ready, facts = found.recipe, found.parts, {"calibration": found.facts}
     size = llm.bytes_to_read(checkpoint, recipe, config.layout)
     with _stage("language model", seconds, size) as advance:

@@ -3,13 +3,16 @@
 import argparse
 import json
 
+import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from benchmarks import sweep, sweep_point
+from fastvlm import threads
 from fastvlm.cli import Parser, add_common, run
 from fastvlm.conversations import Sample
-from model_export import artefact, export
+from model_export import artefact, contract, export
 from model_export.config import ExportConfig
 from quantization.recipe import load_recipe
 
@@ -100,6 +103,33 @@ def test_what_points_share_is_made_once_and_never_half(tmp_path):
     assert sweep_point.once(target, make).read_text() == "whole"
     sweep_point.once(target, make)
     assert len(made) == 2
+
+
+def test_an_encoder_that_points_share_sees_each_picture_once(tmp_path):
+    class Vision:
+        name, remedy = "fake", ""
+
+        def encode(self, pixel_values):
+            seen.append(float(pixel_values[0, 0, 0, 0]))
+            return pixel_values[:, 0] * 2
+
+    def ask(vision, package="1", number=1.0):
+        files = {f"{contract.PACKAGE}/weights": {"sha256": package}, "model.safetensors": {"sha256": str(len(seen))}}
+        pixels = np.full((1, 3, 4, 4), number, np.float32)
+        features = sweep_point.Remembered(vision, tmp_path, {"files": files}).encode(pixels)
+        assert features.dtype == np.float32 and np.array_equal(features, pixels[:, 0] * 2)
+
+    seen: list[float] = []
+    vision, other = Vision(), Vision()
+    other.name = "another way"
+    for number in (1, 2, 1, 2):
+        ask(vision, number=number)
+    assert seen == [1, 2]
+    ask(vision, "2")
+    ask(other)
+    with threads.alone():
+        ask(vision)
+    assert seen == [1, 2, 1, 1] + [1] * (torch.get_num_threads() > 1), "other encoders, other threads"
 
 
 @pytest.fixture
