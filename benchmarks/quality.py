@@ -11,12 +11,13 @@ import time
 import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks import metrics
+from benchmarks import language_parity, metrics
 from benchmarks.text_model import TextModel
 from fastvlm.conversations import Sample
 from fastvlm.errors import UserError
@@ -30,6 +31,7 @@ TEXT_TOKENS, LEAST_TEXT_TOKENS = 4096, 64  # of a text: what is read, and what a
 _END = "<|im_end|>"  # of an answer in the chat template
 _CONTINUED, _START_TOKENS = 8, 64  # the text's beginnings that a text model, which is asked nothing, continues
 _TIMED = 5  # answers whose steps are timed
+_AT_ONCE = 64  # prompts whose embeddings wait to be answered in batches: 0.3 GB at most, in the 7B model
 _VALUES_KEPT = 1 << 27  # logits kept of the prompts, and as many of the text: 0.5 GB each in float32
 Model = FastVLM | TextModel
 
@@ -102,8 +104,7 @@ def reference_results(model: Model, samples: Sequence[Sample], text: Text | None
     parts = windows(model.tokenizer, text) if text else []
     clock, asked, answer_nats, text_nats = Clock(), [], [], []
     with zipfile.ZipFile(target, "w") as file:
-        for number, (sample, tokens, embeds) in enumerate(_prompts(model, samples, clock)):
-            answer = clock.answer(model, embeds)
+        for number, (sample, tokens, embeds, answer) in enumerate(_answered(model, samples, clock)):
             logits = _forced(model, embeds, answer, len(tokens))
             kept = _evenly(len(logits), _VALUES_KEPT // (logits.shape[1] * len(samples)), len(tokens) - 1)
             _write(file, f"prompt/{number}", logits[kept])
@@ -230,6 +231,19 @@ def _first(stream: Iterator[int]) -> Iterator[int]:
     for token in stream:
         yield token
         return
+
+
+def _answered(
+    model: Model, samples: Sequence[Sample], clock: Clock
+) -> Iterator[tuple[Sample, list[int], np.ndarray, list[int]]]:
+    """Each of `_prompts` with the model's own answer's token ids: the first ones timed, the others in batches."""
+    prompts = _prompts(model, samples, clock)
+    for prompt in islice(prompts, _TIMED):
+        yield *prompt, clock.answer(model, prompt[-1])
+    while group := list(islice(prompts, _AT_ONCE)):
+        waiting = [embeds for *_, embeds in group]
+        found = language_parity.answers(model.language, waiting, MAX_NEW_TOKENS, lambda count: None)
+        yield from ((*prompt, reading.tokens) for prompt, reading in zip(group, found))
 
 
 def _prompts(model: Model, samples: Sequence[Sample], clock: Clock) -> Iterator[tuple[Sample, list[int], np.ndarray]]:
