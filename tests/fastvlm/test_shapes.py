@@ -1,14 +1,23 @@
 """The names and shapes that a checkpoint is held to, against those of Transformers' own class."""
 
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
+import hypothesis
+import numpy as np
 import pytest
+from hypothesis import strategies as st
 from transformers import Qwen2Config
 
 from fastvlm import naming
 from fastvlm.configuration import configuration_of, hf_config_of
 from fastvlm.shapes import shapes, skeleton
 from fastvlm.synthetic import SHAPES, _config
+
+ROOT = Path(__file__).resolve().parents[2]
+DEMO = ROOT / "fastvlm" / "demo_checkpoint"
 
 
 @pytest.mark.parametrize("shape", ["tiny", "encoder", "0.5b", "1.5b", "7b"])
@@ -20,6 +29,37 @@ def test_shapes_are_those_of_the_class(shape: str, form: str, layout: str) -> No
     model = configuration_of(raw, layout, form, sizes.tied)
     state = skeleton(hf_config_of(model)).state_dict()
     assert shapes(model) == {name: tuple(t.shape) for name, t in state.items() if not naming.is_ignored(name)}
+
+
+@hypothesis.settings(max_examples=10, deadline=None)
+@hypothesis.given(
+    st.lists(st.integers(1, 4), min_size=5, max_size=5),
+    st.sampled_from([4, 8, 12, 32, 33]),
+    st.lists(st.integers(1, 4), min_size=4, max_size=4),
+    st.booleans(),
+)
+def test_a_reduced_tower_is_timms(layers: list[int], first: int, times: list[int], folded: bool) -> None:
+    widths = [int(width) for width in np.cumprod([first, *times])]
+    sizes = SHAPES["tiny"]
+    raw = _config(sizes, "llava_qwen2", "folded", "float16", sizes.tied, sizes.image_size)
+    raw["mm_vision_model_args"] = {"layers": layers, "embed_dims": widths}
+    model = configuration_of(raw, "llava_qwen2", "folded" if folded else "training", sizes.tied)
+    try:
+        state = skeleton(hf_config_of(model)).state_dict()
+    except Exception as error:
+        with pytest.raises(type(error)):
+            shapes(model)
+        return
+    assert shapes(model) == {name: tuple(t.shape) for name, t in state.items() if not naming.is_ignored(name)}
+
+
+def test_a_reduced_tower_needs_no_library() -> None:
+    code = (
+        "import sys; from pathlib import Path; from fastvlm.checkpoint import open_checkpoint;"
+        f"open_checkpoint(Path({str(DEMO)!r})); print({{'torch', 'timm', 'transformers'}} & sys.modules.keys())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.strip() == "set()"
 
 
 MINIMAL = {
