@@ -12,6 +12,15 @@ from pathlib import Path
 RECIPES, FORMS, RESOLUTIONS = ("fp16", "bf16", "int8", "int4"), ("fp16", "int8"), (128, 256)
 
 
+prepared = None
+
+
+def prepare():
+    """Notes the process that did it."""
+    global prepared
+    prepared = os.getpid()
+
+
 def identity():
     return {"sources": "the tests' own"}
 
@@ -36,6 +45,7 @@ def fake(point, settings):
         "answer_kl_mean": digest[1] / 2560, "same_answers": 1 - digest[1] / 2560,
     }  # fmt: skip
     timings = {"ttft_s": time.perf_counter() % 1, "threads": int(os.environ["OMP_NUM_THREADS"])}
+    timings |= {"process": os.getpid(), "prepared": prepared}
     said = f"A thing of {digest[2] % 3}."
     answers = [{"name": "q", "question": "What?", "reference": "A thing.", "candidate": said, "expected": None}]
     return {"figures": figures, "timings": timings, "answers": answers}

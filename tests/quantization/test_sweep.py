@@ -17,8 +17,8 @@ import pytest
 import sweep_fakes as fakes
 
 from fastvlm import threads
-from fastvlm.errors import UserError
-from quantization import sweep, sweep_cluster, sweep_report
+from fastvlm.errors import CheckFailed, UserError
+from quantization import sweep, sweep_cluster, sweep_report, sweep_server
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
@@ -116,6 +116,22 @@ def test_a_repeated_sweep_is_free_and_a_larger_one_measures_only_what_is_new(tmp
     assert (again.found, len(again.results)) == (3, 5)
     assert set(fakes.runs(tmp_path).values()) == {1} and len(fakes.runs(tmp_path)) == 5
     assert sweep.run(replace(one, inputs={"samples": "others"}), points[:1]).found == 0  # negative control
+
+
+def test_libraries_are_imported_once_and_each_point_has_a_process(tmp_path, points):
+    timings = [r["timings"] for r in sweep.run(fakes.sweep_of(tmp_path), points[:4], jobs=2).results.values()]
+    processes, prepared = ({one[name] for one in timings} for name in ("process", "prepared"))
+    assert len(processes) == 4 and len(prepared) == 1 and not prepared & processes
+    assert (None not in prepared) == (sys.platform == "linux")
+    assert not alive(prepared.pop()), "it ends with the sweep"
+
+
+def test_what_is_done_apart_says_how_it_ended():
+    assert sweep_server.apart(os.getppid) == os.getpid()
+    with pytest.raises(UserError, match="nowhere"):
+        sweep_server.apart(sweep.load_recipe, "nowhere.json")
+    with pytest.raises(CheckFailed, match="_exit: its process was killed"):
+        sweep_server.apart(os._exit, 9)
 
 
 def test_a_damaged_result_is_measured_again(tmp_path, points):
