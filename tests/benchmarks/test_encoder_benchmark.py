@@ -11,7 +11,7 @@ import pytest
 from benchmarks import __main__ as benchmarks_main
 from benchmarks import encoder, encoder_steps, steps, suite
 from benchmarks.measure import Measured
-from fastvlm import cli
+from fastvlm import cli, threads
 from fastvlm.errors import CheckFailed
 from model_export import __main__ as model_export_main
 from model_export import compress
@@ -120,8 +120,8 @@ def test_snr_sees_another_checkpoint(make_checkpoint, tiny_fast_vlm, export):
 
 
 def test_palettes_beside_coremltools(tiny_fast_vlm, monkeypatch):
-    for name in encoder_steps._ONE_CORE:
-        monkeypatch.setenv(name, "1")  # which the step sets: undone after the test
+    for name, value in threads.environment(1).items():
+        monkeypatch.setenv(name, value)  # which the step sets: undone after the test
     every = compress.weights
     monkeypatch.setattr(
         compress, "weights", lambda encoder: dict(list(every(encoder).items())[-6:])
