@@ -24,7 +24,7 @@ from fastvlm.errors import CheckFailed, UserError
 from fastvlm.files import load_json
 from fastvlm.surface import FastVLM, Language, TorchLanguage, load_checkpoint
 from model_export import contract
-from model_export.mil.allocator import returned_buffers
+from model_export.mil.allocator import give_back, returned_buffers
 
 MAX_NEW_TOKENS = 48  # of each answer
 _LARGE = 5 << 19  # bytes of a buffer: activations, but no part of a weight (2 MiB), of which there are many
@@ -217,6 +217,7 @@ def _answers(
             found = language_parity.answers_after(speaker.language, embeds, drafts, MAX_NEW_TOKENS, advance)
     if isinstance(speaker.language, TorchLanguage):
         streamed.forget(speaker.language.model)  # the memory is for the other side now
+        give_back()
     return found
 
 

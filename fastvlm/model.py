@@ -53,8 +53,9 @@ def _stream(model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype) -> Non
     """Put streamed layers in the places of the language model's embeddings and linear layers; biases are left."""
     memory, head = Memory(), naming.LM_HEAD.removesuffix(".weight")
 
-    def rows(name: str) -> Rows:
-        return checkpoint.read(name, mapped=True, alone=True).__getitem__
+    def rows(name: str, alone: bool = False) -> Rows:
+        # Of what stays, one mapping for all: a page that two mappings share counts twice.
+        return checkpoint.read(name, mapped=True, alone=alone).__getitem__
 
     for path, layer in [*model.named_modules()]:
         name = naming.EMBEDDINGS if path == head and checkpoint.tied else f"{path}.weight"
@@ -62,8 +63,8 @@ def _stream(model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype) -> Non
             model.set_submodule(path, StreamedEmbedding(rows(name), dtype))
         elif isinstance(layer, nn.Linear) and path.startswith((naming.LANGUAGE, head)):
             info = checkpoint.tensors[name]
-            layer_rows = partial(rows, name)
-            model.set_submodule(path, StreamedLinear(layer_rows, info.shape, memory.take(info.nbytes), layer.bias))
+            keeps = memory.take(info.nbytes)
+            model.set_submodule(path, StreamedLinear(partial(rows, name, not keeps), info.shape, keeps, layer.bias))
 
 
 def folded_skeleton(checkpoint: Checkpoint) -> nn.Module:

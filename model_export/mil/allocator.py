@@ -38,9 +38,14 @@ def returned_buffers(least: int = 1 << 18) -> Iterator[None]:
     made from doesn't stay beside them, and small ones that last don't split what large ones were in; elsewhere do
     nothing."""
     with _settings({_M_MMAP_THRESHOLD: least}):
-        if libc := _libc():
-            libc.malloc_trim(0)  # what was freed before
+        give_back()
         yield
+
+
+def give_back() -> None:
+    """On glibc, give back what has been freed and was kept; elsewhere do nothing."""
+    if libc := _libc():
+        libc.malloc_trim(0)
 
 
 @contextmanager
@@ -56,4 +61,4 @@ def _settings(values: dict[int, int]) -> Iterator[None]:
     finally:
         for parameter, value in _DEFAULTS.items():
             libc.mallopt(parameter, value)
-        libc.malloc_trim(0)
+        give_back()
