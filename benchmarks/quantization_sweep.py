@@ -29,7 +29,7 @@ _KLS = {"prefill": "prompt_kl_mean", "answers": "answer_kl_mean"}
 _KILLS, _SEED = 10, 5
 
 BARS = {
-    "sweep_seconds": Bar("twelve recipes over the demo checkpoint swept", "<=", 600, "s"),
+    "sweep_seconds": Bar("twelve recipes over the demo checkpoint swept", "<=", 120, "s"),
     "sweep_again_seconds": Bar("  the same sweep again", "<=", None, "s"),
     "int8_agreement": Bar("int8: answers as the reference's", ">=", 0.99, ""),
     "recovered_prefill": Bar("KL of int4 that the best calibration recovers, prefill", ">=", 0.5, ""),
