@@ -31,6 +31,6 @@ def test_a_conversion_imports_no_torch(make_checkpoint, tmp_path, layout):
     assert not {"torch", "timm", "torchvision", "coremltools", "mlx"} & found
 
 
-def test_another_tower_does(tiny_fast_vlm, tmp_path):
-    """The control: a reduced tower's shapes are timm's to say, and the same look at the process finds PyTorch."""
-    assert {"torch", "timm"} <= imported(tiny_fast_vlm, tmp_path / "out")
+def test_a_tower_that_is_folded_for_mlx_vlm_does(make_checkpoint, tmp_path):
+    """The control: the fold is PyTorch's, and the same look at the process finds it."""
+    assert {"torch", "timm"} <= imported(make_checkpoint(form="training"), tmp_path / "out", "mlx-vlm")
