@@ -33,4 +33,5 @@ def test_a_conversion_imports_no_torch(make_checkpoint, tmp_path, layout):
 
 def test_a_tower_that_is_folded_for_mlx_vlm_does(make_checkpoint, tmp_path):
     """The control: the fold is PyTorch's, and the same look at the process finds it."""
-    assert {"torch", "timm"} <= imported(make_checkpoint(form="training"), tmp_path / "out", "mlx-vlm")
+    checkpoint = make_checkpoint(shape="encoder", form="training", dtype="bfloat16")
+    assert {"torch", "timm"} <= imported(checkpoint, tmp_path / "out", "mlx-vlm")
