@@ -52,15 +52,15 @@ def encode_first(
 
     `expected` is run by PyTorch; its encoder is in channels-last memory from here on, in which oneDNN is twice as fast.
     """
-    reference, executor = expected.vision, actual.vision
+    reference, candidate = expected.vision, actual.vision
     assert isinstance(reference, TorchVision)
     reference.encoder.to(memory_format=torch.channels_last)
     pixels = [model.preprocess(picture.image) for model in (expected, actual)]
-    shared = (
-        isinstance(executor, ExecutorVision) and executor.compute == "as-typed" and np.array_equal(pixels[0], pixels[1])
-    )
-    if not isinstance(executor, ExecutorVision) or executor.compute != "as-typed":
+    if isinstance(candidate, ExecutorVision) and candidate.compute == "as-typed":
+        executor, shared = candidate, np.array_equal(pixels[0], pixels[1])
+    else:
         executor = ExecutorVision(artefact, function=function_for(read_whole(artefact), artefact, resolution))
+        shared = False
     found, first, second = compare_operations(artefact, reference, executor, pixels[0])
     first = finite(first, "vision encoder: features", reference)
     if shared and second is not None:
