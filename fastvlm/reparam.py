@@ -303,9 +303,9 @@ def _fold_layer_scale(block: nn.Module, name: str, producer: nn.Conv2d | nn.Line
     layer_scale = getattr(block, name)
     if isinstance(layer_scale, LayerScale2d):
         scale = layer_scale.gamma.flatten()
-        producer.weight = _parameter(producer.weight * scale.view(-1, *[1] * (producer.weight.ndim - 1)))
+        producer.weight.mul_(scale.view(-1, *[1] * (producer.weight.ndim - 1)))  # in place: these are a block's largest
         if producer.bias is not None:
-            producer.bias = _parameter(producer.bias * scale)
+            producer.bias.mul_(scale)
         setattr(block, name, nn.Identity())
 
 

@@ -7,6 +7,7 @@ checkpoint with the exported graph of its folded encoder, and for an export, qui
 import math
 import operator
 import re
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,6 +24,7 @@ from fastvlm.errors import UserError
 from model_export import fp16, mil
 from model_export.fp16 import LARGEST, SMALLEST_NORMAL
 from model_export.mil import registry
+from model_export.mil.allocator import give_back
 from model_export.mil.blob import WeightFile
 from model_export.mil.dtypes import NUMPY
 from model_export.mil.program import BlobRef, Constant, Operation
@@ -153,11 +155,13 @@ def measure_modules(encoder: nn.Module, pixels: Iterable[np.ndarray]) -> dict[st
     Raises UserError for values that are not finite in float32, and for no pixels at all.
     """
     tallies: dict[str, _Tally] = {}
-    last: list[Any] = [None, 0, 0.0]  # the tensor seen last, its version (of in-place changes) and its figure
+    # The tensor seen last, kept no longer than the encoder keeps it; its version (of in-place changes); its figure.
+    last: tuple[Callable[[], torch.Tensor | None], int, float] = (lambda: None, 0, 0.0)
 
     def see(name: str, module: nn.Module, values: torch.Tensor) -> _Tally:
-        if values is not last[0] or values._version != last[1]:  # a container puts out what its last child did
-            last[:] = values, values._version, largest(values, name)
+        nonlocal last
+        if values is not last[0]() or values._version != last[1]:  # a container puts out what its last child did
+            last = weakref.ref(values), values._version, largest(values, name)
         tally = tallies.setdefault(name, _Tally(name, type(module).__name__, name.partition(":")[0]))
         tally.largest = max(tally.largest, last[2])
         return tally
@@ -189,7 +193,10 @@ def measure_modules(encoder: nn.Module, pixels: Iterable[np.ndarray]) -> dict[st
     try:
         with torch.no_grad():
             for array in pixels:
-                encoder.forward_features(torch.from_numpy(array))  # type: ignore[operator]
+                # Convolutions are quicker on channels-last values: those of other values are reordered at each.
+                values = torch.from_numpy(array).contiguous(memory_format=torch.channels_last)
+                encoder.forward_features(values)  # type: ignore[operator]
+                give_back()  # or what one picture has split would stay beside what the next one needs
     finally:
         for handle in handles:
             handle.remove()

@@ -29,7 +29,7 @@ from model_export.channel_first import Encoder, channel_first
 from model_export.config import ExportConfig
 from model_export.coreml import coremltools, quick_conversion, quiet_conversion
 from model_export.mil import read_package
-from model_export.mil.allocator import kept_buffers
+from model_export.mil.allocator import kept_buffers, returned_buffers
 from model_export.operation_costs import Graph, cost_of
 from model_export.package import METADATA, check_package, finish_package
 from model_export.scaled import SCALED
@@ -212,7 +212,7 @@ def folded_encoder(checkpoint: Checkpoint) -> tuple[nn.Module, dict[str, float]]
     """The folded float32 encoder and the fold's errors. Loaded as it is stored: half the memory, nothing rounded."""
     stored = {info.dtype for name, info in checkpoint.tensors.items() if name.startswith(naming.VISION)} & {*DTYPES}
     original = load_encoder(checkpoint, dtype=stored.pop() if len(stored) == 1 else "float32")
-    with kept_buffers():
+    with returned_buffers(8 << 20):  # those of weights; what is computed with them is smaller
         folded, errors = fold_and_prove(original, dtype=torch.float32)
     checkpoint.unmap()
     return folded.requires_grad_(False), errors
