@@ -126,4 +126,4 @@ def print_parity(result: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    main(build_parser)
+    main(build_parser, at_once=True)  # taking down PyTorch and what a benchmark has loaded can take seconds

@@ -19,7 +19,7 @@ from fastvlm.limits import stopped
 from fastvlm.surface import Language
 
 _TOKENS_AT_ONCE = 4096  # of prompts: bounds what a layer's activations take, 0.3 GB in the 7B model's MLP
-_POSITIONS_AT_ONCE = 64  # of logits: 39 MB a side with Qwen2's vocabulary
+_POSITIONS_AT_ONCE = 128  # of logits: 78 MB a side with Qwen2's vocabulary
 
 
 @dataclass(eq=False)
