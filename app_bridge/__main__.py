@@ -1,14 +1,17 @@
 """`python -m app_bridge bundle | restore | validate | plan | card | publish`."""
 
-from fastvlm import start
+from fastvlm.common import start
 
 if __name__ == "__main__":
     start.begin()
 
 import argparse
 
-from app_bridge import bundle, card, plan, publish, validate
-from fastvlm.cli import Parser, main
+from app_bridge.install import bundle
+from app_bridge.memory import plan
+from app_bridge.publishing import card, publish
+from app_bridge.validation import validate
+from fastvlm.common.cli import Parser, main
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -24,10 +24,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastvlm import staging
-from fastvlm.cli import log
-from fastvlm.errors import UserError
-from fastvlm.files import read_small
+from fastvlm.common import staging
+from fastvlm.common.cli import log
+from fastvlm.common.errors import UserError
+from fastvlm.common.files import read_small
 from model_export import artefact as exported
 
 HOME, _WHERE = ".fastvlm-bundle", "model-folder"

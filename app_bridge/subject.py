@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from app_bridge.facts import AppFacts
+from app_bridge.app.facts import AppFacts
 from app_bridge.findings import Finding
-from fastvlm.files import read_small
+from fastvlm.common.files import read_small
 
 if TYPE_CHECKING:  # two seconds
     from torch import Tensor

@@ -1,6 +1,6 @@
 """`python -m benchmarks parity | export | encoder | estimate | quantization | ttft | mac-report | peers`."""
 
-from fastvlm import start
+from fastvlm.common import start
 
 if __name__ == "__main__":
     start.begin()
@@ -13,11 +13,16 @@ from typing import Any
 
 from rich.table import Table
 
-from benchmarks import encoder, environment, estimate, export, mac_report, peers, quantization, ttft
-from benchmarks.pictures import LIMIT
-from fastvlm.cli import Parser, add_common, log, main, progress
-from fastvlm.files import Output
-from fastvlm.terminal import Console
+from benchmarks import environment
+from benchmarks.estimate import estimate
+from benchmarks.mac import report
+from benchmarks.parity.pictures import LIMIT
+from benchmarks.peers import peers
+from benchmarks.suites import encoder, export, quantization
+from benchmarks.ttft import command as ttft
+from fastvlm.common.cli import Parser, add_common, log, main, progress
+from fastvlm.common.files import Output
+from fastvlm.common.terminal import Console
 from model_export.config import LLM_RUNNERS, VISION_RUNNERS
 
 
@@ -34,7 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
     estimate.add_parser(subparsers)
     quantization.add_parser(subparsers)
     ttft.add_parser(subparsers)
-    mac_report.add_parser(subparsers)
+    report.add_parser(subparsers)
     peers.add_parser(subparsers)
     return parser
 
@@ -87,11 +92,11 @@ def _add_parity(subparsers: Any) -> None:
 def run_parity(args: argparse.Namespace) -> dict[str, Any]:
     """Compare, print the figures as a table, write `index.html`."""
     with progress("import PyTorch"):
-        from benchmarks import parity
+        from benchmarks.parity import compare
 
     page = Path(args.output_dir) / "index.html"
     command = shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]])
-    result = parity.compare(
+    result = compare.compare(
         args.reference, args.candidate, args.images, args.limit,
         report=page, vision=args.vision, llm=args.llm, command=command, resolution=args.resolution,
     )  # fmt: skip
@@ -103,7 +108,7 @@ def run_parity(args: argparse.Namespace) -> dict[str, Any]:
 
 def print_parity(result: dict[str, Any]) -> None:
     """The figures of `parity.compare` as a table on stdout, with what ran each side."""
-    from benchmarks.report import bound, figure
+    from benchmarks.parity.report import bound, figure
 
     console = Console(highlight=False)
     table = Table(title="parity", title_justify="left")

@@ -8,7 +8,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from fastvlm import threads
+from fastvlm.common import threads
 
 PACKAGES = (
     "torch",

@@ -6,7 +6,7 @@ __all__ = ["load"]
 
 
 def load(path: Any, dtype: str = "float32") -> Any:
-    """Load a checkpoint as a `fastvlm.surface.FastVLM` (see there for the methods, shapes and units)."""
-    from fastvlm.surface import load_checkpoint  # torch and transformers take seconds: not at import
+    """Load a checkpoint as a `fastvlm.model.surface.FastVLM` (see there for the methods, shapes and units)."""
+    from fastvlm.model.surface import load_checkpoint  # torch and transformers take seconds: not at import
 
     return load_checkpoint(path, dtype=dtype)

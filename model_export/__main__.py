@@ -1,6 +1,6 @@
 """`python -m model_export`: a checkpoint into an artefact, and what to do with an artefact."""
 
-from fastvlm import start
+from fastvlm.common import start
 
 if __name__ == "__main__":
     start.begin()
@@ -13,13 +13,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastvlm.cli import Parser, add_common, log, main, progress, shown
-from fastvlm.errors import UserError
-from fastvlm.files import Output
+from fastvlm.common.cli import Parser, add_common, log, main, progress, shown
+from fastvlm.common.errors import UserError
+from fastvlm.common.files import Output
 from model_export import config as configuration
 from model_export import contract
-from model_export.mac import add_mac
-from model_export.ranges_report import add_ranges
+from model_export.audit.mac import add_mac
+from model_export.audit.ranges_report import add_ranges
 
 if TYPE_CHECKING:
     from model_export.export import Plan, Sources
@@ -185,8 +185,8 @@ def _export(plan: "Plan", args: argparse.Namespace, sources: "Sources") -> dict[
 
 
 def _parity(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """benchmarks.parity over the staged artefact; what the manifest keeps of it."""
-    from benchmarks import parity
+    """benchmarks.parity.compare over the staged artefact; what the manifest keeps of it."""
+    from benchmarks.parity import compare as parity
 
     options = {} if args.parity_limit is None else {"limit": args.parity_limit}
     result = parity.compare(
@@ -204,7 +204,8 @@ def _parity(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 def run_inspect(args: argparse.Namespace) -> dict[str, Any]:
     with progress(f"read {args.model}"):
-        from model_export import artefact, package
+        from model_export import artefact
+        from model_export.encoder import package
 
         if args.model.suffix == ".mlpackage":
             document: dict[str, Any] = {"package": package.describe_package(args.model)}
@@ -273,7 +274,7 @@ def run_audit(args: argparse.Namespace) -> dict[str, Any]:
     inside = args.package / contract.PACKAGE
     package = inside if inside.exists() else args.package
     with progress(f"audit {package}"):
-        from model_export import audit, compute_plan
+        from model_export.audit import audit, compute_plan
 
         document = audit.audit(package, args.function)
         document["compute_plan"] = compute_plan.read(package, args.function)
@@ -286,8 +287,8 @@ def run_generate(args: argparse.Namespace) -> dict[str, Any]:
         raise UserError(f"--max-new-tokens: got {args.max_new_tokens}, expected 1 or more")
     images = args.image_file or []
     with progress(f"load {args.model}"), ThreadPoolExecutor(1) as beside:  # pictures are decoded meanwhile
-        from fastvlm.preprocessing import as_rgb
-        from fastvlm.session import Session
+        from fastvlm.data.preprocessing import as_rgb
+        from fastvlm.model.session import Session
         from model_export import runtime
 
         opened = beside.submit(lambda: [as_rgb(image) for image in images])

@@ -10,15 +10,15 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastvlm import folder_kind
-from fastvlm.cli import progress
-from fastvlm.errors import UserError
-from fastvlm.exported import recognise
-from fastvlm.files import BESIDE_WEIGHTS, leaving, read_small, stays_inside
+from fastvlm.checkpoint import folder_kind
+from fastvlm.checkpoint.exported import recognise
+from fastvlm.common.cli import progress
+from fastvlm.common.errors import UserError
+from fastvlm.common.files import BESIDE_WEIGHTS, leaving, read_small, stays_inside
 from model_export import contract, elsewhere, manifest_form
 
 if TYPE_CHECKING:  # torch, which verify and the app's verbs need not wait for
-    from fastvlm.checkpoint import Checkpoint
+    from fastvlm.checkpoint.checkpoint import Checkpoint
 
 FORMAT, FORMAT_VERSION = "fastvlm-artefact", 3  # 3: powers of two by layer, activations in their scaled form
 _PACKAGES = ("torch", "timm", "transformers", "tokenizers", "safetensors", "coremltools", "numpy")

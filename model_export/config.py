@@ -4,11 +4,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from fastvlm.errors import UserError
-from fastvlm.files import Output, output_faults
-from fastvlm.preprocessing import MAX_IMAGE_SIZE
-from model_export import compress
+from fastvlm.common.errors import UserError
+from fastvlm.common.files import Output, output_faults
+from fastvlm.data.preprocessing import MAX_IMAGE_SIZE
 from model_export.contract import LAYOUTS, PATCH_SIZE
+from model_export.encoder import compress
 
 PRECISIONS = ("float16", "float32")
 COMPUTE_UNITS = ("CPU_AND_NE", "CPU_AND_GPU", "CPU_ONLY", "ALL")

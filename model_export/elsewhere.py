@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from fastvlm.errors import UserError
-from fastvlm.exported import Exported
+from fastvlm.checkpoint.exported import Exported
+from fastvlm.common.errors import UserError
 from model_export import contract
 
 UNKNOWN = ("the checkpoint it was made from", "the recipe", "the proof against the checkpoint", "its files' sha256")
@@ -55,8 +55,8 @@ def described(folder: Path, document: dict[str, Any]) -> dict[str, Any]:
 
 
 def _of_package(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
-    from fastvlm.preprocessing import read_preprocessor
-    from model_export import compress
+    from fastvlm.data.preprocessing import read_preprocessor
+    from model_export.encoder import compress
     from model_export.mil import MILError, read_package
 
     package = folder / contract.PACKAGE
@@ -95,7 +95,7 @@ def _of_package(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _of_weights(folder: Path) -> dict[str, Any]:
-    from model_export.language import StoredTensors
+    from model_export.runtime.language import StoredTensors
 
     stored = StoredTensors(folder)
     parameters = sum(math.prod(stored.shape(name)) for name in stored.names())

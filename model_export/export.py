@@ -10,17 +10,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastvlm import conversations, naming, pictures
-from fastvlm.checkpoint import Checkpoint, open_checkpoint
-from fastvlm.cli import log, progress
-from fastvlm.errors import CheckFailed, UserError
-from fastvlm.staging import staged
-from model_export import artefact, compress, contract, llm, resume, tokenizer
+from fastvlm.checkpoint import naming
+from fastvlm.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from fastvlm.common.cli import log, progress
+from fastvlm.common.errors import CheckFailed, UserError
+from fastvlm.common.staging import staged
+from fastvlm.data import conversations, pictures
+from model_export import artefact, contract, resume
 from model_export.config import DEFAULT_TARGET, ExportConfig
+from model_export.encoder import compress
+from model_export.language import llm, tokenizer
 from quantization.recipe import Recipe, load_recipe
 
 if TYPE_CHECKING:
-    from fastvlm.surface import Vision
+    from fastvlm.model.surface import Vision
 
 PARTS = ("vision", "llm")
 # What the folded encoder's weights take for each parameter; biases and constants are noise beside them.
@@ -110,7 +113,7 @@ def plan(
         weights = sum(info.size for name, info in checkpoint.tensors.items() if name.startswith(naming.VISION))
         sizes[contract.PACKAGE] = weights * _BYTES_PER_WEIGHT[config.compute_precision]
         if config.compression.rules:
-            from fastvlm.model import folded_skeleton
+            from fastvlm.model.build import folded_skeleton
 
             shapes = compress.layer_shapes(folded_skeleton(checkpoint))
             sizes[contract.PACKAGE] = compress.size_of(shapes, compress.assign(config.compression, shapes).forms)
@@ -194,7 +197,7 @@ def _write_parts(
     if "llm" in plan.parts and not calibrated:
         document["llm"], changes["llm"] = _write_language(plan, folder, kept, seconds, None)
     if "vision" in plan.parts:
-        from model_export import vision  # noqa: F401  imported beside the hashing, not after it
+        from model_export.encoder import vision  # noqa: F401  imported beside the hashing, not after it
     with _stage("hash the checkpoint", seconds):  # what is left of it
         document["sources"] = sources()
     if "vision" in plan.parts:
@@ -220,7 +223,7 @@ def _write_language(
     ready: Mapping[str, Mapping[str, Any]] = {}
     facts: dict[str, Any] = {}
     if recipe.calibrates:
-        from model_export.calibrate import calibrate
+        from model_export.language.calibrate import calibrate
 
         with _stage("calibration", seconds):
             found = calibrate(checkpoint, recipe, checkpoint.preprocessor, plan.calibration, sees)
@@ -237,7 +240,7 @@ def _write_encoder(
     plan: Plan, folder: Path, notes: tuple[str, str], seconds: dict[str, float]
 ) -> tuple[dict[str, Any], str]:
     """The encoder's package; returns the manifest's facts and a sentence for the NOTICE."""
-    from model_export.vision import PackageNotes, export_vision
+    from model_export.encoder.vision import PackageNotes, export_vision
 
     config, given = plan.config, None
     if plan.calibration is not None:

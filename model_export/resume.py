@@ -14,9 +14,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from fastvlm.cli import log
-from fastvlm.errors import CheckFailed, UserError
-from fastvlm.staging import MARKER, empty, is_ours, own, remove, write_file
+from fastvlm.common.cli import log
+from fastvlm.common.errors import CheckFailed, UserError
+from fastvlm.common.staging import MARKER, empty, is_ours, own, remove, write_file
 from model_export.artefact import hash_file
 
 _KEY = "key.json"

@@ -1,14 +1,14 @@
 """`python -m quantization`: recipes, evaluate, sweep."""
 
-from fastvlm import start
+from fastvlm.common import start
 
 if __name__ == "__main__":
     start.begin()
 
 
-from benchmarks.evaluate import add_evaluate
-from benchmarks.sweep import add_sweep
-from fastvlm.cli import Parser, add_common, main
+from benchmarks.quality.evaluate import add_evaluate
+from benchmarks.quality.sweep import add_sweep
+from fastvlm.common.cli import Parser, add_common, main
 from quantization.catalogue import add_recipes
 
 

@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any
 from rich.markup import escape
 from rich.table import Table
 
-from fastvlm.cli import wide_console
-from fastvlm.terminal import Console
+from fastvlm.common.cli import wide_console
+from fastvlm.common.terminal import Console
 
 if TYPE_CHECKING:  # torch is imported where a verb needs it
-    from fastvlm.synthetic import Shape
+    from fastvlm.synthetic.checkpoint import Shape
     from quantization.recipe import Recipe, Rule
     from quantization.schemes import Scheme
 
-SIZES = {"0.5b": "0.5B", "1.5b": "1.5B", "7b": "7B"}  # fastvlm.synthetic.SHAPES -> as Apple calls them
+SIZES = {"0.5b": "0.5B", "1.5b": "1.5B", "7b": "7B"}  # fastvlm.synthetic.checkpoint.SHAPES -> as Apple calls them
 ENCODER = "the Core ML encoder adds 245 MB in float16, 123 in int8, 62 in palette4-g16"  # of 125M weights, README
 
 
@@ -97,8 +97,8 @@ def describe(recipe: "Recipe") -> dict[str, Any]:
     `sizes`: for each published model {"bytes", "bits_per_weight"}; {"least", "most"} where it leaves choices open;
     {"fault"} where it doesn't fit. A budget is its own size.
     """
-    from fastvlm.errors import UserError
-    from fastvlm.synthetic import SHAPES
+    from fastvlm.common.errors import UserError
+    from fastvlm.synthetic.checkpoint import SHAPES
 
     sizes, settings = {}, set()
     for key, name in SIZES.items():
@@ -118,8 +118,8 @@ def describe(recipe: "Recipe") -> dict[str, Any]:
 
 def weight_shapes(shape: "Shape") -> dict[str, tuple[int, ...]]:
     """The artefact's weights (without an encoder) of a model of this shape: name -> shape."""
-    from fastvlm import naming
-    from fastvlm.shapes import language_shapes
+    from fastvlm.checkpoint import naming
+    from fastvlm.checkpoint.shapes import language_shapes
 
     found = language_shapes(
         hidden=shape.hidden,
@@ -140,7 +140,7 @@ def weight_shapes(shape: "Shape") -> dict[str, tuple[int, ...]]:
 
 def _size(recipe: "Recipe", shapes: dict[str, tuple[int, ...]]) -> tuple[dict[str, Any], set[tuple[str, int, int]]]:
     """One model's size, and the settings that MLX will read. UserError where the recipe doesn't fit it."""
-    from fastvlm.errors import UserError
+    from fastvlm.common.errors import UserError
     from quantization.recipe import ELSEWHERE
     from quantization.schemes import nbytes
 

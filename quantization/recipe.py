@@ -6,7 +6,7 @@ The first rule whose glob pattern matches a weight's name decides. Names are the
 layers of the Core ML encoder (timm's names), which stay float16 without a rule.
 
 A rule with `choices` leaves the scheme to what each weight costs in quality; the recipe's `budget` says how large all
-may be (`quantization.budget` decides).
+may be (`quantization.calibration.budget` decides).
 """
 
 import re
@@ -16,8 +16,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from fastvlm.errors import UserError
-from fastvlm.files import load_json
+from fastvlm.common.errors import UserError
+from fastvlm.common.files import load_json
 from quantization.schemes import MODES, Affine, CoreML, Scheme, legal_combinations
 
 VERSION = 2  # of the recipe format; a reader refuses the others

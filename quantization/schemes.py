@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Protocol
 
-from fastvlm.dtypes import ITEMSIZE, Array
-from quantization import affine, casting, floating
-from quantization.compression import COMPRESSIONS
+from fastvlm.common.dtypes import ITEMSIZE, Array
+from quantization.coreml.compression import COMPRESSIONS
+from quantization.mlx import affine, casting, floating
 
 DTYPES = ("float16", "bfloat16", "float32")
 
@@ -186,7 +186,8 @@ class Nvfp4(Floating):
 
 @dataclass(frozen=True)
 class CoreML:
-    """A layer of the Core ML encoder in one of `quantization.compression`'s forms; the MLX folder has nothing of it."""
+    """A layer of the Core ML encoder in one of `quantization.coreml.compression`'s forms; the MLX folder has nothing
+    of it."""
 
     form: str
 

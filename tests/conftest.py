@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
-from fastvlm.synthetic import write_checkpoint
+from fastvlm.synthetic.checkpoint import write_checkpoint
 
 # Hypothesis draws the same examples every time (`--hypothesis-profile default` draws others), and each may take any
 # time: a busy machine isn't a failure.
@@ -58,11 +58,11 @@ def tiny_llava_training(make_checkpoint: Callable[..., Path]) -> Path:
 
 @pytest.fixture(scope="session")
 def demo_model() -> Any:
-    """The demo checkpoint as a `fastvlm.surface.FastVLM`."""
+    """The demo checkpoint as a `fastvlm.model.surface.FastVLM`."""
     import fastvlm
-    from fastvlm import demo
+    from fastvlm.data import scenes
 
-    return fastvlm.load(demo.CHECKPOINT)
+    return fastvlm.load(scenes.CHECKPOINT)
 
 
 @pytest.fixture(scope="session")

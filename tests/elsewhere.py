@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from fastvlm import model, naming
-from fastvlm.checkpoint import Checkpoint, open_checkpoint
+from fastvlm.checkpoint import naming
+from fastvlm.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from fastvlm.model import build
 
 _GROUP = 64
 _LAYERS = {"linear_1": 0, "linear_2": 2}  # LLaVA's projector is a Sequential: its layers are 0 and 2
@@ -53,7 +54,7 @@ def write_package(checkpoint: Checkpoint, package: Path, fused: bool = True) -> 
     """jit.trace, iOS16, float32, one multi-array in and out; BatchNorms and layer scales as they are in the model."""
     import coremltools as ct
 
-    tower = model.encoder(checkpoint)
+    tower = build.encoder(checkpoint)
     for module in tower.modules():
         if hasattr(module, "fused_attn"):
             module.fused_attn = False  # Apple's model multiplies queries and keys itself

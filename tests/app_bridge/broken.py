@@ -9,12 +9,12 @@ from typing import Any
 
 from safetensors.numpy import load_file, save_file
 
-from app_bridge.facts import AppFacts, table
-from app_bridge.validate import validate
-from fastvlm.checkpoint import open_checkpoint
+from app_bridge.app.facts import AppFacts, table
+from app_bridge.validation.validate import validate
+from fastvlm.checkpoint.checkpoint import open_checkpoint
 from model_export import artefact as exported
-from model_export.llm import export_llm
-from model_export.package import SPECIFICATION, read_specification
+from model_export.encoder.package import SPECIFICATION, read_specification
+from model_export.language.llm import export_llm
 from quantization.recipe import load_recipe
 
 Change = Callable[[Any], object]

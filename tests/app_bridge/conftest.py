@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from app_bridge import facts, sources, validate
+from app_bridge.app import facts, sources
+from app_bridge.validation import validate
 from model_export.config import ExportConfig
 from tests.app_bridge.models import make_artefact
 

@@ -23,8 +23,8 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
-from app_bridge import publish
-from fastvlm import cli
+from app_bridge.publishing import publish
+from fastvlm.common import cli
 from model_export import artefact as exported
 
 TOKEN = "hf_test"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from app_bridge.__main__ import build_parser
-from fastvlm.cli import run
+from fastvlm.common.cli import run
 from model_export.artefact import write_manifest
 
 Snapshot = dict[str, tuple[Any, ...]]

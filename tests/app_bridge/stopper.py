@@ -15,10 +15,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from app_bridge import facts, sources, validate
 from app_bridge.__main__ import build_parser
-from fastvlm import staging
-from fastvlm.cli import run
+from app_bridge.app import facts, sources
+from app_bridge.validation import validate
+from fastvlm.common import staging
+from fastvlm.common.cli import run
 
 _WRITING = {"os.rename", "os.mkdir", "os.rmdir", "os.remove", "os.chmod", "os.utime", "fcntl.ioctl"}
 _EXCHANGE = ("renameat2", "renamex_np")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from fastvlm import staging
+from fastvlm.common import staging
 from tests.app_bridge.models import Snapshot, call, contents, make_artefact, make_foreign, model, previous, snapshot
 
 Stopper = Callable[..., bool]

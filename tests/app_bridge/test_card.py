@@ -15,8 +15,8 @@ import pytest
 import yaml
 from markdown_it import MarkdownIt
 
-from app_bridge import card
-from fastvlm import cli
+from app_bridge.publishing import card
+from fastvlm.common import cli
 from model_export import artefact as exported
 
 RESEARCH = "Disclaimer: This Apple Machine Learning Research Model is for scientific research.\n"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from app_bridge.clone import place
+from app_bridge.install.clone import place
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux's ioctl")
 

@@ -13,8 +13,8 @@ from safetensors.numpy import load_file, save_file
 from app_bridge.__main__ import build_parser as app_bridge
 from benchmarks.__main__ import build_parser as benchmarks
 from fastvlm.__main__ import build_parser as fastvlm
-from fastvlm.cli import run
-from fastvlm.exported import recognise
+from fastvlm.checkpoint.exported import recognise
+from fastvlm.common.cli import run
 from model_export import artefact, contract
 from model_export.__main__ import build_parser as model_export
 from quantization.__main__ import build_parser as quantization

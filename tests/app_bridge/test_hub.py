@@ -25,7 +25,7 @@ from hub_server import (
     refusal,
 )
 
-from app_bridge import hub as client
+from app_bridge.publishing import hub as client
 
 pytest_plugins = ["hub_server"]
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from app_bridge import licence
 from app_bridge.__main__ import build_parser
-from fastvlm.cli import run
+from app_bridge.validation import licence
+from fastvlm.common.cli import run
 from model_export.artefact import carry_licences, read_manifest, write_manifest
 
 # Text of our own with what matters in Apple's: the name, broken over two lines as there.

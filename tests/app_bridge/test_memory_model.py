@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
-from app_bridge import memory_model, plan
-from app_bridge.memory_model import MIB, Model, Tape, cache_bytes, logits_bytes, parts, prefill
-from benchmarks.estimate_work import LanguageModel
+from app_bridge.memory import model as memory_model
+from app_bridge.memory import plan
+from app_bridge.memory.model import MIB, Model, Tape, cache_bytes, logits_bytes, parts, prefill
+from benchmarks.estimate.work import LanguageModel
 
 SMALL = LanguageModel(24, 896, 14, 2, 64, 4864, 151936)  # Qwen2 0.5B
 TINY = LanguageModel(layers=2, hidden=8, heads=2, kv_heads=1, head=4, inner=16, vocab=32)

@@ -5,10 +5,10 @@ import json
 
 import pytest
 
-from app_bridge import facts, packages
-from app_bridge.facts import AppFacts, Package
-from app_bridge.swift_program import Program
-from fastvlm.errors import UserError
+from app_bridge.app import facts, packages
+from app_bridge.app.facts import AppFacts, Package
+from app_bridge.app.swift_program import Program
+from fastvlm.common.errors import UserError
 from quantization.catalogue import LOADERS
 
 PUBLISHED = facts.table()

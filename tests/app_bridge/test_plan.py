@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from app_bridge import plan, plan_report
-from app_bridge.memory_model import MIB
-from app_bridge.plan import FITS, NOT, TIGHT, Limit
-from benchmarks.estimate import devices, estimate, facts
-from fastvlm.cli import Parser, run
-from fastvlm.errors import UserError
-from fastvlm.synthetic import SHAPES
+from app_bridge.memory import plan, report
+from app_bridge.memory.model import MIB
+from app_bridge.memory.plan import FITS, NOT, TIGHT, Limit
+from benchmarks.estimate.estimate import devices, estimate, facts
+from fastvlm.common.cli import Parser, run
+from fastvlm.common.errors import UserError
+from fastvlm.synthetic.checkpoint import SHAPES
 from quantization.recipe import load_recipe
 
 Run = Callable[..., tuple[int, str, str]]
@@ -327,7 +327,7 @@ def test_the_table_in_the_docs_is_what_is_printed(command: Run) -> None:
 def test_the_table_is_what_plan_says(command: Run, capsys: pytest.CaptureFixture[str]) -> None:
     code, found = document(command, "--table")
     assert code == 0
-    plan_report.print_overview(found)
+    report.print_overview(found)
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     assert len({line.count("|") for line in lines}) == 1
     assert len(lines) == 1 + len(found["rows"])

@@ -269,7 +269,7 @@ def test_repositories_of_others(hub: Hub, artefact: Path, capsys: pytest.Capture
 
 def test_a_real_export_downloaded_again(hub: Hub, app_artefact: Path, tmp_path: Path) -> None:
     """By the project's own downloads, as a hub lists it: the artefact, byte for byte."""
-    from fastvlm import download, fetch
+    from fastvlm.download import download, fetch
 
     assert command(app_artefact, "--upload") == 0
     info, top = download._listing(REPO, "", fetch.Retries())

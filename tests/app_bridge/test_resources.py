@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from app_bridge import sources
-from app_bridge.facts import table
+from app_bridge.app import sources
+from app_bridge.app.facts import table
+from app_bridge.app.resources import check, collisions, group, resource
 from app_bridge.findings import errors
-from app_bridge.resources import check, collisions, group, resource
-from app_bridge.validate import validate
+from app_bridge.validation.validate import validate
 from tests.app_bridge import broken
 from tests.app_bridge.models import call, contents, model
 

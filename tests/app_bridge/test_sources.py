@@ -19,8 +19,8 @@ from app_changes import (
 )
 from app_refusals import REFUSED
 
-from app_bridge import facts, sources
-from fastvlm.errors import UserError
+from app_bridge.app import facts, sources
+from fastvlm.common.errors import UserError
 from model_export import contract
 
 APP = Path(__file__).parent / "app"

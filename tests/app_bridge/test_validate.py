@@ -12,12 +12,12 @@ import pytest
 from broken import gone, in_json
 
 from app_bridge import __main__ as command
-from app_bridge import facts as app_facts
-from app_bridge.facts import AppFacts
-from app_bridge.validate import validate
-from fastvlm.cli import run
-from fastvlm.errors import UserError
-from model_export.package import read_specification
+from app_bridge.app import facts as app_facts
+from app_bridge.app.facts import AppFacts
+from app_bridge.validation.validate import validate
+from fastvlm.common.cli import run
+from fastvlm.common.errors import UserError
+from model_export.encoder.package import read_specification
 from quantization.recipe import named_recipes
 
 # What other versions of the app use of their packages (app_bridge/packages.json), by the loader that these are.

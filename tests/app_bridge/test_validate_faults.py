@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from broken import Fault, expect_fault, expect_one, gone, in_package, in_tensors, in_text, put, rules, several, without
 
-from app_bridge import facts as app_facts
-from app_bridge.facts import AppFacts, Key
+from app_bridge.app import facts as app_facts
+from app_bridge.app.facts import AppFacts, Key
 
 CONFIG, PREPROCESSOR, TOKENIZER = "config.json", "preprocessor_config.json", "tokenizer.json"
 PACKAGE = "fastvithd.mlpackage"

@@ -12,7 +12,7 @@ import pytest
 import torch
 from broken import Fault, expect_fault, gone, in_json, in_tensors, in_text, put, rules, several, without
 
-from app_bridge.facts import table
+from app_bridge.app.facts import table
 from app_bridge.subject import is_finite
 
 CONFIG, TOKENIZER, TOKENIZER_CONFIG = "config.json", "tokenizer.json", "tokenizer_config.json"

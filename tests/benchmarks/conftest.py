@@ -11,10 +11,10 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from benchmarks import encoders, parity
-from benchmarks.pictures import Picture
-from fastvlm import demo
-from fastvlm.surface import FastVLM, Language
+from benchmarks.parity import compare, encoders
+from benchmarks.parity.pictures import Picture
+from fastvlm.data import scenes
+from fastvlm.model.surface import FastVLM, Language
 
 SIZE, CHANNELS, HIDDEN, VOCAB, EOS, IMAGE_ID = 128, 12, 8, 40, 38, 39
 
@@ -108,7 +108,7 @@ class FakeLanguage(Language):
 def hot_demo(tmp_path_factory) -> Path:
     """The demo checkpoint with a projector whose sums leave even float32's range."""
     hot = tmp_path_factory.mktemp("hot") / "demo"
-    shutil.copytree(demo.CHECKPOINT, hot)
+    shutil.copytree(scenes.CHECKPOINT, hot)
     tensors = load_file(hot / "model.safetensors")
     name = next(name for name in tensors if name.endswith("multi_modal_projector.linear_1.weight"))
     tensors[name] = tensors[name].float() * 5e38
@@ -147,8 +147,8 @@ def compared():
     """Take pictures through two models: the rows."""
 
     def run(expected, actual, pictures):
-        seen = [parity.see(expected, actual, one, encoders.encode(expected, actual, one)) for one in pictures]
-        return parity.answer(parity.Speaker.of(expected), parity.Speaker.of(actual), seen)
+        seen = [compare.see(expected, actual, one, encoders.encode(expected, actual, one)) for one in pictures]
+        return compare.answer(compare.Speaker.of(expected), compare.Speaker.of(actual), seen)
 
     return run
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks import compression_plot
+from benchmarks.suites import compression_plot
 
 CROWDED = {
     "fp16": (9.5, 55, 1.0), "palette4": (2.5, 15, 0.55), "palette6": (3.7, 28, 0.95), "palette8": (4.9, 40, 0.995),

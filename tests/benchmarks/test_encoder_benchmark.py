@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 from benchmarks import __main__ as benchmarks_main
-from benchmarks import encoder, encoder_steps, steps, suite
 from benchmarks.measure import Measured
-from fastvlm import cli, threads
-from fastvlm.errors import CheckFailed
+from benchmarks.suites import encoder, encoder_steps, steps, suite
+from fastvlm.common import cli, threads
+from fastvlm.common.errors import CheckFailed
 from model_export import __main__ as model_export_main
-from model_export import compress
 from model_export.contract import PACKAGE
+from model_export.encoder import compress
 
 Export = Callable[..., Path]
 
@@ -26,7 +26,7 @@ def in_process(command: Sequence[str], say: Callable[[str], None] = print) -> Me
     assert (python, dash) == (sys.executable, "-m")
     if module == "model_export":
         return Measured(1.0, 1.0, cli.run(model_export_main.build_parser, arguments), "")
-    table = {"benchmarks.steps": steps.STEPS, "benchmarks.encoder_steps": encoder_steps.STEPS}[module]
+    table = {"benchmarks.suites.steps": steps.STEPS, "benchmarks.suites.encoder_steps": encoder_steps.STEPS}[module]
     return Measured(1.0, 1.0, 0, json.dumps(table[arguments[0]](*arguments[1:])) + "\n")
 
 
@@ -131,18 +131,18 @@ def test_palettes_beside_coremltools(tiny_fast_vlm, monkeypatch):
     assert 0.5 < found["palette_error"] < 1.01
     assert 0.2 < found["scaled_size"] < 1
 
-    import quantization.compression
-    from quantization.compression import Compressed
-    from quantization.palettes import Palette
+    from quantization.coreml import compression
+    from quantization.coreml.compression import Compressed
+    from quantization.coreml.palettes import Palette
 
-    store = quantization.compression.compress
+    store = compression.compress
 
     def worse(weight, form):
         good = store(weight, form).stored
         assert isinstance(good, Palette)
         return Compressed(form, Palette(good.indices, good.lut + np.float16(0.01), good.scale))
 
-    monkeypatch.setattr(quantization.compression, "compress", worse)  # the negative control: tables that are off
+    monkeypatch.setattr(compression, "compress", worse)  # the negative control: tables that are off
     assert encoder_steps.palettization(str(tiny_fast_vlm))["palette_error"] > 1.01
 
 

@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks import estimate
 from benchmarks.__main__ import build_parser
-from fastvlm import cli
-from fastvlm.errors import UserError
+from benchmarks.estimate import estimate
+from fastvlm.common import cli
+from fastvlm.common.errors import UserError
 
 DEVICES = sorted(estimate.devices())
 

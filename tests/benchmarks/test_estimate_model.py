@@ -9,10 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks import estimate
-from benchmarks import estimate_model as model
-from benchmarks.estimate_model import Device, Point
-from benchmarks.estimate_work import EncoderWork, LanguageModel, encoder_work
+from benchmarks.estimate import estimate, model
+from benchmarks.estimate.model import Device, Point
+from benchmarks.estimate.work import EncoderWork, LanguageModel, encoder_work
 
 BAR = 0.25  # issue 6: within 25 % of every held-out published point
 LANGUAGE = LanguageModel(24, 896, 14, 2, 64, 4864, 151936)

@@ -12,9 +12,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastvlm
-from benchmarks.estimate import facts
-from benchmarks.estimate_work import SPILL, LanguageModel, convnext, encoder_work, fastvit
-from fastvlm.synthetic import SHAPES
+from benchmarks.estimate.estimate import facts
+from benchmarks.estimate.work import SPILL, LanguageModel, convnext, encoder_work, fastvit
+from fastvlm.synthetic.checkpoint import SHAPES
 from quantization.catalogue import weight_shapes
 
 ENCODERS = facts("published.json")["encoders"]
@@ -67,7 +67,7 @@ def test_against_the_audit_of_an_exported_package(make_checkpoint: Callable[...,
     from model_export import mil
     from model_export.config import ExportConfig
     from model_export.export import export, plan
-    from model_export.operation_costs import Graph, macs_of
+    from model_export.mil.costs import Graph, macs_of
 
     artefact = tmp_path / "tiny"
     export(plan(ExportConfig(make_checkpoint(form="training", dtype="float16"), artefact), ("vision",)))

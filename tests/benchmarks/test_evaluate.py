@@ -7,11 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import evaluate, text_model
-from benchmarks.evaluate import Job
 from benchmarks.measure import Measured
-from fastvlm import cli, demo
-from fastvlm.errors import CheckFailed, UserError
+from benchmarks.quality import evaluate, text_model
+from benchmarks.quality.evaluate import Job
+from fastvlm.common import cli
+from fastvlm.common.errors import CheckFailed, UserError
+from fastvlm.data import scenes
 
 TEXT = "Where is the red circle? The red circle is at the top left. " * 20
 IDS = np.array([[5, 9, 300, 17, 17, 250, 3, 88]])
@@ -45,7 +46,7 @@ def llama(tmp_path_factory) -> Path:
     torch.manual_seed(0)
     LlamaForCausalLM(config).save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(demo.CHECKPOINT / name, folder)
+        shutil.copy(scenes.CHECKPOINT / name, folder)
     # mlx-lm reads it here; Transformers 5 writes it in rope_parameters only
     document = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(document | {"rope_theta": 300.0}))
@@ -113,7 +114,7 @@ def test_a_text_model_that_is_not_whole(llama, tmp_path):
 
 def test_kinds(llama, tmp_path):
     assert text_model.kind(llama) == "text"
-    assert text_model.kind(demo.CHECKPOINT) == "checkpoint"
+    assert text_model.kind(scenes.CHECKPOINT) == "checkpoint"
     (tmp_path / "config.json").write_text("[]")
     for folder, message in ((tmp_path / "gone", "no such folder"), (tmp_path, "expected a JSON object")):
         with pytest.raises(UserError, match=message):
@@ -142,12 +143,12 @@ def refused(capsys, *argv):
 def test_all_faults_at_once_before_any_work(capsys, llama, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "measured", lambda job: pytest.fail("work started"))
     said = refused(
-        capsys, "--model", tmp_path / "gone", demo.CHECKPOINT, "--reference", demo.CHECKPOINT,
+        capsys, "--model", tmp_path / "gone", scenes.CHECKPOINT, "--reference", scenes.CHECKPOINT,
         "--count", 0, "--min-agreement", 1.5, "--text", tmp_path / "no.txt",
     )  # fmt: skip
     for expected in ("--count: got 0", "--min-agreement: got 1.5", "no.txt: no such file", "gone: no such folder"):
         assert expected in said
-    said = refused(capsys, "--model", demo.CHECKPOINT, "--reference", llama, "--samples", "demo")
+    said = refused(capsys, "--model", scenes.CHECKPOINT, "--reference", llama, "--samples", "demo")
     assert "expected --text FILE" in said and "--samples: a text model" in said and "compare like with like" in said
 
 
@@ -171,7 +172,7 @@ def test_pictures_that_do_not_open_are_refused(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "measured", lambda job: pytest.fail("work started"))
     for name in ("a.png", "b.png"):
         (tmp_path / name).write_bytes(b"no picture")
-    said = refused(capsys, "--model", demo.CHECKPOINT, "--reference", demo.CHECKPOINT, "--samples", tmp_path)
+    said = refused(capsys, "--model", scenes.CHECKPOINT, "--reference", scenes.CHECKPOINT, "--samples", tmp_path)
     assert "a.png" in said and "b.png" in said
 
 
@@ -225,7 +226,7 @@ def canned(monkeypatch):
 
 @pytest.mark.parametrize(("least", "code"), [((), 0), (("--min-agreement", 0.7), 0), (("--min-agreement", 0.8), 1)])
 def test_agreement_makes_the_exit_code(canned, capsys, least, code):
-    assert run("--model", demo.CHECKPOINT, "--reference", demo.CHECKPOINT, "--count", 1, *least) == code
+    assert run("--model", scenes.CHECKPOINT, "--reference", scenes.CHECKPOINT, "--count", 1, *least) == code
     out, err = capsys.readouterr()
     for shown in ("75.00%", "0.5", "2.00", "perplexity of a text; KL over 4 of 9 rows", "Which one? (expected: This.)"):
         assert shown in out
@@ -235,7 +236,7 @@ def test_agreement_makes_the_exit_code(canned, capsys, least, code):
 
 def test_a_candidate_that_fails_is_a_line_and_the_others_are_measured(canned, monkeypatch, capsys, tmp_path):
     measured, hot = evaluate.measured, tmp_path / "hot"
-    shutil.copytree(demo.CHECKPOINT, hot)
+    shutil.copytree(scenes.CHECKPOINT, hot)
 
     def failing(job):
         if job.model == str(hot):
@@ -243,21 +244,21 @@ def test_a_candidate_that_fails_is_a_line_and_the_others_are_measured(canned, mo
         return measured(job)
 
     monkeypatch.setattr(evaluate, "measured", failing)
-    flags = ("--model", hot, demo.CHECKPOINT, "--reference", demo.CHECKPOINT, "--count", 1, "--min-agreement", 0.5)
+    flags = ("--model", hot, scenes.CHECKPOINT, "--reference", scenes.CHECKPOINT, "--count", 1, "--min-agreement", 0.5)
     assert run(*flags, "--json") == 1
     out, err = capsys.readouterr()
     document = json.loads(out.splitlines()[-1])
     assert err.splitlines()[-1] == f"error: hot: {document['candidates'][0]['failed']}"
     assert document["passed"] is False and document["candidates"][1]["figures"]["same_answers"] == 0.75
     assert run(*flags) == 1 and "75.00%" in capsys.readouterr().out
-    assert run("--model", hot, "--reference", demo.CHECKPOINT, "--count", 1) == 1  # nothing is left to show
-    assert run("--model", demo.CHECKPOINT, "--reference", hot, "--count", 1) == 1
+    assert run("--model", hot, "--reference", scenes.CHECKPOINT, "--count", 1) == 1  # nothing is left to show
+    assert run("--model", scenes.CHECKPOINT, "--reference", hot, "--count", 1) == 1
     assert "error: vision encoder" in capsys.readouterr().err
 
 
 def test_a_hot_candidate_end_to_end(hot_demo, capsys):
     """The process of its own says so, and the exit code is 1."""
-    assert run("--model", hot_demo, "--reference", demo.CHECKPOINT, "--count", 1, "--json") == 1
+    assert run("--model", hot_demo, "--reference", scenes.CHECKPOINT, "--count", 1, "--json") == 1
     failed = json.loads(capsys.readouterr().out.splitlines()[-1])["candidates"][0]["failed"]
     assert failed.startswith("projector: embeddings of a picture: ") and "python -m fastvlm doctor" in failed
 
@@ -270,11 +271,11 @@ def test_end_to_end_with_a_file_of_questions(capsys, tmp_path):
     turns = [{"from": "human", "value": "<image>\nDescribe the picture."}]
     (tmp_path / "q.jsonl").write_text(json.dumps({"id": "mine", "image": "a.png", "conversations": turns}))
     flags = ("--samples", tmp_path / "q.jsonl", "--min-agreement", 1, "--json")
-    assert run("--model", demo.CHECKPOINT, "--reference", demo.CHECKPOINT, *flags) == 0
+    assert run("--model", scenes.CHECKPOINT, "--reference", scenes.CHECKPOINT, *flags) == 0
     document = json.loads(capsys.readouterr().out.splitlines()[-1])
     candidate = document["candidates"][0]
     assert document["passed"] is True
     assert candidate["figures"]["same_answers"] == 1 and candidate["figures"]["answer_kl_mean"] == 0
     assert candidate["answers"][0]["name"] == "mine" and candidate["answers"][0]["candidate"]
     assert candidate["timings"]["peak_gb"] > 0.1 and candidate["timings"]["load_s"] > 0
-    assert candidate["figures"]["bytes"] == sum(f.stat().st_size for f in demo.CHECKPOINT.iterdir())
+    assert candidate["figures"]["bytes"] == sum(f.stat().st_size for f in scenes.CHECKPOINT.iterdir())

@@ -8,8 +8,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from benchmarks import environment, export, steps, suite
+from benchmarks import environment
 from benchmarks.measure import measure
+from benchmarks.suites import export, steps, suite
 
 
 def test_memory_and_time_are_the_child_processs():
@@ -84,7 +85,7 @@ def test_every_section_reports_bars_and_every_step_exists(tmp_path, monkeypatch)
 
     def run(description, command, check=True):
         made.append(command)
-        if command[2] == "benchmarks.steps":
+        if command[2] == "benchmarks.suites.steps":
             assert command[3] in steps.STEPS
         if "--output-dir" in command:
             (export.Path(command[command.index("--output-dir") + 1]) / "x.mlpackage").mkdir(parents=True)

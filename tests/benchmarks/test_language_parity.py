@@ -5,9 +5,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks import language_parity, metrics
-from fastvlm import streamed
-from fastvlm.surface import Language, load_checkpoint
+from benchmarks import metrics
+from benchmarks.parity import language
+from fastvlm.model import streamed
+from fastvlm.model.surface import Language, load_checkpoint
 
 MOST = 12
 
@@ -33,7 +34,7 @@ def greedy(demo_model, embeds):
 
 
 def test_a_batch_answers_as_each_prompt_alone(demo_model, embeds, greedy):
-    found = language_parity.answers(demo_model.language, embeds, MOST, tell)
+    found = language.answers(demo_model.language, embeds, MOST, tell)
     assert [one.tokens for one in found] == greedy
     assert len({len(answer) for answer in greedy}) > 1  # they end at different steps
     for one, alone in zip(found, embeds):
@@ -47,7 +48,7 @@ def test_any_draft_gives_the_same_answers(demo_model, embeds, greedy, data):
     for own in greedy:
         draft = own[: data.draw(st.integers(0, len(own)))] + data.draw(st.lists(st.integers(0, 447), max_size=3))
         drafts.append(data.draw(st.sampled_from([draft, own]))[:MOST])
-    found = language_parity.answers_after(demo_model.language, embeds, drafts, MOST, tell)
+    found = language.answers_after(demo_model.language, embeds, drafts, MOST, tell)
     assert [one.tokens for one in found] == greedy
     for one, own, draft, prompt in zip(found, greedy, drafts, embeds):
         at = metrics.first_divergence(own, draft)
@@ -61,13 +62,10 @@ def test_any_draft_gives_the_same_answers(demo_model, embeds, greedy, data):
 
 def test_positions_end_answers(demo_model, embeds, greedy, capsys, monkeypatch):
     monkeypatch.setattr(demo_model.language, "positions", embeds[0].shape[1] + 2)
-    cut = language_parity.answers(demo_model.language, embeds[:1], MOST, tell)
+    cut = language.answers(demo_model.language, embeds[:1], MOST, tell)
     assert cut[0].tokens == greedy[0][:3] == list(demo_model.language.stream(embeds[0], MOST))
     assert "the answer is cut off" in capsys.readouterr().err
-    assert (
-        language_parity.answers_after(demo_model.language, embeds[:1], greedy[:1], MOST, tell)[0].tokens
-        == greedy[0][:3]
-    )
+    assert language.answers_after(demo_model.language, embeds[:1], greedy[:1], MOST, tell)[0].tokens == greedy[0][:3]
 
 
 def test_logits_in_parts_are_the_logits(demo_model, embeds, monkeypatch):
@@ -75,25 +73,25 @@ def test_logits_in_parts_are_the_logits(demo_model, embeds, monkeypatch):
     states = reference.hidden(embeds[0])[0][0]
     noisy = states + np.random.default_rng(0).normal(size=states.shape).astype(np.float32)
     expected = [reference.head(one[None])[0] for one in (states, noisy)]
-    monkeypatch.setattr(language_parity, "_POSITIONS_AT_ONCE", 7)
-    kl, same = language_parity.logits_figures(reference, reference, (states, noisy))
+    monkeypatch.setattr(language, "_POSITIONS_AT_ONCE", 7)
+    kl, same = language.logits_figures(reference, reference, (states, noisy))
     assert kl == pytest.approx(metrics.kl_divergence(*expected)) and kl > 0
     assert same == pytest.approx(metrics.top1_agreement(*expected)) and same < 1
-    assert language_parity.logits_figures(reference, reference, (states, states)) == (0, 1)
+    assert language.logits_figures(reference, reference, (states, states)) == (0, 1)
 
 
 @pytest.mark.parametrize("keeps", [0, 1 << 30])
 def test_a_streamed_model_is_the_model(demo_model, embeds, greedy, keeps, monkeypatch):
-    from fastvlm import demo
+    from fastvlm.data import scenes
 
     monkeypatch.setattr(streamed.Memory, "__init__", lambda self: setattr(self, "free", keeps))
     monkeypatch.setattr(streamed, "_AT_ONCE", 1 << 10)
-    model = load_checkpoint(demo.CHECKPOINT, streamed=True)
+    model = load_checkpoint(scenes.CHECKPOINT, streamed=True)
     expected = demo_model.language.logits(embeds[1])
     for _ in range(2):  # from new mappings, and from kept ones
         with streamed.workers():
             assert model.language.logits(embeds[1]) == pytest.approx(expected, abs=1e-4)
-            assert [one.tokens for one in language_parity.answers(model.language, embeds, MOST, tell)] == greedy
+            assert [one.tokens for one in language.answers(model.language, embeds, MOST, tell)] == greedy
     layers = [layer for layer in model.language.model.modules() if isinstance(layer, streamed.StreamedLinear)]
     assert len(layers) == 4 * 7 + 1 and all((layer.kept is not None) == bool(keeps) for layer in layers)
     streamed.forget(model.language.model)

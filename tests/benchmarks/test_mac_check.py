@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from benchmarks import mac_check, mac_report
-from benchmarks.mac_check import Check, Done
+from benchmarks.mac import check as mac_check
+from benchmarks.mac import report
+from benchmarks.mac.check import Check, Done
 
 FIELDS = {"part": "p", "title": "t", "establishes": "e", "needs": ["Core ML"], "passes": "it is so"}
 JSON = "print('{\"passed\": true}', flush=True)"
@@ -108,6 +109,6 @@ def test_a_command_that_is_not_there() -> None:
 def test_pytests_last_line(line: str, counts: dict | None) -> None:
     document = python(f"print('....'); print({line!r})").document
     assert document == (None if counts is None else {"tests": counts})
-    known = {one.name: one for one in mac_report.load()}
+    known = {one.name: one for one in report.load()}
     if counts:  # a skipped test is no pass
         assert (judged(known["tests-coreml"], document) is None) == (counts == {"passed": 3})

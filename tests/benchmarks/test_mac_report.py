@@ -14,12 +14,13 @@ from typing import Any
 import pytest
 from html_page import Page
 
-from benchmarks import mac_check, mac_report
 from benchmarks.__main__ import build_parser
-from benchmarks.mac_check import Check, Done
+from benchmarks.mac import check as mac_check
+from benchmarks.mac import report as mac_report
+from benchmarks.mac.check import Check, Done
 from benchmarks.measure import ROOT
-from fastvlm.cli import run
-from fastvlm.errors import UserError
+from fastvlm.common.cli import run
+from fastvlm.common.errors import UserError
 from quantization.recipe import load_recipe
 
 PLACES = {"work": "/w w", "artefact": "/a b", "checkpoint": "/c", "device": "Apple M9 Max"}
@@ -42,7 +43,7 @@ def fault_of(words: list[str]) -> str:
     if module == "pytest":
         known = {"--color=no", "-rs"}
         return "".join(one for one in rest if one not in known and not is_a_test(one))
-    if module == "benchmarks.steps":
+    if module == "benchmarks.suites.steps":
         return "" if callable(getattr(importlib.import_module(module), rest[0], None)) else rest[0]
     parser = importlib.import_module(f"{module}.__main__").build_parser()
     try:
@@ -341,7 +342,7 @@ def test_what_was_measured_stands_beside_the_estimate(tmp_path: Path) -> None:
 
 
 def test_the_real_estimate_has_what_is_compared() -> None:
-    from benchmarks import estimate
+    from benchmarks.estimate import estimate
 
     document = estimate.estimate("0.5b", "m1-max", resolution=256)
     known = {one.name: one for one in mac_report.load()}

@@ -8,11 +8,11 @@ import torch
 from timm.models.fastvit import LayerScale2d
 from torch import nn
 
-from benchmarks import operations
-from benchmarks.operations import Value, compare, layers_of
-from fastvlm.checkpoint import open_checkpoint
-from fastvlm.model import encoder
-from fastvlm.reparam import fold
+from benchmarks.parity import operations
+from benchmarks.parity.operations import Value, compare, layers_of
+from fastvlm.checkpoint.checkpoint import open_checkpoint
+from fastvlm.model.build import encoder
+from fastvlm.model.fold import fold
 
 
 class Net(nn.Module):

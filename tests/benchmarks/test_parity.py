@@ -6,10 +6,10 @@ import math
 import numpy as np
 import pytest
 
-from benchmarks import parity, pictures, tolerances
-from benchmarks.language_parity import Reading
-from fastvlm import demo
-from fastvlm.errors import CheckFailed, UserError
+from benchmarks.parity import compare, pictures, tolerances
+from benchmarks.parity.language import Reading
+from fastvlm.common.errors import CheckFailed, UserError
+from fastvlm.data import scenes
 
 
 @pytest.fixture
@@ -18,7 +18,7 @@ def judge(reference, candidate, shown, operations, sides, compared):
 
     def run(family="fp16"):
         rows = compared(reference, candidate, shown)
-        return parity.document(rows, operations, family, sides)
+        return compare.document(rows, operations, family, sides)
 
     return run
 
@@ -30,7 +30,7 @@ def test_the_same_model_passes_exactly(judge):
     assert result["metrics"]["prefill_kl"]["value"] == 0
     assert all(row["divergence"] is None and row["reference"] == row["candidate"] for row in result["rows"])
     assert result["pictures"] == {"demo": 4}
-    assert list(result["metrics"]) == list(parity.LABELS)
+    assert list(result["metrics"]) == list(compare.LABELS)
 
 
 def test_the_document_is_json_and_the_same_twice(judge):
@@ -73,7 +73,7 @@ def test_one_perturbed_weight_fails_and_names_the_stage(judge, candidate, pertur
     result = judge()
     assert not result["passed"]
     assert result["broken"][0] == first
-    assert parity.LABELS[first] in result["verdict"]
+    assert compare.LABELS[first] in result["verdict"]
 
 
 @pytest.mark.parametrize(
@@ -95,24 +95,24 @@ def test_what_is_not_finite_ends_the_comparison_where_it_begins(judge, candidate
 
 
 # For each figure a value just out of its tolerance; encoder ones come in through the first row, or the operations.
-@pytest.mark.parametrize("metric", [name for name in parity.LABELS if name not in ("operation_snr", "layer_snr")])
+@pytest.mark.parametrize("metric", [name for name in compare.LABELS if name not in ("operation_snr", "layer_snr")])
 def test_each_figure_fails_alone(reference, candidate, shown, operations, sides, metric, compared):
     rows = compared(reference, candidate, shown)
     limits = tolerances.for_encoder("float16") | tolerances.for_language("fp16")
     worse = -1e-3 if limits[metric].sense == ">=" else 1e-3
     for row in rows:
         row.figures[metric] = limits[metric].bound + worse
-    result = parity.document(rows, operations, "fp16", sides)
+    result = compare.document(rows, operations, "fp16", sides)
     assert result["broken"] == [metric] and not result["passed"]
     for row in rows:
         row.figures[metric] = math.nan
-    assert parity.document(rows, operations, "fp16", sides)["broken"] == [metric]
+    assert compare.document(rows, operations, "fp16", sides)["broken"] == [metric]
 
 
 def test_the_worst_picture_counts(reference, candidate, shown, operations, sides, compared):
     rows = compared(reference, candidate, shown)
     rows[2].figures["encoder_snr"] = 20.0
-    figure = parity.document(rows, operations, "fp16", sides)["metrics"]["encoder_snr"]
+    figure = compare.document(rows, operations, "fp16", sides)["metrics"]["encoder_snr"]
     assert figure["value"] == 20 and figure["worst_row"] == 2 and figure["passed"] is False
 
 
@@ -136,10 +136,10 @@ def test_layers_that_could_not_be_matched_fail(judge, operations):
 
 def test_nothing_compared_never_passes(operations, sides, reference, candidate, shown, compared):
     with pytest.raises(CheckFailed, match="nothing was compared"):
-        parity.document([], operations, "fp16", sides)
+        compare.document([], operations, "fp16", sides)
     rows = compared(reference, candidate, shown[:1])
     with pytest.raises(CheckFailed, match="nothing was compared"):
-        parity.document(rows, operations | {"rounding": []}, "fp16", sides)
+        compare.document(rows, operations | {"rounding": []}, "fp16", sides)
 
 
 def test_shapes_that_differ_are_named(reference, candidate, shown, compared):
@@ -153,7 +153,7 @@ def test_shapes_that_differ_are_named(reference, candidate, shown, compared):
 
 
 def greedy(model, picture):
-    return list(model.language.stream(model.embed(picture.question, picture.image), parity.MAX_NEW_TOKENS))
+    return list(model.language.stream(model.embed(picture.question, picture.image), compare.MAX_NEW_TOKENS))
 
 
 def test_where_answers_part(reference, candidate, shown):
@@ -163,18 +163,18 @@ def test_where_answers_part(reference, candidate, shown):
     forced = [*tokens[:2], other, *tokens[3:]]
     readings = [Reading(np.zeros((1, 1)), ids) for ids in (tokens, forced)]
     readings[0].margin = 0.25
-    sides = [parity.Speaker.of(model) for model in (reference, candidate)]
-    parted, decode = parity._divergence(*sides, *readings), reference.tokenizer.decode
+    sides = [compare.Speaker.of(model) for model in (reference, candidate)]
+    parted, decode = compare._divergence(*sides, *readings), reference.tokenizer.decode
     assert parted["position"] == 2 and parted["margin"] == 0.25
     assert parted["common"] == decode(tokens[:2])
     assert parted["reference"] == {"token": decode([tokens[2]]), "rest": decode(tokens[3:])}
     assert parted["candidate"] == {"token": decode([other]), "rest": decode(tokens[3:])}
     readings[1].tokens, readings[0].margin = tokens[:-1], None
-    parted = parity._divergence(*sides, *readings)
+    parted = compare._divergence(*sides, *readings)
     assert parted["position"] == len(tokens) - 1
     assert parted["candidate"] == {"token": None, "rest": ""} and parted["margin"] is None
     readings[1].tokens = tokens
-    assert parity._divergence(*sides, *readings) is None
+    assert compare._divergence(*sides, *readings) is None
 
 
 def test_answers_that_part_are_both_sides_own(reference, candidate, shown, compared):
@@ -204,12 +204,12 @@ def test_models_that_cannot_be_compared_are_refused_at_once(reference, candidate
     with pytest.raises(
         UserError, match="image strategy: checkpoint pad, artefact center_crop; vocabulary: checkpoint 40, "
     ):
-        parity._check_comparable(reference, candidate)
+        compare._check_comparable(reference, candidate)
 
 
 def test_summary_keeps_figures_and_runners_only(judge):
-    summary = parity.summary(judge())
-    assert summary["passed"] and set(summary["metrics"]) == set(parity.LABELS)
+    summary = compare.summary(judge())
+    assert summary["passed"] and set(summary["metrics"]) == set(compare.LABELS)
     assert "rows" not in summary and "operations" not in summary
     assert summary["runners"]["candidate"]["vision"] == "fake vision"
 
@@ -233,7 +233,7 @@ def test_a_stranger_gets_drawn_pictures_and_the_users_own(tmp_path, folder):
 
 
 def test_the_demo_checkpoint_gets_its_questions(monkeypatch):
-    monkeypatch.setattr(demo, "knows_demo", lambda checkpoint: True)
+    monkeypatch.setattr(scenes, "knows_demo", lambda checkpoint: True)
     chosen = list(pictures.opened(pictures.choose(pictures.demo.CHECKPOINT, None, 6)))
     assert [one.source for one in chosen] == ["demo"] * 6
     assert all(one.truth for one in chosen)
@@ -282,9 +282,9 @@ def write_artefact(folder, quantization, dtype=np.float16):
     ],
 )
 def test_the_weakest_weights_decide(tmp_path, quantization, family):
-    assert parity.weight_family(write_artefact(tmp_path / "artefact", quantization)) == family
+    assert compare.weight_family(write_artefact(tmp_path / "artefact", quantization)) == family
 
 
 def test_a_family_without_tolerances_is_refused(tmp_path):
     with pytest.raises(UserError, match="int7: no tolerances"):
-        parity.weight_family(write_artefact(tmp_path / "artefact", {"bits": 7, "group_size": 64}))
+        compare.weight_family(write_artefact(tmp_path / "artefact", {"bits": 7, "group_size": 64}))

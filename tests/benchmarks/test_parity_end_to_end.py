@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 
 import fastvlm
 from benchmarks import __main__ as command_line
-from benchmarks import parity
-from fastvlm import demo
-from fastvlm.cli import run
-from fastvlm.errors import UserError
+from benchmarks.parity import compare
+from fastvlm.common.cli import run
+from fastvlm.common.errors import UserError
+from fastvlm.data import scenes
 from model_export import contract
 from model_export.config import ExportConfig
 
@@ -24,7 +24,7 @@ LAYER = "stages.2.blocks.0.mlp.fc1"
 
 @pytest.fixture(scope="module")
 def checkpoint() -> Path:
-    return demo.CHECKPOINT
+    return scenes.CHECKPOINT
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def artefact(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 @pytest.fixture(scope="module")
 def compared(checkpoint: Path, artefact: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
     page = tmp_path_factory.mktemp("page") / "index.html"
-    result = parity.compare(checkpoint, artefact, limit=2, report=page)
+    result = compare.compare(checkpoint, artefact, limit=2, report=page)
     return {"result": result, "page": page.read_text()}
 
 
@@ -58,7 +58,7 @@ def test_a_sound_artefact_passes(compared):
 def test_the_same_again_is_the_same_document(compared, checkpoint, artefact, tmp_path):
     moved = tmp_path / artefact.name
     shutil.copytree(artefact, moved)
-    assert json.dumps(parity.compare(checkpoint, moved, limit=2)) == json.dumps(compared["result"])
+    assert json.dumps(compare.compare(checkpoint, moved, limit=2)) == json.dumps(compared["result"])
 
 
 def perturbed(checkpoint: Path, folder: Path, name: str, amount: float) -> Path:
@@ -83,7 +83,7 @@ def perturbed(checkpoint: Path, folder: Path, name: str, amount: float) -> Path:
     ],
 )
 def test_one_weight_of_the_reference_perturbed(checkpoint, artefact, tmp_path, name, amount, first, layer):
-    result = parity.compare(perturbed(checkpoint, tmp_path, name, amount), artefact, limit=1)
+    result = compare.compare(perturbed(checkpoint, tmp_path, name, amount), artefact, limit=1)
     assert not result["passed"]
     assert result["broken"][0] == first
     assert (result["first_operation"] or {"layer": None})["layer"] == layer
@@ -97,7 +97,7 @@ def test_one_weight_of_the_saved_program_perturbed(checkpoint, artefact, tmp_pat
     middle = len(data) // 2 & ~1
     data[middle : middle + 2] = torch.tensor([900.0], dtype=torch.float16).numpy().tobytes()
     weights.write_bytes(data)
-    result = parity.compare(checkpoint, copy, limit=1)
+    result = compare.compare(checkpoint, copy, limit=1)
     assert not result["passed"]
     assert {"layer_snr", "encoder_snr"} <= set(result["broken"])
     assert result["first_operation"]["layer"] in result["verdict"]
@@ -107,7 +107,7 @@ def test_the_users_pictures_are_compared(checkpoint, artefact, tmp_path):
     from PIL import Image
 
     Image.linear_gradient("L").save(tmp_path / "mine <b>.png")
-    result = parity.compare(checkpoint, artefact, images=tmp_path, limit=1, report=tmp_path / "page.html")
+    result = compare.compare(checkpoint, artefact, images=tmp_path, limit=1, report=tmp_path / "page.html")
     assert result["pictures"] == {"demo": 1, "yours": 1} and result["passed"]
     assert "mine &lt;b&gt;.png" in (tmp_path / "page.html").read_text()
 
@@ -115,15 +115,15 @@ def test_the_users_pictures_are_compared(checkpoint, artefact, tmp_path):
 def test_another_checkpoints_artefact_is_refused(make_checkpoint, artefact):
     other = make_checkpoint(form="training", dtype="float16")
     with pytest.raises(UserError, match=r"cannot be compared: .*vocabulary: checkpoint \d+, artefact \d+"):
-        parity.compare(other, artefact, limit=1)
+        compare.compare(other, artefact, limit=1)
 
 
 def test_the_reference_runs_at_the_artefacts_resolution(checkpoint):
     model = fastvlm.load(checkpoint)
-    other = parity.at_size(model, 128)
+    other = compare.at_size(model, 128)
     assert model.image_size == 256 and other.image_size == 128
-    assert other.embed("What is this?", demo.draw_scene(np.random.default_rng(0), [])).shape[1] == (
-        model.embed("What is this?", demo.draw_scene(np.random.default_rng(0), [])).shape[1] - 16 + 4
+    assert other.embed("What is this?", scenes.draw_scene(np.random.default_rng(0), [])).shape[1] == (
+        model.embed("What is this?", scenes.draw_scene(np.random.default_rng(0), [])).shape[1] - 16 + 4
     )
 
 

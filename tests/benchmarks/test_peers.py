@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import peers, peers_models
 from benchmarks.__main__ import build_parser
-from fastvlm.cli import run
-from fastvlm.errors import UserError
+from benchmarks.peers import models, peers
+from fastvlm.common.cli import run
+from fastvlm.common.errors import UserError
 
 TEXT = {
     "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -41,7 +41,7 @@ def tiny(name):
 
 
 def opened(name):
-    return peers_models.open_peer(tiny(name), 5, "float32", "cpu")
+    return models.open_peer(tiny(name), 5, "float32", "cpu")
 
 
 def answer(peer):
@@ -171,7 +171,7 @@ def test_llava_onevisions_stages_are_transformers_model():
 
 
 def test_a_sampler_layer_is_attention_of_each_query_on_its_own_windows():
-    layer = peers_models.SamplerLayer(12, 8, 2, [1, 2])
+    layer = models.SamplerLayer(12, 8, 2, [1, 2])
     query, context = torch.randn(3, 1, 12), torch.randn(1, 1, 8)
     latents = [torch.randn(3, 1, 8), torch.randn(3, 4, 8)]
     nn.init.normal_(layer.positions[0])
@@ -195,9 +195,9 @@ def test_a_sampler_layer_is_attention_of_each_query_on_its_own_windows():
 def test_windows_hold_what_lies_in_them():
     grid = torch.arange(36.0).view(1, 36, 1)
 
-    assert peers_models.windows(grid, 3)[:, :, 0].tolist()[:2] == [[0, 1, 6, 7], [2, 3, 8, 9]]
-    assert peers_models.windows(grid, 3)[8, :, 0].tolist() == [28, 29, 34, 35]
-    assert peers_models.windows(grid, 6).shape == (36, 1, 1)
+    assert models.windows(grid, 3)[:, :, 0].tolist()[:2] == [[0, 1, 6, 7], [2, 3, 8, 9]]
+    assert models.windows(grid, 3)[8, :, 0].tolist() == [28, 29, 34, 35]
+    assert models.windows(grid, 6).shape == (36, 1, 1)
 
 
 def test_cambrian_looks_again_inside_the_decoder():
@@ -334,7 +334,7 @@ def test_a_runner_of_the_instrument(monkeypatch):
 
 @pytest.mark.parametrize("size", ["0.5b", "7b"])
 def test_fastvlm_here_is_fastvlm_elsewhere(size):
-    from fastvlm.synthetic import SHAPES
+    from fastvlm.synthetic.checkpoint import SHAPES
 
     shape, text = SHAPES[size], peers.data()["models"][f"fastvlm-{size}"]["text"]["config"]
 

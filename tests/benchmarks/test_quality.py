@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.nn import functional
 
-from benchmarks import parity, quality
-from benchmarks.text_model import TextModel
-from fastvlm.conversations import Sample, demo_samples
-from fastvlm.errors import CheckFailed, UserError
+from benchmarks.parity import compare as parity
+from benchmarks.quality import quality
+from benchmarks.quality.text_model import TextModel
+from fastvlm.common.errors import CheckFailed, UserError
+from fastvlm.data.conversations import Sample, demo_samples
 
 COUNT = 20
 TEXT = quality.Text("shapes", "Where is the red circle? The red circle is at the top left. How many stars? " * 40)

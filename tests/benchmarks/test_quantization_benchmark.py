@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
-from benchmarks import quantization, quantization_steps, quantization_sweep, suite
-from fastvlm.errors import CheckFailed
-from model_export.llm import export_llm
+from benchmarks.suites import quantization, quantization_steps, quantization_sweep, suite
+from fastvlm.common.errors import CheckFailed
+from model_export.language.llm import export_llm
 from quantization.recipe import load_recipe
 from quantization.schemes import Affine
 
@@ -23,7 +23,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 
     def run(description, command, check=True):
         commands.append(command)
-        if command[2] == "benchmarks.quantization_steps":
+        if command[2] == "benchmarks.suites.quantization_steps":
             assert command[3] in quantization_steps.STEPS
         for flag in ("--output-dir", "--mlx-path"):
             if flag in command:
@@ -70,7 +70,7 @@ def test_schemes_are_compared_with_mlx(tiny_fast_vlm, monkeypatch):
 
 
 def test_files_are_compared_tensor_by_tensor(tiny_fast_vlm, tmp_path):
-    from fastvlm.checkpoint import open_checkpoint
+    from fastvlm.checkpoint.checkpoint import open_checkpoint
 
     (ours := tmp_path / "ours").mkdir()
     export_llm(open_checkpoint(tiny_fast_vlm), load_recipe("int4"), ours)

@@ -8,10 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import sweep, sweep_point
-from fastvlm import threads
-from fastvlm.cli import Parser, add_common, run
-from fastvlm.conversations import Sample
+from benchmarks.quality import sweep, sweep_point
+from fastvlm.common import threads
+from fastvlm.common.cli import Parser, add_common, run
+from fastvlm.data.conversations import Sample
 from model_export import artefact, contract, export
 from model_export.config import ExportConfig
 from quantization.recipe import load_recipe

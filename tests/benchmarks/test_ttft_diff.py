@@ -9,10 +9,10 @@ import pytest
 from ttft_documents import BASE, changed, document
 
 from benchmarks import __main__ as command
-from benchmarks import ttft_diff, ttft_repeat
-from benchmarks.ttft_runner import DELAY, TOTALS
-from fastvlm.cli import run
-from fastvlm.errors import UserError
+from benchmarks.ttft import diff, repeat
+from benchmarks.ttft.runner import DELAY, TOTALS
+from fastvlm.common.cli import run
+from fastvlm.common.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +21,7 @@ def runs():
 
 
 def test_equal_runs_are_not_called_different(runs):
-    false = [bool(ttft_diff.compare(old, new)["changes"]) for old, new in itertools.pairwise(runs)]
+    false = [bool(diff.compare(old, new)["changes"]) for old, new in itertools.pairwise(runs)]
     assert sum(false) <= len(false) // 20
 
 
@@ -41,7 +41,7 @@ def test_a_slowed_stage_is_named_and_nothing_else(stage, runs):
     within = {stage, *(total for total, parts in TOTALS.items() if stage in parts)}
     named = 0
     for seed in range(5):
-        rows = ttft_diff.compare(runs[seed], document(100 + seed, {stage: 1.15}))["rows"]
+        rows = diff.compare(runs[seed], document(100 + seed, {stage: 1.15}))["rows"]
         slower = {(row["runner"], row["stage"]) for row in rows if row["called"]}
         assert {name for _, name in slower} <= within
         named += sum(name == stage for _, name in slower)
@@ -49,19 +49,19 @@ def test_a_slowed_stage_is_named_and_nothing_else(stage, runs):
 
 
 def test_a_faster_stage_is_called_faster(runs):
-    rows = ttft_diff.compare(document(7, {"encode": 1.3}), runs[8])["changes"]
+    rows = diff.compare(document(7, {"encode": 1.3}), runs[8])["changes"]
     assert {(row["stage"], row["called"]) for row in rows} >= {("encode", "faster"), ("ttft_paper", "faster")}
     assert all(row["change"] < -0.1 for row in rows if row["stage"] == "encode")
 
 
 def test_a_change_is_measured_and_thresholds_follow_the_noise(runs):
-    rows = ttft_diff.compare(document(1, quiet=True), document(2, {"encode": 1.15}, quiet=True))["rows"]
+    rows = diff.compare(document(1, quiet=True), document(2, {"encode": 1.15}, quiet=True))["rows"]
     for row in rows:
         if row["stage"] == "encode":
             assert row["change"] == pytest.approx(0.15, abs=1e-6)
-        assert row["threshold"] == pytest.approx(ttft_diff.LEAST)
-    noisy = ttft_diff.compare(runs[0], runs[1])["rows"]
-    assert statistics.median(row["threshold"] for row in noisy) > ttft_diff.LEAST
+        assert row["threshold"] == pytest.approx(diff.LEAST)
+    noisy = diff.compare(runs[0], runs[1])["rows"]
+    assert statistics.median(row["threshold"] for row in noisy) > diff.LEAST
 
 
 def test_no_yardstick_no_waiting_and_one_process_still_compare():
@@ -73,7 +73,7 @@ def test_no_yardstick_no_waiting_and_one_process_still_compare():
                 del one["waited"]
         return run
 
-    rows = ttft_diff.compare(*(bare(document(seed, quiet=True)) for seed in (1, 2)))["rows"]
+    rows = diff.compare(*(bare(document(seed, quiet=True)) for seed in (1, 2)))["rows"]
     assert not any(row["called"] for row in rows)
     assert all(row["threshold"] > 0.2 for row in rows)  # nothing is known of how processes differ
 
@@ -85,11 +85,11 @@ def test_more_threads_than_cores_wait_for_themselves():
             for one in launch["rounds"]:
                 one["stages"]["encode"] += 0.004
                 one["waited"]["encode"] += 0.004
-    assert not ttft_diff.compare(old, new)["changes"]
+    assert not diff.compare(old, new)["changes"]
     for run_ in (old, new):
         for runner in run_["points"][0]["runners"]:
             runner["settings"]["threads"] = 8
-    called = ttft_diff.compare(old, new)["changes"]
+    called = diff.compare(old, new)["changes"]
     assert {row["stage"] for row in called} == {"encode", "ttft_paper", "ttft_app"}
 
 
@@ -106,22 +106,22 @@ def test_more_threads_than_cores_wait_for_themselves():
 )  # fmt: skip
 def test_other_machines_checkpoints_and_settings_are_refused(change, said, runs):
     with pytest.raises(UserError, match=f"not comparable: .*{said}"):
-        ttft_diff.compare(runs[0], changed(runs[1], **change))
+        diff.compare(runs[0], changed(runs[1], **change))
 
 
 def test_another_resolution_is_refused_and_other_runners_are_left_out(runs):
     other = changed(runs[1])
     other["points"][0]["resolution"] = 512
     with pytest.raises(UserError, match=r"resolution and prompt demo, 256 × 256 .* and demo, 512 × 512"):
-        ttft_diff.compare(runs[0], other)
+        diff.compare(runs[0], other)
     other = changed(runs[1])
     other["points"][0]["runners"][1]["settings"]["dtype"] = "bfloat16"
-    found = ttft_diff.compare(runs[0], other)
+    found = diff.compare(runs[0], other)
     assert {row["runner"] for row in found["rows"]} == {"fp16/executor-as-typed"}
     assert found["left_out"] == ["transformers-cpu: dtype float32 and bfloat16"]
     other["points"][0]["runners"][0] = {"name": "fp16/executor-as-typed", "error": "killed"}
     with pytest.raises(UserError, match=r"nothing to compare: .*not measured in both"):
-        ttft_diff.compare(runs[0], other)
+        diff.compare(runs[0], other)
 
 
 def test_the_command_says_what_changed(tmp_path, runs, capsys):
@@ -142,8 +142,8 @@ def test_the_command_says_what_changed(tmp_path, runs, capsys):
 def test_students_quantiles():
     """Against the tables of Student's t (two-sided 5 % and 0.1 %)."""
     for freedom, usual, rare in ((6, 2.447, 5.959), (12, 2.179, 4.318), (30, 2.042, 3.646)):
-        assert ttft_diff.student(0.975, freedom) == pytest.approx(usual, rel=0.01)
-        assert ttft_diff.student(0.9995, freedom) == pytest.approx(rare, rel=0.02)
+        assert diff.student(0.975, freedom) == pytest.approx(usual, rel=0.01)
+        assert diff.student(0.9995, freedom) == pytest.approx(rare, rel=0.02)
 
 
 def test_repeatability_counts_false_calls_and_misses(monkeypatch):
@@ -157,10 +157,10 @@ def test_repeatability_counts_false_calls_and_misses(monkeypatch):
         slowed = {text.split("=x")[0]: float(text.split("=x")[1])} if text else {}
         return document(next(seeds), slowed)
 
-    found = ttft_repeat.repeat(measure, 3, ["encode", "decode"])
+    found = repeat.repeat(measure, 3, ["encode", "decode"])
     assert found["passed"] and found["false"] == 0 and not found["slowed"]["encode"]["missed"]
     assert DELAY not in os.environ
-    deaf = ttft_repeat.repeat(lambda: document(next(seeds)), 1, ["encode"])
+    deaf = repeat.repeat(lambda: document(next(seeds)), 1, ["encode"])
     assert not deaf["passed"] and len(deaf["slowed"]["encode"]["missed"]) == 2
 
     def failing():
@@ -168,10 +168,10 @@ def test_repeatability_counts_false_calls_and_misses(monkeypatch):
         one["points"][0]["runners"][1] = {"name": "transformers-cpu", "kind": "checkpoint", "error": "killed"}
         return one
 
-    failed = ttft_repeat.repeat(failing, 1, ["encode"])
+    failed = repeat.repeat(failing, 1, ["encode"])
     assert failed["slowed"]["encode"]["missed"] == ["transformers-cpu"] and not failed["passed"]
-    quiet = ttft_repeat.repeat(failing, 1, [])
+    quiet = repeat.repeat(failing, 1, [])
     assert quiet["left_out"] == ["transformers-cpu: not measured in both"] and not quiet["passed"]
     restless = iter([1.0, 1.5] * 4)
-    found = ttft_repeat.repeat(lambda: document(next(seeds), {"prefill": next(restless)}), 2, [])
+    found = repeat.repeat(lambda: document(next(seeds), {"prefill": next(restless)}), 2, [])
     assert found["false"] == 2 and not found["passed"]

@@ -7,13 +7,16 @@ import ttft_documents
 from html_page import Page
 
 from benchmarks import __main__ as command
-from benchmarks import peers, ttft, ttft_plan, ttft_run
-from benchmarks.suite import DEMO
-from benchmarks.ttft_document import load_document
-from benchmarks.ttft_runner import DELAY, STAGES
-from fastvlm import prompt
-from fastvlm.cli import run
-from fastvlm.errors import UserError
+from benchmarks.peers import peers
+from benchmarks.suites.suite import DEMO
+from benchmarks.ttft import command as ttft
+from benchmarks.ttft import plan
+from benchmarks.ttft import run as ttft_run
+from benchmarks.ttft.document import load_document
+from benchmarks.ttft.runner import DELAY, STAGES
+from fastvlm.common.cli import run
+from fastvlm.common.errors import UserError
+from fastvlm.data import prompt
 from model_export import export
 from model_export.artefact import read_manifest
 from model_export.config import ExportConfig
@@ -46,39 +49,39 @@ NAMES = [
     ],
 )
 def test_runners_are_chosen_by_pattern(patterns, expected):
-    assert ttft_plan._wanted(patterns, NAMES) == expected
+    assert plan._wanted(patterns, NAMES) == expected
 
 
 def test_peers_that_were_asked_for_stay_whatever_the_patterns_say():
-    assert ttft_plan._wanted(("int4/*",), [*NAMES, "peer:llava"]) == ["int4/executor-auto", "peer:llava"]
+    assert plan._wanted(("int4/*",), [*NAMES, "peer:llava"]) == ["int4/executor-auto", "peer:llava"]
 
 
 @pytest.mark.parametrize("search", [True, False])
 def test_the_best_setting_is_a_runner_only_with_the_search(search, monkeypatch):
-    monkeypatch.setattr(ttft_plan, "_devices", lambda: ["cpu"])
-    names = ttft_plan._names(ttft_plan.Asked(DEMO, search=search))
+    monkeypatch.setattr(plan, "_devices", lambda: ["cpu"])
+    names = plan._names(plan.Asked(DEMO, search=search))
     assert "transformers-cpu" in names and ("transformers-cpu-best" in names) == search
 
 
 def test_runners_are_named_after_the_recipe_in_the_manifest_and_no_two_alike(demo_artefact, tmp_path):
-    known = ttft_plan._recipes(ttft_plan.Asked(DEMO, artefacts=(demo_artefact,)))
+    known = plan._recipes(plan.Asked(DEMO, artefacts=(demo_artefact,)))
     assert {name: path for name, (_, path) in known.items()} == {"fp16": demo_artefact}
     mine = tmp_path / "recipe.json"
     mine.write_text(json.dumps(load_recipe("int4").to_json() | {"name": "mine"}))
-    assert list(ttft_plan._recipes(ttft_plan.Asked(DEMO, recipes=(str(mine), "int4")))) == ["mine", "int4"]
+    assert list(plan._recipes(plan.Asked(DEMO, recipes=(str(mine), "int4")))) == ["mine", "int4"]
     mine.write_text(json.dumps(load_recipe("int4").to_json()))
     with pytest.raises(UserError, match="--quant: recipe int4 twice"):
-        ttft_plan._recipes(ttft_plan.Asked(DEMO, recipes=(str(mine), "int4")))
+        plan._recipes(plan.Asked(DEMO, recipes=(str(mine), "int4")))
     with pytest.raises(UserError, match="--artefact: recipe fp16 twice"):
-        ttft_plan._recipes(ttft_plan.Asked(DEMO, artefacts=(demo_artefact, demo_artefact)))
+        plan._recipes(plan.Asked(DEMO, artefacts=(demo_artefact, demo_artefact)))
 
 
 def test_mlx_vlm_gets_the_recipe_of_the_artefact(demo_artefact, monkeypatch):
-    monkeypatch.setenv(ttft_plan.MLX_VLM_PYTHON, "python")
-    asked = ttft_plan.Asked(DEMO, artefacts=(demo_artefact,), recipes=("int4",))
+    monkeypatch.setenv(plan.MLX_VLM_PYTHON, "python")
+    asked = plan.Asked(DEMO, artefacts=(demo_artefact,), recipes=("int4",))
     exported = []
-    monkeypatch.setattr(ttft_plan, "_exported", lambda asked, identity, recipe, *rest: exported.append(recipe))
-    assert ttft_plan._mlx_vlm(asked, {}, print)["recipe"] == "fp16"
+    monkeypatch.setattr(plan, "_exported", lambda asked, identity, recipe, *rest: exported.append(recipe))
+    assert plan._mlx_vlm(asked, {}, print)["recipe"] == "fp16"
     assert exported == [read_manifest(demo_artefact)["llm"]["recipe"]] == [load_recipe("fp16").to_json()]
 
 
@@ -89,14 +92,14 @@ def test_peers_run_at_the_first_point_with_the_threads_asked_for(monkeypatch):
         points.append(specifications)
         return [{"name": one["name"], "error": "killed"} for one in specifications], False
 
-    monkeypatch.setattr(ttft_plan.ttft_run, "measure", measure)
-    monkeypatch.setattr(ttft_plan, "_devices", lambda: ["cpu"])
+    monkeypatch.setattr(plan.ttft_run, "measure", measure)
+    monkeypatch.setattr(plan, "_devices", lambda: ["cpu"])
     monkeypatch.setattr(peers, "section", lambda document: [])
-    asked = ttft_plan.Asked(
+    asked = plan.Asked(
         DEMO, patterns=("transformers-cpu",), against=("llava-onevision-0.5b",), resolutions=(256, 512), search=False,
         threads=3,
     )  # fmt: skip
-    document = ttft_plan.measure(asked, lambda line: None)
+    document = plan.measure(asked, lambda line: None)
     first, second = ([one["name"] for one in point] for point in points)
     assert first == ["transformers-cpu", "peer:llava-onevision-0.5b", "peer:fastvlm-0.5b"]
     assert second == ["transformers-cpu"]
@@ -108,32 +111,32 @@ def test_a_pattern_without_a_runner_is_refused():
     with pytest.raises(
         UserError, match="--runner: no runner coreml-\\*, cuda here, expected some of fp16/executor-auto"
     ):
-        ttft_plan._wanted(("coreml-*", "cuda", "int4/*"), NAMES)
+        plan._wanted(("coreml-*", "cuda", "int4/*"), NAMES)
 
 
 @pytest.mark.parametrize("length", [30, 64, 200])
 def test_prompts_have_so_many_text_tokens(length, demo_model):
-    text = ttft_plan._of_length(DEMO, length)
+    text = plan._of_length(DEMO, length)
     ids = prompt.encode_prompt(demo_model.tokenizer, text, demo_model.image_token_id, 16)
     assert (ids != demo_model.image_token_id).sum() == length
 
 
 def test_a_length_below_the_templates_is_refused():
     with pytest.raises(UserError, match="--prompt-length: got 3, expected more than the template's"):
-        ttft_plan._of_length(DEMO, 3)
+        plan._of_length(DEMO, 3)
 
 
 def test_artefacts_of_other_weights_are_refused(demo_artefact):
-    identity = ttft_plan._identity(DEMO)
-    ttft_plan._same_weights(demo_artefact, identity)
+    identity = plan._identity(DEMO)
+    plan._same_weights(demo_artefact, identity)
     with pytest.raises(UserError, match=r"made from another checkpoint .* name its --checkpoint"):
-        ttft_plan._same_weights(demo_artefact, identity | {"sha256": "0" * 64})
+        plan._same_weights(demo_artefact, identity | {"sha256": "0" * 64})
 
 
 def test_without_mlx_vlm_its_line_says_what_to_do(monkeypatch):
-    monkeypatch.delenv(ttft_plan.MLX_VLM_PYTHON, raising=False)
-    monkeypatch.setattr(ttft_plan.importlib.util, "find_spec", lambda name: None)
-    one = ttft_plan._mlx_vlm(ttft_plan.Asked(DEMO), {}, print)
+    monkeypatch.delenv(plan.MLX_VLM_PYTHON, raising=False)
+    monkeypatch.setattr(plan.importlib.util, "find_spec", lambda name: None)
+    one = plan._mlx_vlm(plan.Asked(DEMO), {}, print)
     assert "not installed: FASTVLM_MLX_VLM_PYTHON names the Python" in one["absent"]
 
 
@@ -241,11 +244,11 @@ def test_a_runner_whose_values_are_not_finite_fails_the_run(hot_demo, capsys):
 def test_one_failed_runner_beside_a_sound_one_fails_the_run(monkeypatch):
     def document(**hot):
         found = [{"name": "hot", "error": "why", **hot}, {"name": "sound"}]
-        monkeypatch.setattr(ttft_plan.ttft_run, "measure", lambda *asked: ([dict(one) for one in found], False))
-        monkeypatch.setattr(ttft_plan, "_devices", lambda: ["cpu", "mps"])
-        return ttft_plan.measure(ttft_plan.Asked(DEMO, patterns=("transformers-*",), search=False), lambda line: None)
+        monkeypatch.setattr(plan.ttft_run, "measure", lambda *asked: ([dict(one) for one in found], False))
+        monkeypatch.setattr(plan, "_devices", lambda: ["cpu", "mps"])
+        return plan.measure(plan.Asked(DEMO, patterns=("transformers-*",), search=False), lambda line: None)
 
-    monkeypatch.setattr(ttft_plan, "_compare", lambda *asked: None)
+    monkeypatch.setattr(plan, "_compare", lambda *asked: None)
     assert document(passed=False)["passed"] is False
     assert "passed" not in document()  # one that is killed is a line
 

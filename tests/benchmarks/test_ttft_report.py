@@ -7,7 +7,7 @@ import pytest
 from html_page import Page
 from ttft_documents import BASE, changed, document
 
-from benchmarks import ttft_report
+from benchmarks.ttft import report
 
 HOSTILE = '"><script>alert(1)</script><img src=http://evil.example/x onerror=alert(2)> {{ 7*7 }} | & </style>'
 
@@ -38,7 +38,7 @@ def measured():
 
 def test_figures_are_those_of_all_rounds(measured):
     runner = measured["points"][0]["runners"][0]
-    found = ttft_report.figures(runner, 16)
+    found = report.figures(runner, 16)
     rounds = [one["stages"] for launch in runner["launches"] for one in launch["rounds"]]
     encode = [one["encode"] for one in rounds]
     assert found["encode"]["rounds"] == 96
@@ -53,22 +53,22 @@ def test_figures_are_those_of_all_rounds(measured):
     assert found["load"]["median"] == 0.5 and found["load_cold"]["median"] == 1.0
     assert found["answer_cold"]["median"] == pytest.approx(1 + sum(BASE[stage] for stage in list(BASE)[:5]))
     assert found["peak_bytes"]["median"] == 1e9
-    assert ttft_report.figures({"error": "killed"}, 16) == {}
+    assert report.figures({"error": "killed"}, 16) == {}
 
 
 def test_loads_that_were_not_cold_are_left_out(measured):
     runner = changed(measured["points"][0]["runners"][0])
     runner["cold"]["dropped"] = False
-    assert not {"load_cold", "answer_cold"} & set(ttft_report.figures(runner, 16))
+    assert not {"load_cold", "answer_cold"} & set(report.figures(runner, 16))
     run = changed(measured)
     run["points"][0]["runners"][0] = runner
-    assert "could not be emptied" in ttft_report.render(run)
+    assert "could not be emptied" in report.render(run)
     run["points"][0]["runners"][0] = measured["points"][0]["runners"][0] | {"kind": "peer", "cold": runner["cold"]}
-    assert "could not be emptied" not in ttft_report.render(run)  # a peer has no files
+    assert "could not be emptied" not in report.render(run)  # a peer has no files
 
 
 def test_the_page_fetches_nothing_and_shows_everything(measured):
-    text = ttft_report.render(measured)
+    text = report.render(measured)
     page = Page(text)
     assert not {"script", "link", "img", "iframe"} & set(page.tags)
     assert not re.search(r"(?:src|href)=|url\(|https?://", text)
@@ -93,7 +93,7 @@ def test_bars_are_as_long_as_their_stages(measured):
     run["points"][0]["runners"][1]["launches"] = document(1, {"encode": 3.0}, quiet=True)["points"][0]["runners"][1][
         "launches"
     ]
-    text = ttft_report.render(run)
+    text = report.render(run)
     total = sum(BASE[stage] for stage in list(BASE)[:5])
     lengths = [float(width) for width in re.findall(r'class="bar" style="width: ([\d.]+)%', text)]
     assert lengths[0] / lengths[1] == pytest.approx(total / (total + 2 * BASE["encode"]), rel=1e-3)
@@ -107,28 +107,28 @@ def test_hostile_names_stay_text(measured):
     run["checkpoint"]["name"] = run["points"][0]["prompt"] = HOSTILE
     run["points"][0]["runners"][0]["name"] = run["points"][0]["runners"][2]["error"] = HOSTILE
     run["search"][0]["rows"][3]["error"] = HOSTILE
-    page = Page(ttft_report.render(run))
+    page = Page(report.render(run))
     assert not {"script", "img"} & set(page.tags)
     assert any("{{ 7*7 }}" in text for text in page.texts)
 
 
 def test_a_slowed_run_says_so_everywhere(capsys):
     run = document(3, {"encode": 1.5})
-    ttft_report.print_document(run)
-    for text in (ttft_report.render(run), ttft_report.markdown(run), capsys.readouterr().out):
+    report.print_document(run)
+    for text in (report.render(run), report.markdown(run), capsys.readouterr().out):
         assert "SLOWED ON PURPOSE: encode=x1.5" in text
 
 
 def test_terminal_and_markdown_have_a_row_for_each_runner(measured, capsys):
-    ttft_report.print_document(measured)
+    report.print_document(measured)
     terminal = capsys.readouterr().out
-    lines = ttft_report.markdown(measured).splitlines()
+    lines = report.markdown(measured).splitlines()
     for name in ("fp16/executor-as-typed", "transformers-cpu", "mlx-vlm"):
         assert name in terminal
         assert sum(line.startswith(f"| {name} |") for line in lines) == 1
     table = [line for line in lines if line.startswith("|")]
     assert len({line.count("|") for line in table}) == 1
-    median = ttft_report.figures(measured["points"][0]["runners"][0], 16)["ttft_paper"]["median"]
+    median = report.figures(measured["points"][0]["runners"][0], 16)["ttft_paper"]["median"]
     assert f"| {median * 1e3:.3g} |" in "\n".join(table) and "in ms" in lines[0]
     ends = {line.split(" | ")[0]: line.split(" | ")[-1] for line in table}
     assert ends["| runner"] == "dB |" and ends["| fp16/executor-as-typed"] == "52.8 |"
@@ -141,13 +141,13 @@ def test_the_sentence_names_the_fastest_and_transformers_best(measured):
     run["points"][0]["runners"][1]["launches"] = document(1, {"encode": 2.0}, quiet=True)["points"][0]["runners"][1][
         "launches"
     ]
-    assert ttft_report.verdict(run) == (
+    assert report.verdict(run) == (
         "fp16/executor-as-typed: 14.3 ms to the first token; Transformers' default (transformers-cpu): 24.3 ms"
     )
-    found = ttft_report.ratios(run)
+    found = report.ratios(run)
     assert found["TTFT / Transformers' fastest"] == pytest.approx(14.3 / 24.3, abs=0.005)
     assert found["peak memory / Transformers' fastest"] > 0 and found["next question / TTFT"] > 0
     assert not any("mlx-vlm" in label for label in found)
     for runner in run["points"][0]["runners"]:
         runner["error"] = "killed"
-    assert ttft_report.verdict(run) == "No runner finished"
+    assert report.verdict(run) == "No runner finished"

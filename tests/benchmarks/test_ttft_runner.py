@@ -7,10 +7,10 @@ import sys
 
 import pytest
 
-from benchmarks import ttft_run, ttft_runner, ttft_search
 from benchmarks.measure import ROOT
-from benchmarks.ttft_run import Effort, RunnerError
-from benchmarks.ttft_runner import STAGES, one_round, parse_delays, totals
+from benchmarks.ttft import run, runner, search
+from benchmarks.ttft.run import Effort, RunnerError
+from benchmarks.ttft.runner import STAGES, one_round, parse_delays, totals
 
 TAKES = {stage: 2.0**number for number, stage in enumerate(STAGES)}  # s by the fake clock; sums tell them apart
 YARDSTICK = {"kind": "yardstick", "name": "yardstick"}
@@ -62,7 +62,7 @@ def test_waiting_for_a_processor_is_each_stages_own_and_never_longer_than_it():
     _, waited = Clock().round("", lambda: next(counts))
     assert waited["preprocess"] == 0.25 and waited["encode"] == 0.0
     assert waited["next_question"] == pytest.approx(TAKES["next_question"], abs=1e-5)
-    assert 0 <= ttft_runner.queued() <= ttft_runner.queued()
+    assert 0 <= runner.queued() <= runner.queued()
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_waiting_for_a_processor_is_each_stages_own_and_never_longer_than_it():
     ],
 )
 def test_delays_that_are_none_are_refused(text):
-    with pytest.raises(ValueError, match=f"{ttft_runner.DELAY}: got {text}, expected STAGE=SECONDS"):
+    with pytest.raises(ValueError, match=f"{runner.DELAY}: got {text}, expected STAGE=SECONDS"):
         parse_delays(f"decode=1,{text}")
     assert parse_delays("encode=0.5,prefill=x1.15") == {"encode": ("s", 0.5), "prefill": ("x", 1.15)}
 
@@ -89,7 +89,7 @@ def test_delays_that_are_none_are_refused(text):
 
 
 def test_a_process_answers_in_rounds_and_ends_with_its_peak_memory():
-    with ttft_run.processes() as start:
+    with run.processes() as start:
         process = start(YARDSTICK)
         assert process.ready["name"] == "yardstick" and process.ready["load_s"] > 0
         for _ in range(2):
@@ -101,7 +101,7 @@ def test_a_process_answers_in_rounds_and_ends_with_its_peak_memory():
 
 
 def test_a_killed_process_and_a_failing_one_say_so():
-    with ttft_run.processes() as start:
+    with run.processes() as start:
         process = start(YARDSTICK)
         os.kill(process.process.pid, signal.SIGKILL)
         with pytest.raises(RunnerError, match=r"killed by the system .*out of memory"):
@@ -128,7 +128,7 @@ def script(path, *lines):
 def test_half_a_line_and_what_is_no_json_are_failures(tmp_path):
     half = script(tmp_path / "half", "printf '{\"ready\": tr'", "exit 3")
     chatty = script(tmp_path / "chatty", "echo hello", "read line")
-    with ttft_run.processes() as start:
+    with run.processes() as start:
         with pytest.raises(RunnerError, match=r"its process ended \(exit 3\)"):
             start(half)
         with pytest.raises(RunnerError, match="what is no JSON: hello"):
@@ -139,7 +139,7 @@ def test_a_failure_quotes_only_its_own_process(tmp_path):
     ready = ["echo '{\"ready\": true}'", "read line"]
     loud = script(tmp_path / "loud", *ready, "echo theirs >&2", *ready)
     dies = script(tmp_path / "dies", *ready, "exit 4")
-    with ttft_run.processes() as start:
+    with run.processes() as start:
         one, other = start(dies), start(loud)
         other.round()
         with pytest.raises(RunnerError, match=r"\(exit 4\)$"):
@@ -149,9 +149,9 @@ def test_a_failure_quotes_only_its_own_process(tmp_path):
 def test_a_trial_that_takes_too_long_is_given_up_and_a_dead_one_says_why(tmp_path):
     ready = ["echo '{\"ready\": true}'", "read line"]
     with pytest.raises(RunnerError, match=r"given up after 0\.05 s"):
-        ttft_run.trial(script(tmp_path / "slow", *ready, "exec sleep 600"), 1, 0.05)
+        run.trial(script(tmp_path / "slow", *ready, "exec sleep 600"), 1, 0.05)
     with pytest.raises(RunnerError, match=r"its process ended \(exit 7\)"):
-        ttft_run.trial(script(tmp_path / "dead", *ready, "exit 7"), 1, 600.0)
+        run.trial(script(tmp_path / "dead", *ready, "exit 7"), 1, 600.0)
 
 
 def test_a_cold_pass_past_the_budget_is_stopped_and_said_so(tmp_path):
@@ -161,11 +161,11 @@ def test_a_cold_pass_past_the_budget_is_stopped_and_said_so(tmp_path):
     never_ready = script(tmp_path / "load", "exec sleep 600")
     never_through = script(tmp_path / "round", ready, "exec sleep 600")
     for slow in (never_ready, never_through):
-        (found,), _ = ttft_run.measure([slow], Effort(1, 1, 0.05), lambda line: None)
+        (found,), _ = run.measure([slow], Effort(1, 1, 0.05), lambda line: None)
         assert (
             found["error"] == "stopped after 0.05 s, the budget: loading and one round, cold, take longer: no figures"
         )
-    found = ttft_run._cold(whole, 600.0)
+    found = run._cold(whole, 600.0)
     assert found["peak_bytes"] == 7 and "error" not in found
 
 
@@ -192,7 +192,7 @@ def test_each_kind_imports_what_it_needs_before_the_clock(kind, needs):
 )
 def test_slow_runners_keep_to_the_budget(load, pace, expected):
     cold = {"load_s": load, "import_s": 0.0, "round": {"stages": {"encode": pace}}}
-    launches, rounds = ttft_run.share(cold, Effort(3, 5, 120.0))
+    launches, rounds = run.share(cold, Effort(3, 5, 120.0))
     assert (launches, rounds) == expected
     assert launches * (load + (rounds + 1) * pace) <= 120
 
@@ -233,7 +233,7 @@ class Fake:
 
 @pytest.fixture
 def fakes(monkeypatch):
-    monkeypatch.setattr(ttft_run, "Process", Fake)
+    monkeypatch.setattr(run, "Process", Fake)
     Fake.started.clear()
     return Fake.started
 
@@ -243,10 +243,10 @@ def specification(name, **keys):
 
 
 def test_rounds_are_interleaved_and_one_failing_runner_is_a_line(fakes, monkeypatch):
-    monkeypatch.setattr(ttft_run.psutil, "virtual_memory", lambda: type("Memory", (), {"available": 10**12}))
+    monkeypatch.setattr(run.psutil, "virtual_memory", lambda: type("Memory", (), {"available": 10**12}))
     runners = [specification("a"), specification("b"), specification("dead", fails=0), specification("dies", fails=2)]
     runners += [specification("hot", fails=2)]
-    found, turns = ttft_run.measure(
+    found, turns = run.measure(
         [*runners, {"kind": "mlx-vlm", "name": "absent", "absent": "not installed"}],
         Effort(2, 4, 60.0),
         lambda line: None,
@@ -265,8 +265,8 @@ def test_rounds_are_interleaved_and_one_failing_runner_is_a_line(fakes, monkeypa
 
 
 def test_runners_that_do_not_fit_together_take_turns(fakes, monkeypatch):
-    monkeypatch.setattr(ttft_run.psutil, "virtual_memory", lambda: type("Memory", (), {"available": 9 * 10**9}))
-    found, turns = ttft_run.measure([specification("a"), specification("b")], Effort(2, 3, 60.0), lambda line: None)
+    monkeypatch.setattr(run.psutil, "virtual_memory", lambda: type("Memory", (), {"available": 9 * 10**9}))
+    found, turns = run.measure([specification("a"), specification("b")], Effort(2, 3, 60.0), lambda line: None)
     assert turns and all(len(one["launches"]) == 2 for one in found)
     assert fakes.count("a") == fakes.count("b") == 3  # cold, and anew for each block
     names = [name for name in fakes if name in ("a", "b", "a round", "b round")][4:]
@@ -275,16 +275,16 @@ def test_runners_that_do_not_fit_together_take_turns(fakes, monkeypatch):
 
 def test_threads_that_were_asked_for_are_kept_in_the_search(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "8")
-    tried = ttft_search._options({"device": "cpu", "threads": None}, False)
+    tried = search._options({"device": "cpu", "threads": None}, False)
     assert [value for name, value in tried if name == "threads"] == [4, 1]
-    assert "threads" not in dict(ttft_search._options({"device": "cpu", "threads": 3}, False))
+    assert "threads" not in dict(search._options({"device": "cpu", "threads": 3}, False))
 
 
 def test_what_is_in_the_page_cache_is_known(tmp_path):
     (tmp_path / "weights").write_bytes(bytes(1 << 20))
     with (tmp_path / "weights").open("rb") as file:
-        assert ttft_run.cached(file.fileno()) == 1
-        dropped = ttft_run.drop_from_cache(tmp_path)  # False where it can't be done or known
-        assert dropped == (ttft_run.cached(file.fileno()) < 0.05)
+        assert run.cached(file.fileno()) == 1
+        dropped = run.drop_from_cache(tmp_path)  # False where it can't be done or known
+        assert dropped == (run.cached(file.fileno()) < 0.05)
         file.read()
-        assert ttft_run.cached(file.fileno()) == 1
+        assert run.cached(file.fileno()) == 1

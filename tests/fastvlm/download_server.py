@@ -27,8 +27,9 @@ from typing import Any
 
 import pytest
 
-from fastvlm import cli, download, fetch
-from fastvlm.errors import UserError
+from fastvlm.common import cli
+from fastvlm.common.errors import UserError
+from fastvlm.download import download, fetch
 
 NAME = "fastvlm_0.5b_stage3"
 FILE = "/llava-fastvithd_0.5b_stage3.zip"
@@ -176,12 +177,12 @@ def zoo(server: Server, monkeypatch: pytest.MonkeyPatch) -> Server:
     server.files[FILE] = make_zip()
     monkeypatch.setenv("FASTVLM_ZOO_URL", server.url)
     monkeypatch.setattr(download, "RETRIES", QUICK)
-    monkeypatch.setitem(sys.modules, "fastvlm.checkpoint", lenient_checkpoint())
+    monkeypatch.setitem(sys.modules, "fastvlm.checkpoint.checkpoint", lenient_checkpoint())
     return server
 
 
 def lenient_checkpoint() -> types.ModuleType:
-    module: Any = types.ModuleType("fastvlm.checkpoint")
+    module: Any = types.ModuleType("fastvlm.checkpoint.checkpoint")
 
     def open_checkpoint(path: Path) -> Any:
         if not (path / "config.json").exists():

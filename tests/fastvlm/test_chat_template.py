@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from fastvlm import chat_template
-from fastvlm.chat_template import TemplateFault, render
-from fastvlm.checkpoint import open_checkpoint
-from fastvlm.doctor import diagnose
-from fastvlm.prompt import CHAT_TEMPLATE
+from fastvlm.checkpoint.checkpoint import open_checkpoint
+from fastvlm.checkpoint.doctor import diagnose
+from fastvlm.data import chat_template
+from fastvlm.data.chat_template import TemplateFault, render
+from fastvlm.data.prompt import CHAT_TEMPLATE
 
 MESSAGES = [{"role": "user", "content": "What is <this> & “that”?"}]
 TEMPLATES = [

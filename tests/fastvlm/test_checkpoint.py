@@ -15,10 +15,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from fastvlm import naming
-from fastvlm.checkpoint import Checkpoint, open_checkpoint
-from fastvlm.errors import UserError
-from fastvlm.synthetic import write_checkpoint
+from fastvlm.checkpoint import naming
+from fastvlm.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from fastvlm.common.errors import UserError
+from fastvlm.synthetic.checkpoint import write_checkpoint
 
 Make = Callable[..., Path]
 
@@ -253,8 +253,8 @@ def state_of(folder: Path) -> dict[str, tuple[str, int, int]]:
 
 
 def test_the_folder_is_never_written(tiny_llava: Path, tmp_path: Path) -> None:
-    from fastvlm.doctor import diagnose
-    from fastvlm.model import build
+    from fastvlm.checkpoint.doctor import diagnose
+    from fastvlm.model.build import build
 
     folder = copy(tiny_llava, tmp_path / "model")
     for path in [*folder.iterdir(), folder]:

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from fastvlm import cli, start, threads
-from fastvlm.errors import UserError
+from fastvlm.common import cli, start, threads
+from fastvlm.common.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("fastvlm", "quantization", "model_export", "benchmarks", "app_bridge")

@@ -5,8 +5,8 @@ import json
 import pytest
 from PIL import Image
 
-from fastvlm import conversations, demo
-from fastvlm.errors import UserError
+from fastvlm.common.errors import UserError
+from fastvlm.data import conversations, scenes
 
 
 @pytest.fixture
@@ -131,9 +131,9 @@ def test_check_names_every_picture_that_does_not_open(folder):
 def test_demo_samples_are_the_demo_set():
     samples = conversations.demo_samples(5)
     assert [(sample.question, sample.answer) for sample in samples] == [
-        (asked.question, asked.answer) for asked in demo.questions(5)
+        (asked.question, asked.answer) for asked in scenes.questions(5)
     ]
-    assert samples[4].image().tobytes() == [*demo.questions(5)][4].image.tobytes()
+    assert samples[4].image().tobytes() == [*scenes.questions(5)][4].image.tobytes()
     other = conversations.demo_samples(5, "train")
     assert [sample.image().tobytes() for sample in other] != [sample.image().tobytes() for sample in samples]
 

@@ -6,29 +6,29 @@ import pytest
 import torch
 
 import fastvlm
-from fastvlm import demo
 from fastvlm.__main__ import build_parser
-from fastvlm.cli import run
-from fastvlm.predict import generate_batch
+from fastvlm.common.cli import run
+from fastvlm.data import scenes
+from fastvlm.model.predict import generate_batch
 
 EXACT, ASKED = 95, 100  # per cent that the checkpoint must reach; the 500 are asked by `fastvlm demo --count 500`
 
 
 def test_questions_are_a_function_of_the_seed():
-    first, again, other = (list(demo.questions(10, seed)) for seed in (3, 3, 4))
+    first, again, other = (list(scenes.questions(10, seed)) for seed in (3, 3, 4))
     assert [(q.question, q.answer) for q in first] == [(q.question, q.answer) for q in again]
     assert all(np.array_equal(a.image, b.image) for a, b in zip(first, again))
     assert not all(np.array_equal(a.image, b.image) for a, b in zip(first, other))
 
 
 def test_the_kinds_come_in_turn_and_pictures_are_the_models_size():
-    asked = list(demo.questions(10))
-    assert [q.kind for q in asked] == list(demo.KINDS) * 2
-    assert all(q.image.size == (demo.SIZE, demo.SIZE) and q.image.mode == "RGB" for q in asked)
+    asked = list(scenes.questions(10))
+    assert [q.kind for q in asked] == list(scenes.KINDS) * 2
+    assert all(q.image.size == (scenes.SIZE, scenes.SIZE) and q.image.mode == "RGB" for q in asked)
 
 
 def test_no_test_scan_is_a_training_scan():
-    train, test = (demo.digit_scans(split)[0] for split in ("train", "test"))
+    train, test = (scenes.digit_scans(split)[0] for split in ("train", "test"))
     seen = {scan.tobytes() for scan in train}
     assert len(train) + len(test) == 1797
     assert not any(scan.tobytes() in seen for scan in test)
@@ -36,33 +36,33 @@ def test_no_test_scan_is_a_training_scan():
 
 def test_a_hundred_digit_questions_use_a_hundred_scans(monkeypatch):
     used = []
-    original = demo.draw_digit
-    monkeypatch.setattr(demo, "draw_digit", lambda rng, scan, split: used.append(scan) or original(rng, scan, split))
-    list(demo.questions(500))
+    original = scenes.draw_digit
+    monkeypatch.setattr(scenes, "draw_digit", lambda rng, scan, split: used.append(scan) or original(rng, scan, split))
+    list(scenes.questions(500))
     assert len(used) == len(set(used)) == 100
 
 
 def test_the_answers_are_true_of_the_scene():
     rng = np.random.default_rng(5)
     for _ in range(300):
-        things = demo.make_scene(rng)
-        question, answer = demo.ask(rng, "count", things)
+        things = scenes.make_scene(rng)
+        question, answer = scenes.ask(rng, "count", things)
         noun = question.removeprefix("How many ").removesuffix(" are there?").removeprefix("Count the ").rstrip(".")
         words = ("cross" if noun == "crosses" else noun.removesuffix("s")).split()
         true = sum(all(word in (thing.colour, thing.shape, "shape") for word in words) for thing in things)
         told = 0 if " no " in answer else int(answer.split()[2])
         assert told == true, (question, answer, things)
-        question, answer = demo.ask(rng, "describe", things)
+        question, answer = scenes.ask(rng, "describe", things)
         assert answer.count(" at the ") == len(things) and all(t.name in answer for t in things)
 
 
 def test_the_trained_checkpoint_answers(demo_model):
     """At least 95 % of held-out questions exactly; the negative control is the same model shown blank paper."""
-    asked = list(demo.questions(ASKED))
-    score = demo.evaluate(lambda q: demo_model.generate(q.question, q.image, max_new_tokens=64), iter(asked))
+    asked = list(scenes.questions(ASKED))
+    score = scenes.evaluate(lambda q: demo_model.generate(q.question, q.image, max_new_tokens=64), iter(asked))
     assert sum(right for right, _ in score.values()) >= EXACT * ASKED / 100, score
-    blank = np.full((demo.SIZE, demo.SIZE, 3), 235, np.uint8)
-    blind = demo.evaluate(lambda q: demo_model.generate(q.question, blank, max_new_tokens=64), iter(asked))
+    blank = np.full((scenes.SIZE, scenes.SIZE, 3), 235, np.uint8)
+    blind = scenes.evaluate(lambda q: demo_model.generate(q.question, blank, max_new_tokens=64), iter(asked))
     assert sum(right for right, _ in blind.values()) < ASKED / 2, blind
 
 
@@ -86,8 +86,8 @@ def test_an_error_in_any_one_layer_changes_the_answers():
 
     (With the sign alone, a few layers leave all 200: docs/LOG.md. Parity compares every layer for that reason.)
     """
-    model = fastvlm.load(demo.CHECKPOINT)
-    asked = list(demo.questions(200, seed=9))
+    model = fastvlm.load(scenes.CHECKPOINT)
+    asked = list(scenes.questions(200, seed=9))
     pixels = torch.from_numpy(np.concatenate([model.preprocess(question.image) for question in asked]))
     how = argparse.Namespace(temperature=0.0, top_p=None, num_beams=1, max_new_tokens=40)
     batches = [slice(0, 10), *(slice(start, start + 38) for start in range(10, 200, 38))]  # most layers need ten

@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fastvlm import doctor
-from fastvlm.cli import Parser, run
-from fastvlm.synthetic import write_checkpoint
+from fastvlm.checkpoint import doctor
+from fastvlm.common.cli import Parser, run
+from fastvlm.synthetic.checkpoint import write_checkpoint
 
 
 def main(*arguments: str) -> int:

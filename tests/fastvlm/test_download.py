@@ -35,9 +35,10 @@ from download_server import (
 from rich.filesize import decimal
 from safetensors.numpy import save
 
-from fastvlm import cli, download
-from fastvlm.errors import UserError
-from fastvlm.staging import own
+from fastvlm.common import cli
+from fastvlm.common.errors import UserError
+from fastvlm.common.staging import own
+from fastvlm.download import download
 
 pytest_plugins = ["download_server"]
 
@@ -225,9 +226,9 @@ DRIVER = """
     sys.path.insert(0, {root!r})
     from fastvlm import download, fetch
     from huggingface_hub import constants, get_token
-    checkpoint = types.ModuleType("fastvlm.checkpoint")
+    checkpoint = types.ModuleType("fastvlm.checkpoint.checkpoint")
     checkpoint.open_checkpoint = lambda path: types.SimpleNamespace(warnings=())
-    sys.modules["fastvlm.checkpoint"] = checkpoint
+    sys.modules["fastvlm.checkpoint.checkpoint"] = checkpoint
     def get(overwrite):
         retries = fetch.Retries(waits=(0.01, 0.01), timeout=60.0)
         download.download({name!r}, Path({folder!r}), overwrite=overwrite, retries=retries)
@@ -332,7 +333,7 @@ def test_killed_while_bytes_come_in(zoo: Server, tmp_path: Path) -> None:
 
 
 def test_real_checkpoint_opens(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    synthetic = pytest.importorskip("fastvlm.synthetic")
+    synthetic = pytest.importorskip("fastvlm.synthetic.checkpoint")
     made = contents(synthetic.write_checkpoint(tmp_path / "made", layout="llava_qwen2", dtype="float16"))
     monkeypatch.setenv("FASTVLM_ZOO_URL", server.url)
     server.files[FILE] = make_zip({name: data for name, data in made.items() if not name.endswith(".safetensors")})

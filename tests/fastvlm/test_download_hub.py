@@ -25,7 +25,7 @@ from download_server import (
 )
 from safetensors.numpy import save
 
-from fastvlm.errors import UserError
+from fastvlm.common.errors import UserError
 
 pytest_plugins = ["download_server"]
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from download_server import CONTENT, FILE, NAME, ONCE, QUICK, WEIGHTS, Act, Server, assert_whole, get, make_zip
 
-from fastvlm import fetch, unpack
-from fastvlm.errors import UserError
+from fastvlm.common.errors import UserError
+from fastvlm.download import fetch, unpack
 
 pytest_plugins = ["download_server"]
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from fastvlm import cli, files
-from fastvlm.files import Output, output_faults
+from fastvlm.common import cli, files
+from fastvlm.common.files import Output, output_faults
 
 DOORS = ("fastvlm", "quantization", "model_export", "benchmarks", "app_bridge")
 WRITES = ("output", "output_dir", "save", "plot", "report", "parity_report", "work_dir")

@@ -10,10 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fastvlm import folder_kind
-from fastvlm.checkpoint import examine, open_checkpoint
-from fastvlm.doctor import diagnose
-from fastvlm.errors import UserError
+from fastvlm.checkpoint import folder_kind
+from fastvlm.checkpoint.checkpoint import examine, open_checkpoint
+from fastvlm.checkpoint.doctor import diagnose
+from fastvlm.common.errors import UserError
 
 
 @pytest.fixture

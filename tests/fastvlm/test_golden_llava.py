@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from fastvlm.checkpoint import open_checkpoint
-from fastvlm.model import build, encoder
+from fastvlm.checkpoint.checkpoint import open_checkpoint
+from fastvlm.model.build import build, encoder
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "llava"
 TOLERANCE = 1e-4  # relative, float32: the bound; 1e-6 is typical

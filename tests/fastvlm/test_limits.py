@@ -14,12 +14,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import fastvlm
-from fastvlm import dtypes
 from fastvlm.__main__ import build_parser
-from fastvlm.cli import run
-from fastvlm.errors import CheckFailed, UserError
-from fastvlm.limits import positions, warn_once
-from fastvlm.session import Session
+from fastvlm.common import dtypes
+from fastvlm.common.cli import run
+from fastvlm.common.errors import CheckFailed, UserError
+from fastvlm.common.limits import positions, warn_once
+from fastvlm.model.session import Session
 
 SINGLE, BEAMS, BATCH = [], ["--num_beams", "2"], ["--prompt", "What is it?", "Describe the image."]
 SAMPLED = ["--temperature", "1.5", "--top_p", "0.9"]
@@ -170,7 +170,7 @@ def test_auto_holds_the_encoder_on_every_device(monkeypatch, stored, device, cap
 def test_encoder_and_language_model_run_in_dtypes_of_their_own(make_checkpoint, predict, monkeypatch) -> None:
     """What a float16 checkpoint gets off the CPU: a hot encoder answers, its language model stays as it is stored."""
     checkpoint = make_checkpoint(dtype="float16")
-    monkeypatch.setattr("fastvlm.surface.computed_in", lambda stored, device: dtypes.computed_in(stored, "cuda"))
+    monkeypatch.setattr("fastvlm.model.surface.computed_in", lambda stored, device: dtypes.computed_in(stored, "cuda"))
     code, _, err = predict(checkpoint, "--max-new-tokens", "2")
     assert code == 0 and "cpu float32, PyTorch" in err and "cpu float16, 128" in err
     model = fastvlm.load(checkpoint, dtype="auto")
@@ -204,7 +204,7 @@ def test_prompt_and_answer_keep_to_the_positions(tiny_fast_vlm, tmp_path, predic
 
 def test_too_long_prompts_are_refused_at_once_and_before_any_picture(tiny_fast_vlm, tmp_path, predict, monkeypatch):
     checkpoint = configured(tiny_fast_vlm, tmp_path / "short", {"max_position_embeddings": PROMPT})
-    monkeypatch.setattr("fastvlm.surface.TorchVision.encode", None)  # not reached
+    monkeypatch.setattr("fastvlm.model.surface.TorchVision.encode", None)  # not reached
     code, _, err = predict(checkpoint, "--prompt", "What " * 20, "fits", "Which " * 40)
     assert code == 2 and len(re.findall(r"--prompt 'Wh[^']+': prompt: \d+ tokens, 4 of them for pictures", err)) == 2
     code, _, err = predict(checkpoint, "--prompt", *("What " * count for count in range(20, 40)))

@@ -10,9 +10,9 @@ import pytest
 import torch
 from transformers import FastVlmForConditionalGeneration, LlavaProcessor
 
-from fastvlm.checkpoint import open_checkpoint
-from fastvlm.errors import UserError
-from fastvlm.model import build, encoder
+from fastvlm.checkpoint.checkpoint import open_checkpoint
+from fastvlm.common.errors import UserError
+from fastvlm.model.build import build, encoder
 
 Make = Callable[..., Path]
 

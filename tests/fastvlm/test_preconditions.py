@@ -18,12 +18,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from transformers.activations import ACT2FN
 
-from fastvlm import documents, layouts, weights
-from fastvlm.checkpoint import examine, open_checkpoint
-from fastvlm.doctor import diagnose
-from fastvlm.errors import CheckFailed, UserError
-from fastvlm.surface import load_checkpoint
-from fastvlm.synthetic import write_checkpoint
+from fastvlm.checkpoint import layouts, weights
+from fastvlm.checkpoint.checkpoint import examine, open_checkpoint
+from fastvlm.checkpoint.doctor import diagnose
+from fastvlm.common import documents
+from fastvlm.common.errors import CheckFailed, UserError
+from fastvlm.model.surface import load_checkpoint
+from fastvlm.synthetic.checkpoint import write_checkpoint
 from model_export.config import ExportConfig
 from model_export.export import plan
 
@@ -224,7 +225,7 @@ def test_embeddings_without_a_row_for_the_image_token(make_checkpoint: Make, tmp
     got, expected = (model.logits("What is it?", picture) for model in (short, reference))
     assert got.shape[-1] == 513 and np.array_equal(got[..., :512], expected[..., :512])
     assert np.array_equal(got[..., 512], got[..., 0])
-    from model_export.llm import export_llm
+    from model_export.language.llm import export_llm
     from quantization.recipe import load_recipe
 
     (tmp_path / "llm").mkdir()

@@ -3,24 +3,25 @@ import json
 import numpy as np
 import pytest
 
-from fastvlm import demo, predict
 from fastvlm.__main__ import build_parser
-from fastvlm.cli import run
-from fastvlm.errors import UserError
+from fastvlm.common.cli import run
+from fastvlm.common.errors import UserError
+from fastvlm.data import scenes
+from fastvlm.model import predict
 
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pictures")
     paths = []
-    for index, question in enumerate(demo.questions(3, seed=11)):
+    for index, question in enumerate(scenes.questions(3, seed=11)):
         paths.append(str(folder / f"{index}.png"))
         question.image.save(paths[-1])
     return paths
 
 
 def ask(capsys, *flags):
-    code = run(build_parser, ["predict", "--model-path", str(demo.CHECKPOINT), "--max-new-tokens", "40", *flags])
+    code = run(build_parser, ["predict", "--model-path", str(scenes.CHECKPOINT), "--max-new-tokens", "40", *flags])
     out = capsys.readouterr()
     return code, out.out, out.err
 
@@ -43,7 +44,7 @@ def test_a_left_padded_batch_answers_as_single_runs_do(capsys, pictures):
 
 def test_padding_on_the_right_would_be_noticed(demo_model):
     """Negative control: the same rows padded on the right, and the padding attended to, do not give those answers."""
-    asked = list(demo.questions(10, seed=11))
+    asked = list(scenes.questions(10, seed=11))
     embeds = [demo_model.embed(q.question, q.image) for q in asked]
     singles = [demo_model.generate(q.question, q.image, max_new_tokens=40) for q in asked]
     length = max(one.shape[1] for one in embeds)

@@ -18,9 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from fastvlm import preprocessing
-from fastvlm.errors import UserError
-from fastvlm.preprocessing import STRATEGIES, Preprocessor, open_image, read_preprocessor
+from fastvlm.common.errors import UserError
+from fastvlm.data import preprocessing
+from fastvlm.data.preprocessing import STRATEGIES, Preprocessor, open_image, read_preprocessor
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "preprocessing"
 _spec = importlib.util.spec_from_file_location("golden_preprocessing", GOLDEN / "make.py")
@@ -342,8 +342,8 @@ def test_transformers_5_nests_the_image_processor(tmp_path: Path) -> None:
     "processor", [{}, {"image_strategy": "center_crop"}, {"image_strategy": "pad"}, {"do_pad": True}]
 )
 def test_a_checkpoint_is_read_the_same_way(layout: str, processor: dict[str, Any], tmp_path: Path) -> None:
-    from fastvlm.checkpoint import open_checkpoint
-    from fastvlm.synthetic import write_checkpoint
+    from fastvlm.checkpoint.checkpoint import open_checkpoint
+    from fastvlm.synthetic.checkpoint import write_checkpoint
 
     folder = write_checkpoint(tmp_path / layout, layout=layout)
     (folder / "preprocessor_config.json").write_text(json.dumps({"crop_size": 128} | processor))

@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import pytest
 
-from fastvlm import cli
-from fastvlm.terminal import Console, plain_streams
+from fastvlm.common import cli
+from fastvlm.common.terminal import Console, plain_streams
 
 
 class Clock:

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from fastvlm.errors import UserError
-from fastvlm.prompt import encode_prompt, render_prompt
+from fastvlm.common.errors import UserError
+from fastvlm.data.prompt import encode_prompt, render_prompt
 
 
 class Words:

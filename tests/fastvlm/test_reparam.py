@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from timm.models.fastvit import MobileOneBlock, ReparamLargeKernelConv, RepConditionalPosEnc, RepMixer
 from torch import nn
 
-from fastvlm import reparam
-from fastvlm.errors import CheckFailed
+from fastvlm.common.errors import CheckFailed
+from fastvlm.model import fold
 
 TINY = {"layers": (1, 2, 1, 1, 1), "embed_dims": (8, 16, 32, 64, 128), "num_classes": 0}
 SMALL = 128  # pixels: enough for tests that do not ask whether every kernel tap is seen
@@ -64,30 +64,30 @@ def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 def test_the_fold_is_exact_and_the_original_untouched(original: nn.Module) -> None:
     before = {name: tensor.clone() for name, tensor in original.state_dict().items()}
-    folded, errors = reparam.fold_and_prove(original)
-    assert max(errors.values()) <= reparam.FOLD_TOLERANCE
+    folded, errors = fold.fold_and_prove(original)
+    assert max(errors.values()) <= fold.FOLD_TOLERANCE
     parts = {"stem.0", "stages.1.blocks.1.mlp.conv", "stages.4.pos_emb", "stages.3.blocks.0.layer_scale_1"}
     assert parts <= set(errors)
     assert list(errors)[-1] == "forward_features"
-    assert reparam.prove(original, reparam.fold(original, torch.float64)) <= reparam.FOLD_TOLERANCE
+    assert fold.prove(original, fold.fold(original, torch.float64)) <= fold.FOLD_TOLERANCE
     after = original.state_dict()
     assert list(after) == list(before) and all(torch.equal(after[name], before[name]) for name in before)
     assert not {t.data_ptr() for t in original.parameters()} & {t.data_ptr() for t in folded.parameters()}
     # said once more without the module's own machinery: plain PyTorch, in float64
-    wide = reparam.fold(original, torch.float64)
+    wide = fold.fold(original, torch.float64)
     assert relative(features(wide), features(copy.deepcopy(original).double())) < 1e-12
     assert relative(features(folded), features(original)) < 1e-5
     assert {t.dtype for t in folded.parameters()} == {torch.float32} and not folded.training
 
 
 def test_fold_and_prove_returns_the_fold(original: nn.Module) -> None:
-    proved, _ = reparam.fold_and_prove(original, SMALL)
-    plain = reparam.fold(original)
+    proved, _ = fold.fold_and_prove(original, SMALL)
+    plain = fold.fold(original)
     assert all(torch.equal(tensor, plain.state_dict()[name]) for name, tensor in proved.state_dict().items())
 
 
 def test_nothing_unfolded_is_left_and_names_are_timms(original: nn.Module) -> None:
-    folded = reparam.fold(original)
+    folded = fold.fold(original)
     kinds = {type(module).__name__ for module in folded.modules()}
     assert not [kind for kind in kinds if "BatchNorm" in kind] and "LayerScale2d" not in kinds
     expected = {
@@ -101,7 +101,7 @@ def test_nothing_unfolded_is_left_and_names_are_timms(original: nn.Module) -> No
 def test_kernels_equal_timms_own_reparameterization() -> None:
     original = encoder().double()
     theirs = timm.utils.model.reparameterize_model(original).state_dict()
-    ours = reparam.fold(original).state_dict()
+    ours = fold.fold(original).state_dict()
     shared = [name for name in theirs if "reparam_conv" in name]
     assert len(shared) > 30
     assert all(relative(ours[name], theirs[name]) < 1e-13 for name in shared)
@@ -109,11 +109,11 @@ def test_kernels_equal_timms_own_reparameterization() -> None:
 
 def test_a_half_precision_checkpoint_is_folded_from_its_stored_values() -> None:
     original = encoder().half()
-    folded, errors = reparam.fold_and_prove(original, SMALL)
-    assert max(errors.values()) <= reparam.FOLD_TOLERANCE
-    exact = reparam.fold(copy.deepcopy(original).double()).state_dict()
+    folded, errors = fold.fold_and_prove(original, SMALL)
+    assert max(errors.values()) <= fold.FOLD_TOLERANCE
+    exact = fold.fold(copy.deepcopy(original).double()).state_dict()
     assert all(torch.equal(tensor, exact[name].half()) for name, tensor in folded.state_dict().items())
-    wide, _ = reparam.fold_and_prove(original, SMALL, dtype=torch.float32)
+    wide, _ = fold.fold_and_prove(original, SMALL, dtype=torch.float32)
     assert all(torch.equal(tensor, exact[name].float()) for name, tensor in wide.state_dict().items())
 
 
@@ -146,21 +146,21 @@ def test_the_proof_notices_and_names_one_wrong_value(what: str) -> None:
     original = encoder().double()
     spoiled = copy.deepcopy(original)
     first = tamper(spoiled, what)
-    errors = reparam.measure(original, reparam.fold(spoiled), SMALL)
-    broken = [name for name, error in errors.items() if error > reparam.FOLD_TOLERANCE]
+    errors = fold.measure(original, fold.fold(spoiled), SMALL)
+    broken = [name for name, error in errors.items() if error > fold.FOLD_TOLERANCE]
     assert broken[0] == first and "forward_features" in broken
-    assert reparam.prove(original, reparam.fold(spoiled), SMALL) > reparam.FOLD_TOLERANCE
+    assert fold.prove(original, fold.fold(spoiled), SMALL) > fold.FOLD_TOLERANCE
 
 
 def test_fold_and_prove_refuses_a_wrong_fold(monkeypatch: pytest.MonkeyPatch) -> None:
     def forgetful(module: RepConditionalPosEnc) -> None:
         """What is easily forgotten: the skip connection."""
-        convolution = reparam._convolution(module.pos_enc.weight, module.pos_enc.bias, 1, module.dim)
-        reparam._install(module, convolution, "pos_enc")
+        convolution = fold._convolution(module.pos_enc.weight, module.pos_enc.bias, 1, module.dim)
+        fold._install(module, convolution, "pos_enc")
 
-    monkeypatch.setattr(reparam, "_fold_position_encoding", forgetful)
+    monkeypatch.setattr(fold, "_fold_position_encoding", forgetful)
     with pytest.raises(CheckFailed, match=r"first at stages\.3\.pos_emb, relative error"):
-        reparam.fold_and_prove(encoder(), SMALL)
+        fold.fold_and_prove(encoder(), SMALL)
 
 
 @pytest.mark.parametrize(
@@ -175,18 +175,18 @@ def test_fold_and_prove_refuses_a_wrong_fold(monkeypatch: pytest.MonkeyPatch) ->
 def test_a_branch_left_unfolded_is_refused_with_the_list(
     monkeypatch: pytest.MonkeyPatch, function: str, left: str
 ) -> None:
-    monkeypatch.setattr(reparam, function, lambda *arguments: None)
+    monkeypatch.setattr(fold, function, lambda *arguments: None)
     with pytest.raises(CheckFailed, match=left):
-        reparam.fold(encoder())
+        fold.fold(encoder())
     with pytest.raises(CheckFailed, match=left):
-        reparam.fold_and_prove(encoder(), SMALL)
+        fold.fold_and_prove(encoder(), SMALL)
 
 
 def test_a_batchnorm_that_cannot_be_folded_is_refused() -> None:
     model = encoder()
     model.stages[3].blocks[0].norm = nn.BatchNorm2d(64)  # as in FastViT variants whose attention is not after LayerNorm
     with pytest.raises(CheckFailed, match=r"left unfolded: stages\.3\.blocks\.0\.norm \(BatchNorm2d\)$"):
-        reparam.fold(model)
+        fold.fold(model)
 
 
 def test_values_that_do_not_fit_are_refused() -> None:
@@ -194,23 +194,23 @@ def test_values_that_do_not_fit_are_refused() -> None:
     model.stages[2].blocks[0].mlp.conv.bn.running_var[0] = 1e-20
     model.stages[2].blocks[0].mlp.conv.bn.eps = 0.0
     with pytest.raises(CheckFailed, match=r"^stages\.2\.blocks\.0\.mlp\.conv\.conv\.weight, folded, .*float16"):
-        reparam.fold(model, torch.float16)
+        fold.fold(model, torch.float16)
     model.final_conv.conv_scale.conv.weight.data[0, 0, 0, 0] = torch.nan
     with pytest.raises(CheckFailed, match=r"^final_conv\.reparam_conv\.weight, folded, .*float32"):
-        reparam.fold_and_prove(model, SMALL)
+        fold.fold_and_prove(model, SMALL)
 
 
 def test_proving_a_cast_fold_is_refused() -> None:
     model = encoder()
     with pytest.raises(ValueError, match="float64 fold"):
-        reparam.prove(model, reparam.fold(model), SMALL)
+        fold.prove(model, fold.fold(model), SMALL)
 
 
 def test_a_unit_that_never_ran_is_not_proved() -> None:
     model = encoder()
     model.spare = MobileOneBlock(8, 8, 3)
     with pytest.raises(CheckFailed, match="nothing to compare at spare"):
-        reparam.fold_and_prove(model, SMALL)
+        fold.fold_and_prove(model, SMALL)
 
 
 @settings(max_examples=40)
@@ -238,7 +238,7 @@ def test_every_kind_of_branch_folds_exactly(data: st.DataObject) -> None:
     else:
         module = RepConditionalPosEnc(channels, spatial_shape=(kernel, kernel))
     module = randomize(module, data.draw(st.integers(0, 99))).double()
-    folded = reparam.fold(module)
+    folded = fold.fold(module)
     x = torch.rand(2, channels, 9, 12, dtype=torch.float64)
     with torch.no_grad():
         assert relative(folded(x), module(x)) < 1e-12
@@ -257,11 +257,11 @@ def test_depthwise_by_taps_is_conv2d(kernel: int, stride: int, multiple: int, bi
     x, weight = torch.randn(2, 3, 8, 11, dtype=torch.float64), torch.randn(3 * multiple, 1, kernel, kernel).double()
     shift = torch.randn(3 * multiple, dtype=torch.float64) if bias else None
     arguments = (x, weight, shift, (stride, stride), (kernel // 2, kernel // 2), (1, 1), 3)
-    assert torch.allclose(reparam._depthwise(*arguments), torch.conv2d(*arguments), rtol=0, atol=1e-13)
+    assert torch.allclose(fold._depthwise(*arguments), torch.conv2d(*arguments), rtol=0, atol=1e-13)
 
 
 @pytest.mark.slow
 def test_the_real_shape() -> None:
     model = randomize(timm.create_model("fastvit_mci3", num_classes=0))
-    _, errors = reparam.fold_and_prove(model)
-    assert max(errors.values()) <= reparam.FOLD_TOLERANCE
+    _, errors = fold.fold_and_prove(model)
+    assert max(errors.values()) <= fold.FOLD_TOLERANCE

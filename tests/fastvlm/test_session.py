@@ -8,16 +8,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastvlm import demo, session
-from fastvlm.session import Session
-from fastvlm.surface import FastVLM
+from fastvlm.data import scenes
+from fastvlm.model import session
+from fastvlm.model.session import Session
+from fastvlm.model.surface import FastVLM
 
 QUESTIONS = ["Count the shapes.", "Name the shape at the top right.", "What digit is shown?"]
 
 
 @pytest.fixture(scope="module")
 def pictures() -> list[Image.Image]:
-    return [question.image for question in demo.questions(3)]
+    return [question.image for question in scenes.questions(3)]
 
 
 @pytest.fixture

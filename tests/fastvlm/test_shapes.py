@@ -11,10 +11,10 @@ import pytest
 from hypothesis import strategies as st
 from transformers import Qwen2Config
 
-from fastvlm import naming
-from fastvlm.configuration import configuration_of, hf_config_of
-from fastvlm.shapes import shapes, skeleton
-from fastvlm.synthetic import SHAPES, _config
+from fastvlm.checkpoint import naming
+from fastvlm.checkpoint.configuration import configuration_of, hf_config_of
+from fastvlm.checkpoint.shapes import shapes, skeleton
+from fastvlm.synthetic.checkpoint import SHAPES, _config
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "fastvlm" / "demo_checkpoint"
@@ -55,7 +55,7 @@ def test_a_reduced_tower_is_timms(layers: list[int], first: int, times: list[int
 
 def test_a_reduced_tower_needs_no_library() -> None:
     code = (
-        "import sys; from pathlib import Path; from fastvlm.checkpoint import open_checkpoint;"
+        "import sys; from pathlib import Path; from fastvlm.checkpoint.checkpoint import open_checkpoint;"
         f"open_checkpoint(Path({str(DEMO)!r})); print({{'torch', 'timm', 'transformers'}} & sys.modules.keys())"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)

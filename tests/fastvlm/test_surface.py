@@ -3,14 +3,14 @@ import pytest
 import torch
 
 import fastvlm
-from fastvlm import demo
-from fastvlm.errors import UserError
-from fastvlm.surface import Sampler
+from fastvlm.common.errors import UserError
+from fastvlm.data import scenes
+from fastvlm.model.surface import Sampler
 
 
 @pytest.fixture(scope="module")
 def question():
-    return next(iter(demo.questions(1, seed=21)))
+    return next(iter(scenes.questions(1, seed=21)))
 
 
 def test_shapes_and_types(demo_model, question):
@@ -27,10 +27,10 @@ def test_it_equals_transformers_own_forward(demo_model, question):
     """Oracle: FastVlmForConditionalGeneration.from_pretrained over the same folder, its own merge of the image."""
     from transformers import AutoTokenizer, FastVlmForConditionalGeneration
 
-    reference = FastVlmForConditionalGeneration.from_pretrained(demo.CHECKPOINT, dtype=torch.float32).eval()
+    reference = FastVlmForConditionalGeneration.from_pretrained(scenes.CHECKPOINT, dtype=torch.float32).eval()
     system = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
     asked = f"<|im_start|>user\n{'<image>' * 16}\n{question.question}<|im_end|>\n<|im_start|>assistant\n"
-    ids = AutoTokenizer.from_pretrained(demo.CHECKPOINT)(system + asked, return_tensors="pt").input_ids
+    ids = AutoTokenizer.from_pretrained(scenes.CHECKPOINT)(system + asked, return_tensors="pt").input_ids
     pixels = torch.from_numpy(np.array(question.image)).permute(2, 0, 1)[None].float() / 255
     with torch.inference_mode():
         expected = reference(input_ids=ids, pixel_values=pixels).logits.numpy()
@@ -61,7 +61,7 @@ def test_wrong_shapes_are_refused(demo_model):
 
 
 def test_load_is_the_public_name(question):
-    model = fastvlm.load(demo.CHECKPOINT, dtype="bfloat16")
+    model = fastvlm.load(scenes.CHECKPOINT, dtype="bfloat16")
     assert "bfloat16" in model.runners["language"]
     assert model.preprocess(question.image).shape == (1, 3, 256, 256)
 

@@ -5,10 +5,10 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from fastvlm.checkpoint import open_checkpoint
-from fastvlm.errors import UserError
-from fastvlm.model import encoder
-from fastvlm.synthetic import write_checkpoint
+from fastvlm.checkpoint.checkpoint import open_checkpoint
+from fastvlm.common.errors import UserError
+from fastvlm.model.build import encoder
+from fastvlm.synthetic.checkpoint import write_checkpoint
 
 FACTOR = 1024.0  # a power of two, so that only LayerNorm's eps tells the two apart
 
@@ -35,13 +35,13 @@ def test_streams_are_scaled_and_features_are_not(make_checkpoint, tmp_path, layo
 
 def test_each_factor_is_needed(tmp_path, monkeypatch):
     """The control: without one of the factors the features are others."""
-    from fastvlm import synthetic
+    from fastvlm.synthetic import checkpoint
 
     plain, _ = features_and_peaks(write_checkpoint(tmp_path / "plain"))
-    factors = synthetic._factors
+    factors = checkpoint._factors
     for part in ("pos_emb.reparam_conv.weight", "layer_scale_1", "layer_scale_2", "mlp.conv.conv", "final_conv"):
         monkeypatch.setattr(
-            synthetic,
+            checkpoint,
             "_factors",
             lambda *args, part=part: {name: factor for name, factor in factors(*args).items() if part not in name},
         )

@@ -9,9 +9,9 @@ import pytest
 from rich.progress import Progress, TextColumn
 from rich.table import Table
 
-from fastvlm import cli
-from fastvlm.errors import UserError
-from fastvlm.terminal import Console, neutral, plain_streams
+from fastvlm.common import cli
+from fastvlm.common.errors import UserError
+from fastvlm.common.terminal import Console, neutral, plain_streams
 
 HOSTILE = "a\x1b[2J\x1b]0;title\x07b\rc\x9b31md\u202ee\x00\x7f"
 CONTROLS = [chr(number) for number in range(0xA0) if chr(number) not in "\t\n" and not chr(number).isprintable()]

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastvlm import threads
+from fastvlm.common import threads
 
 
 @pytest.fixture

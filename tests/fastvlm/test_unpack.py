@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from download_server import CONTENT, FILE, Server, assert_whole, contents, flip, get, make_zip
 
-from fastvlm import unpack
-from fastvlm.errors import UserError
+from fastvlm.common.errors import UserError
+from fastvlm.download import unpack
 
 pytest_plugins = ["download_server"]
 

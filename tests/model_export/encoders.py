@@ -16,11 +16,11 @@ from safetensors.torch import load_file, save_file
 from timm.models import fastvit
 from torch import Tensor, nn
 
-from benchmarks.encoders import compare_operations
-from fastvlm.checkpoint import open_checkpoint
-from fastvlm.model import encoder
-from fastvlm.reparam import fold
-from fastvlm.surface import TorchVision
+from benchmarks.parity.encoders import compare_operations
+from fastvlm.checkpoint.checkpoint import open_checkpoint
+from fastvlm.model.build import encoder
+from fastvlm.model.fold import fold
+from fastvlm.model.surface import TorchVision
 from model_export import runtime
 from model_export.artefact import read_whole
 

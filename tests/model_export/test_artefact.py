@@ -11,9 +11,9 @@ from tempfile import TemporaryDirectory
 
 import pytest
 
-from fastvlm import staging
-from fastvlm.errors import UserError
-from fastvlm.staging import clean, exchange, own, staged
+from fastvlm.common import staging
+from fastvlm.common.errors import UserError
+from fastvlm.common.staging import clean, exchange, own, staged
 from model_export import artefact, contract
 from model_export.artefact import carry_licences, check_target, check_whole, verify, write_manifest
 from model_export.resume import kept, waiting

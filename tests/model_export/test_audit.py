@@ -18,11 +18,13 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastvlm import cli
-from fastvlm.errors import UserError
-from model_export import audit_rules, mil, operation_costs
+from fastvlm.common import cli
+from fastvlm.common.errors import UserError
+from model_export import mil
 from model_export.__main__ import build_parser
-from model_export.audit import audit, audit_program
+from model_export.audit import rules as audit_rules
+from model_export.audit.audit import audit, audit_program
+from model_export.mil import costs
 from model_export.mil.program import BlobRef, Block, Constant, Function, NamedType, Operation, Program, TensorType
 
 logging.getLogger("coremltools").setLevel(logging.ERROR)
@@ -471,16 +473,16 @@ def test_padding_is_to_whole_units_of_64_bytes(shape: list[int], dtype: str) -> 
     """Beside NumPy, which pads rows by itself."""
     values = np.zeros(shape, {"fp16": np.float16, "fp32": np.float32, "int8": np.int8}[dtype])
     type = TensorType(dtype, tuple(shape))
-    assert operation_costs.size_of(type) == values.nbytes
+    assert costs.size_of(type) == values.nbytes
     rows = values.reshape(-1, shape[-1]).view(np.uint8) if shape else values.reshape(1).view(np.uint8)
     padded = np.pad(rows, ((0, 0), (0, -rows.shape[1] % 64))) if shape else rows
-    assert operation_costs.padded_size_of(type, 64) == padded.nbytes
+    assert costs.padded_size_of(type, 64) == padded.nbytes
 
 
 def test_sizes_that_numpy_does_not_have() -> None:
-    assert operation_costs.size_of(TensorType("uint4", (3, 5))) == 8
-    assert operation_costs.padded_size_of(TensorType("fp16", (0, 4)), 64) == 0
-    assert operation_costs.size_of(TensorType("fp16", (None, 4))) is None
+    assert costs.size_of(TensorType("uint4", (3, 5))) == 8
+    assert costs.padded_size_of(TensorType("fp16", (0, 4)), 64) == 0
+    assert costs.size_of(TensorType("fp16", (None, 4))) is None
 
 
 def run(*argv: str) -> int:

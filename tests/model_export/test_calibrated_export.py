@@ -6,12 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastvlm.cli import run
-from fastvlm.conversations import demo_samples
-from fastvlm.demo import CHECKPOINT
-from model_export import language
+from fastvlm.common.cli import run
+from fastvlm.data.conversations import demo_samples
+from fastvlm.data.scenes import CHECKPOINT
 from model_export.__main__ import build_parser
 from model_export.artefact import read_manifest, verify
+from model_export.runtime import language
 
 
 def call(verb: str, target: Path, *flags: object) -> int:

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 from coremltools.proto import Model_pb2
 
-from fastvlm.cli import run
-from fastvlm.errors import UserError
+from fastvlm.common.cli import run
+from fastvlm.common.errors import UserError
 from model_export import contract, mil
 from model_export.__main__ import build_parser
 from model_export.artefact import check_parts, read_manifest
-from model_export.package import SPECIFICATION
+from model_export.encoder.package import SPECIFICATION
 
 OTHERS = (None, 5, -1, 1e400, "x", [], {}, [{}], {"a": []}, True)
 

@@ -22,13 +22,14 @@ from hypothesis import strategies as st
 from timm.models.fastvit import AttentionBlock
 from torch import nn
 
-from fastvlm.checkpoint import open_checkpoint
-from model_export import contract, vision
-from model_export.audit import audit
-from model_export.channel_first import ChannelNorm, Encoder, channel_first
+from fastvlm.checkpoint.checkpoint import open_checkpoint
+from model_export import contract
+from model_export.audit.audit import audit
 from model_export.config import ExportConfig
-from model_export.fp16 import Gain
-from model_export.scaled import SCALED
+from model_export.encoder import vision
+from model_export.encoder.channel_first import ChannelNorm, Encoder, channel_first
+from model_export.encoder.fp16 import Gain
+from model_export.encoder.scaled import SCALED
 
 EXACT = 1e-12
 # Nothing of it depends on widths. The plain trace of the real one has 37 transposes, 25 reshapes and 18 squeezes.

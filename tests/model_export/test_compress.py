@@ -14,22 +14,23 @@ import pytest
 import torch
 from encoders import rewritten, snr_db
 
-from fastvlm import pictures
-from fastvlm.checkpoint import open_checkpoint
-from fastvlm.cli import run
-from fastvlm.errors import CheckFailed, UserError
-from fastvlm.preprocessing import read_preprocessor
-from model_export import compress, contract, mil, vision
+from fastvlm.checkpoint.checkpoint import open_checkpoint
+from fastvlm.common.cli import run
+from fastvlm.common.errors import CheckFailed, UserError
+from fastvlm.data import pictures
+from fastvlm.data.preprocessing import read_preprocessor
+from model_export import contract, mil
 from model_export.__main__ import build_parser
 from model_export.artefact import read_manifest
-from model_export.channel_first import channel_first
 from model_export.config import DEPLOYMENT_TARGETS, ExportConfig
-from model_export.coreml import coremltools
+from model_export.encoder import compress, vision
+from model_export.encoder.channel_first import channel_first
+from model_export.encoder.coreml import coremltools
+from model_export.encoder.package import SPECIFICATION, WEIGHTS, check_package
 from model_export.mil.dtypes import POLICIES
 from model_export.mil.plan import make_plan
-from model_export.package import SPECIFICATION, WEIGHTS, check_package
-from quantization.compression import COMPRESSIONS
-from quantization.compression import compress as compressed_weight
+from quantization.coreml.compression import COMPRESSIONS
+from quantization.coreml.compression import compress as compressed_weight
 
 # Every form, each on layers of several shapes; the first match decides, and some do not fit.
 NEW = {

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from model_export import compute_plan
+from model_export.audit import compute_plan
 
 PACKAGE = Path("any.mlpackage")
 ENGINE, CPU = "neural engine", "cpu"

@@ -14,15 +14,16 @@ from typing import Any
 import pytest
 
 import fastvlm
-from fastvlm import pictures
-from fastvlm.checkpoint import open_checkpoint
-from fastvlm.cli import run
-from fastvlm.errors import CheckFailed, UserError
-from fastvlm.preprocessing import read_preprocessor
-from model_export import contract, package, vision
+from fastvlm.checkpoint.checkpoint import open_checkpoint
+from fastvlm.common.cli import run
+from fastvlm.common.errors import CheckFailed, UserError
+from fastvlm.data import pictures
+from fastvlm.data.preprocessing import read_preprocessor
+from model_export import contract
 from model_export.__main__ import build_parser
 from model_export.artefact import read_manifest, verify
 from model_export.config import COMPUTE_UNITS, DEPLOYMENT_TARGETS, PRECISIONS, ExportConfig
+from model_export.encoder import package, vision
 from model_export.export import _rounded, export, plan
 
 DEMO = Path(fastvlm.__file__).with_name("demo_checkpoint")
@@ -41,7 +42,7 @@ def quick_vision(monkeypatch: pytest.MonkeyPatch, tiny_artefact: Path) -> None:
         shutil.copytree(tiny_artefact / contract.PACKAGE, target)
         return read_manifest(tiny_artefact)["vision"]
 
-    monkeypatch.setattr("model_export.vision.export_vision", copy)
+    monkeypatch.setattr("model_export.encoder.vision.export_vision", copy)
 
 
 # --- configuration

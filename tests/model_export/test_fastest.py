@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from fastvlm.errors import UserError
-from model_export import fastest, runtime
-from model_export.fastest import Stages
+from fastvlm.common.errors import UserError
+from model_export import runtime
 from model_export.mil import int8
+from model_export.runtime import fastest
+from model_export.runtime.fastest import Stages
 
 PROMPT = "What is it?"
 

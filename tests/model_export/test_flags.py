@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from fastvlm.cli import run
-from fastvlm.errors import UserError
+from fastvlm.common.cli import run
+from fastvlm.common.errors import UserError
 from model_export import contract
 from model_export.__main__ import build_parser
 from model_export.artefact import read_manifest, verify

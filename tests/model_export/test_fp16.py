@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from model_export import fp16
-from model_export.channel_first import channel_first
-from model_export.ranges import measure_modules
+from model_export.encoder import fp16
+from model_export.encoder.channel_first import channel_first
+from model_export.encoder.ranges import measure_modules
 
 EXACT = 1e-12
 LARGEST = 65504.0

@@ -10,11 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fastvlm.checkpoint import open_checkpoint
-from fastvlm.errors import UserError
-from model_export.language import StoredTensors, mlx_language, torch_language
-from model_export.llm import export_llm
+from fastvlm.checkpoint.checkpoint import open_checkpoint
+from fastvlm.common.errors import UserError
+from model_export.language.llm import export_llm
 from model_export.mil import int8
+from model_export.runtime.language import StoredTensors, mlx_language, torch_language
 from quantization.recipe import Recipe, load_recipe, recipe_from_json
 
 NAMES = ("fp16", "bf16", "int8", "int4")

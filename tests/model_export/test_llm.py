@@ -13,14 +13,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fastvlm import synthetic, threads
-from fastvlm.checkpoint import open_checkpoint
-from fastvlm.errors import UserError
-from fastvlm.model import build
-from fastvlm.weights import Weights
-from model_export import contract, llm
-from model_export.llm import bytes_to_read, export_llm
-from model_export.llm_config import language_config
+from fastvlm.checkpoint.checkpoint import open_checkpoint
+from fastvlm.checkpoint.weights import Weights
+from fastvlm.common import threads
+from fastvlm.common.errors import UserError
+from fastvlm.model.build import build
+from fastvlm.synthetic import checkpoint as synthetic
+from model_export import contract
+from model_export.language import llm
+from model_export.language.config import language_config
+from model_export.language.llm import bytes_to_read, export_llm
 from quantization.recipe import load_recipe, recipe_from_json
 
 LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",

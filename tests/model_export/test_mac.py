@@ -7,10 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import mac_check, mac_report
-from fastvlm.cli import run
-from model_export import contract, mac, mil
+from benchmarks.mac import check as mac_check
+from benchmarks.mac import report
+from fastvlm.common.cli import run
+from model_export import contract, mil
 from model_export.__main__ import build_parser
+from model_export.audit import mac
 from model_export.config import COMPUTE_UNITS
 
 
@@ -58,7 +60,7 @@ def test_mac_reports_table_reads_what_mac_and_audit_say(tiny_artefact: Path) -> 
     """Their own documents, with a stand-in for Core ML, hold its requirements; each spoilt once does not."""
     package = tiny_artefact / contract.PACKAGE
     program, executor = mil.read_package(package), mil.load(package)
-    known = {one.name: one for one in mac_report.load()}
+    known = {one.name: one for one in report.load()}
 
     def fault(name: str, document: dict) -> str | None:
         return mac_check.judge(known[name], mac_check.Done(1.0, None, "", "", document))

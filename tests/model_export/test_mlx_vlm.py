@@ -15,12 +15,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fastvlm import synthetic
-from fastvlm.checkpoint import open_checkpoint
-from fastvlm.errors import UserError
-from fastvlm.model import build
+from fastvlm.checkpoint.checkpoint import open_checkpoint
+from fastvlm.common.errors import UserError
+from fastvlm.model.build import build
+from fastvlm.synthetic import checkpoint as synthetic
 from model_export import contract
-from model_export.llm import export_llm
+from model_export.language.llm import export_llm
 from quantization.recipe import load_recipe, recipe_from_json
 
 PYTHON = os.environ.get("FASTVLM_MLX_VLM_PYTHON") or (sys.executable if importlib.util.find_spec("mlx_vlm") else "")

@@ -15,16 +15,18 @@ import pytest
 import torch
 from encoders import compared_operations, counts_of, heated, outputs_of, rewritten, snr_db
 
-from benchmarks import parity
-from fastvlm import pictures
-from fastvlm.checkpoint import open_checkpoint
-from fastvlm.cli import run
-from fastvlm.errors import CheckFailed
-from fastvlm.preprocessing import read_preprocessor
-from model_export import artefact, audit, contract, fp16, mil, vision
+from benchmarks.parity import compare
+from fastvlm.checkpoint.checkpoint import open_checkpoint
+from fastvlm.common.cli import run
+from fastvlm.common.errors import CheckFailed
+from fastvlm.data import pictures
+from fastvlm.data.preprocessing import read_preprocessor
+from model_export import artefact, contract, mil
 from model_export.__main__ import build_parser
 from model_export.artefact import read_manifest
+from model_export.audit import audit
 from model_export.config import ExportConfig
+from model_export.encoder import fp16, vision
 from model_export.export import export, plan
 
 PEAKS = (3e4, 3e5, 3e6)
@@ -106,7 +108,7 @@ def test_hot_checkpoints_lose_nothing(family: Family, policy: str) -> None:
 
 def naively(patch: pytest.MonkeyPatch) -> None:
     """Exports that choose no power of two."""
-    patch.setattr("model_export.fp16.choose", lambda fastvit, ranges: fp16.flow(fastvit))
+    patch.setattr("model_export.encoder.fp16.choose", lambda fastvit, ranges: fp16.flow(fastvit))
 
 
 def test_the_executor_would_see_it(family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,7 +174,7 @@ def falsified(made: Path, target: Path, change: Callable[[dict[str, Any]], Any])
 
 
 def test_parity_knows_the_factors(family: Family) -> None:
-    result = parity.compare(family.hot[3e5], family.artefacts[3e5], limit=1)
+    result = compare.compare(family.hot[3e5], family.artefacts[3e5], limit=1)
     assert result["passed"], result["verdict"]
     assert len(result["operations"]["layers"]) == 42 and result["metrics"]["layer_snr"]["value"] >= 45
 
@@ -201,7 +203,7 @@ def test_parity_fails_when_the_record_is_false(
     if change is one_layer_forgotten:
         assert {error["layer"] for error in operations["layers"] if float(error["snr_db"]) < 40} == {worst["layer"]}
         assert worst["layer"] == "stages.4.blocks.0.mlp.fc2"
-        result = parity.compare(family.hot[3e5], false, limit=1)
+        result = compare.compare(family.hot[3e5], false, limit=1)
         assert result["broken"] == ["layer_snr"] and result["first_operation"]["layer"] == worst["layer"]
 
 

@@ -20,13 +20,16 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from fastvlm.checkpoint import open_checkpoint
-from fastvlm.cli import Parser, add_common, run
-from fastvlm.errors import UserError
-from model_export import mil, vision
-from model_export.channel_first import Encoder, channel_first
-from model_export.coreml import coremltools, quiet_conversion
-from model_export.ranges import (
+from fastvlm.checkpoint.checkpoint import open_checkpoint
+from fastvlm.common.cli import Parser, add_common, run
+from fastvlm.common.errors import UserError
+from model_export import mil
+from model_export.audit.ranges_plot import write_plot
+from model_export.audit.ranges_report import add_ranges, summary, times
+from model_export.encoder import vision
+from model_export.encoder.channel_first import Encoder, channel_first
+from model_export.encoder.coreml import coremltools, quiet_conversion
+from model_export.encoder.ranges import (
     Range,
     largest,
     largest_square,
@@ -36,8 +39,6 @@ from model_export.ranges import (
     measure_package,
     subnormal_share,
 )
-from model_export.ranges_plot import write_plot
-from model_export.ranges_report import add_ranges, summary, times
 
 VISION = "model.vision_tower.timm_model."
 
@@ -407,7 +408,7 @@ def test_compressed_weights_are_unpacked(tmp_path: Path, small: list[np.ndarray]
 
 
 def test_both_front_ends_agree(tiny_artefact: Path, tiny_checkpoint: Path, pixels: list[np.ndarray]) -> None:
-    from model_export.ranges import measure_checkpoint
+    from model_export.encoder.ranges import measure_checkpoint
 
     package = measure_package(mil.load(tiny_artefact / "fastvithd.mlpackage", compute="float32"), pixels)
     checkpoint = measure_checkpoint(open_checkpoint(tiny_checkpoint), 128, pixels)

@@ -13,17 +13,17 @@ from encoders import compared_operations, counts_of, largest_rank
 from PIL import Image
 
 from benchmarks import __main__ as benchmarks
-from fastvlm.cli import run
-from fastvlm.errors import CheckFailed, UserError
+from fastvlm.common.cli import run
+from fastvlm.common.errors import CheckFailed, UserError
 from model_export import artefact as manifests
 from model_export import contract, mil, runtime
 from model_export import export as exporting
 from model_export.__main__ import build_parser
 from model_export.artefact import read_manifest, verify
-from model_export.audit import audit
+from model_export.audit.audit import audit
 from model_export.config import ExportConfig
+from model_export.encoder.package import WEIGHTS, check_package, describe_package
 from model_export.export import export, plan
-from model_export.package import WEIGHTS, check_package, describe_package
 
 SIZES = {"main": 128, "encode_64": 64, "encode_128": 128, "encode_192": 192}
 

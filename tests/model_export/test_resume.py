@@ -18,12 +18,13 @@ from typing import Any
 
 import pytest
 
-from fastvlm import cli
-from fastvlm.errors import UserError
-from model_export import contract, llm, resume
+from fastvlm.common import cli
+from fastvlm.common.errors import UserError
+from model_export import contract, resume
 from model_export.__main__ import build_parser
 from model_export.config import ExportConfig
 from model_export.export import export, plan
+from model_export.language import llm
 
 SMALL = 6_000  # bytes of a shard here: the tiny model in int4 has more than ten
 
@@ -84,7 +85,7 @@ def interrupted(tiny_checkpoint: Path, tmp_path: Path) -> Path:
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(resume.Kept, "keep", keep)
-        patch.setattr("model_export.llm.threads.count", lambda: 1)  # one after the other
+        patch.setattr("model_export.language.llm.threads.count", lambda: 1)  # one after the other
         exported(source, tmp_path / "model")
     assert len(kept(tmp_path)) == 5 and sorted(os.listdir(tmp_path)) == [".model.resume", "source"]
     return tmp_path

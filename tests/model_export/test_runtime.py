@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 
 import fastvlm
-from fastvlm.cli import run
-from fastvlm.errors import UserError
-from fastvlm.surface import FastVLM
+from fastvlm.common.cli import run
+from fastvlm.common.errors import UserError
+from fastvlm.model.surface import FastVLM
 from model_export import contract, mil, runtime
 from model_export.__main__ import build_parser
 from model_export.config import VISION_RUNNERS, ExportConfig

@@ -12,13 +12,14 @@ from PIL import Image
 
 import fastvlm
 from fastvlm import __main__ as front
-from fastvlm.cli import run
-from fastvlm.errors import CheckFailed, UserError
-from fastvlm.prompt import render_prompt
-from model_export import contract, language, runtime
+from fastvlm.common.cli import run
+from fastvlm.common.errors import CheckFailed, UserError
+from fastvlm.data.prompt import render_prompt
+from model_export import contract, runtime
 from model_export.__main__ import build_parser
 from model_export.config import ExportConfig
 from model_export.export import export, plan
+from model_export.runtime import language
 
 RUNNERS = ["--vision", "executor", "--compute", "as-typed"]
 PROMPT = 32  # tokens of the prompt below, 4 of them for the picture
@@ -108,13 +109,13 @@ def test_generate_fails_where_a_part_is_not_finite(tiny_artefact, generate, monk
 
 
 def test_an_export_whose_parity_is_not_finite_writes_nothing(tiny_checkpoint, tmp_path, monkeypatch) -> None:
-    from benchmarks import parity
+    from benchmarks.parity import compare
 
     monkeypatch.setattr(runtime.ExecutorVision, "encode", lambda self, pixels: np.full((1, 4, 256), np.nan, "f4"))
     with pytest.raises(CheckFailed, match="vision encoder: features: 1,024 of 1,024 values are NaN"):
         export(
             plan(ExportConfig(tiny_checkpoint, tmp_path / "made")),
-            lambda folder: parity.compare(tiny_checkpoint, folder),
+            lambda folder: compare.compare(tiny_checkpoint, folder),
         )
     assert not (tmp_path / "made").exists()
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model_export.scaled import SCALED, ScaledGELU, ScaledSigmoid, ScaledSoftmax
+from model_export.encoder.scaled import SCALED, ScaledGELU, ScaledSigmoid, ScaledSoftmax
 
 LARGEST = 65504.0
 

@@ -20,20 +20,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from fastvlm import pictures
-from fastvlm.checkpoint import open_checkpoint
-from fastvlm.cli import run
-from fastvlm.errors import CheckFailed, UserError
-from fastvlm.model import encoder
-from fastvlm.preprocessing import open_image, read_preprocessor
-from model_export import compress, contract, mil, sensitivity, vision
+from fastvlm.checkpoint.checkpoint import open_checkpoint
+from fastvlm.common.cli import run
+from fastvlm.common.errors import CheckFailed, UserError
+from fastvlm.data import pictures
+from fastvlm.data.preprocessing import open_image, read_preprocessor
+from fastvlm.model.build import encoder
+from model_export import contract, mil
 from model_export.__main__ import build_parser
 from model_export.artefact import read_manifest
-from model_export.channel_first import Encoder, channel_first
 from model_export.config import ExportConfig
-from model_export.package import WEIGHTS
-from quantization.compression import COMPRESSIONS, Compression
-from quantization.compression import compress as compressed_weight
+from model_export.encoder import compress, sensitivity, vision
+from model_export.encoder.channel_first import Encoder, channel_first
+from model_export.encoder.package import WEIGHTS
+from quantization.coreml.compression import COMPRESSIONS, Compression
+from quantization.coreml.compression import compress as compressed_weight
 
 SIZE = 64
 ASKED = 42.0

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from fastvlm.checkpoint import open_checkpoint
-from model_export.tokenizer import write_tokenizer
+from fastvlm.checkpoint.checkpoint import open_checkpoint
+from model_export.language.tokenizer import write_tokenizer
 
 PLAIN = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}<|endoftext|>\n{% endfor %}"
 

@@ -11,17 +11,18 @@ import numpy as np
 import pytest
 import torch
 
-from fastvlm import pictures
-from fastvlm.checkpoint import Checkpoint, open_checkpoint
-from fastvlm.errors import CheckFailed, UserError
-from fastvlm.model import encoder
-from fastvlm.preprocessing import read_preprocessor
-from model_export import contract, fp16, mil, vision
+from fastvlm.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from fastvlm.common.errors import CheckFailed, UserError
+from fastvlm.data import pictures
+from fastvlm.data.preprocessing import read_preprocessor
+from fastvlm.model.build import encoder
+from model_export import contract, mil
 from model_export.artefact import read_manifest
 from model_export.config import ExportConfig
-from model_export.coreml import coremltools
-from model_export.package import SPECIFICATION, WEIGHTS, check_package, describe_package, finish_package
-from model_export.vision import PackageNotes, Pictures, _power_of_ten_above, export_vision
+from model_export.encoder import fp16, vision
+from model_export.encoder.coreml import coremltools
+from model_export.encoder.package import SPECIFICATION, WEIGHTS, check_package, describe_package, finish_package
+from model_export.encoder.vision import PackageNotes, Pictures, _power_of_ten_above, export_vision
 
 
 @pytest.fixture(scope="module")
@@ -189,7 +190,7 @@ def test_weight_beyond_float16_is_brought_into_it(
     """Without its power of two coremltools would leave its operation in float32, silently: the export fails on that."""
     from safetensors.torch import load_file, save_file
 
-    from fastvlm import naming
+    from fastvlm.checkpoint import naming
 
     folder = shutil.copytree(tiny_checkpoint, tmp_path / "model")
     tensors = load_file(folder / "model.safetensors")
@@ -204,19 +205,19 @@ def test_weight_beyond_float16_is_brought_into_it(
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     facts = exported(folder, tmp_path / "ours.mlpackage", PackageNotes("pad"))
     assert facts["fp16"]["layer_exponents"].keys() == {"stages.0.blocks.0.mlp.fc2"}
-    monkeypatch.setattr("model_export.fp16.choose", lambda fastvit, ranges: fp16.flow(fastvit))
+    monkeypatch.setattr("model_export.encoder.fp16.choose", lambda fastvit, ranges: fp16.flow(fastvit))
     with pytest.raises(CheckFailed, match="float32 in a float16 program"):
         exported(folder, tmp_path / contract.PACKAGE, PackageNotes("pad"))
 
 
 def test_broken_fold_is_not_exported(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import fastvlm.reparam
+    from fastvlm.model import fold
 
-    correct = fastvlm.reparam._fold_layer_scale
-    monkeypatch.setattr(fastvlm.reparam, "_fold_layer_scale", lambda *args: None)
+    correct = fold._fold_layer_scale
+    monkeypatch.setattr(fold, "_fold_layer_scale", lambda *args: None)
     with pytest.raises(CheckFailed):
         exported(tiny_checkpoint, tmp_path / "a.mlpackage", output=tmp_path)
-    assert correct is not fastvlm.reparam._fold_layer_scale and not (tmp_path / "a.mlpackage").exists()
+    assert correct is not fold._fold_layer_scale and not (tmp_path / "a.mlpackage").exists()
 
 
 def test_shortened_pipeline_gives_coremltools_own_program(
@@ -240,7 +241,7 @@ def test_import_noise_is_kept_from_the_user() -> None:
     """With the control: the bare import of coremltools does print, which is why there is something to keep."""
     quiet, plain = (
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-        for code in ("from model_export.coreml import coremltools; coremltools()", "import coremltools")
+        for code in ("from model_export.encoder.coreml import coremltools; coremltools()", "import coremltools")
     )
     assert quiet.stdout == quiet.stderr == ""
     if sys.platform != "darwin":

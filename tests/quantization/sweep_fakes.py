@@ -102,7 +102,7 @@ def patient(point, settings):
 
 
 def sweep_of(work, measure=fake, inputs=None, **settings):
-    from quantization.sweep import Sweep
+    from quantization.sweep.engine import Sweep
 
     work.mkdir(parents=True, exist_ok=True)
     return Sweep(measure, {"ran": str(work / "ran"), **settings}, inputs or {}, identity, need, work)
@@ -120,10 +120,11 @@ def finished(work):
 
 def main(work, report, jobs, most=0, scheduler=None):
     """Sweep and write the report; with `most` it stops when about so many points are finished, until it is killed."""
-    from quantization import sweep, sweep_report
+    from quantization.sweep import engine
+    from quantization.sweep import report as sweep_report
 
-    points = sweep.grid(RECIPES, FORMS, RESOLUTIONS)
+    points = engine.grid(RECIPES, FORMS, RESOLUTIONS)
     work = Path(work)
-    outcome = sweep.run(sweep_of(work, sleep=0.15, most=int(most)), points, int(jobs), None, scheduler)
+    outcome = engine.run(sweep_of(work, sleep=0.15, most=int(most)), points, int(jobs), None, scheduler)
     document = sweep_report.document(points, outcome, {}, {}, sweep_report.Wish())
     Path(report).write_text(json.dumps(document, sort_keys=True))

@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastvlm.dtypes import as_array, as_tensor, dtype_name
-from quantization import affine, kernels
-from quantization.affine import BITS, GROUP_SIZES
+from fastvlm.common.dtypes import as_array, as_tensor, dtype_name
+from quantization.mlx import affine, kernels
+from quantization.mlx.affine import BITS, GROUP_SIZES
 
 DTYPES = {torch.float16: mx.float16, torch.bfloat16: mx.bfloat16, torch.float32: mx.float32}
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -130,8 +130,8 @@ def test_what_is_not_finite_is_reported(value):
 
 def test_threads_and_blocks_change_nothing(monkeypatch):
     """Rows on three threads, in blocks that end in the middle of a row, give MLX's bytes, too."""
-    monkeypatch.setattr("quantization.kernels._LEAST", 64)
-    monkeypatch.setattr("quantization.kernels.threads.count", lambda: 3)
+    monkeypatch.setattr("quantization.mlx.kernels._LEAST", 64)
+    monkeypatch.setattr("quantization.mlx.kernels.threads.count", lambda: 3)
     threads = []
     pool = kernels.ThreadPoolExecutor
     monkeypatch.setattr(kernels, "ThreadPoolExecutor", lambda count: threads.append(count) or pool(count))

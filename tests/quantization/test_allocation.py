@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastvlm.errors import UserError
-from quantization.allocation import allocate
+from fastvlm.common.errors import UserError
+from quantization.calibration.allocation import allocate
 
 OPTION = st.tuples(st.integers(1, 100), st.floats(0, 10, width=32))
 

@@ -12,15 +12,15 @@ from mlx_lm.quant import gptq as mlx_gptq
 from torch import nn
 
 import fastvlm
-from fastvlm.conversations import Sample, demo_samples
-from fastvlm.demo import CHECKPOINT
-from fastvlm.errors import UserError
-from quantization import awq, budget, decoder, dwq, gptq
-from quantization.calibration import Calibration, collect
-from quantization.language_sensitivity import sensitivities
+from fastvlm.common.errors import UserError
+from fastvlm.data.conversations import Sample, demo_samples
+from fastvlm.data.scenes import CHECKPOINT
+from quantization.calibration import awq, budget, decoder, dwq, gptq
+from quantization.calibration.data import Calibration, collect
+from quantization.calibration.sensitivity import sensitivities
+from quantization.calibration.tensors import as_stored, decode, encode
 from quantization.recipe import recipe_from_json
 from quantization.schemes import Affine, Cast, nbytes
-from quantization.tensors import as_stored, decode, encode
 
 INT4 = Affine(4, 64, "float32")
 SCHEMES = [Affine(bits, 64, "float32") for bits in (3, 4, 8)]

@@ -9,10 +9,10 @@ from types import SimpleNamespace
 import pytest
 from mlx_lm.convert import QUANT_RECIPES, mixed_quant_predicate_builder
 
-from fastvlm.checkpoint import open_checkpoint
-from fastvlm.cli import Parser, add_common, run
-from fastvlm.synthetic import SHAPES
-from model_export.llm import _sources, planned_bytes
+from fastvlm.checkpoint.checkpoint import open_checkpoint
+from fastvlm.common.cli import Parser, add_common, run
+from fastvlm.synthetic.checkpoint import SHAPES
+from model_export.language.llm import _sources, planned_bytes
 from quantization.catalogue import LOADERS, PUBLISHED_APP, SIZES, add_recipes, describe, human, weight_shapes
 from quantization.recipe import load_recipe, named_recipes, recipe_from_json
 

@@ -8,9 +8,9 @@ from coremltools.converters.mil.mil.ops.defs.iOS18.compression import constexpr_
 from coremltools.optimize import _utils as coremltools_utils
 from palette_oracle import coremltools_linear, decode_palette, squared_error
 
-from fastvlm.errors import UserError
-from quantization.compression import COMPRESSIONS, Linear, applies, compress, nbytes, parse
-from quantization.palettes import Palette
+from fastvlm.common.errors import UserError
+from quantization.coreml.compression import COMPRESSIONS, Linear, applies, compress, nbytes, parse
+from quantization.coreml.palettes import Palette
 
 SHAPES = [(32, 64, 1, 1), (48, 1, 7, 7), (32, 96), (96, 3, 3, 3), (64, 320, 1, 1), (40, 32, 1, 1)]
 

@@ -8,9 +8,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_affine import DTYPES, dtypes, mlx_bytes, on_the_cpu, to_mlx, torch_bytes  # noqa: F401
 
-from fastvlm.dtypes import as_array, as_tensor, dtype_name
-from quantization import floating
-from quantization.floating import FORMATS
+from fastvlm.common.dtypes import as_array, as_tensor, dtype_name
+from quantization.mlx import floating
+from quantization.mlx.floating import FORMATS
 
 modes = pytest.mark.parametrize("mode", FORMATS)
 
@@ -145,8 +145,8 @@ def test_every_byte_with_every_scale_dequantized_as_mlx(mode):
 
 @modes
 def test_more_rows_than_are_worked_on_at_once(mode, monkeypatch):
-    monkeypatch.setattr("quantization.kernels._LEAST", 64)
-    monkeypatch.setattr("quantization.kernels.threads.count", lambda: 3)
+    monkeypatch.setattr("quantization.mlx.kernels._LEAST", 64)
+    monkeypatch.setattr("quantization.mlx.kernels.threads.count", lambda: 3)
     assert_as_mlx(torch.randn(11, 3 * 640, generator=torch.Generator().manual_seed(1)), mode)
 
 

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from palette_oracle import coremltools_palette, decode_palette, squared_error
 
-from quantization.kmeans import Histogram, bins, cluster
-from quantization.palettes import Palette, palettize
+from quantization.coreml.kmeans import Histogram, bins, cluster
+from quantization.coreml.palettes import Palette, palettize
 
 # From 10,000 values on, coremltools' bundled kmeans1d finds the exact optimum. We come this close to it; below, it uses
 # scikit-learn's k-means, and we have less error.

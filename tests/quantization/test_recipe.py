@@ -5,8 +5,8 @@ import json
 import mlx.core as mx
 import pytest
 
-from fastvlm.errors import UserError
-from quantization import affine
+from fastvlm.common.errors import UserError
+from quantization.mlx import affine
 from quantization.recipe import Budget, Layers, load_recipe, named_recipes, recipe_from_json
 from quantization.schemes import Affine, Cast
 

@@ -10,11 +10,11 @@ import torch
 from mlx.utils import tree_flatten
 from test_affine import on_the_cpu, to_mlx, torch_bytes  # noqa: F401
 
-from fastvlm.dtypes import dtype_name, torch_dtype
-from fastvlm.errors import UserError
+from fastvlm.common.dtypes import dtype_name, torch_dtype
+from fastvlm.common.errors import UserError
+from quantization.calibration.tensors import encode
 from quantization.recipe import VISION, recipe_from_json
 from quantization.schemes import MODES, Scheme, legal_combinations
-from quantization.tensors import encode
 
 MATRIX = (48, 384)
 STORED = [kind(*values) for mode, kind in MODES.items() if mode != "coreml"

@@ -16,9 +16,11 @@ from pathlib import Path
 import pytest
 import sweep_fakes as fakes
 
-from fastvlm import threads
-from fastvlm.errors import CheckFailed, UserError
-from quantization import sweep, sweep_cluster, sweep_report, sweep_server
+from fastvlm.common import threads
+from fastvlm.common.errors import CheckFailed, UserError
+from quantization.sweep import cluster as sweep_cluster
+from quantization.sweep import engine, server
+from quantization.sweep import report as sweep_report
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
@@ -33,7 +35,7 @@ def importable(monkeypatch):
 
 @pytest.fixture
 def points():
-    return sweep.grid(fakes.RECIPES[:2], fakes.FORMS, fakes.RESOLUTIONS)
+    return engine.grid(fakes.RECIPES[:2], fakes.FORMS, fakes.RESOLUTIONS)
 
 
 def without_timings(document):
@@ -54,9 +56,9 @@ def test_the_grid_is_every_combination(points):
 
 def test_every_fault_of_the_grid_is_named_at_once(tmp_path):
     twin = tmp_path / "twin.json"
-    twin.write_text(json.dumps(sweep.load_recipe("int4").to_json()))
+    twin.write_text(json.dumps(engine.load_recipe("int4").to_json()))
     with pytest.raises(UserError) as caught:
-        sweep.grid(["int4", "int4x", str(twin), "int4"], ["fp16", "palette5"], [64, 64])
+        engine.grid(["int4", "int4x", str(twin), "int4"], ["fp16", "palette5"], [64, 64])
     said = str(caught.value)
     for part in ("int4x", "--quant int4: given twice", "2 recipes have the name int4", "palette5", "64: given twice"):
         assert part in said, said
@@ -85,23 +87,23 @@ def changed_recipe(point):
 )
 def test_whatever_determines_a_result_is_in_its_key(tmp_path, points, change):
     one = fakes.sweep_of(tmp_path, inputs={"samples": "these"})
-    before = sweep.key(one, fakes.identity(), points[0])
-    assert sweep.key(*change(one, fakes.identity(), points[0])) != before
+    before = engine.key(one, fakes.identity(), points[0])
+    assert engine.key(*change(one, fakes.identity(), points[0])) != before
 
 
 def test_names_and_places_are_not_in_the_key(tmp_path, points):
     here, there = fakes.sweep_of(tmp_path / "a"), fakes.sweep_of(tmp_path / "b", sleep=1)
     same = {**points[0], "name": "another"}
-    assert sweep.key(here, fakes.identity(), points[0]) == sweep.key(there, fakes.identity(), same)
+    assert engine.key(here, fakes.identity(), points[0]) == engine.key(there, fakes.identity(), same)
 
 
 def test_the_code_is_hashed(tmp_path, monkeypatch):
     (tmp_path / "fastvlm").mkdir()
-    monkeypatch.setattr(sweep, "ROOT", tmp_path)
-    seen = [sweep.sources_sha256()]
+    monkeypatch.setattr(engine, "ROOT", tmp_path)
+    seen = [engine.sources_sha256()]
     for name, content in (("a.py", "1"), ("a.py", "2"), ("b.json", "2"), ("c.txt", "2")):
         (tmp_path / "fastvlm" / name).write_text(content)
-        seen.append(sweep.sources_sha256())
+        seen.append(engine.sources_sha256())
     assert len(set(seen)) == 4 and seen[3] == seen[4]
 
 
@@ -110,16 +112,16 @@ def test_the_code_is_hashed(tmp_path, monkeypatch):
 
 def test_a_repeated_sweep_is_free_and_a_larger_one_measures_only_what_is_new(tmp_path, points):
     one = fakes.sweep_of(tmp_path)
-    first = sweep.run(one, points[:3], jobs=2)
+    first = engine.run(one, points[:3], jobs=2)
     assert (first.found, len(first.results), first.errors) == (0, 3, {})
-    again = sweep.run(one, points[:5], jobs=2)
+    again = engine.run(one, points[:5], jobs=2)
     assert (again.found, len(again.results)) == (3, 5)
     assert set(fakes.runs(tmp_path).values()) == {1} and len(fakes.runs(tmp_path)) == 5
-    assert sweep.run(replace(one, inputs={"samples": "others"}), points[:1]).found == 0  # negative control
+    assert engine.run(replace(one, inputs={"samples": "others"}), points[:1]).found == 0  # negative control
 
 
 def test_libraries_are_imported_once_and_each_point_has_a_process(tmp_path, points):
-    timings = [r["timings"] for r in sweep.run(fakes.sweep_of(tmp_path), points[:4], jobs=2).results.values()]
+    timings = [r["timings"] for r in engine.run(fakes.sweep_of(tmp_path), points[:4], jobs=2).results.values()]
     processes, prepared = ({one[name] for one in timings} for name in ("process", "prepared"))
     assert len(processes) == 4 and len(prepared) == 1 and not prepared & processes
     assert (None not in prepared) == (sys.platform == "linux")
@@ -127,26 +129,26 @@ def test_libraries_are_imported_once_and_each_point_has_a_process(tmp_path, poin
 
 
 def test_what_is_done_apart_says_how_it_ended():
-    assert sweep_server.apart(os.getppid) == os.getpid()
+    assert server.apart(os.getppid) == os.getpid()
     with pytest.raises(UserError, match="nowhere"):
-        sweep_server.apart(sweep.load_recipe, "nowhere.json")
+        server.apart(engine.load_recipe, "nowhere.json")
     with pytest.raises(CheckFailed, match="_exit: its process was killed"):
-        sweep_server.apart(os._exit, 9)
+        server.apart(os._exit, 9)
 
 
 def test_a_damaged_result_is_measured_again(tmp_path, points):
     one = fakes.sweep_of(tmp_path)
-    before = sweep.run(one, points[:2], jobs=2)
+    before = engine.run(one, points[:2], jobs=2)
     paths = sorted((tmp_path / "points").iterdir())
     paths[0].write_text(paths[0].read_text()[:-20])
     paths[1].write_text(paths[1].read_text().replace('"key": "', '"key": "0'))
-    after = sweep.run(one, points[:2], jobs=2)
+    after = engine.run(one, points[:2], jobs=2)
     assert after.found == 0 and report(points, after)["points"] == report(points, before)["points"]
 
 
 def test_a_failing_point_is_named_and_the_rest_goes_on(tmp_path):
-    points = sweep.grid(["fp16", "int8"], fakes.FORMS, fakes.RESOLUTIONS)
-    outcome = sweep.run(fakes.sweep_of(tmp_path, fakes.unwell), points, jobs=2)
+    points = engine.grid(["fp16", "int8"], fakes.FORMS, fakes.RESOLUTIONS)
+    outcome = engine.run(fakes.sweep_of(tmp_path, fakes.unwell), points, jobs=2)
     assert len(outcome.results) == 4
     assert outcome.errors["int8 fp16 128"] == "two; lines"
     assert outcome.errors["int8 fp16 256"].startswith("killed by SIGKILL")
@@ -156,17 +158,17 @@ def test_a_failing_point_is_named_and_the_rest_goes_on(tmp_path):
     assert [row["name"] for row in failed] == sorted(outcome.errors)
     logs = sorted(path.read_text() for path in (tmp_path / "logs").iterdir())
     assert len(logs) == 4 and any("noise on stdout" in text and "Traceback" in text for text in logs)
-    again = sweep.run(fakes.sweep_of(tmp_path, fakes.unwell), points, jobs=2)
+    again = engine.run(fakes.sweep_of(tmp_path, fakes.unwell), points, jobs=2)
     assert again.found == 4 and len(again.errors) == 4, "failures are tried again"
 
 
 def test_a_full_disk_stops_the_sweep(tmp_path, points):
     with pytest.raises(UserError, match=r"^No space left on device: /somewhere: free some.*0 finished points"):
-        sweep.run(fakes.sweep_of(tmp_path, fakes.no_space), points, jobs=1)
+        engine.run(fakes.sweep_of(tmp_path, fakes.no_space), points, jobs=1)
 
 
 def test_a_figure_that_is_not_finite_is_none(tmp_path, points):
-    outcome = sweep.run(fakes.sweep_of(tmp_path, fakes.infinite), points[:1])
+    outcome = engine.run(fakes.sweep_of(tmp_path, fakes.infinite), points[:1])
     assert outcome.results[points[0]["name"]]["figures"]["answer_kl_mean"] is None
     assert outcome.results[points[0]["name"]]["timings"]["peak_bytes"] > 1e6
 
@@ -178,7 +180,7 @@ def test_points_run_together_as_far_as_memory_allows(tmp_path, points, jobs, mem
     one = replace(
         fakes.sweep_of(tmp_path / "work", fakes.crowd, crowd=str(crowd), should=most), need=lambda point: need
     )
-    outcome = sweep.run(one, points[:4], jobs=jobs, memory=memory)
+    outcome = engine.run(one, points[:4], jobs=jobs, memory=memory)
     assert len(outcome.results) == 4
     assert max(result["timings"]["crowd"] for result in outcome.results.values()) == most
     assert {r["timings"]["threads"] for r in outcome.results.values()} == {max(1, threads.cores() // jobs)}
@@ -186,9 +188,9 @@ def test_points_run_together_as_far_as_memory_allows(tmp_path, points, jobs, mem
 
 
 def test_a_second_sweep_on_the_folder_is_refused(tmp_path, points):
-    with sweep._only_sweep(tmp_path), pytest.raises(UserError, match="another sweep runs there"):
-        sweep.run(fakes.sweep_of(tmp_path), points)
-    assert len(sweep.run(fakes.sweep_of(tmp_path), points[:1]).results) == 1, "the lock is gone with its holder"
+    with engine._only_sweep(tmp_path), pytest.raises(UserError, match="another sweep runs there"):
+        engine.run(fakes.sweep_of(tmp_path), points)
+    assert len(engine.run(fakes.sweep_of(tmp_path), points[:1]).results) == 1, "the lock is gone with its holder"
 
 
 # Interruptions
@@ -217,8 +219,8 @@ def uninterrupted(tmp_path_factory):
     """The report of one process that measures one point after the other."""
     folder = tmp_path_factory.mktemp("whole")
     os.environ["PYTHONPATH"] = str(HERE)  # before the function's own fixture
-    points = sweep.grid(fakes.RECIPES, fakes.FORMS, fakes.RESOLUTIONS)
-    return without_timings(report(points, sweep.run(fakes.sweep_of(folder), points, jobs=2)))
+    points = engine.grid(fakes.RECIPES, fakes.FORMS, fakes.RESOLUTIONS)
+    return without_timings(report(points, engine.run(fakes.sweep_of(folder), points, jobs=2)))
 
 
 @pytest.mark.slow
@@ -298,8 +300,8 @@ def scheduler():
 
 
 def test_two_workers_give_the_report_of_one_process(tmp_path, scheduler, uninterrupted):
-    points = sweep.grid(fakes.RECIPES, fakes.FORMS, fakes.RESOLUTIONS)
-    outcome = sweep.run(fakes.sweep_of(tmp_path), points, scheduler=scheduler)
+    points = engine.grid(fakes.RECIPES, fakes.FORMS, fakes.RESOLUTIONS)
+    outcome = engine.run(fakes.sweep_of(tmp_path), points, scheduler=scheduler)
     assert without_timings(report(points, outcome)) == uninterrupted
     assert sum(fakes.runs(tmp_path).values()) == 16
 
@@ -337,19 +339,19 @@ def test_a_worker_with_other_code_is_refused(tmp_path, scheduler, points, monkey
     other = replace(fakes.sweep_of(tmp_path), identity=fakes.of_this_process)
     monkeypatch.setenv("SWEEP_FAKES", "changed")
     with pytest.raises(UserError, match=r"has other sources than here.*has other sources than here"):
-        sweep.run(other, points, scheduler=scheduler)
+        engine.run(other, points, scheduler=scheduler)
 
 
 def test_no_scheduler_is_one_line(tmp_path, points, monkeypatch):
     monkeypatch.setattr(sweep_cluster, "ANSWER", 1)
     with pytest.raises(UserError, match=r"--scheduler tcp://127\.0\.0\.1:9: no Dask scheduler answers there") as caught:
-        sweep.run(fakes.sweep_of(tmp_path), points, scheduler="tcp://127.0.0.1:9")
+        engine.run(fakes.sweep_of(tmp_path), points, scheduler="tcp://127.0.0.1:9")
     assert "\n" not in str(caught.value)
 
 
 def test_a_scheduler_that_goes_away_leaves_the_finished_points(tmp_path, uninterrupted):
     distributed = pytest.importorskip("distributed")
-    points = sweep.grid(fakes.RECIPES, fakes.FORMS, fakes.RESOLUTIONS)
+    points = engine.grid(fakes.RECIPES, fakes.FORMS, fakes.RESOLUTIONS)
     environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{HERE}", "OMP_NUM_THREADS": "1"}
     scheduler = subprocess.Popen(
         [sys.executable, "-m", "distributed.cli.dask_scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard",
@@ -379,5 +381,5 @@ def test_a_scheduler_that_goes_away_leaves_the_finished_points(tmp_path, uninter
             if one:
                 one.kill()
                 one.wait()
-    outcome = sweep.run(fakes.sweep_of(tmp_path / "work"), points, jobs=2)
+    outcome = engine.run(fakes.sweep_of(tmp_path / "work"), points, jobs=2)
     assert outcome.found >= 2 and without_timings(report(points, outcome)) == uninterrupted

@@ -11,8 +11,8 @@ from html_page import Page
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quantization import sweep_report as report
-from quantization.sweep import Outcome
+from quantization.sweep import report
+from quantization.sweep.engine import Outcome
 
 HOSTILE = '"><script>alert(1)</script><img src=http://evil.example/x onerror=alert(2)> {{ 7*7 }} & </style>'
 

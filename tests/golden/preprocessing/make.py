@@ -1,7 +1,7 @@
 """Make the photographs and golden.json of this folder: `python tests/golden/preprocessing/make.py`.
 
 The expected pixels come from Transformers' CLIPImageProcessorPil and from NumPy, and share no code with
-fastvlm.preprocessing. The photographs are scikit-learn's two samples, cut, shrunk and stored in many ways.
+fastvlm.data.preprocessing. The photographs are scikit-learn's two samples, cut, shrunk and stored in many ways.
 """
 
 import hashlib

@@ -1,0 +1,4 @@
+"""Estimated times on devices that are not at hand.
+
+Imports `benchmarks.peers`.
+"""

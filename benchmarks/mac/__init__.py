@@ -1,0 +1,4 @@
+"""What only a Mac can verify, in one report.
+
+Imports the other parts of `benchmarks`.
+"""

@@ -1,0 +1,382 @@
+"""Is the artefact still the model it was made from? Both sides from disk, each stage against its tolerance.
+
+Nothing here depends on the clock or on where the artefact lies: the same two folders give the same document on the same
+machine, so that it can go into the manifest.
+"""
+
+import gc
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from benchmarks import environment, metrics
+from benchmarks.parity import language as language_parity
+from benchmarks.parity import pictures, tolerances
+from benchmarks.parity.encoders import Encoded, encode, encode_first
+from benchmarks.parity.language import Reading
+from benchmarks.parity.pictures import LIMIT, Picture
+from fastvlm.common.cli import progress
+from fastvlm.common.errors import CheckFailed, UserError
+from fastvlm.common.files import load_json
+from fastvlm.model import streamed
+from fastvlm.model.surface import FastVLM, Language, TorchLanguage, load_checkpoint
+from model_export import contract
+from model_export.mil.allocator import give_back, returned_buffers
+
+MAX_NEW_TOKENS = 48  # of each answer
+_LARGE = 8 << 20  # bytes of a buffer: an MLP's activations of all prompts; faulting in smaller ones takes too long
+
+# Each figure in the order of the pipeline: its name for people, and how the pictures' figures become one.
+LABELS = {
+    "preprocessing": "pixel values",
+    "operation_snr": "worst operation, as typed against float32",
+    "layer_snr": "worst layer against PyTorch",
+    "encoder_snr": "encoder features, signal to noise",
+    "encoder_cosine": "encoder features, cosine",
+    "encoder_max_abs": "encoder features, largest error",
+    "merged_snr": "merged embeddings, worst position",
+    "prefill_kl": "prefill logits, KL divergence",
+    "prefill_top1": "prefill logits, same most likely token",
+    "greedy_tokens": "greedy decoding, same tokens",
+    "greedy_answers": "greedy decoding, same answer",
+}
+_WORST: dict[str, Callable[[list[float]], float]] = {
+    "preprocessing": max,
+    "encoder_snr": min,
+    "encoder_cosine": min,
+    "encoder_max_abs": max,
+    "merged_snr": min,
+}
+
+
+@dataclass
+class Row:
+    """One picture: what both sides answered and the figures of each stage, by the names of `LABELS`."""
+
+    name: str
+    source: str
+    question: str
+    truth: str | None
+    reference: str
+    candidate: str
+    divergence: dict[str, Any] | None
+    figures: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A picture that both encoders have seen: its row so far, and both sides' merged embeddings (1, T, H) float32."""
+
+    row: Row
+    expected: np.ndarray
+    actual: np.ndarray
+
+
+@dataclass(frozen=True)
+class Speaker:
+    """What one side answers with."""
+
+    language: Language
+    tokenizer: Any
+
+    @classmethod
+    def of(cls, model: FastVLM) -> "Speaker":
+        return cls(model.language, model.tokenizer)
+
+    def text(self, ids: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+
+
+def compare(
+    reference: str | Path,
+    candidate: str | Path,
+    images: str | Path | None = None,
+    limit: int = LIMIT,
+    report: str | Path | None = None,
+    vision: str = "auto",
+    llm: str = "auto",
+    command: str | None = None,
+    name: str | None = None,
+    resolution: int | None = None,
+) -> dict[str, Any]:
+    """Compare an artefact with the checkpoint that it should be. Returns a JSON-able document (keys: `document`).
+
+    `reference` is a checkpoint folder, run by PyTorch in float32 at the artefact's resolution; `candidate` an artefact
+    folder, its halves run by `vision` and `llm` as in `model_export.runtime.load`. `images` is a folder of the user's
+    pictures. `report` is where the HTML page goes, `command` its origin, `name` what it calls the candidate (default:
+    the folder's name). `resolution` is one of the artefact's (default: its native one).
+
+    Raises UserError for folders or pictures that cannot be used, CheckFailed where both sides' arrays differ in shape.
+    A broken tolerance is no exception: "passed" is False.
+    """
+    from model_export import runtime
+
+    checkpoint, artefact = Path(reference), Path(candidate)
+    with progress("parity: load"):
+        chosen = pictures.choose(checkpoint, Path(images) if images else None, limit)
+        pictures.check(chosen)
+        actual = runtime.load(artefact, vision=vision, llm=llm, resolution=resolution)
+        expected = at_size(load_checkpoint(checkpoint, streamed=True), actual.image_size)
+    _check_comparable(expected, actual)
+    operations: dict[str, Any] = {}
+    seen, thumbnails = [], []
+    with progress("parity: encoders, pictures", len(chosen)) as advance:
+        for picture in pictures.opened(chosen):
+            if operations:
+                encoded = encode(expected, actual, picture)
+            else:
+                operations, encoded = encode_first(artefact, expected, actual, picture, resolution)
+            seen.append(see(expected, actual, picture, encoded))
+            if report is not None:
+                thumbnails.append(thumbnail(picture.image))
+            advance()
+    sides = {
+        "reference": {"name": checkpoint.resolve().name, "runners": expected.runners},
+        "candidate": {"name": name or artefact.resolve().name, "runners": actual.runners},
+    }
+    speakers = Speaker.of(expected), Speaker.of(actual)
+    del expected, actual  # and with them the encoders, before the language models need the memory
+    gc.collect()
+    result = document(answer(*speakers, seen), operations, weight_family(artefact), sides)
+    if report is not None:
+        from benchmarks.parity.report import write
+
+        write(Path(report), result, thumbnails, command)
+    return result
+
+
+def at_size(model: FastVLM, image_size: int) -> FastVLM:
+    """The model at another resolution: an artefact may be exported for one of its own (`--image-size`)."""
+    if model.image_size == image_size:
+        return model
+    return replace(model, preprocessor=replace(model.preprocessor, image_size=image_size))
+
+
+def _check_comparable(expected: FastVLM, actual: FastVLM) -> None:
+    """These have to agree before figures can."""
+    faults = [
+        f"{what}: checkpoint {a}, artefact {b}"
+        for what, a, b in (
+            ("image strategy", expected.preprocessor.image_strategy, actual.preprocessor.image_strategy),
+            ("vocabulary", len(expected.tokenizer), len(actual.tokenizer)),
+        )
+        if a != b
+    ]
+    if faults:
+        raise UserError(
+            f"reference and candidate cannot be compared: {'; '.join(faults)}: export the artefact from this checkpoint"
+        )
+
+
+def see(expected: FastVLM, actual: FastVLM, picture: Picture, encoded: Encoded) -> Seen:
+    """Take one picture that both sides have encoded as far as the merged embeddings, each on its own features."""
+    embeds = [
+        model.merge(picture.question, [model.project(values)])
+        for model, values in zip((expected, actual), encoded.features)
+    ]
+    a, b = embeds
+    if a.shape != b.shape:
+        raise CheckFailed(f"{picture.name}: merged embeddings: got shape {b.shape}, expected {a.shape}")
+    figures = encoded.figures | {"merged_snr": min(map(metrics.snr_db, a[0], b[0]))}
+    return Seen(Row(picture.name, picture.source, picture.question, picture.truth, "", "", None, figures), a, b)
+
+
+def answer(expected: Speaker, actual: Speaker, seen: Sequence[Seen]) -> list[Row]:
+    """Take pictures that both encoders have seen to the end of their answers, each side on its own embeddings."""
+    with streamed.workers(), returned_buffers(_LARGE):
+        theirs = _answers("candidate", actual, [one.actual for one in seen])
+        drafts = [reading.tokens for reading in theirs]
+        ours = _answers("reference", expected, [one.expected for one in seen], drafts)
+        with progress("parity: prefill logits, pictures", len(seen)) as advance:
+            for one, a, b in zip(seen, ours, theirs):
+                row, languages = one.row, (expected.language, actual.language)
+                kl, same = language_parity.logits_figures(*languages, (a.hidden, b.hidden))
+                row.reference, row.candidate = expected.text(a.tokens), actual.text(b.tokens)
+                row.divergence = _divergence(expected, actual, a, b)
+                row.figures |= {
+                    "prefill_kl": kl,
+                    "prefill_top1": same,
+                    "greedy_tokens": float(a.tokens == b.tokens),
+                    "greedy_answers": float(row.reference == row.candidate),
+                }
+                advance()
+    return [one.row for one in seen]
+
+
+def _answers(
+    side: str, speaker: Speaker, embeds: list[np.ndarray], drafts: list[list[int]] | None = None
+) -> list[Reading]:
+    """What one side makes of the prompts, at most MAX_NEW_TOKENS of each answer."""
+    with progress(f"parity: answers of the {side}, tokens", MAX_NEW_TOKENS * len(embeds)) as advance:
+        if drafts is None:
+            found = language_parity.answers(speaker.language, embeds, MAX_NEW_TOKENS, advance)
+        else:
+            found = language_parity.answers_after(speaker.language, embeds, drafts, MAX_NEW_TOKENS, advance)
+    if isinstance(speaker.language, TorchLanguage):
+        streamed.forget(speaker.language.model)  # the memory is for the other side now
+        give_back()
+    return found
+
+
+def _divergence(expected: Speaker, actual: Speaker, a: Reading, b: Reading) -> dict[str, Any] | None:
+    """Where two answers part: the text before, each side's token (None: it ended) and rest, and the reference's margin.
+
+    `margin` in nats is log p(reference's token) − log p(candidate's) by the reference; near 0 it was a tie. None where
+    one of the two ended.
+    """
+    at = metrics.first_divergence(a.tokens, b.tokens)
+    if at is None:
+        return None
+    common = expected.text(a.tokens[:at])
+    sides = {}
+    for side, speaker, ids in (("reference", expected, a.tokens), ("candidate", actual, b.tokens)):
+        upto = speaker.text(ids[: at + 1])
+        sides[side] = {"token": upto[len(common) :] if at < len(ids) else None, "rest": speaker.text(ids)[len(upto) :]}
+    margin = None if a.margin is None else tolerances.number(a.margin)
+    return {"position": at, "common": common, **sides, "margin": margin}
+
+
+def weight_family(artefact: Path) -> str:
+    """The coarsest of `tolerances.FAMILIES` among the artefact's weights, by its config.json and tensors."""
+    from safetensors import safe_open
+
+    config = load_json(artefact / contract.CONFIG)
+    quantization = config.get("quantization")
+    if quantization:
+        entries = [quantization, *(value for value in quantization.values() if isinstance(value, dict))]
+        names = {contract.stored_as(entry) for entry in entries}
+        family = next((name for name in reversed(tolerances.FAMILIES) if name in names), " and ".join(sorted(names)))
+    else:
+        kinds = set()
+        for file in sorted(artefact.glob(contract.WEIGHTS_GLOB)):
+            with safe_open(file, framework="numpy") as tensors:
+                kinds |= {tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118
+        family = "bf16" if "BF16" in kinds else "fp16" if kinds & {"F16", "F32"} else "unknown"
+    if family not in tolerances.FAMILIES:
+        raise UserError(
+            f"{artefact}: weights of family {family}: no tolerances for it: expected {', '.join(tolerances.FAMILIES)}"
+        )
+    return family
+
+
+def document(rows: list[Row], operations: dict[str, Any], family: str, sides: dict[str, Any]) -> dict[str, Any]:
+    """Judge the figures. Keys: passed, verdict, broken, precision, family, metrics, first_operation, exact, pictures,
+    operations, rows, reference, candidate, environment.
+
+    Raises CheckFailed when there is nothing to judge.
+    """
+    if not rows or not operations["rounding"]:
+        raise CheckFailed("parity: nothing was compared: no picture, or a program without operations")
+    precision = operations["precision"]
+    limits = tolerances.for_encoder(precision) | tolerances.for_language(family, precision)
+    judged = {
+        name: tolerances.judge(limits[name], value) | {"label": LABELS[name]}
+        for name, value in _figures(rows, operations).items()
+    }
+    if operations["fault"]:
+        judged["layer_snr"] |= {"value": None, "passed": False, "reason": operations["fault"]}
+    for name in _WORST:
+        values = [row.figures[name] for row in rows]
+        judged[name]["worst_row"] = values.index(_WORST[name](values))
+    broken = [name for name, figure in judged.items() if figure["passed"] is False]
+    first = _first_operation(operations, limits)
+    return {
+        "passed": not broken,
+        "verdict": _verdict(judged, broken, first),
+        "broken": broken,
+        "precision": operations["precision"],
+        "family": family,
+        "metrics": judged,
+        "first_operation": first,
+        "exact": _exact(rows),
+        "pictures": {
+            source: sum(row.source == source for row in rows) for source in dict.fromkeys(row.source for row in rows)
+        },
+        "operations": operations,
+        "rows": [
+            asdict(row) | {"figures": {name: tolerances.number(value) for name, value in row.figures.items()}}
+            for row in rows
+        ],
+        **sides,
+        "environment": environment.describe(),
+    }
+
+
+def _figures(rows: list[Row], operations: dict[str, Any]) -> dict[str, float]:
+    """One figure for each of `LABELS`: the worst picture's for arrays, the mean for logits and answers."""
+    found: dict[str, float] = {
+        "operation_snr": _lowest(operations["rounding"]),
+        "layer_snr": _lowest(operations["layers"]) if operations["layers"] else -math.inf,
+    }
+    for name in rows[0].figures:
+        values = [row.figures[name] for row in rows]
+        found[name] = (
+            _WORST[name](values) if name in _WORST and not any(map(math.isnan, values)) else sum(values) / len(values)
+        )
+    return {name: found[name] for name in LABELS}
+
+
+def _lowest(errors: list[dict[str, Any]]) -> float:
+    return min(float(error["snr_db"]) for error in errors)
+
+
+def _first_operation(operations: dict[str, Any], limits: dict[str, tolerances.Tolerance]) -> dict[str, Any] | None:
+    """The earliest output that leaves its tolerance, of a layer against PyTorch or of an operation by its rounding."""
+    found = []
+    for series, metric in (("layers", "layer_snr"), ("rounding", "operation_snr")):
+        bound = limits[metric].bound
+        bad = (error for error in operations[series] if bound is not None and not float(error["snr_db"]) >= bound)
+        found += [{**error, "series": series, "tolerance": bound} for error in bad][:1]
+    return min(found, key=lambda error: error["index"], default=None)
+
+
+def _exact(rows: list[Row]) -> dict[str, int] | None:
+    known = [row for row in rows if row.truth is not None]
+    if not known:
+        return None
+    sides = {side: sum(getattr(row, side).strip() == row.truth for row in known) for side in ("reference", "candidate")}
+    return {"questions": len(known), **sides}
+
+
+def _verdict(judged: dict[str, Any], broken: list[str], first: dict[str, Any] | None) -> str:
+    if not broken:
+        reported = sum(figure["passed"] is None for figure in judged.values())
+        rest = f"; {reported} more are reported, not judged" if reported else ""
+        return f"The artefact is the model it came from: {len(judged) - reported} figures within tolerance{rest}"
+    where = f"; first at {first['type']} {first['name']}{_of_layer(first)}, {first['snr_db']} dB" if first else ""
+    names = "; ".join(judged[name]["label"] for name in broken[:2]) + (" …" if len(broken) > 2 else "")
+    return f"Not the model it came from: {len(broken)} of {len(judged)} figures out of tolerance ({names}){where}"
+
+
+def _of_layer(error: dict[str, Any]) -> str:
+    return f" ({error['layer']})" if error["layer"] else ""
+
+
+def summary(result: dict[str, Any]) -> dict[str, Any]:
+    """The figures without pictures, answers and operations: what a manifest keeps."""
+    kept = ("passed", "verdict", "broken", "precision", "family", "first_operation", "exact", "pictures")
+    figures = {
+        name: {key: figure[key] for key in ("value", "unit", "sense", "tolerance", "passed")}
+        for name, figure in result["metrics"].items()
+    }
+    runners = {side: result[side]["runners"] for side in ("reference", "candidate")}
+    return {key: result[key] for key in kept} | {"metrics": figures, "runners": runners}
+
+
+def thumbnail(image: Image.Image, side: int = 320) -> Image.Image:
+    """A copy for the page, at most `side` pixels wide and high."""
+    small = image.convert("RGB")
+    small.thumbnail((side, side))
+    return small
+
+
+def broken_lines(result: dict[str, Any]) -> Iterator[str]:
+    """One line for each broken tolerance."""
+    for name in result["broken"]:
+        figure = result["metrics"][name]
+        yield f"{name}: {figure['value']} {figure['unit']}, expected {figure['sense']} {figure['tolerance']}"

@@ -1,0 +1,157 @@
+"""The language halves of a parity run: prefill logits and greedy answers, prompts of one length at once.
+
+The candidate decodes greedily with its KV cache. The reference then reads each prompt with the candidate's answer
+behind it, in one pass: as long as its most likely tokens are the candidate's, it would have decoded them, too; from the
+first one that differs on it decodes by itself.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from benchmarks import metrics
+from fastvlm.common.cli import log
+from fastvlm.common.errors import CheckFailed
+from fastvlm.common.limits import stopped
+from fastvlm.model.surface import Language
+
+_TOKENS_AT_ONCE = 4096  # of prompts: bounds what a layer's activations take, 0.3 GB in the 7B model's MLP
+_POSITIONS_AT_ONCE = 128  # of logits: 78 MB a side with Qwen2's vocabulary
+
+
+@dataclass(eq=False)
+class Reading:
+    """What a language model made of a prompt: its final hidden states (T, H) float32 and its greedy answer.
+
+    `margin`, where a reference's answer parts from the candidate's and neither has ended: log p(its token) − log p(the
+    candidate's) by the reference, in nats.
+    """
+
+    hidden: np.ndarray
+    tokens: list[int]
+    margin: float | None = None
+
+
+Advance = Callable[[int], Any]  # is told how many tokens of answers are behind us, those that an end saves included
+
+
+def answers(language: Language, embeds: Sequence[np.ndarray], most: int, advance: Advance) -> list[Reading]:
+    """Read prompts, each (1, T, H) float32, and answer each greedily with at most `most` tokens."""
+    found: dict[int, Reading] = {}
+    for batch in _batches(embeds):
+        hidden, past = language.hidden(np.concatenate([embeds[index] for index in batch]))
+        readings = [Reading(one, []) for one in hidden]
+        tokens = language.head(hidden[:, -1:], hidden.shape[1] - 1)[:, -1].argmax(-1)
+        room = _room(language, hidden.shape[1], most)
+        running = [one for one, token in zip(readings, tokens) if _goes_on(language, one.tokens, token, room)]
+        _decode(language, past, readings, running, room, advance)
+        advance(most * len(batch) - sum(len(one.tokens) for one in readings))
+        if language.positions is not None and any(room == len(one.tokens) < most for one in readings):
+            log(stopped(language.positions))
+        found |= zip(batch, readings)
+    return [found[index] for index in range(len(embeds))]
+
+
+def answers_after(
+    language: Language, embeds: Sequence[np.ndarray], drafts: Sequence[list[int]], most: int, advance: Advance
+) -> list[Reading]:
+    """The same, and the same answers, given drafts of them: as much of one as is right costs no decoding."""
+    found: dict[int, Reading] = {}
+    for batch in _batches(embeds):
+        prompts = np.concatenate([embeds[index] for index in batch])
+        length, room = prompts.shape[1], _room(language, prompts.shape[1], most)
+        own = [drafts[index][:room] for index in batch]
+        ids = np.zeros((len(own), min(room - 1, max(map(len, own)))), np.int64)  # the last one that fits is only said
+        for row, draft in zip(ids, own):
+            row[: len(draft)] = draft[: len(row)]
+        hidden, past = language.hidden(np.concatenate([prompts, language.embed(ids)], axis=1) if ids.size else prompts)
+        kept = np.arange(hidden.shape[1])[None].repeat(len(own), 0) < length  # the prompts
+        readings, running = [], []
+        for states, draft, cached in zip(hidden, own, kept):
+            logits = language.head(states[None, length - 1 : length + min(len(draft), len(ids[0]))], length - 1)[0]
+            tokens = logits.argmax(-1).tolist()
+            right = metrics.first_divergence(draft, tokens[: len(draft)])
+            right = len(draft) if right is None else right
+            reading = Reading(states[:length], draft[:right])
+            cached[length : length + right] = True
+            if right < room and _goes_on(language, reading.tokens, tokens[right], room):
+                running.append(reading)
+            if right < min(len(draft), len(reading.tokens)):
+                scores = metrics.log_softmax(logits[right])
+                reading.margin = float(scores[tokens[right]] - scores[draft[right]])
+            readings.append(reading)
+        advance(sum(len(one.tokens) for one in readings))
+        _decode(language, past, readings, running, room, advance, kept)
+        advance(most * len(batch) - sum(len(one.tokens) for one in readings))
+        found |= zip(batch, readings)
+    return [found[index] for index in range(len(embeds))]
+
+
+def _batches(embeds: Sequence[np.ndarray]) -> Iterator[list[int]]:
+    """The indexes of prompts of one length, at most _TOKENS_AT_ONCE in all."""
+    lengths = defaultdict(list)
+    for index, one in enumerate(embeds):
+        lengths[one.shape[1]].append(index)
+    for length, same in lengths.items():
+        step = max(1, _TOKENS_AT_ONCE // length)
+        yield from (same[start : start + step] for start in range(0, len(same), step))
+
+
+def _room(language: Language, length: int, most: int) -> int:
+    """How many tokens may follow a prompt; the last one needs no position."""
+    return most if language.positions is None else min(most, language.positions - length + 1)
+
+
+def _goes_on(language: Language, tokens: list[int], token: int, room: int) -> bool:
+    """Append the next token to an answer, unless it ends it; whether another one follows."""
+    if token in language.eos_ids:
+        return False
+    tokens.append(int(token))
+    return len(tokens) < room
+
+
+def _decode(
+    language: Language,
+    past: Any,
+    readings: list[Reading],
+    running: list[Reading],
+    room: int,
+    advance: Advance,
+    kept: np.ndarray | None = None,
+) -> None:
+    """Take the `running` ones of a batch to their end; `kept` as in `Language.hidden`."""
+    while running:
+        advance(len(running))
+        goes_on = np.array([[one in running] for one in readings])
+        last = [[one.tokens[-1] if one.tokens else 0] for one in readings]
+        hidden, past = language.hidden(language.embed(np.array(last, np.int64)), past, kept)
+        kept = None if kept is None else np.concatenate([kept, goes_on], axis=1)
+        first = language.length(past) - 1
+        tokens = language.head(hidden, first)[:, -1].argmax(-1)
+        running = [
+            one
+            for one, token in zip(readings, tokens)
+            if one in running and _goes_on(language, one.tokens, token, room)
+        ]
+
+
+def logits_figures(
+    reference: Language, candidate: Language, states: tuple[np.ndarray, np.ndarray]
+) -> tuple[float, float]:
+    """KL divergence in nats (mean over positions) and top-1 agreement of the logits that both sides make of their final
+    hidden states (T, H) of one prompt; a part of the vocabulary's logits exists at a time.
+
+    Raises CheckFailed when the two sides' shapes differ, and for logits that are not finite.
+    """
+    divergences, same, length = [], 0.0, len(states[0])
+    for start in range(0, length, _POSITIONS_AT_ONCE):
+        part = slice(start, start + _POSITIONS_AT_ONCE)
+        a, b = (side.head(one[None, part], start)[0] for side, one in zip((reference, candidate), states))
+        if a.shape != b.shape:
+            raise CheckFailed(f"logits: got shape {b.shape}, expected {a.shape}")
+        divergences.append(metrics.kl_positions(a, b))
+        same += metrics.top1_agreement(a, b) * len(a)
+    return float(np.concatenate(divergences).mean()), same / length

@@ -1,0 +1,4 @@
+"""The models that the FastVLM paper compares with.
+
+Imports `benchmarks.ttft`.
+"""

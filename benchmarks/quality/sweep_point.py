@@ -1,0 +1,210 @@
+"""What is measured of a sweep's point: an encoder and a language model, each exported once for all points that share
+it, put together as `model_export all` would, and held against what the checkpoint says (`quality`)."""
+
+import fcntl
+import hashlib
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from benchmarks import environment
+from benchmarks.quality import evaluate
+from benchmarks.ttft.runner import STAGES, one_round, totals
+from fastvlm.common.staging import write_file
+from fastvlm.data.conversations import Sample
+from model_export import contract
+from model_export.config import ExportConfig
+from quantization.recipe import recipe_from_json
+from quantization.sweep import engine
+from quantization.sweep.server import apart
+
+if TYPE_CHECKING:
+    from fastvlm.model.surface import Vision
+
+# How often the first token is asked for: at least so often, and for so many seconds, but not more often than that.
+TIMED, TIMED_SECONDS, TIMED_MOST = 5, 2.0, 25
+
+
+def prepare() -> None:
+    """Import what a point and its exports need, once for all points; none of it starts threads."""
+    from transformers import AutoTokenizer, FastVlmForConditionalGeneration, Qwen2ForCausalLM  # noqa: F401
+
+    from benchmarks.quality import quality  # noqa: F401
+    from benchmarks.ttft import models  # noqa: F401
+    from model_export import export, runtime  # noqa: F401
+    from model_export.encoder import vision  # noqa: F401
+    from model_export.language import calibrate  # noqa: F401
+
+
+def measure(point: engine.Point, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Export a point (as far as it isn't yet), load it, and ask it. Figures and timings as `quality.quality`'s (but
+    `encode_s`), and sizes, `bits_per_weight`, `load_s` and the stages of the time to first token, in seconds."""
+    prepare()  # where the libraries of the process that forked this one must not be used
+    from benchmarks.quality import quality
+    from model_export import runtime
+
+    work = Path(settings["work"])
+    with tempfile.TemporaryDirectory(dir=work, prefix="artefact.") as folder:
+        manifest = put_together(point, settings, Path(folder))
+        reference = work / "shared" / f"reference-{digest(settings['common'])}.zip"
+        results = once(reference, partial(_ask_reference, settings))
+        start = time.perf_counter()
+        model = runtime.load(folder)
+        loaded = time.perf_counter() - start
+        samples = evaluate.choose(settings["samples"], settings["count"])
+        seeing = replace(model, vision=Remembered(model.vision, work, manifest))
+        found = quality.quality(model=seeing, samples=samples, results=results)
+        found["figures"] |= evaluate.sizes(Path(folder)) | {"bits_per_weight": manifest["llm"]["bits_per_weight"]}
+    found["timings"].pop("encode_s", None)  # of what was remembered
+    found["timings"] |= {"load_s": quality.figure(loaded), "runners": model.runners, **first_token(model, samples)}
+    return {name: found[name] for name in ("figures", "timings", "answers")}
+
+
+class Remembered:
+    """An encoder that several points share (`manifest`: of an artefact that has it): it sees each picture once."""
+
+    def __init__(self, vision: "Vision", work: Path, manifest: Mapping[str, Any]) -> None:
+        self.vision, self.name, self.remedy = vision, vision.name, vision.remedy
+        package = {name: file for name, file in manifest["files"].items() if name.startswith(contract.PACKAGE)}
+        self.shared, self.encoder = work / "shared", digest(package, vision.name)
+
+    def encode(self, pixel_values: np.ndarray) -> np.ndarray:
+        """As the encoder's own."""
+        from torch import get_num_threads  # which decides the last bits
+
+        folder = self.shared / f"features-{self.encoder}-{get_num_threads()}"
+        file = folder / f"{hashlib.sha256(pixel_values.tobytes()).hexdigest()}.npy"
+        if not file.exists():
+            content = BytesIO()
+            np.save(content, self.vision.encode(pixel_values))
+            write_file(file, content.getvalue())
+        features: np.ndarray = np.load(file)
+        return features
+
+
+def first_token(model: Any, samples: Sequence[Sample]) -> dict[str, float]:
+    """Medians in seconds of encoding, projection and prefill, and of their sum, for the first picture's question."""
+    from benchmarks.ttft.models import ModelRunner
+
+    asked = next((sample for sample in samples if sample.image is not None), None)
+    if asked is None or asked.image is None:
+        return {}
+    question = {"prompt": asked.question, "question": asked.question, "tokens": 0}
+    stages = ModelRunner(model, asked.image(), question, {}).stages()[: STAGES.index("prefill") + 1]
+    rounds: list[dict[str, float]] = []
+    start = time.perf_counter()
+    while len(rounds) <= TIMED or (len(rounds) <= TIMED_MOST and time.perf_counter() - start < TIMED_SECONDS):
+        spent, _ = one_round(stages, {}, {})
+        rounds.append({**spent, **totals(spent)})
+    keys = {"encode": "ttft_encode_s", "project": "ttft_project_s", "prefill": "ttft_prefill_s", "ttft_paper": "ttft_s"}
+    return {key: statistics.median(one[stage] for one in rounds[1:]) for stage, key in keys.items()}  # after a warm-up
+
+
+def identity() -> dict[str, Any]:
+    """The code and the packages that decide a result."""
+    return {"sources": engine.sources_sha256(), "packages": environment.versions()}
+
+
+def once(target: Path, make: Callable[[Path], None]) -> Path:
+    """A file or folder that several points need: the first makes it, `make` whole or not at all; the others wait."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with target.with_name(f".{target.name}.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.exists():
+            make(target)
+    return target
+
+
+def _ask_reference(settings: Mapping[str, Any], target: Path) -> None:
+    partial_file = target.with_name(f".{target.name}.partial")
+    job = evaluate.Job(
+        model=settings["checkpoint"], results=str(partial_file), is_reference=True, samples=settings["samples"],
+        count=settings["count"], text=settings["text"],
+    )  # fmt: skip
+    apart(evaluate.evaluate, job)
+    os.replace(partial_file, target)
+
+
+def put_together(point: engine.Point, settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Put the point's artefact together in `folder`, out of links to the shared exports; returns its manifest."""
+    from model_export import artefact
+
+    recipe = recipe_from_json(point["recipe"])
+    of_language: dict[str, Any] = {"quant": point["recipe"]}
+    of_encoder = {"vision_quant": point["vision_quant"], "image_size": point["resolution"]}
+    if recipe.vision:  # the recipe says the encoder's forms
+        of_encoder |= of_language
+    encoder = _shared(settings, ("vision",), of_encoder)
+    if recipe.calibrates:  # on what the encoder gives
+        of_language |= of_encoder
+    language = _shared(settings, ("llm",), of_language, encoder if recipe.calibrates else None)
+    exports = (language, encoder)  # the encoder's preprocessor is last, and stays: it has the resolution
+    manifests = [artefact.read_manifest(one) for one in exports]
+    for one in exports:
+        for name in artefact.files_in(one):
+            target = folder / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.unlink(missing_ok=True)
+            os.link(one / name, target)
+    first, last = manifests[0], manifests[-1]
+    both = {"parts": ["vision", "llm"], "files": first["files"] | last["files"]}
+    return artefact.write_manifest(folder, first | last | both)
+
+
+def _shared(
+    settings: Mapping[str, Any], parts: Sequence[str], options: dict[str, Any], encoder: Path | None = None
+) -> Path:
+    name = f"{'-'.join(parts)}-{digest(settings['common'], options)}"
+    make = partial(export_apart, settings, parts, options, encoder=encoder)
+    return once(Path(settings["work"]) / "shared" / name, make)
+
+
+def export_apart(
+    settings: Mapping[str, Any],
+    parts: Sequence[str],
+    options: dict[str, Any],
+    target: Path,
+    encoder: Path | None = None,
+) -> None:
+    """`export_here` in a process of its own, so that its memory is not the point's."""
+    apart(export_here, settings, parts, options, target, encoder)
+
+
+def export_here(
+    settings: Mapping[str, Any],
+    parts: Sequence[str],
+    options: dict[str, Any],
+    target: Path,
+    encoder: Path | None = None,
+) -> None:
+    """Export `parts` with these options of `ExportConfig` ("quant" a recipe's document); what calibrates sees through
+    the encoder of the artefact `encoder`."""
+    from model_export import artefact, export, runtime
+
+    options, sees = dict(options), None
+    if encoder is not None:
+        sees = Remembered(runtime.ExecutorVision(encoder), Path(settings["work"]), artefact.read_manifest(encoder))
+    with tempfile.TemporaryDirectory() as folder:
+        if "quant" in options:
+            path = Path(folder, "recipe.json")
+            path.write_text(json.dumps(options["quant"]))
+            options["quant"] = str(path)
+        if settings["calibration_data"] and (encoder or "vision" in parts):
+            options["calibration_data"] = Path(settings["calibration_data"])
+        config = ExportConfig(checkpoint=Path(settings["checkpoint"]), output_dir=target, **options)
+        export.export(export.plan(config, tuple(parts)), vision=sees)
+
+
+def digest(*parts: Any) -> str:
+    """Sixteen letters that stand for JSON values."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]

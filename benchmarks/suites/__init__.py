@@ -1,0 +1,4 @@
+"""The project's own bars, measured.
+
+Imports the other parts of `benchmarks`.
+"""

@@ -1,0 +1,393 @@
+"""The steps of `benchmarks encoder` that need the models: `python -m benchmarks.suites.encoder_steps NAME ARGUMENT...`.
+
+A process each; arguments are text. The last line of stdout is one JSON document.
+"""
+
+import json
+import math
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from fastvlm.common import threads
+from fastvlm.common.cli import log, progress, quiet_libraries
+
+FORCED_HEADROOM = 2.0**13  # asked of a checkpoint that needs no power of two
+STREAMS = (3, 4)  # timm's numbers of the stages whose streams are scaled
+RIVAL_FORM, SCALED_FORM = "palette4-g16", "palette4-g16-scaled"
+# What the attentions add to the streams, times this: 1 leaves 21 dB where every LayerNorm of a stage is lost.
+ATTENTION_SCALE = 8.0
+PICTURES = 6  # that an SNR is the mean over
+
+
+# Range-safe float16
+
+
+def ordinary_checkpoint(target: str, shape: str) -> dict[str, float]:
+    """Write the random encoder in float32."""
+    from fastvlm.synthetic.checkpoint import write_checkpoint
+
+    write_checkpoint(Path(target), shape=shape, dtype="float32")
+    return {}
+
+
+def hot_checkpoints(target: str, shape: str, image_size: str, *peaks: str) -> dict[str, float]:
+    """Write `target`-PEAK, whose streams peak near PEAK on the built-in pictures, for each peak; `target` is as it was.
+
+    The attentions of all add ATTENTION_SCALE times as much. Returns the peaks by stage before, and what each written
+    one reaches, the lesser stage.
+    """
+    from fastvlm.synthetic.checkpoint import write_checkpoint
+
+    common: dict[str, Any] = {
+        "shape": shape, "dtype": "float32", "attention_scale": ATTENTION_SCALE, "low_pass": True,
+    }  # fmt: skip
+    before, reached = _stream_peaks(str(write_checkpoint(Path(target), **common)), int(image_size)), {}
+    for peak in peaks:
+        # the nearest power of two, which leaves the weights' digits as they are
+        scale = {stage: 2.0 ** round(math.log2(float(peak) / before[stage])) for stage in STREAMS}
+        path = write_checkpoint(Path(f"{target}-{peak}"), **common, stream_scale=scale)
+        reached[peak] = min(_stream_peaks(str(path), int(image_size)).values())
+    return {f"stage {stage}": value for stage, value in before.items()} | reached
+
+
+def hot_gelus(target: str, shape: str, image_size: str, *peaks: str) -> dict[str, float]:
+    """Write `target`-PEAK, whose last patch embedding reaches PEAK after its GELU on N(0, 1) noise, for each peak.
+
+    Returns what each reaches.
+    """
+    from benchmarks.suites.steps import plain_encoder
+    from fastvlm.data import pictures
+    from fastvlm.synthetic.checkpoint import write_checkpoint
+    from model_export.encoder import ranges
+
+    noise = [pictures.noise(int(image_size))]
+
+    def reached(checkpoint: Path) -> float:
+        return ranges.measure_modules(plain_encoder(str(checkpoint)), noise)["stages.4.downsample.proj.1"].largest
+
+    common: dict[str, Any] = {
+        "shape": shape, "dtype": "float32", "attention_scale": ATTENTION_SCALE, "low_pass": True,
+    }  # fmt: skip
+    before, found = reached(write_checkpoint(Path(target), **common)), {}
+    for peak in peaks:
+        found[peak] = reached(write_checkpoint(Path(f"{target}-{peak}"), **common, patch_scale=float(peak) / before))
+    return found
+
+
+def _stream_peaks(checkpoint: str, image_size: int) -> dict[int, float]:
+    """Largest magnitude on the residual stream of each of STREAMS, in float32 on the built-in pictures."""
+    from benchmarks.suites.steps import plain_encoder
+    from fastvlm.data import pictures
+    from fastvlm.data.preprocessing import read_preprocessor
+    from model_export.encoder import ranges
+
+    plain = plain_encoder(checkpoint)
+    found = ranges.measure_modules(plain, pictures.pixels(read_preprocessor(checkpoint), image_size))
+    peaks = {}
+    for stage in STREAMS:
+        names = [f"stages.{stage}.pos_emb.reparam_conv"]
+        for i in range(len(plain.stages[stage].blocks)):
+            names += [f"stages.{stage}.blocks.{i}.mlp:input", f"stages.{stage}.blocks.{i}"]
+        peaks[stage] = max(found[name].largest for name in names)
+    return peaks
+
+
+def forced_export(checkpoint: str, target: str, image_size: str) -> dict[str, float]:
+    """Export with FORCED_HEADROOM, so that most values carry a power of two and most GELUs are in their scaled form."""
+    from functools import partial
+    from unittest.mock import patch
+
+    from fastvlm.checkpoint.checkpoint import open_checkpoint
+    from fastvlm.data import pictures
+    from fastvlm.data.preprocessing import read_preprocessor
+    from model_export.config import ExportConfig
+    from model_export.encoder import fp16, vision
+
+    folder, preprocessor = Path(target), read_preprocessor(checkpoint)
+    config = ExportConfig(Path(checkpoint), folder.parent / "out", image_size=int(image_size))
+    with patch.object(fp16, "choose", partial(fp16.choose, headroom=FORCED_HEADROOM)):
+        vision.export_vision(
+            open_checkpoint(checkpoint), config, folder, lambda size: pictures.pixels(preprocessor, size)
+        )
+    return {}
+
+
+def snr(checkpoint: str, image_size: str, *runs: str) -> dict[str, float]:
+    """SNR in dB of packages against the plain PyTorch module in float32, the mean over pictures that no export was
+    calibrated on (one alone is 1 dB off it); `noise_KEY` the same on N(0, 1) noise.
+
+    A run is KEY=POLICY:PACKAGE. A result that is not finite has -inf.
+    """
+    import numpy as np
+
+    from benchmarks.metrics import snr_db
+    from fastvlm.data import pictures
+
+    size = int(image_size)
+    inputs = {
+        "": _pictures(checkpoint, size),
+        "noise_": [pictures.noise(size, seed) for seed in range(1, PICTURES + 1)],
+    }
+    expected = {kind: [_features(checkpoint, pixels) for pixels in drawn] for kind, drawn in inputs.items()}
+    figures = {}
+    with progress("comparing packages", len(runs)) as advance:
+        for run in runs:
+            key, _, rest = run.partition("=")
+            policy, _, package = rest.partition(":")
+            compute = _executor(package, policy)
+            for kind, drawn in inputs.items():
+                found = [snr_db(wanted, compute(pixels)) for wanted, pixels in zip(expected[kind], drawn)]
+                figures[kind + key] = float(np.mean(found))
+            advance()
+    return figures
+
+
+def _executor(package: str, policy: str) -> Callable[[Any], Any]:
+    """Pixels to features (1, N, C) float32, of any package of this encoder, whatever its types and layout."""
+    import numpy as np
+
+    from model_export import mil
+    from model_export.mil.dtypes import NUMPY
+
+    executor = mil.load(package, compute=policy)
+    ((name, kind),) = executor.inputs.items()
+
+    def features(pixels: Any) -> Any:
+        (found,) = executor.predict({name: pixels.astype(NUMPY[kind.dtype])}).values()
+        if found.ndim == 4:  # the plain script's: a map (1, C, H, W)
+            found = found.reshape(*found.shape[:2], -1).transpose(0, 2, 1)
+        return found.astype(np.float32)
+
+    return features
+
+
+def _pictures(checkpoint: str, image_size: int) -> list[Any]:
+    """Pixels (1, 3, S, S) of the first questions of the demo set's test half."""
+    from dataclasses import replace
+
+    from fastvlm.data import scenes
+    from fastvlm.data.preprocessing import read_preprocessor
+
+    prepare = replace(read_preprocessor(checkpoint), image_size=image_size)
+    return [prepare(question.image) for question in scenes.questions(PICTURES)]
+
+
+def _features(checkpoint: str, pixels: Any) -> Any:
+    """The plain PyTorch encoder's features (1, N, C) of a picture."""
+    import torch
+
+    from benchmarks.suites.steps import plain_encoder
+
+    with torch.inference_mode():
+        features = plain_encoder(checkpoint).forward_features(torch.from_numpy(pixels))
+    return features.flatten(2).transpose(1, 2).numpy()
+
+
+def scaling(artefact: str) -> dict[str, float]:
+    """Of an exported encoder: the operations that powers of two added and their share of the bytes moved, float32
+    operations and the audit's findings."""
+    from model_export import contract
+    from model_export.artefact import read_manifest
+
+    facts = read_manifest(Path(artefact))["vision"]
+    added = facts.get("scaling", {"operations": 0, "byte_share": 0.0})
+    return {
+        "added": added["operations"],
+        "byte_share": added["byte_share"],
+        "float32": len(facts.get("float32_operations", ())),
+        "findings": audited(str(Path(artefact) / contract.PACKAGE))["findings"],
+    }
+
+
+# The graph, and several resolutions in one package
+
+
+def audited(package: str) -> dict[str, float]:
+    """Findings of a package's audit, and how many of its operations only move data."""
+    from model_export.audit.audit import audit
+
+    document = audit(Path(package))
+    (function,) = document["functions"].values()
+    moves = {kind: function["data_movement"][kind] for kind in ("transpose", "reshape", "squeeze")}
+    return {"findings": len(function["findings"]), **moves, "moves": sum(moves.values())}
+
+
+def functions(checkpoint: str, package: str, *singles: str) -> dict[str, float]:
+    """Every function against PyTorch (SNR in dB as typed) and against the package of its size alone.
+
+    A single is SIZE:PACKAGE; the latter figure is the largest difference. Also the size of the one package over that of
+    the last single one.
+    """
+    import numpy as np
+
+    from benchmarks.metrics import snr_db
+    from model_export import contract, mil
+
+    figures: dict[str, float] = {}
+    for single in singles:
+        size, _, alone = single.partition(":")
+        pixels = _pictures(checkpoint, int(size))[0]
+        function = mil.load(Path(package), function_name=contract.function_name(int(size)))
+        got = function.predict({contract.INPUT: pixels})[contract.OUTPUT]
+        del function
+        wanted = mil.load(Path(alone)).predict({contract.INPUT: pixels})[contract.OUTPUT]
+        figures[f"multi_snr_{size}"] = snr_db(_features(checkpoint, pixels), got)
+        figures[f"multi_difference_{size}"] = float(np.abs(got - wanted).max())
+    figures["multi_size"] = package_bytes(package) / package_bytes(singles[-1].partition(":")[2])
+    return figures
+
+
+def package_bytes(package: str) -> int:
+    """Bytes of all files."""
+    return sum(path.stat().st_size for path in Path(package).rglob("*") if path.is_file())
+
+
+# Compressed weights
+
+
+def palettization(checkpoint: str) -> dict[str, float]:
+    """Our palettes against coremltools' (`palettize_weights`, k-means) on every convolution weight that groups of 16
+    divide: time of each in s on one core, tensor by tensor in turn, and ratios of squared errors. Tensors that we do
+    worse are logged.
+
+    Then the same weights with a per-channel scale: bytes stored over fp16's.
+    """
+    import os
+
+    os.environ.update(threads.environment(1))  # before numpy is imported
+    import numpy as np
+
+    from model_export.encoder import compress
+    from quantization.coreml.compression import COMPRESSIONS, applies
+    from quantization.coreml.compression import compress as store
+
+    _coremltools_palette(np.ones((16, 1), np.float16), 4, 16)  # its imports are not its time
+    weights, form = compress.weights(_prepared(checkpoint)), COMPRESSIONS[RIVAL_FORM]
+    chosen = {name: weight for name, weight in weights.items() if applies(weight.shape, form) is None}
+    seconds, errors = {"ours": 0.0, "theirs": 0.0}, []
+    with progress("palettes, ours and coremltools'", len(chosen)) as advance:
+        for name, weight in chosen.items():
+            start = time.perf_counter()
+            ours = store(weight, form)
+            middle = time.perf_counter()
+            theirs = _coremltools_palette(weight, form.bits, form.group)
+            seconds["theirs"] += time.perf_counter() - middle
+            seconds["ours"] += middle - start
+            pair = [np.square(weight.astype(np.float64) - decoded).sum() for decoded in (ours.decode(), theirs())]
+            errors.append(pair)
+            if pair[0] > pair[1]:
+                log(f"{name} {list(weight.shape)}: squared error {pair[0]:.8g}, coremltools' {pair[1]:.8g}")
+            advance()
+    start, stored, plain = time.perf_counter(), 0, 0
+    for weight in weights.values():
+        scaled = COMPRESSIONS[SCALED_FORM]
+        plain += weight.nbytes
+        stored += store(weight, scaled).nbytes if applies(weight.shape, scaled) is None else weight.nbytes
+    return {
+        "palette_tensors": len(chosen),
+        "palette_seconds": seconds["ours"],
+        "coremltools_seconds": seconds["theirs"],
+        "palette_time": seconds["ours"] / seconds["theirs"],
+        "palette_error": max(a / b if b else 1.0 + (a > 0) for a, b in errors),
+        "palette_worse": sum(a > b for a, b in errors),
+        "palette_error_all": sum(a for a, _ in errors) / sum(b for _, b in errors),
+        "scaled_seconds": time.perf_counter() - start,
+        "scaled_size": stored / plain,
+    }
+
+
+def _coremltools_palette(weight: Any, bits: int, group: int | None) -> Callable[[], Any]:
+    """What `palettize_weights` makes of a weight; call what is returned to decode it."""
+    from model_export.encoder.coreml import coremltools
+
+    coremltools()  # which imports it quietly
+    from coremltools.converters.mil.mil.ops.defs.iOS18.compression import constexpr_lut_to_dense
+    from coremltools.optimize.coreml._quantization_passes import palettize_weights
+
+    blocks = [group or 0] + [0] * (weight.ndim - 1)
+    made = palettize_weights.blockwise_compress(weight, "KMEANS", bits, blocks, channel_axis=0)
+    return lambda: constexpr_lut_to_dense.decompress(made.indices, made.lut, None)
+
+
+def _prepared(checkpoint: str) -> Any:
+    """The encoder whose weights an export would store, before float16's powers of two."""
+    from fastvlm.checkpoint.checkpoint import open_checkpoint
+    from model_export.encoder import vision
+    from model_export.encoder.channel_first import channel_first
+
+    return channel_first(vision.folded_encoder(open_checkpoint(checkpoint))[0])
+
+
+def sizes(checkpoint: str, package: str) -> dict[str, Any]:
+    """Bytes of the encoder's convolution weights in every form ("fp16": as they are), by the forms' own arithmetic; and
+    the bytes of `package`'s weight file over what is predicted for RIVAL_FORM."""
+    from model_export.encoder import compress
+    from model_export.encoder.package import WEIGHTS
+    from quantization.coreml.compression import COMPRESSIONS
+
+    encoder = _prepared(checkpoint)
+    shapes = compress.layer_shapes(encoder)
+    found = {
+        name: compress.size_of(shapes, compress.assign(compress.load(name), shapes).forms) for name in COMPRESSIONS
+    }
+    biases = 2 * sum(layer.bias.numel() for layer in encoder.modules() if getattr(layer, "bias", None) is not None)
+    written = (Path(package) / WEIGHTS).stat().st_size
+    return {
+        "weight_bytes": {compress.NONE: compress.size_of(shapes, {}), **found},
+        "predicted": found[RIVAL_FORM] + biases,
+        "written": written,
+    }
+
+
+def curve(checkpoint: str, questions: str, *artefacts: str) -> dict[str, Any]:
+    """Of encoders (artefact folders) in front of PyTorch's language model: package bytes, SNR in dB as typed over all
+    pictures, and the share of greedy answers that are the same as with PyTorch's encoder; by the folder's name."""
+    from dataclasses import replace
+
+    import fastvlm
+    from benchmarks.metrics import snr_db
+    from benchmarks.suites.steps import share
+    from fastvlm.data import scenes
+    from model_export import contract, runtime
+
+    asked = list(scenes.questions(int(questions)))
+    model = fastvlm.load(checkpoint)
+    encoders = {Path(artefact).name: runtime.ExecutorVision(Path(artefact)) for artefact in artefacts}
+    pixels = [model.preprocess(question.image) for question in asked]
+    figures: dict[str, Any] = {}
+    with progress("asking", len(asked) * (1 + len(encoders))) as advance:
+
+        def ask(vision: Any) -> tuple[list[str], Any]:
+            import numpy as np
+
+            speaker, given = replace(model, vision=vision), []
+            for question in asked:
+                given.append(speaker.generate(question.question, question.image, max_new_tokens=64).strip())
+                advance()
+            return given, np.concatenate([vision.encode(array) for array in pixels])
+
+        wanted, features = ask(model.vision)
+        for artefact, (name, encoder) in zip(artefacts, encoders.items()):
+            given, actual = ask(encoder)
+            figures[name] = {
+                "bytes": package_bytes(str(Path(artefact) / contract.PACKAGE)),
+                "snr": snr_db(features, actual),
+                "agreement": share(given, wanted),
+            }
+    return {"questions": len(asked), "encoders": figures}
+
+
+STEPS: dict[str, Callable[..., dict[str, Any]]] = {
+    one.__name__: one
+    for one in (
+        ordinary_checkpoint, hot_checkpoints, hot_gelus, scaling, forced_export, snr, audited, functions,
+        palettization, sizes, curve,
+    )
+}  # fmt: skip
+
+if __name__ == "__main__":
+    quiet_libraries()
+    print(json.dumps(STEPS[sys.argv[1]](*sys.argv[2:])))

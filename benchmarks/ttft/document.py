@@ -1,0 +1,65 @@
+"""A saved run of `benchmarks ttft`, read and checked: whoever shows or compares it finds what it needs."""
+
+from pathlib import Path
+from typing import Any
+
+from fastvlm.common.errors import UserError
+from fastvlm.common.files import load_json
+
+FORMAT = 1
+_NAMED = 5  # faults at most in the message
+_ANY = object()
+# What a value must be: an object with these keys (`str`: whatever keys), a list of such that isn't empty, a tuple for
+# one that may be, a number, or anything.
+_STAGES = {str: float}
+_FAILED: dict[Any, Any] = {"name": _ANY, "kind": _ANY, "error": _ANY}
+_RUNNER: dict[Any, Any] = {
+    "name": _ANY, "kind": _ANY, "settings": {}, "peak_bytes": float,
+    "cold": {"dropped": _ANY, "load_s": float, "round": {"stages": _STAGES}},
+    "launches": [{"load_s": _ANY, "rounds": [{"stages": _STAGES, "yardstick": _ANY}]}],
+}  # fmt: skip
+_RUN = {
+    "date": _ANY, "command": _ANY, "commit": _ANY, "delay": _ANY, "picture": _ANY, "tokens": float, "threads": _ANY,
+    "checkpoint": {"name": _ANY, "sha256": _ANY}, "effort": {"launches": float, "rounds": float},
+    "environment": {"cpu": _ANY, "cores": _ANY, "memory_gib": _ANY, "system": _ANY, "packages": {}},
+    "load_before": {"1min": float}, "load_after": {"1min": float},
+    "search": ({"device": _ANY, "rows": ({"setting": _ANY, "value": _ANY, "kept": _ANY},)},),
+    "points": [{"resolution": _ANY, "text_tokens": _ANY, "prompt": _ANY, "question": _ANY, "turns": _ANY,
+                "runners": [_RUNNER]}],
+}  # fmt: skip
+
+
+def load_document(path: Path) -> dict[str, Any]:
+    """A saved run. UserError if it is none of this format, or lacks something, in a line that names it."""
+    try:
+        document: dict[str, Any] = load_json(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not readable as JSON ({error}): expected what `ttft --save` wrote") from None
+    if not isinstance(document, dict) or (document.get("benchmark"), document.get("format")) != ("ttft", FORMAT):
+        raise UserError(f"{path}: not a run of `benchmarks ttft` in format {FORMAT}: measure again with --save")
+    if faults := _faults(document, _RUN, ""):
+        more = f" and {len(faults) - _NAMED} more" if len(faults) > _NAMED else ""
+        raise UserError(f"{path}: damaged: {', '.join(faults[:_NAMED])}{more}: measure again with --save")
+    return document
+
+
+def _faults(value: Any, form: Any, where: str) -> list[str]:
+    """What of `value` isn't as its form says, by its place."""
+    if isinstance(form, dict):
+        if not isinstance(value, dict):
+            return [f"{where} is no object"]
+        if form is _RUNNER and "error" in value:
+            form = _FAILED
+        form = dict.fromkeys(value, form[str]) if str in form else form
+        place = f"{where}." if where else ""
+        below = ([f"no {place}{key}"] if key not in value else _faults(value[key], form[key], f"{place}{key}")
+                 for key in form)  # fmt: skip
+        return [fault for faults in below for fault in faults]
+    if isinstance(form, list | tuple):
+        if not isinstance(value, list):
+            return [f"{where} is no list"]
+        if not value and isinstance(form, list):
+            return [f"{where} is empty"]
+        return [fault for i, one in enumerate(value) for fault in _faults(one, form[0], f"{where}[{i}]")]
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return [f"{where} is no number"] if form is float and not number else []

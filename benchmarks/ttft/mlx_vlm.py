@@ -1,0 +1,115 @@
+"""mlx-vlm's FastVLM as a runner of `benchmarks ttft`, in an environment that needs nothing of ours.
+
+The steps are those of `mlx_vlm.generate` 0.7.10 (`generate/ar.py`: the prompt but for its last token, whose logits are
+never computed, then the last one), one after the other, each evaluated before the clock is read.
+"""
+
+from collections.abc import Mapping
+from importlib.metadata import version
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from mlx_vlm.models import cache
+from mlx_vlm.utils import load
+from PIL import Image
+
+from benchmarks.ttft.runner import Stage
+from fastvlm.common.errors import CheckFailed
+
+_PLACEHOLDER = "<image>"
+
+
+def open_runner(specification: Mapping[str, Any]) -> "MlxVlm":
+    """Open the folder "artefact" (mlx-vlm's layout), for "picture", "prompt" and "question" (whole texts, with the
+    template and one `<image>`) and "tokens"."""
+    return MlxVlm(specification)
+
+
+class MlxVlm:
+    """mlx-vlm asked about one picture, stage by stage."""
+
+    name = "mlx-vlm"
+
+    def __init__(self, asked: Mapping[str, Any]) -> None:
+        self.model, self.processor = load(asked["artefact"])
+        mx.eval(self.model.parameters())
+        with Image.open(asked["picture"]) as picture:
+            self.picture = picture.convert("RGB")
+        self.prompt, self.question, self.tokens = asked["rendered_prompt"], asked["rendered_question"], asked["tokens"]
+        self.resolution = asked["resolution"]
+        weight = self.model.vision_tower.vision_model.patch_embed.blocks[0].reparam_conv.weight
+        self.dtype = weight.dtype
+        device = "GPU" if mx.default_device() == mx.gpu else "CPU"
+        self.settings = {"device": device, "dtype": str(self.dtype).removeprefix("mlx.core."), "mlx": version("mlx")}
+        self.settings["recipe"] = asked["recipe"]
+
+    def stages(self) -> list[Stage]:
+        """Every stage that there is."""
+        model, language = self.model, self.model.language_model
+
+        def preprocess(state: dict[str, Any]) -> None:
+            processor = self.processor.image_processor
+            pixels = processor(
+                self.picture,
+                size={"shortest_edge": self.resolution},
+                crop_size={"height": self.resolution, "width": self.resolution},
+                return_tensors="np",
+            )["pixel_values"]
+            state["pixels"] = mx.array(np.asarray(pixels))
+            mx.eval(state["pixels"])
+
+        def encode(state: dict[str, Any]) -> None:
+            _, features, _ = model.vision_tower(state["pixels"].astype(self.dtype).transpose(0, 2, 3, 1))
+            state["encoded"] = features.reshape(1, -1, features.shape[-1])
+            mx.eval(state["encoded"])
+
+        def project(state: dict[str, Any]) -> None:
+            state["projected"] = model.mm_projector(state["encoded"])
+            mx.eval(state["projected"])
+
+        def prefill(state: dict[str, Any]) -> None:
+            ids = mx.array([self._ids(self.prompt)])
+            embeds = model.prepare_inputs_for_multimodal(state["projected"], ids, None)
+            state["past"] = cache.make_prompt_cache(language)
+            state["last"] = self._extend(embeds, state["past"])
+
+        def first_token(state: dict[str, Any]) -> None:
+            state["answer"] = [int(mx.argmax(state["last"]))]
+            self.processor.tokenizer.decode(state["answer"])
+            state["features"], state["logits"] = (state[one].astype(mx.float32) for one in ("encoded", "last"))
+            if bad := [one for one in ("features", "logits") if not mx.isfinite(state[one]).all().item()]:
+                raise CheckFailed(f"mlx-vlm ({self.dtype}): {' and '.join(bad)} that are NaN or infinite")
+
+        def decode(state: dict[str, Any]) -> None:
+            for _ in range(self.tokens):
+                logits = language(mx.array([state["answer"][-1:]]), cache=state["past"]).logits[0, -1]
+                state["answer"].append(int(mx.argmax(logits)))
+
+        def next_question(state: dict[str, Any]) -> None:
+            ids = self._ids(self.question)
+            place = ids.index(model.config.image_token_index)
+            kept = place + state["projected"].shape[1]
+            for layer in state["past"]:
+                layer.trim(layer.offset - kept)
+            rest = model.language_model.model.embed_tokens(mx.array([ids[place + 1 :]]))
+            self.processor.tokenizer.decode([int(mx.argmax(self._extend(rest, state["past"])))])
+
+        acts = (preprocess, encode, project, prefill, first_token, decode, next_question)
+        return [(act.__name__, act) for act in acts]
+
+    def _extend(self, embeds: mx.array, past: Any) -> mx.array:
+        """The last position's logits (V,)."""
+        if embeds.shape[1] > 1:
+            self.model.language_model(None, inputs_embeds=embeds[:, :-1], cache=past)
+            mx.eval([layer.state for layer in past])
+        logits = self.model.language_model(None, inputs_embeds=embeds[:, -1:], cache=past).logits[0, -1]
+        mx.eval(logits)
+        return logits
+
+    def _ids(self, text: str) -> list[int]:
+        """The ids with the image token where the picture goes; the text around it tokenized apart."""
+        before, after = (
+            self.processor.tokenizer(piece, add_special_tokens=False)["input_ids"] for piece in text.split(_PLACEHOLDER)
+        )
+        return [*before, self.model.config.image_token_index, *after]

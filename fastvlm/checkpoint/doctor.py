@@ -1,0 +1,204 @@
+"""`python -m fastvlm doctor PATH`: what a checkpoint is, all that is wrong with it, and how it can be exported."""
+
+import argparse
+import json
+import os
+import shlex
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastvlm.common.cli import add_common, progress
+from fastvlm.common.errors import UserError
+from fastvlm.data.chat_template import TemplateFault, render
+
+if TYPE_CHECKING:
+    from fastvlm.checkpoint.checkpoint import Checkpoint
+    from fastvlm.checkpoint.folder_kind import FolderKind
+    from fastvlm.common.documents import Fault
+
+_APP_FEATURES = (256, 3072)  # image tokens and channels that apple/ml-fastvlm's app is compiled for
+
+
+@dataclass
+class Part:
+    """A part of the model: number of parameters (and buffers), and their megabytes (10^6 bytes) in the files."""
+
+    parameters: int = 0
+    megabytes: float = 0.0
+
+
+@dataclass
+class Report:
+    """What the doctor found. Without faults `facts`, `parts` and `export` are filled; `kind`: it is something else."""
+
+    path: Path
+    layout: str | None = None
+    kind: "FolderKind | None" = None
+    facts: dict[str, Any] = field(default_factory=dict)
+    parts: dict[str, Part] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    faults: list["Fault"] = field(default_factory=list)
+    export: dict[str, Any] = field(default_factory=dict)
+
+    def document(self) -> dict[str, Any]:
+        """The report as JSON-ready data."""
+        return {
+            "path": str(self.path),
+            "usable": not self.faults,
+            "layout": self.layout,
+            **({"kind": self.kind.name, "base": self.kind.base} if self.kind else {}),
+            **self.facts,
+            "parts": {name: vars(part) for name, part in self.parts.items()},
+            "warnings": self.warnings,
+            "faults": [{"fault": fault.line, "details": list(fault.details)} for fault in self.faults],
+            "export": self.export,
+        }
+
+    def text(self) -> str:
+        """The report as lines for a person; every fault and every tensor it names has its own."""
+        what = ("kind", self.kind.what) if self.kind else ("layout", self.layout or "unknown")
+        lines = [f"{'path':<16}{self.path}", f"{what[0]:<16}{what[1]}"]
+        lines += [f"{name.replace('_', ' '):<16}{value}" for name, value in self.facts.items()]
+        lines += [
+            f"  {name:<14}{part.parameters:>14,} parameters {part.megabytes:>10,.1f} MB"
+            for name, part in self.parts.items()
+            if part.parameters
+        ]
+        lines += [f"warning: {warning}" for warning in self.warnings]
+        for fault in self.faults:
+            lines += [f"fault: {fault.line}", *(f"    {detail}" for detail in fault.details)]
+        lines += [f"{name.replace('_', ' '):<16}{value}" for name, value in self.export.items()]
+        return "\n".join(lines)
+
+
+def diagnose(path: str | os.PathLike[str], deep: bool = True, advance: Callable[..., Any] | None = None) -> Report:
+    """Examine the checkpoint at `path`, never writing to it; with `deep`, every weight is read and must be finite.
+
+    `advance()` is called after each tensor read. Unusable input is in the report's faults, not an exception.
+    """
+    from fastvlm.checkpoint.checkpoint import examine, nonfinite_fault
+
+    found = examine(path)
+    report = Report(found.path, found.layout, found.kind, warnings=list(found.warnings), faults=list(found.faults))
+    checkpoint = found.checkpoint
+    if checkpoint is None:
+        return report
+    report.facts = _facts(checkpoint)
+    report.parts = _parts(checkpoint)
+    _look_at_tokenizer(checkpoint, report)
+    bad = checkpoint.nonfinite(advance) if deep else []
+    if bad:
+        report.faults.append(nonfinite_fault(bad))
+    report.facts["weights"] = "not read" if not deep else "not finite" if bad else "all finite"
+    if not report.faults:
+        report.export = _export(checkpoint)
+    return report
+
+
+def _facts(checkpoint: "Checkpoint") -> dict[str, Any]:
+    tokens = (checkpoint.image_size // 64) ** 2
+    return {
+        "form": checkpoint.form,
+        "dtype": checkpoint.dtype,
+        "files": len(checkpoint.files),
+        "image_size": checkpoint.image_size,
+        "image_tokens": tokens,
+        "image_strategy": checkpoint.image_strategy,
+        "tied": checkpoint.tied,
+    }
+
+
+def _parts(checkpoint: "Checkpoint") -> dict[str, Part]:
+    from fastvlm.checkpoint import naming
+
+    names = {
+        "vision": naming.VISION,
+        "projector": naming.PROJECTOR,
+        "embeddings": naming.EMBEDDINGS,
+        "lm_head": naming.LM_HEAD,
+        "decoder": naming.LANGUAGE,
+    }
+    parts = {name: Part() for name in (*names, "total")}
+    for tensor, info in checkpoint.tensors.items():
+        part = next(name for name, prefix in names.items() if tensor.startswith(prefix))
+        for name in (part, "total"):
+            parts[name].parameters += info.size
+            parts[name].megabytes += info.nbytes / 1e6
+    return parts
+
+
+def _look_at_tokenizer(checkpoint: "Checkpoint", report: Report) -> None:
+    from fastvlm.common.documents import Fault
+
+    try:
+        tokenizer = checkpoint.tokenizer()
+    except UserError as error:
+        report.faults.append(Fault(str(error)))
+        return
+    report.facts |= {
+        "tokenizer": f"{len(tokenizer)} tokens for {checkpoint.model_config.text.vocab_size} rows",
+        "image_token": f"<image> = {checkpoint.image_token_id}",
+        "end_token": f"{tokenizer.eos_token} = {tokenizer.eos_token_id}",
+        "chat_template": "none",
+    }
+    if not tokenizer.chat_template:
+        report.warnings.append("no chat template: prompts can only be built with --conv-mode")
+        return
+    try:
+        question = [{"role": "user", "content": "hello"}]
+        rendered = render(tokenizer.chat_template, question, tokenizer.special_tokens_map)
+    except TemplateFault as error:
+        report.faults.append(Fault(f"the chat template fails ({error})"))
+        return
+    known = "<|im_start|>user\nhello<|im_end|>" in rendered
+    report.facts["chat_template"] = "Qwen's" if known else "present"
+    if not known:
+        report.warnings.append("the chat template isn't Qwen's (<|im_start|>user ...), which FastVLM was trained with")
+    ids = tokenizer(rendered, add_special_tokens=False)["input_ids"]
+    if known and tokenizer.decode(ids) != rendered:
+        report.warnings.append("the tokenizer doesn't give the chat template's text back")
+
+
+def _export(checkpoint: "Checkpoint") -> dict[str, Any]:
+    from fastvlm.checkpoint.configuration import loader_faults
+
+    tokens, channels = (checkpoint.image_size // 64) ** 2, checkpoint.model_config.vision_width
+    source, target = shlex.quote(str(checkpoint.path)), shlex.quote(checkpoint.path.resolve().name + "-artefact")
+    fold = (
+        "branches and BatchNorms are folded first" if checkpoint.form == "training" else "BatchNorms are folded first"
+    )
+    faults = loader_faults(checkpoint.model_config)
+    if faults:
+        reason = f"no: the demo app or the MLX loaders don't run it: {'; '.join(faults)}"
+        return {"export": reason, "demo_app": "no"}
+    app = f"no: it takes {_APP_FEATURES[0]} x {_APP_FEATURES[1]} features, these are {tokens} x {channels}"
+    return {
+        "export": f"yes ({fold})",
+        "command": f"python -m model_export all --checkpoint {source} --output-dir {target}",
+        "demo_app": "yes" if (tokens, channels) == _APP_FEATURES else app,
+    }
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add the verb to the package's command line."""
+    parser = subparsers.add_parser("doctor", help="say what a checkpoint is and everything that is wrong with it")
+    parser.add_argument("path", metavar="PATH", help="a checkpoint's folder")
+    parser.add_argument("--quick", action="store_true", help="don't read the weights (no check for NaN)")
+    add_common(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """The verb: print the report; UserError (exit 2) if the checkpoint can't be used."""
+    with progress(f"examining {args.path}") as advance:
+        report = diagnose(args.path, deep=not args.quick, advance=advance)
+    if not args.json:
+        print(report.text())
+    if report.faults:
+        if args.json:
+            print(json.dumps(report.document()), flush=True)
+        more = f" (and {len(report.faults) - 1} more faults, listed above)" if len(report.faults) > 1 else ""
+        raise UserError(f"cannot use checkpoint {args.path}: {report.faults[0]}{more}")
+    return report.document()

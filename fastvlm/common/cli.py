@@ -1,0 +1,275 @@
+"""What every command line of the project shares: exit codes, --json, --debug and progress."""
+
+import argparse
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from itertools import islice
+from pathlib import Path
+from typing import Any, NoReturn
+
+from rich.filesize import decimal
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from fastvlm.common.errors import CheckFailed, UserError
+from fastvlm.common.files import flag_faults, some_path
+from fastvlm.common.start import EXIT_INTERRUPTED, EXIT_UNUSABLE
+from fastvlm.common.terminal import Console, neutral, plain_streams
+
+EXIT_CHECK_FAILED = 1
+LINE_EVERY = 10.0  # seconds between the lines that say how far a step is, where stderr is no terminal
+LONG = 2.0  # seconds from which on a step is worth a line: one then, and one at its end
+TICK = 1.0  # seconds between looks whether a line is due
+clock = time.monotonic
+_stopped: list[int] = []  # signals that came during `run`
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose usage errors are one line, exit 2, like every other unusable input."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs.setdefault("allow_abbrev", False)
+        super().__init__(*args, **kwargs)
+        self.register("type", Path, some_path)  # of every `type=Path`: what is read; see files.Output for what isn't
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        found = super().parse_known_args(args, namespace)
+        if faults := flag_faults(self, found[0]):
+            raise UserError("; ".join(faults))
+        return found
+
+    def error(self, message: str) -> Any:
+        self.exit(EXIT_UNUSABLE, f"error: {message} (see `{self.prog} --help`)\n")
+
+
+def add_common(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that every verb has."""
+    parser.add_argument(
+        "--json", action="store_true", help="print the result as one JSON document, the last line of stdout"
+    )
+    parser.add_argument("--debug", action="store_true", help="show tracebacks and library logs")
+
+
+def run(build_parser: Callable[[], argparse.ArgumentParser], argv: Sequence[str] | None = None) -> int:
+    """Parse, run the verb (`args.run(args) -> document or None`), and return the exit code (0, 1, 2 or 130)."""
+    signal.signal(signal.SIGTERM, _terminate)  # so that `finally` blocks clean up after a kill, as after Ctrl-C
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as in a job in the background
+        signal.signal(signal.SIGINT, _terminate)
+    if sys.stderr is None:  # closed (2>&-): print would take stdout instead
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    with plain_streams():
+        return _run(build_parser, argv)
+
+
+def _run(build_parser: Callable[[], argparse.ArgumentParser], argv: Sequence[str] | None) -> int:
+    debug, _stopped[:] = False, []
+    try:
+        args = build_parser().parse_args(argv)
+        debug = getattr(args, "debug", False)
+        quiet_libraries(debug)
+        document = args.run(args)
+        failed = isinstance(document, dict) and document.get("passed") is False
+        if getattr(args, "json", False):
+            print(json.dumps(document, default=str, allow_nan=False), flush=True)
+        sys.stdout.flush()
+        return EXIT_CHECK_FAILED if failed else 0
+    except (Exception, KeyboardInterrupt) as error:
+        if _stopped or isinstance(error, KeyboardInterrupt):  # imports make other exceptions of an interrupt
+            print("interrupted", file=sys.stderr)
+            return EXIT_INTERRUPTED
+        if debug or not isinstance(error, (UserError, CheckFailed, OSError, MemoryError)):
+            raise
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        return EXIT_CHECK_FAILED if isinstance(error, CheckFailed) else EXIT_UNUSABLE
+
+
+def main(build_parser: Callable[[], argparse.ArgumentParser], at_once: bool = False) -> NoReturn:
+    """`run`, and then the end of the process; `at_once` without taking down what was imported."""
+    code = run(build_parser)
+    if at_once or code == EXIT_INTERRUPTED:  # Python itself would end by the signal that an import was stopped by
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError):
+                stream.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def _terminate(signum: int, frame: Any) -> None:
+    _stopped.append(signum)
+    raise KeyboardInterrupt
+
+
+def one_line(error: BaseException) -> str:
+    """The error's message on one line (an OSError as `what: where`)."""
+    if isinstance(error, BrokenPipeError):
+        return "the reader of this output went away"
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    if isinstance(error, MemoryError):
+        return f"out of memory: {error}" if str(error) else "out of memory: free some, or choose a smaller image size"
+    return "; ".join(line.strip() for line in str(error).splitlines() if line.strip()) or type(error).__name__
+
+
+def quiet_libraries(debug: bool = False) -> None:
+    """Keep the libraries' chatter from the user (`--debug` shows it)."""
+    if debug:
+        return
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+def log(message: str) -> None:
+    """One line of what is happening, on stderr."""
+    # neutral also in a child that `run` didn't start; one write, so that two threads' lines don't run into each other
+    print(neutral(message) + "\n", end="", file=sys.stderr, flush=True)
+
+
+def shown(pieces: Iterator[str], quiet: bool = False) -> str:
+    """Print an answer's pieces as they come, unless `quiet`; returns the whole."""
+    with progress("answer"):  # up to its first piece, which takes prefill
+        text = "".join(pieces if quiet else islice(pieces, 1))
+    if not quiet:
+        print(text, end="", flush=True)
+        for piece in pieces:
+            text += piece
+            print(piece, end="", flush=True)
+        print(flush=True)
+    return text
+
+
+def wide_console(width: int) -> Console:
+    """A console for tables on stdout, at least `width` characters wide where no terminal says otherwise."""
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = max(console.width, width)
+    return console
+
+
+class Step:
+    """A step that is under way. Calling it says that `count` more are done."""
+
+    def __init__(self, what: str, total: float | None, sized: bool) -> None:
+        self.what, self.total, self.sized = what, total, sized
+        self.began, self.done, self.found, self.said = clock(), 0.0, 0.0, False
+        self._lock = threading.Lock()
+
+    def __call__(self, count: float = 1) -> None:
+        with self._lock:
+            self.done += count
+
+    def at(self, done: float, total: float) -> None:
+        """Say how much is done of how much. What is done when it is first called was done before this step."""
+        self.found = done if self.total is None else min(self.found, done)
+        self.done, self.total = done, total
+
+    @property
+    def seconds(self) -> float:
+        return clock() - self.began
+
+    def state(self) -> str:
+        """What is done, and the time that it took and will take: "12 of 40, 35 s, about 82 s left"."""
+        seconds, new, parts = self.seconds, self.done - self.found, []
+        if self.total is not None:
+            shown = decimal if self.sized else "{:.0f}".format
+            parts.append(f"{shown(int(self.done))} of {shown(int(self.total))}")  # type: ignore[operator]
+            if self.sized and new > 0 and seconds > 0:
+                parts.append(f"{decimal(int(new / seconds))}/s")
+        parts.append(duration(seconds))
+        if self.total is not None and new > 0 and self.done < self.total:
+            parts.append(f"about {duration(seconds / new * (self.total - self.done))} left")
+        return ", ".join(parts)
+
+    def line(self) -> str:
+        return f"{self.what}: {self.state()}"
+
+
+def duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+
+
+class _Display:
+    """Shows all steps that are under way, the outer ones first: bars on a terminal, else a line now and then."""
+
+    def __init__(self) -> None:
+        self.steps: list[Step] = []
+        self._lock = threading.RLock()
+        self._last = 0.0  # when the last line was
+        self._stop: Callable[[], None] = lambda: None
+
+    def begin(self, step: Step) -> None:
+        with self._lock:
+            self.steps.append(step)
+            if len(self.steps) == 1:
+                console = Console(stderr=True)
+                bars = console.is_terminal and not console.is_dumb_terminal
+                self._stop = self._show_bars(console) if bars else self._show_lines()
+
+    def end(self, step: Step) -> None:
+        with self._lock:
+            self.steps.remove(step)
+            if not self.steps:
+                self._stop()
+
+    def _show_bars(self, console: Console) -> Callable[[], None]:
+        # rich would take stdout to the console of the bars, which is stderr
+        live = Live(get_renderable=self._bars, console=console, transient=True, redirect_stdout=sys.stdout.isatty())
+        live.start()
+        return live.stop
+
+    def _bars(self) -> Table:
+        rows = Table.grid(padding=(0, 1))
+        for step in tuple(self.steps):
+            rows.add_row(Text(step.what), ProgressBar(step.total, step.done, width=40), Text(step.state()))
+        return rows
+
+    def _show_lines(self) -> Callable[[], None]:
+        self._last, ended = clock(), threading.Event()
+        thread = threading.Thread(target=self.beat, args=[ended.wait], name="progress", daemon=True)
+        thread.start()
+
+        def stop() -> None:
+            ended.set()
+            thread.join()
+
+        return stop
+
+    def beat(self, wait: Callable[[float], bool]) -> None:
+        """A line whenever one is due, until `wait(seconds)` says that all is done."""
+        while not wait(TICK):
+            steps = tuple(self.steps)
+            due = any(not step.said and step.seconds >= LONG for step in steps) or clock() >= self._last + LINE_EVERY
+            if steps and due:
+                with suppress(OSError, ValueError):  # a reader that left is for the next line of the command itself
+                    log("; ".join(step.line() for step in steps))
+                self._last = clock()
+                for step in steps:
+                    step.said = True
+
+
+_display = _Display()
+
+
+@contextmanager
+def progress(what: str, total: float | None = None, sized: bool = False) -> Iterator[Step]:
+    """Show on stderr that a step is under way, how far it is and how long it will take; yields `advance(n=1)`.
+
+    Where stderr is no terminal, that is a line after two seconds and then one every ten, whether or not anything
+    advances. A step of two seconds that ends well leaves a line. Steps may be inside each other. `sized`: what
+    advances is bytes, and their rate is shown.
+    """
+    step = Step(what, total, sized)
+    _display.begin(step)
+    try:
+        yield step
+    finally:
+        _display.end(step)
+    if step.seconds >= LONG:
+        log(step.line())

@@ -1,0 +1,187 @@
+"""Files that are read whole, and paths that are written: what is refused before any work.
+
+A small file (JSON, a recipe, a licence, a model specification) may come from anybody: it has to be a plain file of a
+bounded size, since reading a pipe may never begin and reading a device never end. An output flag may name anything by
+mistake: never what the same command reads.
+"""
+
+import argparse
+import errno
+import json
+import os
+import stat
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+SMALL = 64 << 20  # bytes; the largest small file of a checkpoint, Qwen2's tokenizer.json, has 11 MB
+# A checkpoint's files beside its weights that decide what it is. Other libraries open some: we look at them before.
+BESIDE_WEIGHTS = ("*.json", "merges.txt", "*.jinja", "tokenizer.model")
+
+
+def read_small(path: str | os.PathLike[str], limit: int = SMALL) -> bytes:
+    """The content of a plain file of at most `limit` bytes; an OSError that says what it is for anything else."""
+    path = os.fspath(path)
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | getattr(os, "O_CLOEXEC", 0))  # a pipe would wait
+    try:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+        if why := _not_small(os.fstat(descriptor), limit):
+            raise OSError(errno.EINVAL, why, path)
+        content = b""
+        while len(content) <= limit and (piece := os.read(descriptor, limit + 1 - len(content))):
+            content = content + piece if content else piece  # a plain file's whole content comes in one piece or two
+    finally:
+        os.close(descriptor)
+    if len(content) > limit:  # it has grown meanwhile
+        raise OSError(errno.EINVAL, f"more than {limit} bytes", path)
+    return content
+
+
+def read_text(path: str | os.PathLike[str], limit: int = SMALL, encoding: str = "utf-8") -> str:
+    """`read_small`, decoded; UnicodeDecodeError as usual."""
+    return read_small(path, limit).decode(encoding)
+
+
+def load_json(path: str | os.PathLike[str], limit: int = SMALL, **options: Any) -> Any:
+    """The JSON document in a small file; ValueError for what is none, as `json.loads` says it. `options` are its."""
+    try:
+        return json.loads(read_text(path, limit), **options)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`; {} when there is none or it is broken."""
+    try:
+        document = load_json(path)
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return {}
+    return document if isinstance(document, dict) else {}
+
+
+def beside_faults(folder: Path) -> list[str]:
+    """What is wrong with the kinds of a checkpoint's small files, by name: pipes, devices, too large, links that leave
+    it. (What they hold is in the artefact in the end, and with that on a hub.)"""
+    faults = []
+    for path in sorted(folder.iterdir()):
+        if any(fnmatchcase(path.name, one) for one in BESIDE_WEIGHTS) and not path.is_dir():
+            if path.is_symlink() and not stays_inside(path):
+                faults.append(f"{path.name}: {leaving(path)}")
+            elif os.path.exists(path) and (why := _not_small(path.stat(), SMALL)):
+                faults.append(f"{path.name}: {why}")
+    return faults
+
+
+def stays_inside(path: Path) -> bool:
+    """Whether a link ends below its own folder, or in the blobs of the hub's cache that the folder is a snapshot of."""
+    folder, target = Path(os.path.realpath(path.parent)), Path(os.path.realpath(path))
+    # models--ORG--NAME/snapshots/COMMIT/FILE is a link to models--ORG--NAME/blobs/HASH
+    caches = [
+        one.parent for one in folder.parents if one.name == "snapshots" and one.parent.name.startswith("models--")
+    ]
+    return any(target.is_relative_to(one) for one in (folder, *(cache / "blobs" for cache in caches)))
+
+
+def leaving(path: Path) -> str:
+    """What to say of a link for which `stays_inside` is False."""
+    return f"a link to {os.path.realpath(path)}, outside its folder: put the file itself there"
+
+
+def _not_small(status: os.stat_result, limit: int) -> str:
+    kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+    if not stat.S_ISREG(status.st_mode):
+        return f"{kinds.get(stat.S_IFMT(status.st_mode), 'a device')}, expected a plain file"
+    return f"{status.st_size} bytes, expected at most {limit}" if status.st_size > limit else ""
+
+
+@dataclass(frozen=True)
+class Output:
+    """The argparse type of a path that is written: a file or a working folder; or with `whole` a folder that is
+    replaced with everything in it; or a folder that gets `files`."""
+
+    whole: bool = False
+    files: tuple[str, ...] = ()
+
+    def __call__(self, text: str) -> Path:
+        return some_path(text)
+
+
+def some_path(text: str) -> Path:
+    """Path's own "" is the current folder, which nobody meant who gave an empty variable."""
+    if not text:
+        raise argparse.ArgumentTypeError("is empty: expected a path")
+    return Path(text)
+
+
+def flag_faults(parser: argparse.ArgumentParser, given: argparse.Namespace) -> list[str]:
+    """`output_faults` of a command line: outputs are the flags of type Output, inputs all others that name a file or
+    folder that is there."""
+    outputs, inputs = {}, []
+    for action in parser._actions:
+        value, flag = getattr(given, action.dest, None), "/".join(action.option_strings[:1]) or str(action.metavar)
+        for one in value if isinstance(value, (list, tuple)) else [value]:
+            if isinstance(action.type, Output) and isinstance(one, Path):
+                outputs[flag] = (one, action.type)
+            elif action.type in (Path, None) and isinstance(one, (str, Path)):
+                inputs.append((flag, Path(one)))
+    return output_faults(outputs, inputs)
+
+
+def output_faults(outputs: Mapping[str, tuple[Path, Output]], inputs: list[tuple[str, Path]]) -> list[str]:
+    """Each output, by its flag, that is an input, is inside one, or holds one and would be replaced; that is another
+    output, or is inside one that is replaced. By identity (device and inode), through links of either kind."""
+    faults = []
+    places = [(flag, path, identity) for flag, path in inputs if (identity := _identity(path.expanduser()))]
+    for flag, (path, output) in outputs.items():
+        written = [path.expanduser() / name for name in output.files] or [path.expanduser()]
+        above = [_identity(parent) for one in written for parent in _with_parents(one)]
+        for name, place, identity in places:
+            if identity in above:
+                where = "is" if identity in map(_identity, written) else "is inside"
+                faults.append(f"{flag} {path}: {where} {name} {place}, which is only read: choose another")
+            elif output.whole and _identity(path.expanduser()) in map(_identity, _with_parents(place.expanduser())):
+                faults.append(f"{flag} {path}: holds {name} {place}, and would be replaced: choose another")
+            elif any(_linked(one, place.expanduser()) for one in written):
+                faults.append(f"{flag} {path}: is a file of {name} {place} by another name: choose another")
+        for other, (second, kind) in outputs.items():
+            inside = kind.whole and _real(second) in _with_parents(written[0])
+            if (other != flag and inside) or (other < flag and _real(second) == _real(written[0])):
+                faults.append(f"{flag} {path}: is {other} {second} or inside it: choose another")
+    return faults
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    try:
+        status = path.stat()
+    except (OSError, ValueError):  # not there, or no name at all
+        return None
+    return status.st_dev, status.st_ino
+
+
+def _real(path: Path) -> Path:
+    return Path(os.path.realpath(path.expanduser()))
+
+
+def _with_parents(path: Path) -> list[Path]:
+    real = _real(path)
+    return [real, *real.parents]
+
+
+def _linked(written: Path, place: Path) -> bool:
+    """Whether the file is a second hard link to one below the folder."""
+    try:
+        status = written.stat()
+    except OSError:
+        return False
+    if status.st_nlink < 2 or not stat.S_ISREG(status.st_mode) or not place.is_dir():
+        return False
+    return any(one.stat().st_ino == status.st_ino and os.path.samefile(one, written) for one in _files(place))
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    return (
+        Path(parent, name) for parent, _, names in os.walk(folder) for name in names if _identity(Path(parent, name))
+    )

@@ -1,0 +1,367 @@
+"""Picture -> pixel tensor: one contract for both `image_strategy` values, equal to the references to the last bit.
+
+`pad` is apple/ml-fastvlm's predict.py: pad to a square with the mean colour, resize to S x S. `center_crop` is
+Transformers' CLIPImageProcessor (and the demo app): shortest edge to S, crop the S x S centre. Both resample with
+Pillow's bicubic filter on 8-bit RGB. Where this module departs from predict.py, on purpose:
+
+- the EXIF orientation is applied (predict.py shows the model a phone's portrait lying on its side);
+- 16-bit grey is scaled to 8 bit (`convert("RGB")` clips it: everything above 255 turns white).
+
+As predict.py does: an alpha channel or transparent palette entry is dropped, leaving the colour stored beneath it
+(Transformers 5 composites on white instead); colour profiles are ignored; of an animation the first frame is taken.
+
+The demo app's pixels are not these to the bit, and by how much they differ only a Mac can tell: Core Image's
+bicubicScaleTransform computes in floating point in a colour-managed space and is not rounded to 8 bit, its filter is
+not Pillow's (which widens when it shrinks a picture), and the app neither truncates the longer side nor rounds the
+crop's corner, so the centre may lie up to a pixel aside.
+"""
+
+import logging
+import math
+import os
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from fastvlm.common.documents import Fault, read_settings, shown
+from fastvlm.common.errors import UserError
+
+STRATEGIES = ("pad", "center_crop")
+
+# What a picture's header may claim before a pixel is decoded. Pillow's own limit for a decompression bomb:
+MAX_PIXELS = 178_956_970
+MAX_BYTES = 1 << 30  # of a file: three times what so many pixels take uncompressed
+# Padding squares the longer side: 20,000 pixels make a 1.2 GB square.
+MAX_SIDE = 20_000
+# A decoder goes over the whole picture once for each scan of a progressive JPEG: libjpeg writes 10, mozjpeg up to 14.
+MAX_SCANS = 50
+# At 100 : 1, padding leaves the picture 10 rows of 1024, and cropping shows a hundredth of it.
+MAX_ASPECT = 100
+
+# Formats that Pillow decodes itself. Not EPS, WMF and the like, which start other programs or need a renderer.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
+_HEIC_BRANDS = (b"heic", b"heix", b"hevc", b"mif1", b"msf1")
+
+_JPEG, _SEGMENT = b"\xff\xd8", re.compile(rb"\xff+([\x01-\xcf\xd9-\xfe])", re.DOTALL)
+STRIDE = 64  # pixels per image token, along each side
+# The fourth stage attends over (S / 32)^2 positions, so its memory grows with S^4: 2048 needs 16 times that of 1024.
+MAX_IMAGE_SIZE = 2048
+
+_CHANNELS = 3
+_LLAVA = "llava_qwen2"  # the model_type of the layout whose config.json speaks of pictures
+_CHOOSE = "choose with predict's --image-strategy, or correct the file"
+
+
+@dataclass(frozen=True)
+class Preprocessor:
+    """Turns a picture into the encoder's input. `image_size` S in pixels; `mean`, `std` per RGB channel, on 0…1."""
+
+    image_size: int
+    image_strategy: str
+    mean: tuple[float, ...] = (0.0, 0.0, 0.0)
+    std: tuple[float, ...] = (1.0, 1.0, 1.0)
+
+    def __post_init__(self) -> None:
+        if self.image_strategy not in STRATEGIES:
+            raise UserError(f"image strategy {self.image_strategy!r}: expected {' or '.join(STRATEGIES)}")
+        if self.image_size < 1:
+            raise UserError(f"image size {self.image_size}: expected a number of pixels")
+        if len(self.mean) != _CHANNELS or not all(0 <= value <= 1 for value in self.mean):
+            raise UserError(f"image_mean {list(self.mean)}: expected three numbers from 0 to 1")
+        if len(self.std) != _CHANNELS or not all(math.isfinite(value) and value > 0 for value in self.std):
+            raise UserError(f"image_std {list(self.std)}: expected three positive numbers")
+
+    def __call__(self, image: Image.Image | np.ndarray | str | os.PathLike[str]) -> np.ndarray:
+        """A picture (path, PIL image, or uint8 array (height, width, 3)) -> (1, 3, S, S) float32: (value / 255 - mean)
+        / std. Raises UserError for anything that is no usable picture."""
+        square = self.square(image)
+        # Transformers' order of operations and of dtypes, which fixes the last bit
+        pixels: np.ndarray = (np.asarray(square, dtype=np.float64) * (1 / 255)).astype(np.float32)
+        pixels = (pixels - np.asarray(self.mean, np.float32)) / np.asarray(self.std, np.float32)
+        return np.ascontiguousarray(pixels.transpose(2, 0, 1)[None])
+
+    def square(self, image: Image.Image | np.ndarray | str | os.PathLike[str]) -> Image.Image:
+        """What the model sees: the S x S RGB picture before it becomes numbers."""
+        rgb = as_rgb(image)
+        if self.image_strategy == "pad":
+            return _resize(_pad_to_square(rgb, self.mean), self.image_size, self.image_size)
+        return _center_crop(rgb, self.image_size)
+
+
+def open_image(path: str | os.PathLike[str]) -> Image.Image:
+    """Read a picture file as upright 8-bit RGB. Raises UserError if it is missing, no picture, damaged or absurd."""
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"{path}: no such file")
+    if not path.is_file():
+        raise UserError(f"{path}: a {'folder' if path.is_dir() else 'special file'}, expected a picture file")
+    if path.stat().st_size > MAX_BYTES:
+        raise UserError(f"{path}: {path.stat().st_size:,} bytes, the limit is {MAX_BYTES:,}: save the picture smaller")
+    try:
+        stream = path.open("rb")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    with stream, _quiet():
+        try:
+            image = Image.open(stream, formats=FORMATS)
+        except UnidentifiedImageError as error:
+            stream.seek(0)
+            raise UserError(f"{path}: {_what_is_it(stream.read(32))}") from error
+        except Image.DecompressionBombError as error:
+            raise UserError(f"{path}: more than {MAX_PIXELS:,} pixels, the limit: scale the picture down") from error
+        except MemoryError:
+            raise
+        except Exception as error:  # a decoder may raise anything on a file made to break it
+            raise UserError(f"{path}: not a usable picture ({_reason(error)})") from error
+        return _upright_rgb(image, str(path))
+
+
+def as_rgb(image: Image.Image | np.ndarray | str | os.PathLike[str]) -> Image.Image:
+    """Any accepted picture as upright 8-bit RGB. A PIL image is treated as the file it came from would be."""
+    if isinstance(image, (str, os.PathLike)):
+        return open_image(image)
+    if isinstance(image, Image.Image):
+        with _quiet():
+            return _upright_rgb(image, "picture")
+    if not isinstance(image, np.ndarray):
+        raise UserError(f"picture: got {type(image).__name__}, expected a path, a PIL image or a uint8 array")
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != _CHANNELS:
+        raise UserError(f"picture: got a {image.dtype} array {image.shape}, expected uint8 (height, width, 3), RGB")
+    _check_size(image.shape[1], image.shape[0], "picture")
+    return Image.fromarray(np.ascontiguousarray(image))
+
+
+def _upright_rgb(image: Image.Image, where: str) -> Image.Image:
+    _check_size(*image.size, where)
+    _check_scans(image, where)
+    try:
+        image.load()
+    except MemoryError:
+        raise
+    except Exception as error:  # as above
+        raise UserError(f"{where}: damaged or truncated ({_reason(error)})") from error
+    try:
+        upright = ImageOps.exif_transpose(image)
+        return _to_8_bit(upright, where).convert("RGB")
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:
+        raise UserError(f"{where}: cannot become RGB from mode {image.mode} ({_reason(error)})") from error
+
+
+def _check_size(width: int, height: int, where: str) -> None:
+    """Refuse from the header alone what must not be decoded."""
+    size = f"{where}: {width} x {height} pixels"
+    if width < 1 or height < 1:
+        raise UserError(f"{size}: nothing to see")
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise UserError(f"{size}: longer than {MAX_ASPECT} : 1, nothing would be left to see: crop the picture")
+    if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
+        raise UserError(f"{size}: limits are {MAX_SIDE:,} a side and {MAX_PIXELS:,} in all: scale the picture down")
+
+
+def _check_scans(image: Image.Image, where: str) -> None:
+    """Refuse a JPEG of many scans before it is decoded: a few bytes each make the decoder go over all pixels again."""
+    stream = getattr(image, "fp", None)
+    if stream is None:  # decoded already, or never a file
+        return
+    before = stream.tell()
+    stream.seek(0)
+    data = stream.read(MAX_BYTES + 1) if stream.read(2) == _JPEG else b""
+    stream.seek(before)
+    position = scans = 0
+    # A marker, and the length of its segment (ITU-T T.81 B.1); in a scan's data FF is followed by 00 or D0 to D7.
+    while found := _SEGMENT.search(data, position):
+        if found[1] == b"\xd9":  # the picture's end
+            break
+        scans += found[1] == b"\xda"
+        if scans > MAX_SCANS:
+            raise UserError(f"{where}: a JPEG of more than {MAX_SCANS} scans, which no camera writes: save it anew")
+        position = found.end() + max(0, int.from_bytes(data[found.end() : found.end() + 2], "big"))
+
+
+def _to_8_bit(image: Image.Image, where: str) -> Image.Image:
+    """16-bit grey (Pillow's modes I;16* and, from some formats, I) scaled to 8 bit: 0…65535 -> 0…255, rounded."""
+    if image.mode == "F":
+        raise UserError(f"{where}: floating-point pixels have no defined white: save the picture with 8 or 16 bit")
+    if not image.mode.startswith("I"):
+        return image
+    values = np.asarray(image).astype(np.int64)
+    if values.min() < 0 or values.max() > 65535:
+        raise UserError(f"{where}: values from {values.min()} to {values.max()}: expected 16 bit at most, unsigned")
+    return Image.fromarray(((values + 128) // 257).astype(np.uint8))
+
+
+def _pad_to_square(image: Image.Image, mean: tuple[float, ...]) -> Image.Image:
+    """Centre the picture on a square of the mean colour, cut to 8 bit; an odd pixel goes below or to the right."""
+    width, height = image.size
+    side = max(width, height)
+    if width == height:
+        return image
+    square = Image.new("RGB", (side, side), tuple(int(value * 255) for value in mean))
+    square.paste(image, ((side - width) // 2, (side - height) // 2))
+    return square
+
+
+def _center_crop(image: Image.Image, size: int) -> Image.Image:
+    """Shortest edge to `size` (the longer one truncated, not rounded), then the centre; an odd pixel is cut below or
+    to the right."""
+    width, height = image.size
+    long = int(size * max(width, height) / min(width, height))
+    image = _resize(image, size, long) if width <= height else _resize(image, long, size)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+def _resize(image: Image.Image, width: int, height: int) -> Image.Image:
+    return image.resize((width, height), Image.Resampling.BICUBIC)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep Pillow's remarks on odd files from the user: a file is either usable or refused."""
+    logger = logging.getLogger("PIL")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _what_is_it(head: bytes) -> str:
+    if not head:
+        return "an empty file, expected a picture"
+    if head[4:8] == b"ftyp" and head[8:12] in _HEIC_BRANDS:
+        return "an HEIC picture: convert it to JPEG or PNG"
+    if head.startswith(b"version https://git-lfs"):
+        return "a Git-LFS pointer in place of the picture: run `git lfs pull`"
+    return f"not a picture, or a damaged one: expected {', '.join(FORMATS)}"
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def read_preprocessor(folder: str | os.PathLike[str], image_strategy: str | None = None) -> Preprocessor:
+    """The preprocessing that a checkpoint's or an artefact's own files ask for; `image_strategy` overrides theirs.
+
+    Raises UserError, all faults in one line, for what `preprocessor_of` refuses and for files that can't be read.
+    """
+    folder, faults = Path(folder), list[Fault]()
+    config = read_settings(folder / "config.json", faults)
+    found = preprocessor_of(config, read_image_processor(folder, faults), faults, [], image_strategy)
+    if faults or found is None:
+        raise UserError(f"{folder}: preprocessing: {'; '.join(map(str, faults))}")
+    return found
+
+
+def read_image_processor(folder: Path, faults: list[Fault]) -> dict[str, Any]:
+    """preprocessor_config.json's settings, or those in processor_config.json, where Transformers 5 nests them."""
+    own = read_settings(folder / "preprocessor_config.json", faults)
+    return own or read_settings(folder / "processor_config.json", faults).get("image_processor", {})
+
+
+def preprocessor_of(
+    config: dict[str, Any],
+    processor: dict[str, Any],
+    faults: list[Fault],
+    warnings: list[str],
+    image_strategy: str | None = None,
+) -> Preprocessor | None:
+    """What config.json's and the image processor's checked settings ask for: the one place that decides.
+
+    Strategy: `image_strategy`, given or the processor's (this project's key); else, in the LLaVA layout, config.json's
+    `image_aspect_ratio` ("pad"; "square" or nothing is a crop); else `do_pad` or a crop. Size: mm_vision_tower's suffix
+    in the LLaVA layout; else `crop_size`, `size`, or 64 * sqrt(image_seq_length). Mean 0 and standard deviation 1
+    unless given. None and faults for what is missing, contradictory or something else than these two strategies.
+    """
+    lines = [
+        f"{key} is {shown(value)}, expected {shown(expected)}"
+        for key, expected in _EXPECTED.items()
+        if (value := processor.get(key)) is not None and not math.isclose(value, expected, rel_tol=1e-6)
+    ]
+    size = _image_size(config, processor, lines, warnings)
+    strategy = image_strategy or _strategy(config, processor, lines)
+    faults += map(Fault, lines)
+    if lines or size is None:
+        return None
+    plain = not processor.get("do_normalize", True)
+    mean, std = (0.0,) * _CHANNELS, (1.0,) * _CHANNELS
+    return Preprocessor(
+        size,
+        strategy,
+        mean if plain else tuple(processor.get("image_mean", mean)),
+        std if plain else tuple(processor.get("image_std", std)),
+    )
+
+
+# What a CLIPImageProcessor may say without being another preprocessing than ours (3: bicubic).
+_EXPECTED = {"do_resize": True, "do_rescale": True, "rescale_factor": 1 / 255, "resample": 3}
+
+
+def size_in_config(config: dict[str, Any]) -> int | None:
+    """The resolution in pixels that config.json implies, None if it says nothing usable."""
+    tower = re.fullmatch(r".*mobileclip_l_([0-9]{1,5})", config.get("mm_vision_tower", ""), re.DOTALL)
+    if tower or config.get("model_type") == _LLAVA:
+        return int(tower.group(1)) if tower else None
+    tokens = config.get("image_seq_length", 0)
+    side = math.isqrt(tokens)
+    return side * STRIDE if side and side * side == tokens else None
+
+
+def _image_size(config: dict[str, Any], processor: dict[str, Any], lines: list[str], warnings: list[str]) -> int | None:
+    """Side in pixels; what contradicts or is missing goes to `lines`."""
+    crop, size, said = processor.get("crop_size"), processor.get("size"), size_in_config(config)
+    found: dict[str, Any] = {}
+    if config.get("model_type") == _LLAVA and said is None:
+        tower = shown(config.get("mm_vision_tower"))
+        lines.append(f"no resolution: mm_vision_tower is {tower}, expected mobileclip_l_<pixels>")
+        return None
+    if "mm_vision_tower" in config and said is not None:
+        found["mm_vision_tower"] = said
+    if crop is not None:
+        sides = {crop.get("height"), crop.get("width")} if isinstance(crop, dict) else {crop}
+        found["crop_size"] = sides.pop() if len(sides) == 1 else crop
+    if size is not None:
+        found["size"] = size.get("shortest_edge", size) if isinstance(size, dict) else size
+    if not found and said is not None:
+        found["image_seq_length"] = said
+    if not found:
+        lines.append("no resolution: neither preprocessor_config.json's crop_size nor config.json's image_seq_length")
+        return None
+    first = next(iter(found.values()))
+    if any(type(side) is not int or side != first for side in found.values()):
+        listed = ", ".join(f"{key} {shown(value)}" for key, value in found.items())
+        lines.append(f"expected one resolution in pixels (square, by the shortest edge), got {listed}")
+        return None
+    pixels = int(first)
+    if pixels % STRIDE or not STRIDE <= pixels <= MAX_IMAGE_SIZE:
+        lines.append(f"resolution {pixels}: expected a multiple of {STRIDE} pixels, at most {MAX_IMAGE_SIZE}")
+    elif said not in (None, pixels):
+        warnings.append(f"image_seq_length means {said} pixels, the image processor says {pixels}: {pixels} used")
+    return pixels
+
+
+def _strategy(config: dict[str, Any], processor: dict[str, Any], lines: list[str]) -> str:
+    if "image_strategy" in processor:
+        return str(processor["image_strategy"])
+    if config.get("model_type") == _LLAVA:
+        aspect = config.get("image_aspect_ratio", "square")
+        if aspect not in ("pad", "square"):
+            lines.append(f'image_aspect_ratio is {shown(aspect)}, expected "pad" or "square": {_CHOOSE}')
+        return "pad" if aspect == "pad" else "center_crop"
+    if processor.get("do_pad"):
+        return "pad"
+    if processor.get("do_center_crop") is False:
+        lines.append(f"neither do_pad nor do_center_crop: {_CHOOSE}")
+    return "center_crop"

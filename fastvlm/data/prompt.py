@@ -1,0 +1,80 @@
+"""From a question to token ids: Qwen2's chat template with the image tokens in front of the question."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from fastvlm.common.errors import UserError
+
+IMAGE = "<image>"
+SYSTEM = "You are a helpful assistant."
+CONV_MODES = ("qwen_2", "plain")
+END_OF_TURN = "<|im_end|>"
+# Qwen2's ChatML with its default system line; the same text as LLaVA's conversation template "qwen_2".
+# Contents may be strings or Transformers' lists of parts; a list's pictures come first, as in `render_prompt`.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if loop.first and message['role'] != 'system' %}<|im_start|>system\n" + SYSTEM + "<|im_end|>\n{% endif %}"
+    "<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>\n{% endif %}{% endfor %}"
+    "{% for part in message['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}"
+    "{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def prompt_fault(config: Mapping[str, Any]) -> str | None:
+    """What a config.json asks of prompts that nobody here builds, the demo app least of all; None for nothing.
+
+    `mm_use_im_start_end` is the one setting by which Apple's predict.py builds another prompt: `mm_use_im_patch_token`
+    adds a token that no prompt has, `tune_mm_mlp_adapter` is for training, and the template is a flag's choice.
+    """
+    if not config.get("mm_use_im_start_end"):
+        return None
+    return (
+        "mm_use_im_start_end: prompts with <im_start> and <im_end> around the picture, which the app doesn't build:"
+        " fine-tune without it, or set it to false in a copy if the model was trained without these tokens"
+    )
+
+
+def render_prompt(prompt: str, images: int = 1, conv_mode: str = "qwen_2") -> str:
+    """The text that the model reads, with one `<image>` for each picture.
+
+    "qwen_2" is ChatML as in Apple's predict.py, "plain" just the pictures and the prompt. A prompt that names
+    `<image>` itself decides where the pictures go; it must name as many as there are.
+    """
+    if conv_mode not in CONV_MODES:
+        raise UserError(f"--conv-mode: unknown: got {conv_mode!r}, expected one of {', '.join(CONV_MODES)}")
+    named = prompt.count(IMAGE)
+    if named and named != images:
+        raise UserError(f"prompt: {named} {IMAGE} for {images} picture(s): name each picture once, or none")
+    text = prompt if named else (IMAGE + "\n") * images + prompt
+    if conv_mode == "plain":
+        return text
+    return f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
+
+
+def encode_prompt(
+    tokenizer: Any, prompt: str, image_token_id: int, tokens_per_image: int, images: int = 1, conv_mode: str = "qwen_2"
+) -> np.ndarray:
+    """Return the prompt's token ids (1, T) int64, `tokens_per_image` copies of the image token for each picture.
+
+    The text around the pictures is tokenized piece by piece, as the original implementation does.
+    """
+    pieces = render_prompt(prompt, images, conv_mode).split(IMAGE)
+    ids: list[int] = []
+    for index, piece in enumerate(pieces):
+        if index:
+            ids += [image_token_id] * tokens_per_image
+        if piece:
+            ids += tokenizer(piece, add_special_tokens=False)["input_ids"]
+    return np.array([ids], dtype=np.int64)
+
+
+def eos_ids(tokenizer: Any, configured: int | Sequence[int] | None) -> set[int]:
+    """The ids that end an answer: the configuration's, the tokenizer's, and the template's `<|im_end|>`."""
+    ids = {configured} if isinstance(configured, int) else set(configured or ())
+    ids |= {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(END_OF_TURN)}
+    return {token for token in ids if token is not None}

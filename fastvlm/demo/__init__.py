@@ -1,0 +1,4 @@
+"""The demo checkpoint: its training and the page of its answers.
+
+Imports `common`, `data` and `model`.
+"""

@@ -1,0 +1,154 @@
+"""`python -m fastvlm demo`: draw pictures, ask, and show question, answer and truth; or train the checkpoint anew."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from fastvlm.common.cli import add_common, log, progress
+from fastvlm.common.errors import UserError
+from fastvlm.common.files import Output, output_faults
+from fastvlm.common.page import data_url, templates
+from fastvlm.common.staging import write_file
+from fastvlm.common.terminal import Console
+from fastvlm.data import scenes
+
+PAGE = "index.html"
+PASS_MARK = 0.95  # of the held-out questions, for a checkpoint that is trained anew
+
+
+def add_parser(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "demo",
+        help="draw pictures, ask the demo checkpoint, show question, answer and truth",
+        description="Draw held-out pictures, ask a checkpoint, show question, answer and truth here and as a page.",
+    )
+    parser.add_argument(
+        "--model-path", default=str(scenes.CHECKPOINT), metavar="CHECKPOINT", help="(default: the demo checkpoint)"
+    )
+    parser.add_argument(
+        "--count", type=int, default=20, help="questions (default: %(default)s; 500 is the whole held-out set)"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the pictures, or of the training (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--output-dir",
+        help="of the page (default: build/demo), with --train of the checkpoint (default: build/demo_checkpoint)",
+    )
+    parser.add_argument(
+        "--train", action="store_true", help="train a new demo checkpoint from nothing (under two hours on 2 cores)"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="with --train: replace an existing checkpoint")
+    add_common(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Show the demo, or train."""
+    if args.count < 1:
+        raise UserError(f"--count: got {args.count}, expected 1 or more")
+    if args.train:
+        return train(Path(args.output_dir or "build/demo_checkpoint"), args.seed, args.overwrite)
+    folder = Path(args.output_dir or "build/demo")
+    written = {"--output-dir": (folder, Output(files=(PAGE,)))}  # not by the flag's type: --train reads no checkpoint
+    if faults := output_faults(written, [("--model-path", Path(args.model_path))]):
+        raise UserError("; ".join(faults))
+    return show(args.model_path, args.count, args.seed, folder, quiet=args.json)
+
+
+def show(model_path: str, count: int, seed: int, folder: Path, quiet: bool) -> dict[str, Any]:
+    """Ask `count` held-out questions; print a table and write `folder/index.html`."""
+    with progress(f"load {model_path}"):
+        from fastvlm.model.surface import load_checkpoint
+
+        model = load_checkpoint(model_path)
+    rows = []
+    with progress(f"asking {count} questions", count) as advance:
+        for question in scenes.questions(count, seed):
+            answer = model.generate(question.question, question.image, max_new_tokens=64)
+            rows.append((question, answer, answer.strip() == question.answer))
+            advance()
+    right = sum(exact for *_, exact in rows)
+    if not quiet:
+        _print_table(rows, right)
+    page = _write_page(rows, right, model, model_path, folder)
+    log(f"page: {page}")
+    kinds = {
+        kind: [sum(exact for q, _, exact in rows if q.kind == kind), sum(q.kind == kind for q, *_ in rows)]
+        for kind in scenes.KINDS
+    }
+    return {
+        "model": model_path,
+        "seed": seed,
+        "questions": count,
+        "exact": right,
+        "kinds": kinds,
+        "page": str(page),
+        "runners": model.runners,
+    }
+
+
+def _print_table(rows: list, right: int) -> None:
+    table = Table(title=f"{right} of {len(rows)} exact")
+    for column in ("kind", "question", "answer", "truth", ""):
+        table.add_column(column, overflow="fold")
+    for question, answer, exact in rows:
+        table.add_row(question.kind, question.question, answer, "" if exact else question.answer, "✓" if exact else "✗")
+    Console().print(table)
+
+
+def _write_page(rows: list, right: int, model: Any, model_path: str, folder: Path) -> Path:
+    pages = templates(Path(__file__).with_name("templates"))
+    cards = [
+        {
+            "kind": q.kind,
+            "image": data_url(q.image),
+            "question": q.question,
+            "answer": answer,
+            "truth": q.answer,
+            "exact": exact,
+        }
+        for q, answer, exact in rows
+    ]
+    text = pages.get_template("demo.html").render(
+        cards=cards, right=right, model=model_path, runner=model.language.name
+    )
+    page = folder / PAGE
+    write_file(page, text.encode())
+    return page
+
+
+def train(folder: Path, seed: int, overwrite: bool) -> dict[str, Any]:
+    """Train, save to `folder` by one rename, and score it on 500 held-out questions."""
+    from fastvlm.demo import train as demo_train
+    from fastvlm.model.surface import load_checkpoint
+
+    if folder.exists() and not overwrite:
+        raise UserError(f"{folder}: exists already: give --overwrite or another --output-dir")
+    ours = {path.name for path in scenes.CHECKPOINT.iterdir()}
+    if folder.exists() and (others := sorted({path.name for path in folder.iterdir()} - ours)):
+        raise UserError(f"{folder}: replacing it would delete what no training wrote: move away {', '.join(others)}")
+    with progress("training", demo_train.STEPS) as advance:
+        model, tokenizer = demo_train.train(seed, advance=advance)
+    demo_train.save(model, tokenizer, folder)
+    trained = load_checkpoint(folder)
+    with progress("asking 500 held-out questions", 500) as advance:
+
+        def answer(question: scenes.Question) -> str:
+            advance()
+            return trained.generate(question.question, question.image, max_new_tokens=64)
+
+        score = scenes.evaluate(answer, scenes.questions(500))
+    exact = sum(right for right, _ in score.values())
+    for kind, (right, total) in score.items():
+        log(f"{kind}: {right} of {total} exact")
+    log(f"{folder}: {exact} of 500 exact")
+    return {
+        "checkpoint": str(folder),
+        "exact": exact,
+        "questions": 500,
+        "kinds": score,
+        "passed": exact >= PASS_MARK * 500,
+    }

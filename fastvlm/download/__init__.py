@@ -1,0 +1,4 @@
+"""Checkpoints from a hub or an archive, resumable and checked.
+
+Imports `common` and `checkpoint`.
+"""

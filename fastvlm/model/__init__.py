@@ -1,0 +1,4 @@
+"""The PyTorch model: building it, folding its branches, running it.
+
+Imports `common`, `data` and `checkpoint`.
+"""

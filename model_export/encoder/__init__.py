@@ -1,0 +1,4 @@
+"""The vision encoder as a Core ML package: channel-first graph, range-safe float16, compression.
+
+Imports `model_export.mil`, `contract` and `config`.
+"""

@@ -1,0 +1,4 @@
+"""The language model as an MLX folder: weights, config, tokenizer, mlx-vlm's layout.
+
+Imports `contract`, `config` and `resume`.
+"""

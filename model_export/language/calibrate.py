@@ -1,0 +1,80 @@
+"""Calibration inside an export: pictures and questions through the encoder, and what the recipe makes of them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from fastvlm.checkpoint import naming
+from fastvlm.checkpoint.checkpoint import Checkpoint
+from fastvlm.common import threads
+from fastvlm.common.cli import log, progress
+from fastvlm.common.dtypes import Array, as_array
+from fastvlm.data import conversations, scenes
+from fastvlm.data.conversations import Sample
+from fastvlm.data.preprocessing import Preprocessor
+from fastvlm.model.surface import Vision
+from model_export.language.llm import weight_shapes
+from quantization.calibration.calibrate import calibrated
+from quantization.calibration.data import collect
+from quantization.recipe import ELSEWHERE, Recipe
+
+_DEMO, _DRAWN = 256, 64  # built-in questions; each of the latter costs an answer of the model's own
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """The recipe without choices, the parts of weights by the artefact's names, and facts for the manifest."""
+
+    recipe: Recipe
+    parts: Mapping[str, Mapping[str, Array]]
+    facts: dict[str, Any]
+
+
+# How many threads add up a product decides its last bits, and these, over thousands of steps, the weights: a recipe
+# gives the same bytes on every number of cores only where that number is fixed.
+@threads.alone()
+def calibrate(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    preprocessor: Preprocessor,
+    samples: list[Sample] | None,
+    exported: Vision | None,
+) -> Calibrated:
+    """Run the samples through the `exported` encoder (None: the checkpoint's), then the recipe's method.
+
+    Without samples there are built-in ones. Answers that they don't have are the checkpoint's own. The model computes
+    in bfloat16 where the checkpoint is stored so, else in float32.
+    """
+    from fastvlm.model.build import build
+    from fastvlm.model.surface import from_model
+
+    samples = built_in(checkpoint.path) if samples is None else samples
+    stored = {info.dtype for name, info in checkpoint.tensors.items() if name.startswith(naming.LANGUAGE)}
+    dtype = "bfloat16" if stored == {"bfloat16"} else "float32"
+    model = from_model(build(checkpoint, dtype, "cpu"), checkpoint, preprocessor)
+    if exported is not None:
+        model = replace(model, vision=exported)
+    with progress("calibration (pictures and questions)", len(samples)) as advance:
+        calibration = collect(model, checkpoint.model_config.text.vocab_size, samples, advance)
+    language = model.language.model  # type: ignore[attr-defined]
+    del model
+    decided, parts = calibrated(recipe, weight_shapes(checkpoint), language, calibration, progress, ELSEWHERE)
+    facts = {
+        "method": recipe.method,
+        "samples": len(samples),
+        "tokens": sum(map(len, calibration.sequences)),
+        "sha256": calibration.sha256,
+        "encoder": "the exported package" if exported is not None else "the checkpoint's",
+        "computed_in": dtype,
+    }
+    arrays = {name: {part: as_array(tensor) for part, tensor in found.items()} for name, found in parts.items()}
+    return Calibrated(decided, arrays, facts)
+
+
+def built_in(checkpoint: Path) -> list[Sample]:
+    """Questions for whoever has none: of the demo set, without the answers where the checkpoint speaks otherwise."""
+    if scenes.knows_demo(checkpoint):
+        return conversations.demo_samples(_DEMO, "train")
+    log("calibrating on drawn pictures: give --calibration-data for what the model will be asked")
+    return [replace(sample, answer=None) for sample in conversations.demo_samples(_DRAWN, "train")]

@@ -1,0 +1,165 @@
+"""Run an artefact from its own bytes: Core ML and MLX on a Mac; elsewhere the MIL executor and PyTorch."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastvlm.checkpoint import layouts
+from fastvlm.common.errors import UserError
+from fastvlm.data.preprocessing import read_preprocessor
+from fastvlm.data.prompt import eos_ids
+from fastvlm.model.surface import FastVLM, Vision
+from model_export import artefact as manifest
+from model_export import contract, mil
+from model_export.config import COMPUTE_UNITS, COMPUTES, LLM_RUNNERS, VISION_RUNNERS
+from model_export.encoder.coreml import coremltools
+from model_export.mil import int8
+from model_export.runtime import fastest, language
+
+
+def load(
+    artefact: str | Path,
+    vision: str = "auto",
+    llm: str = "auto",
+    compute: str = "as-typed",
+    resolution: int | None = None,
+    units: str | None = None,
+) -> FastVLM:
+    """The artefact as a `fastvlm.model.surface.FastVLM` (see there for methods, shapes and units).
+
+    `vision`: "coreml" (macOS only), or "executor", which computes the saved program in PyTorch by the policy `compute`:
+    "as-typed" rounds to the program's float16 after every operation, "float32" does not, "strict-fp16" rounds inside
+    composite operations as well: PyTorch's language model is in float32 beside them. "bfloat16" is both parts for
+    speed, "auto" the faster of float32 and bfloat16 for the encoder, for prompts and for single tokens each, by a
+    measurement that is kept for the machine; "int8" is that with 8-bit operands in most of the encoder and for the
+    logits. `llm`: "mlx" or "torch". For both, "auto" is Core ML and MLX on a Mac, the executor and PyTorch elsewhere;
+    each part's `.name` says what runs it. `resolution` is the side of the pictures in pixels, one of those that the
+    encoder was exported for; None is its native one. `units`: Core ML's compute units; None: as exported.
+
+    Raises UserError for an artefact that is not whole, a runner that does not exist here, or another resolution.
+    """
+    folder = Path(artefact).expanduser()
+    for flag, value, known in (
+        ("--vision", vision, VISION_RUNNERS),
+        ("--llm", llm, LLM_RUNNERS),
+        ("--compute", compute, COMPUTES),
+        ("--compute-units", units, (None, *COMPUTE_UNITS)),
+    ):
+        if value not in known:
+            raise UserError(f"{flag} {value}: expected one of {', '.join(filter(None, known))}")
+    if compute == "int8" and not int8.AVAILABLE:
+        raise UserError("--compute int8: this processor or PyTorch has no 8-bit products (VNNI): use auto")
+    on_mac = sys.platform == "darwin"
+    if vision == "coreml" and not on_mac:
+        raise UserError("--vision coreml: Core ML runs on macOS only: use --vision executor here")
+    document = manifest.read_whole(folder)
+    manifest.check_for_app(folder, document)
+    use_coreml = vision == "coreml" or (vision == "auto" and on_mac)
+    use_mlx = llm == "mlx" or (llm == "auto" and on_mac)
+    if units and not use_coreml:
+        raise UserError(f"--compute-units {units}: the executor runs the encoder, not Core ML: leave it out")
+    if compute not in ("auto", "as-typed") and use_coreml and use_mlx:
+        raise UserError(f"--compute {compute}: Core ML and MLX run this model: use --vision executor or --llm torch")
+    config = language.read_config(folder)
+    function = function_for(document, folder, resolution)
+    stages = None
+    if compute == "bfloat16":
+        stages = fastest.Stages("bfloat16", "bfloat16", "bfloat16")
+    elif compute in ("auto", "int8") and not (use_coreml and use_mlx):
+        stages = fastest.choose()
+    encoder: Vision
+    if use_coreml:
+        encoder = CoreMLVision(folder, units or document["config"].get("compute_units", "ALL"), function)
+    else:
+        encoder = ExecutorVision(folder, _policy(compute, stages), function)
+    how: tuple[Any, ...] = ("float32" if compute == "float32" else "as-stored",)
+    if stages:
+        how = (stages.prefill, stages.decode, compute == "int8")
+    speaker, projector = language.mlx_language(folder) if use_mlx else language.torch_language(folder, *how)
+    image_token, preprocessor = config["image_token_index"], read_preprocessor(folder)
+    tokenizer = layouts.load_tokenizer(folder, image_token)
+    speaker.eos_ids = frozenset(eos_ids(tokenizer, [*speaker.eos_ids]))
+    return FastVLM(
+        preprocessor=preprocessor if resolution is None else replace(preprocessor, image_size=resolution),
+        tokenizer=tokenizer,
+        image_token_id=image_token,
+        vision=encoder,
+        projector=projector,
+        language=speaker,
+    )
+
+
+def _policy(compute: str, stages: fastest.Stages | None) -> str:
+    """The executor's policy for what was asked, where `stages` is what is fastest here."""
+    if stages is None:
+        return compute
+    if compute == "int8":
+        return "int8" if stages.encode == "bfloat16" else "int8-float32"
+    return stages.encode
+
+
+def function_for(document: dict[str, Any], folder: Path, resolution: int | None) -> str | None:
+    """The package's function for a resolution; None is the one that runs when none is named. UserError for another."""
+    held = document["vision"]["resolutions"]
+    if resolution is not None and resolution not in held:
+        raise UserError(
+            f"--resolution {resolution}: {folder} was exported for {', '.join(map(str, held))}:"
+            " choose one of them, or export with --resolutions"
+        )
+    return None if resolution is None or len(held) == 1 else contract.function_name(resolution)
+
+
+# What to do when an artefact's encoder computes NaN or infinity.
+_REMEDY = (
+    "the program leaves its range: export the checkpoint with this version of the tool, which keeps float16 in range;"
+    " if it was, with --compute-precision float32 --compute-units CPU_AND_GPU"
+)
+
+
+class ExecutorVision:
+    """The saved Core ML program, computed by the MIL executor."""
+
+    def __init__(self, folder: Path, compute: str = "as-typed", function: str | None = None) -> None:
+        try:
+            self.executor = mil.load(folder / contract.PACKAGE, compute=compute, function_name=function)
+        except mil.MILError as error:
+            raise UserError(f"{folder / contract.PACKAGE}: {error}") from error
+        self.compute, self.name, self.remedy = compute, f"MIL executor ({compute})", _REMEDY
+
+    def encode(self, pixel_values: np.ndarray) -> np.ndarray:
+        """(1, 3, S, S) float32 -> (1, N, C) float32."""
+        try:
+            return self.executor.predict({contract.INPUT: pixel_values})[contract.OUTPUT]
+        except mil.MILError as error:
+            raise UserError(f"{contract.PACKAGE}: {error}") from error
+
+
+class CoreMLVision:
+    """The saved Core ML program, run by Core ML with the given compute units.
+
+    coremltools compiles the package at every load, which an app does once, when it is built.
+    """
+
+    def __init__(self, folder: Path, units: str, function: str | None = None) -> None:
+        ct, self.package = coremltools(), folder / contract.PACKAGE
+        chosen = {} if function is None else {"function_name": function}
+        try:
+            self.model = ct.models.MLModel(str(self.package), compute_units=getattr(ct.ComputeUnit, units), **chosen)
+        except (RuntimeError, ValueError) as error:
+            raise UserError(f"{self.package}: Core ML refuses it ({error})") from error
+        if getattr(self.model, "__proxy__", None) is None:  # a refusal by the framework is only warned of, and kept
+            reason = getattr(self.model, "_framework_error", None)
+            raise UserError(f"{self.package}: Core ML refuses it ({' '.join(str(reason).split())})")
+        self.name, self.remedy = f"Core ML ({units})", _REMEDY
+
+    def encode(self, pixel_values: np.ndarray) -> np.ndarray:
+        """(1, 3, S, S) float32 -> (1, N, C) float32."""
+        pixels = np.require(pixel_values, np.float32, ["C", "W"])  # the binding refuses read-only arrays
+        try:
+            features = self.model.predict({contract.INPUT: pixels})[contract.OUTPUT]
+        except Exception as error:  # coremltools raises plain ones
+            raise UserError(f"{self.package}: Core ML: {' '.join(str(error).split())}") from error
+        return np.asarray(features, dtype=np.float32)

@@ -1,0 +1,48 @@
+"""A recipe's choices made: the least cost in quality that its budget allows."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+from fastvlm.common.errors import UserError
+from quantization.calibration.allocation import allocate
+from quantization.recipe import Recipe
+from quantization.schemes import Scheme, nbytes
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def check(recipe: Recipe, shapes: Shapes, elsewhere: tuple[str, ...] = ()) -> None:
+    """Raise UserError when not even the smallest choices fit the budget."""
+    _rest(recipe, shapes, recipe.options(shapes, elsewhere))
+
+
+def decide(
+    recipe: Recipe, shapes: Shapes, nats: Mapping[str, Sequence[float]], elsewhere: tuple[str, ...] = ()
+) -> Recipe:
+    """The recipe with a scheme for each weight that has several. `nats`: weight -> cost of each of its options.
+
+    Raises UserError when the budget can't be met.
+    """
+    options = recipe.options(shapes, elsewhere)
+    room = _rest(recipe, shapes, options)
+    layers = {
+        name: {str(i): (cost, nbytes(options[name][i], shapes[name])) for i, cost in enumerate(costs)}
+        for name, costs in nats.items()
+    }
+    chosen = allocate(layers, room)
+    return recipe.decided({name: options[name][int(number)] for name, number in chosen.items()})
+
+
+def _rest(recipe: Recipe, shapes: Shapes, options: Mapping[str, Sequence[Scheme]]) -> int:
+    """Bytes of the budget that are left for the weights with a choice."""
+    if recipe.budget is None:
+        raise UserError(f"recipe {recipe.name} leaves the schemes open: say how large, as in fit:400MB or fit:4.5bpw")
+    sizes = {name: [nbytes(scheme, shapes[name]) for scheme in schemes] for name, schemes in options.items()}
+    parameters = sum(map(math.prod, shapes.values()))
+    limit, least = recipe.budget.limit(parameters), sum(map(min, sizes.values()))
+    if least > limit:
+        raise UserError(
+            f"recipe {recipe.name}: {limit / 1e6:,.1f} MB is less than the {least / 1e6:,.1f} MB"
+            f" ({8 * least / parameters:.2f} bits per weight) that the smallest choices take: allow more"
+        )
+    return limit - sum(size[0] for size in sizes.values() if len(size) == 1)

@@ -1,0 +1,4 @@
+"""Core ML weight formats: palettes and linear forms.
+
+Imports `fastvlm.common`.
+"""

@@ -1,0 +1,4 @@
+"""MLX weight formats: affine groups, mxfp, nvfp and casts, byte for byte.
+
+Imports `fastvlm.common`.
+"""

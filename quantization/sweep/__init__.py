@@ -1,0 +1,4 @@
+"""The sweep engine: points, workers, cluster, report.
+
+Imports `quantization`'s recipes.
+"""
