@@ -19,7 +19,7 @@ from app_bridge.memory.model import MIB, Model, Part
 from benchmarks.estimate.estimate import Device, device_key, devices, language_model, stored_bytes
 from benchmarks.estimate.estimate import facts as published
 from benchmarks.estimate.work import encoder_work
-from benchmarks.peers.peers import TEXT_TOKENS
+from benchmarks.peers.shapes import TEXT_TOKENS
 from fastvlm.common.cli import add_common, progress
 from fastvlm.common.errors import UserError
 from model_export import artefact as exported

@@ -10,7 +10,7 @@ from app_bridge.memory import model as memory_model
 from app_bridge.memory import plan
 from app_bridge.memory.plan import FITS, NOT, STATES, TIGHT
 from benchmarks.estimate.estimate import devices
-from benchmarks.peers.peers import TEXT_TOKENS
+from benchmarks.peers.shapes import TEXT_TOKENS
 from fastvlm.common.cli import wide_console
 from quantization.catalogue import PUBLISHED_APP, SIZES, human
 

@@ -16,7 +16,7 @@ _FAILED: dict[Any, Any] = {"name": _ANY, "kind": _ANY, "error": _ANY}
 _RUNNER: dict[Any, Any] = {
     "name": _ANY, "kind": _ANY, "settings": {}, "peak_bytes": float,
     "cold": {"dropped": _ANY, "load_s": float, "round": {"stages": _STAGES}},
-    "launches": [{"load_s": _ANY, "rounds": [{"stages": _STAGES, "yardstick": _ANY}]}],
+    "launches": [{"load_s": _ANY, "rounds": [{"stages": _STAGES}]}],
 }  # fmt: skip
 _RUN = {
     "date": _ANY, "command": _ANY, "commit": _ANY, "delay": _ANY, "picture": _ANY, "tokens": float, "threads": _ANY,

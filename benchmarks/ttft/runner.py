@@ -38,8 +38,7 @@ OPENERS = {
     "checkpoint": "benchmarks.ttft.models",
     "artefact": "benchmarks.ttft.models",
     "mlx-vlm": "benchmarks.ttft.mlx_vlm",
-    "peer": "benchmarks.peers.peers",
-    "yardstick": "benchmarks.ttft.runner",
+    "peer": "benchmarks.peers.models",
 }
 Stage = tuple[str, Callable[[dict[str, Any]], None]]
 
@@ -137,46 +136,6 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-class Yardstick:
-    """The same small work in every round of every run: what changes in it is the machine, not a runner.
-
-    "products" stay in the cache and tell the processor's speed. "tokens" go through 16 MB of weights in many small
-    steps, as decoding does, and tell how much of the caches others take.
-    """
-
-    name, settings = "yardstick", {"products": "448 x 448 in float32", "tokens": "vectors through 16 x 512 x 512"}
-
-    def __init__(self) -> None:
-        import numpy as np
-
-        rng = np.random.default_rng(0)
-        self.matrix = rng.random((448, 448), dtype=np.float32)
-        self.product = np.empty_like(self.matrix)
-        self.layers = [rng.random((512, 512), dtype=np.float32) for _ in range(16)]
-        self.vector = rng.random((1, 512), dtype=np.float32)
-
-    def stages(self) -> list[Stage]:
-        import numpy as np
-
-        def products(state: dict[str, Any]) -> None:
-            for _ in range(3):
-                np.matmul(self.matrix, self.matrix, out=self.product)
-
-        def tokens(state: dict[str, Any]) -> None:
-            x = self.vector
-            for _ in range(5):
-                for layer in self.layers:
-                    y = x @ layer
-                    x = np.maximum(y / np.sqrt((y * y).mean() + 1e-6), 0) + self.vector
-
-        return [("products", products), ("tokens", tokens)]
-
-
-def open_runner(specification: Mapping[str, Any]) -> Runner:
-    """The yardstick."""
-    return Yardstick()
-
-
 def main(specification: dict[str, Any]) -> int:
     """The process: see the module's docstring."""
     channel = os.fdopen(os.dup(1), "w", buffering=1)
@@ -186,7 +145,7 @@ def main(specification: dict[str, Any]) -> int:
         print(json.dumps(message), file=channel, flush=True)
 
     try:
-        delays = parse_delays(os.environ.get(DELAY, "")) if specification["kind"] != "yardstick" else {}
+        delays = parse_delays(os.environ.get(DELAY, ""))
         start = time.perf_counter()
         opener = importlib.import_module(OPENERS[specification["kind"]])
         getattr(opener, "prepare", lambda asked: None)(specification)

@@ -4,7 +4,8 @@ import platform
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks.ttft.run import RunnerError, Specification, trial
+from benchmarks.ttft.process import RunnerError, Specification
+from benchmarks.ttft.run import trial
 from fastvlm.common import threads
 
 ROUNDS = 3  # of each trial after a first one; the fastest counts, because what disturbs a round only makes it slower
