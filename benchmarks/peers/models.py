@@ -221,9 +221,9 @@ def open_peer(shape: Mapping[str, Any], text_tokens: int, dtype: str, device: st
 
 
 def open_runner(specification: Mapping[str, Any]) -> Peer:
-    """The runner of a specification: "name" of peers.json's models, and if they are there "dtype" and
+    """The runner of a specification: "model" of peers.json's models, and if they are there "dtype" and
     "text_tokens" of the prompt without its picture."""
-    shape, length = data()["models"][specification["name"]], specification.get("text_tokens") or TEXT_TOKENS
+    shape, length = data()["models"][specification["model"]], specification.get("text_tokens") or TEXT_TOKENS
     peer = open_peer(shape, length, specification.get("dtype", "bfloat16"), "cpu")
     peer.settings |= {"threads": torch.get_num_threads(), "kept_buffers": bool(specification.get("keep_buffers"))}
     return peer

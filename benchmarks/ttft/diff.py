@@ -11,6 +11,8 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from benchmarks.ttft.figures import medians, title
 from benchmarks.ttft.runner import STAGES, TOTALS, totals
 from fastvlm.common.errors import UserError
@@ -59,13 +61,19 @@ def compare(old: Document, new: Document) -> dict[str, Any]:
 
 def judge(old: Sequence[float], new: Sequence[float], comparisons: int) -> dict[str, Any]:
     """The change between two samples of log seconds, and whether it is more than noise; one of `comparisons` tests."""
-    from scipy import stats
-
-    change = statistics.fmean(new) - statistics.fmean(old)
-    interval = stats.ttest_ind(new, old, equal_var=False).confidence_interval(1 - FALSE / comparisons)
-    threshold = max(float(interval.high - interval.low) / 2, math.log1p(LEAST))
+    change, threshold = map(float, welch(np.array(old), np.array(new), comparisons))
     called = None if abs(change) <= threshold else "slower" if change > 0 else "faster"
     return {"change": math.expm1(change), "threshold": math.expm1(threshold), "called": called}
+
+
+def welch(old: np.ndarray, new: np.ndarray, comparisons: int) -> tuple[np.ndarray, np.ndarray]:
+    """The differences of means and the least differences that count, over the last axis of arrays (..., processes)."""
+    from scipy import stats
+
+    result = stats.ttest_ind(new, old, axis=-1, equal_var=False)
+    interval = result.confidence_interval(1 - FALSE / comparisons)
+    threshold = np.maximum((interval.high - interval.low) / 2, math.log1p(LEAST))
+    return new.mean(-1) - old.mean(-1), threshold
 
 
 def values(runner: Document) -> dict[str, list[float]]:
