@@ -29,7 +29,7 @@ State = dict[str, Any]
 
 
 class Peer:
-    """A model with random weights as a runner: `stages()` are encode, project, prefill; one square picture, batch 1.
+    """A model with random weights as a runner with the stages encode, project and prefill; a square picture, batch 1.
 
     `shape` is one of peers.json's models, `text_tokens` the prompt's length without visual tokens. A round's values
     travel in a dict: "encoded", "projected" (N, H), "logits" (V,) float32 of the last position.
@@ -89,10 +89,6 @@ class Peer:
         embeds = torch.cat([text[:1], state["projected"], text[1:]])[None]
         hidden = self.language.model(inputs_embeds=embeds, use_cache=True).last_hidden_state
         state["logits"] = self.language.lm_head(hidden[0, -1:])[0].float()
-
-    def stages(self) -> list[tuple[str, Callable[[State], None]]]:
-        """(stage, function of the round's state), in order."""
-        return [(name, torch.inference_mode()(getattr(self, name))) for name in ("encode", "project", "prefill")]
 
     def picture(self, size: int, count: int = 1) -> torch.Tensor:
         """Random pixels (count, 3, size, size), around 0 as normalised ones are."""

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from benchmarks.ttft.runner import Stage
+from benchmarks.ttft.runner import State
 from fastvlm.model import surface
 
 CHECKPOINT_SETTINGS = {"dtype": "float32", "device": "cpu", "memory_format": "contiguous", "attention": "sdpa"}
@@ -41,50 +41,52 @@ def open_runner(specification: Mapping[str, Any]) -> "ModelRunner":
 
 
 class ModelRunner:
-    """A `FastVLM` asked about one picture, stage by stage."""
+    """A `FastVLM` asked about one picture; the methods named as `runner.STAGES` are the stages.
+
+    `asked` has "prompt", "question" and "tokens", how many are decoded.
+    """
 
     def __init__(
         self, model: surface.FastVLM, picture: Image.Image, asked: Mapping[str, Any], settings: dict[str, Any]
     ) -> None:
-        self.model, self.picture, self.settings = model, picture, settings
-        self.prompt, self.question, self.tokens = asked["prompt"], asked["question"], asked["tokens"]
+        self.model, self.language, self.picture, self.settings = model, model.language, picture, settings
+        self.text, self.question, self.tokens = asked["prompt"], asked["question"], asked["tokens"]
         self.name = model.vision.name
 
-    def stages(self) -> list[Stage]:
-        """Every stage that there is."""
-        model, language = self.model, self.model.language
+    def preprocess(self, state: State) -> None:
+        state["pixels"] = self.model.preprocess(self.picture)
 
-        def preprocess(state: dict[str, Any]) -> None:
-            state["pixels"] = model.preprocess(self.picture)
+    def encode(self, state: State) -> None:
+        state["features"] = self.model.encode_image(state["pixels"])
 
-        def encode(state: dict[str, Any]) -> None:
-            state["features"] = model.encode_image(state["pixels"])
+    def project(self, state: State) -> None:
+        state["projected"] = self.model.project(state["features"])
 
-        def project(state: dict[str, Any]) -> None:
-            state["projected"] = model.project(state["features"])
+    def prefill(self, state: State) -> None:
+        embeds = self.model.merge(self.text, [state["projected"]])
+        state["logits"], state["past"] = self.language.prefill(embeds)
 
-        def prefill(state: dict[str, Any]) -> None:
-            state["logits"], state["past"] = language.prefill(model.merge(self.prompt, [state["projected"]]))
+    def first_token(self, state: State) -> None:
+        state["answer"] = [self._text(state["logits"])]
 
-        def first_token(state: dict[str, Any]) -> None:
-            state["answer"] = [int(np.argmax(state["logits"]))]
-            "".join(model.decode(iter(state["answer"])))
+    def decode(self, state: State) -> None:  # a fixed number of tokens, whatever they are
+        for _ in range(self.tokens):
+            last = self.language.embed(np.array([state["answer"][-1:]]))
+            logits, state["past"] = self.language.prefill(last, state["past"])
+            state["answer"].append(int(np.argmax(logits)))
 
-        def decode(state: dict[str, Any]) -> None:  # a fixed number of tokens, whatever they are
-            for _ in range(self.tokens):
-                last = language.embed(np.array([state["answer"][-1:]]))
-                logits, state["past"] = language.prefill(last, state["past"])
-                state["answer"].append(int(np.argmax(logits)))
+    def next_question(self, state: State) -> None:
+        ids = self.model.tokenize(self.question)
+        known = int(np.flatnonzero(ids[0] == self.model.image_token_id)[-1]) + 1
+        past = self.language.rewind(state["past"], known)
+        logits, _ = self.language.prefill(self.language.embed(ids[:, known:]), past)
+        self._text(logits)
 
-        def next_question(state: dict[str, Any]) -> None:
-            ids = model.tokenize(self.question)
-            kept = int(np.flatnonzero(ids[0] == model.image_token_id)[-1]) + 1
-            past = language.rewind(state["past"], kept)
-            logits, _ = language.prefill(language.embed(ids[:, kept:]), past)
-            "".join(model.decode(iter([int(np.argmax(logits))])))
-
-        acts = (preprocess, encode, project, prefill, first_token, decode, next_question)
-        return [(act.__name__, act) for act in acts]
+    def _text(self, logits: np.ndarray) -> int:
+        """The likeliest token, which is also made text."""
+        token = int(np.argmax(logits))
+        "".join(self.model.decode(iter([token])))
+        return token
 
 
 def _checkpoint(asked: Mapping[str, Any]) -> tuple[surface.FastVLM, dict[str, Any]]:

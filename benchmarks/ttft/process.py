@@ -11,7 +11,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from benchmarks.measure import ROOT
@@ -52,7 +51,7 @@ class Process:
         if specification.get("keep_buffers"):
             environment |= KEEP_BUFFERS
         python = specification.get("python") or sys.executable
-        self.stderr = tempfile.NamedTemporaryFile(prefix="ttft-", suffix=".log")  # noqa: SIM115  closed by `kill`
+        self.stderr = tempfile.TemporaryFile()  # noqa: SIM115  closed by `kill`
         try:
             self.process = subprocess.Popen(
                 [python, "-m", "benchmarks.ttft.runner", json.dumps(specification)],
@@ -127,7 +126,8 @@ class Process:
         code = self.process.wait()
         if code == -signal.SIGKILL:
             return "killed by the system (SIGKILL): most likely out of memory"
-        lines = Path(self.stderr.name).read_bytes().decode(errors="replace").strip().splitlines()
+        self.stderr.seek(0)
+        lines = self.stderr.read().decode(errors="replace").strip().splitlines()
         name = signal.Signals(-code).name if code < 0 else f"exit {code}"
         return f"its process ended ({name}){': ' + lines[-1].strip() if lines else ''}"
 

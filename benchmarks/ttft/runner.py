@@ -5,8 +5,8 @@ It opens the runner that the specification (JSON) describes, prints a line {"rea
 "waited": {...}, "answer"}, and at the end of its input {"peak_bytes"}. What goes wrong is a line {"error", "failed"},
 the latter true where the model computed what isn't finite. Nothing else reaches stdout.
 
-A runner is an object with `name`, `settings` and `stages() -> [(stage, callable(state))]`; the state is a new dict for
-each round. The stages' work is finished when they return: whoever computes lazily synchronises inside them.
+A runner is an object with `name`, `settings` and a method for each stage that it has, which takes the state of the
+round. A stage's work is finished when it returns: whoever computes lazily synchronises inside it.
 
 It imports the standard library only (`fastvlm.common.errors` is no more), because the environment that mlx-vlm lives in
 has no torch.
@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from fastvlm.common.errors import CheckFailed
 
@@ -40,18 +40,13 @@ OPENERS = {
     "mlx-vlm": "benchmarks.ttft.mlx_vlm",
     "peer": "benchmarks.peers.models",
 }
-Stage = tuple[str, Callable[[dict[str, Any]], None]]
+State = dict[str, Any]  # of a round: what a stage leaves for those behind it
+Stage = tuple[str, Callable[[State], None]]
 
 
-class Runner(Protocol):
-    """What is timed."""
-
-    name: str
-    settings: dict[str, Any]
-
-    def stages(self) -> Sequence[Stage]:
-        """The stages of a round in order."""
-        ...
+def stages_of(runner: Any) -> list[Stage]:
+    """The stages of a runner in order: its methods of their names."""
+    return [(name, getattr(runner, name)) for name in STAGES if hasattr(runner, name)]
 
 
 def parse_delays(text: str) -> dict[str, tuple[str, float]]:
@@ -152,7 +147,7 @@ def main(specification: dict[str, Any]) -> int:
         imported = time.perf_counter()
         runner = opener.open_runner(specification)
         loaded = time.perf_counter()
-        stages = list(runner.stages())
+        stages = stages_of(runner)
         if last := specification.get("until"):  # the stages behind it don't matter to whoever asks
             stages = stages[: [name for name, _ in stages].index(last) + 1]
         say(

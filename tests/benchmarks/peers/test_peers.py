@@ -9,6 +9,7 @@ from torch import nn
 from benchmarks.__main__ import build_parser
 from benchmarks.peers import claims, models, modules, shapes
 from benchmarks.ttft.figures import compare_peers
+from benchmarks.ttft.runner import stages_of
 from fastvlm.common.cli import run
 
 TEXT = {
@@ -51,8 +52,8 @@ def opened(name):
 
 def answer(peer):
     state = {}
-    for _, act in peer.stages():
-        act(state)
+    for stage in claims.STAGES:
+        getattr(peer, stage)(state)
     return state
 
 
@@ -321,7 +322,7 @@ def test_a_runner_of_the_instrument(monkeypatch):
     peer = models.open_runner({"kind": "peer", "model": "fastvlm-0.5b", "text_tokens": None, "keep_buffers": True})
     state = answer(peer)
 
-    assert [name for name, _ in peer.stages()] == ["encode", "project", "prefill"]
+    assert [name for name, _ in stages_of(peer)] == ["encode", "project", "prefill"]
     assert peer.settings["dtype"] == "bfloat16" and "random" in peer.settings["weights"]
     assert len(peer.ids) == 18 and np.asarray(state["logits"]).dtype == np.float32  # the runner keeps it so
 
@@ -348,7 +349,7 @@ def test_every_figure_has_its_source():
     parts = [
         part for shape in found["models"].values() for part in (*shape["encoders"], shape["connector"], shape["text"])
     ]
-    for part in (*parts, *(claim for claims in found["claims"].values() for claim in claims), found["plot"]):
+    for part in (*parts, *(claim for one in found["claims"].values() for claim in one), found["plot"]):
         assert len(part["source"]) > 10
 
 

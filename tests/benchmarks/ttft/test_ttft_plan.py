@@ -146,7 +146,7 @@ def test_without_mlx_vlm_its_line_says_what_to_do(monkeypatch):
          ["--launches: got 0, expected a whole number from 1", "--budget: got -1, expected a number above 0",
           "--rounds: got 1.5"]),
         (["--budget", "nan", "--threads", "0", "--resolution", "100"],
-         ["--budget: got nan", "--threads: got 0", "--resolution: got 100, expected a whole number from 64, a multiple"]),
+         ["--budget: got nan", "--threads: got 0", "--resolution: got 100, expected a whole number from 64, a mul"]),
         (["--save", "/tmp", "--output", "/usr", "--image-file", "/nowhere.png", "--against", "gpt"],
          ["--save: /tmp is a folder", "--output: /usr is a folder", "--image-file: /nowhere.png: no such file",
           "--against: got gpt, expected one of llava-onevision-0.5b"]),
