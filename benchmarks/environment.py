@@ -1,4 +1,4 @@
-"""What a figure was obtained on: machine, processor, memory, system and versions."""
+"""The machine and the software that a figure was measured on."""
 
 import os
 import platform
@@ -39,15 +39,15 @@ def describe() -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """The installed version of each package that has a part in a figure."""
-    found = {}
+    installed = {}
     for name in _PACKAGES.split():
         with suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
-    return found
+            installed[name] = metadata.version(name)
+    return installed
 
 
 def load() -> dict[str, float]:
-    """How busy the machine is now: the mean number of runnable processes over 1, 5 and 15 minutes."""
+    """The mean number of runnable processes over the last 1, 5 and 15 minutes."""
     return dict(zip(("1min", "5min", "15min"), os.getloadavg()))
 
 

@@ -114,7 +114,7 @@ class FastVLMPeer(Peer):
 
 
 class LlavaOneVisionPeer(Peer):
-    """LLaVA-OneVision: the picture as a whole and its tiles, each through SigLIP; all tokens kept and packed."""
+    """LLaVA-OneVision: the picture as a whole and its tiles, each through SigLIP; all tokens packed."""
 
     def build(self) -> Any:
         from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration

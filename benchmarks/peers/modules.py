@@ -44,8 +44,8 @@ class SamplerLayer(nn.Module):
         placed = [one + next(positions) if one.shape[1] > 1 else one for one in latents]
         keys = torch.cat([layer(one) for layer, one in zip(self.keys, placed)], 1)
         values = torch.cat([layer(one) for layer, one in zip(self.values, placed)], 1)
-        asked = self._heads(self.query(hidden))
-        attended = F.scaled_dot_product_attention(asked, self._heads(keys), self._heads(values))
+        queries = self._heads(self.query(hidden))
+        attended = F.scaled_dot_product_attention(queries, self._heads(keys), self._heads(values))
         return query + self.proj_out(self.norm(hidden + self.out(attended.transpose(1, 2).flatten(2))))
 
     def _heads(self, value: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""A saved run of `benchmarks ttft`, read and checked: whoever shows or compares it finds what it needs."""
+"""Reading a saved run of `benchmarks ttft`, with a check of every value that is shown or compared."""
 
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ def load_document(path: Path) -> dict[str, Any]:
 
 
 def _faults(value: Any, form: Any, where: str) -> list[str]:
-    """What of `value` isn't as its form says, by its place."""
+    """The places in `value` that differ from its form."""
     if isinstance(form, dict):
         if not isinstance(value, dict):
             return [f"{where} is no object"]

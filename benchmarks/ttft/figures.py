@@ -85,7 +85,7 @@ def ratios(document: Document) -> dict[str, float]:
 
 
 def busy(document: Document) -> bool:
-    """Whether other work had more than a quarter of the cores when the run began, by the load of the minute before."""
+    """True if other work had more than a quarter of the cores when the run began, by the load of the minute before."""
     return document["load_before"]["1min"] > document["environment"]["cores"] / 4
 
 

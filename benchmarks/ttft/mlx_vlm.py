@@ -31,19 +31,19 @@ class MlxVlm:
 
     name = "mlx-vlm"
 
-    def __init__(self, asked: Mapping[str, Any]) -> None:
-        self.model, self.processor = load(asked["artefact"])
+    def __init__(self, spec: Mapping[str, Any]) -> None:
+        self.model, self.processor = load(spec["artefact"])
         self.language = self.model.language_model
         mx.eval(self.model.parameters())
-        with Image.open(asked["picture"]) as picture:
+        with Image.open(spec["picture"]) as picture:
             self.picture = picture.convert("RGB")
-        self.prompt, self.question, self.tokens = asked["rendered_prompt"], asked["rendered_question"], asked["tokens"]
-        self.resolution = asked["resolution"]
+        self.prompt, self.question, self.tokens = spec["rendered_prompt"], spec["rendered_question"], spec["tokens"]
+        self.resolution = spec["resolution"]
         weight = self.model.vision_tower.vision_model.patch_embed.blocks[0].reparam_conv.weight
         self.dtype = weight.dtype
         device = "GPU" if mx.default_device() == mx.gpu else "CPU"
         self.settings = {"device": device, "dtype": str(self.dtype).removeprefix("mlx.core."), "mlx": version("mlx")}
-        self.settings["recipe"] = asked["recipe"]
+        self.settings["recipe"] = spec["recipe"]
 
     def preprocess(self, state: State) -> None:
         side = self.resolution

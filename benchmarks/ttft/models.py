@@ -36,21 +36,24 @@ def open_runner(specification: Mapping[str, Any]) -> "ModelRunner":
     """Open "checkpoint" (with `CHECKPOINT_SETTINGS` and "compile") or "artefact" (with "vision", "llm", "compute",
     "units"), for the specification's "picture", "prompt", "question", "resolution" and "tokens"."""
     model, settings = (_checkpoint if specification["kind"] == "checkpoint" else _artefact)(specification)
+    settings["threads"] = torch.get_num_threads()
+    if specification.get("keep_buffers"):
+        settings["kept_buffers"] = True
     with Image.open(specification["picture"]) as picture:
-        return ModelRunner(model, picture.convert("RGB"), specification, settings | _threads(specification))
+        return ModelRunner(model, picture.convert("RGB"), specification, settings)
 
 
 class ModelRunner:
     """A `FastVLM` asked about one picture; the methods named as `runner.STAGES` are the stages.
 
-    `asked` has "prompt", "question" and "tokens", how many are decoded.
+    `spec` has "prompt", "question" and "tokens", how many are decoded.
     """
 
     def __init__(
-        self, model: surface.FastVLM, picture: Image.Image, asked: Mapping[str, Any], settings: dict[str, Any]
+        self, model: surface.FastVLM, picture: Image.Image, spec: Mapping[str, Any], settings: dict[str, Any]
     ) -> None:
         self.model, self.language, self.picture, self.settings = model, model.language, picture, settings
-        self.text, self.question, self.tokens = asked["prompt"], asked["question"], asked["tokens"]
+        self.text, self.question, self.tokens = spec["prompt"], spec["question"], spec["tokens"]
         self.name = model.vision.name
 
     def preprocess(self, state: State) -> None:
@@ -89,31 +92,26 @@ class ModelRunner:
         return token
 
 
-def _checkpoint(asked: Mapping[str, Any]) -> tuple[surface.FastVLM, dict[str, Any]]:
-    settings = CHECKPOINT_SETTINGS | {key: asked[key] for key in CHECKPOINT_SETTINGS if key in asked}
+def _checkpoint(spec: Mapping[str, Any]) -> tuple[surface.FastVLM, dict[str, Any]]:
+    settings = CHECKPOINT_SETTINGS | {key: spec[key] for key in CHECKPOINT_SETTINGS if key in spec}
     model = surface.load_checkpoint(
-        asked["checkpoint"], settings["dtype"], settings["device"], attn_implementation=settings["attention"]
+        spec["checkpoint"], settings["dtype"], settings["device"], attn_implementation=settings["attention"]
     )
     vision: Any = model.vision
     if settings["memory_format"] == "channels_last":
         vision.encoder.to(memory_format=torch.channels_last)
-    if asked.get("compile"):
+    if spec.get("compile"):
         from torch._inductor import config
 
         settings["compile"] = config.freezing = True
         vision.encoder.forward_features = torch.compile(vision.encoder.forward_features)
-    model = replace(model, preprocessor=replace(model.preprocessor, image_size=asked["resolution"]))
+    model = replace(model, preprocessor=replace(model.preprocessor, image_size=spec["resolution"]))
     return model, settings
 
 
-def _artefact(asked: Mapping[str, Any]) -> tuple[surface.FastVLM, dict[str, Any]]:
+def _artefact(spec: Mapping[str, Any]) -> tuple[surface.FastVLM, dict[str, Any]]:
     from model_export import runtime
 
-    options = {key: asked[key] for key in ("vision", "llm", "compute", "units") if asked.get(key)}
-    model = runtime.load(asked["artefact"], resolution=asked["resolution"], **options)
+    options = {key: spec[key] for key in ("vision", "llm", "compute", "units") if spec.get(key)}
+    model = runtime.load(spec["artefact"], resolution=spec["resolution"], **options)
     return model, options | model.runners
-
-
-def _threads(asked: Mapping[str, Any]) -> dict[str, Any]:
-    kept = {"kept_buffers": True} if asked.get("keep_buffers") else {}
-    return {"threads": torch.get_num_threads()} | kept

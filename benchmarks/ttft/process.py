@@ -33,7 +33,7 @@ class RunnerError(Exception):
         self.failed = failed
 
     def record(self) -> dict[str, Any]:
-        """What is written down of the runner; "passed" false makes the run's exit code."""
+        """The runner's record; "passed" false decides the run's exit code."""
         return {"error": str(self)} | ({"passed": False} if self.failed else {})
 
 
@@ -75,7 +75,7 @@ class Process:
     def round(self) -> dict[str, Any]:
         """One round: {"stages": {stage: seconds}, "waited": {stage: seconds}, "answer"}."""
         assert self.process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # the reading says why
+        with contextlib.suppress(BrokenPipeError):  # reading the answer raises the reason
             self.process.stdin.write("round\n")
             self.process.stdin.flush()
         return self._read()

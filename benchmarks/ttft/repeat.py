@@ -1,4 +1,4 @@
-"""Whether `diff` keeps its promise on this machine with its present load.
+"""A test of `diff` on this machine with its present load: does it keep its promise?
 
 The same benchmark is measured again and again: whatever is called between neighbours is false. Between them it is
 measured with one stage slowed by 15 %, which has to be named for every runner. A runner that failed, or that was left

@@ -55,7 +55,7 @@ def settings_of(runner: Mapping[str, Any]) -> str:
 
 
 def notes(document: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """How the figures were obtained, as (word, sentence)."""
+    """The origin of the figures, as (word, sentence)."""
     effort, points = document["effort"], document["points"]
     runners = [one for point in points for one in point["runners"] if one["kind"] != "peer"]  # these have no files
     cold = [runner["cold"]["dropped"] for runner in runners if "cold" in runner]
@@ -68,7 +68,7 @@ def notes(document: Mapping[str, Any]) -> list[tuple[str, str]]:
          + (" the runners in turns, each started anew for each block of rounds: together they don't fit into memory;"
             if turns else " runners interleaved in an order that changes from round to round;")
          + " median and 10 % to 90 % of all rounds"),
-        ("asked", f"{document['picture']}, the same for all; {document['tokens']} tokens decoded;"
+        ("input", f"{document['picture']}, the same for all; {document['tokens']} tokens decoded;"
          f" weights {document['checkpoint']['sha256'][:12]}…, random where the checkpoint is synthetic"),
         ("cold", "the model's files were dropped from the page cache before a new process" if all(cold) and cold
          else "the page cache could not be emptied for every runner here: their cold loads are left out"),
@@ -139,12 +139,13 @@ def _row(runner: Mapping[str, Any], tokens: int, scale: float) -> list[str]:
 
 def _unit(point: Mapping[str, Any], tokens: int) -> tuple[str, float]:
     """The unit of a point's table, and how many of it a second has: ms where most totals are shorter than a second."""
-    totals = [found["ttft_paper"] for one in point["runners"] if "ttft_paper" in (found := medians(one, tokens))]
+    known = [medians(one, tokens) for one in point["runners"]]
+    totals = [times["ttft_paper"] for times in known if "ttft_paper" in times]
     return ("s", 1.0) if totals and statistics.median(totals) >= 1 else ("ms", 1e3)
 
 
 def searched(document: Mapping[str, Any]) -> list[str]:
-    """What the search for Transformers' best setting tried, a line a device."""
+    """The trials of the search for Transformers' best setting, a line for each device."""
     lines = []
     for search in document["search"]:
         tried = []

@@ -124,8 +124,7 @@ def _cold(specification: Specification, budget: float) -> dict[str, Any]:
 
 
 def share(cold: Mapping[str, Any], effort: Effort) -> tuple[int, int]:
-    """How many launches, and rounds in each, a runner gets so that it keeps to its budget. (0, 0): its cold round was
-    all."""
+    """The launches, and rounds in each, that a runner's budget allows. (0, 0): only its cold round."""
     load = cold["load_s"] + cold["import_s"]
     pace = sum(cold["round"]["stages"].values())
     if load + 2 * pace > effort.budget:

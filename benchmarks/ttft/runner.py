@@ -6,7 +6,7 @@ It opens the runner that the specification (JSON) describes, prints a line {"rea
 the latter true where the model computed what isn't finite. Nothing else reaches stdout.
 
 A runner is an object with `name`, `settings` and a method for each stage that it has, which takes the state of the
-round. A stage's work is finished when it returns: whoever computes lazily synchronises inside it.
+round. A stage's work is finished when it returns: a library that computes lazily is synchronised inside it.
 
 It imports the standard library only (`fastvlm.common.errors` is no more), because the environment that mlx-vlm lives in
 has no torch.
@@ -143,12 +143,12 @@ def main(specification: dict[str, Any]) -> int:
         delays = parse_delays(os.environ.get(DELAY, ""))
         start = time.perf_counter()
         opener = importlib.import_module(OPENERS[specification["kind"]])
-        getattr(opener, "prepare", lambda asked: None)(specification)
+        getattr(opener, "prepare", lambda specification: None)(specification)
         imported = time.perf_counter()
         runner = opener.open_runner(specification)
         loaded = time.perf_counter()
         stages = stages_of(runner)
-        if last := specification.get("until"):  # the stages behind it don't matter to whoever asks
+        if last := specification.get("until"):  # a trial needs no more
             stages = stages[: [name for name, _ in stages].index(last) + 1]
         say(
             ready=True, name=specification.get("name", runner.name), settings=runner.settings,

@@ -32,7 +32,7 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Request:
-    """What to measure; the fields are the flags of the verb `ttft`.
+    """The flags of the verb `ttft`.
 
     Attributes:
         recipes: exported unless there are `artefacts`.
@@ -84,15 +84,15 @@ def _matches(name: str, pattern: str) -> bool:
 
 def backends() -> dict[str, dict[str, Any]]:
     """The artefact's backends on this system, by name."""
-    found: dict[str, dict[str, Any]] = {
+    known: dict[str, dict[str, Any]] = {
         f"executor-{compute}": {"vision": "executor", "llm": "torch", "compute": compute}
         for compute in ("as-typed", "bfloat16", "int8", "auto")
     }
     if importlib.util.find_spec("mlx_lm"):
-        found["executor-mlx"] = {"vision": "executor", "llm": "mlx", "compute": "as-typed"}
+        known["executor-mlx"] = {"vision": "executor", "llm": "mlx", "compute": "as-typed"}
         if sys.platform == "darwin":
-            found |= {f"coreml-{one}": {"vision": "coreml", "llm": "mlx", "units": one} for one in COMPUTE_UNITS}
-    return found
+            known |= {f"coreml-{one}": {"vision": "coreml", "llm": "mlx", "units": one} for one in COMPUTE_UNITS}
+    return known
 
 
 @cache

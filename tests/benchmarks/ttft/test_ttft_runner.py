@@ -255,9 +255,9 @@ def test_runners_that_do_not_fit_together_take_turns(fakes, monkeypatch):
 
 def test_threads_that_were_asked_for_are_kept_in_the_search(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "8")
-    tried = search._options({"device": "cpu", "threads": None}, False)
+    tried = search.options({"device": "cpu", "threads": None}, False)
     assert [value for name, value in tried if name == "threads"] == [4, 1]
-    assert "threads" not in dict(search._options({"device": "cpu", "threads": 3}, False))
+    assert "threads" not in dict(search.options({"device": "cpu", "threads": 3}, False))
 
 
 def test_what_is_in_the_page_cache_is_known(tmp_path):
