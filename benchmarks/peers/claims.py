@@ -123,9 +123,11 @@ def compare(
     for figure, label in _LABELS.items():
         if figure in ours or figure in claims:
             mine, other, claim = ours.get(figure), theirs.get(figure), claims.get(figure, {})
-            row = {"figure": figure, "label": label.format(fastest=fastest and fastest[0])}
-            row |= {"fastvlm": mine, "peer": other, "ratio": other / mine if mine and other else None}
-            rows.append(row | {"claimed": claim.get("ratio"), "source": claim.get("source")})
+            rows.append({
+                "figure": figure, "label": label.format(fastest=fastest and fastest[0]),
+                "fastvlm": mine, "peer": other, "ratio": other / mine if mine and other else None,
+                "claimed": claim.get("ratio"), "source": claim.get("source"),
+            })  # fmt: skip
     title = f"{models[0]['title']} against {models[1]['title']}"
     document = {"name": name, "title": title, "fastvlm": models[0], "peer": models[1], "rows": rows}
     return document | {"explanation": _explain(document)}

@@ -1,9 +1,11 @@
 """Stages that became slower or faster between two saved runs, by more than their noise.
 
-A machine that others use is told from a change in three steps. A stage's time is what its thread didn't spend waiting
-for a processor that others had (Linux counts that; a stage that sleeps or works longer keeps its time). A process
-counts once, by the median of its rounds, because the layout of its memory is the same for all of them. The logarithms
-of both runs' processes go into Welch's t-test, with Bonferroni's correction over all stages of a comparison.
+On a machine that others use, a change is told from noise in four steps. A stage's time is what its thread didn't spend
+waiting for a processor that others had (Linux counts that; a stage that sleeps or works longer keeps its time). It is
+divided by the time of the yardstick, the same work before every round of every run, because crowded caches and a slower
+clock last longer than a run. A process counts once, by the median of its rounds: the layout of its memory is the same
+for all of them. The logarithms of both runs' processes go into Welch's t-test, with Bonferroni's correction over all
+stages of a comparison. docs/TTFT.md has what each step is for, measured.
 """
 
 import math
@@ -28,8 +30,8 @@ def compare(old: Document, new: Document) -> dict[str, Any]:
 
     Returns:
         {"changes", "rows", "left_out", "delays"}; `changes` are the rows whose "called" is "slower" or "faster". A row:
-        "point", "runner", "stage", "old" and "new" (median seconds as measured), "change" (new / old - 1, without
-        waiting), "threshold" (the least change that would be called).
+        "point", "runner", "stage", "old" and "new" (median seconds as measured), "change" (new / old - 1, by
+        those ratios), "threshold" (the least change that would be called).
 
     Raises:
         UserError: the runs are not comparable; names every difference.
@@ -77,19 +79,20 @@ def welch(old: np.ndarray, new: np.ndarray, comparisons: int) -> tuple[np.ndarra
 
 
 def values(runner: Document) -> dict[str, list[float]]:
-    """Stage or total -> the log seconds of each process: the median of its rounds, without waiting."""
+    """Stage or total -> for each process the median of its rounds: logarithms of the time without waiting, as a part of
+    the yardstick's."""
     columns: dict[str, list[float]] = {}
     for launch in runner["launches"]:
-        rounds = [_working(one) for one in launch["rounds"]]
+        rounds = [_ratios(one) for one in launch["rounds"]]
         for name in rounds[0]:
             columns.setdefault(name, []).append(math.log(statistics.median(one[name] for one in rounds)))
     return columns
 
 
-def _working(one: Document) -> dict[str, float]:
-    """A round's stages and totals in seconds; waiting never takes more than nine tenths of a stage."""
-    waited = one.get("waited", {})
-    stages = {name: max(took - waited.get(name, 0.0), 0.1 * took, 1e-9) for name, took in one["stages"].items()}
+def _ratios(one: Document) -> dict[str, float]:
+    """A round's stages and totals; waiting never takes more than nine tenths of a stage."""
+    yardstick, waited = one["yardstick_s"] or 1.0, one["waited"]
+    stages = {name: max(took - waited[name], 0.1 * took, 1e-9) / yardstick for name, took in one["stages"].items()}
     return stages | totals(stages)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 from fastvlm.common.errors import UserError
 from fastvlm.common.files import load_json
 
-FORMAT = 1
+FORMAT = 2
 _NAMED = 5  # faults at most in the message
 _ANY = object()
 # What a value must be: an object with these keys (`str`: whatever keys), a list of such that isn't empty, a tuple for
@@ -16,7 +16,7 @@ _FAILED: dict[Any, Any] = {"name": _ANY, "kind": _ANY, "error": _ANY}
 _RUNNER: dict[Any, Any] = {
     "name": _ANY, "kind": _ANY, "settings": {}, "peak_bytes": float,
     "cold": {"dropped": _ANY, "load_s": float, "round": {"stages": _STAGES}},
-    "launches": [{"load_s": _ANY, "rounds": [{"stages": _STAGES}]}],
+    "launches": [{"load_s": _ANY, "rounds": [{"stages": _STAGES, "waited": _STAGES, "yardstick_s": _ANY}]}],
 }  # fmt: skip
 _RUN = {
     "date": _ANY, "command": _ANY, "commit": _ANY, "delay": _ANY, "picture": _ANY, "tokens": float, "threads": _ANY,

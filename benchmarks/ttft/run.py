@@ -16,6 +16,7 @@ import psutil
 
 from benchmarks.ttft.process import Process, RunnerError, Specification, processes
 from benchmarks.ttft.runner import totals
+from benchmarks.ttft.yardstick import Yardstick
 
 _SETTLE = 0.005  # s before a round, in which the last runner's threads go to sleep
 _SHARE_OF_MEMORY = 0.8  # of what is available may be taken by all runners at once
@@ -61,8 +62,8 @@ def measure(
 ) -> tuple[list[dict[str, Any]], bool]:
     """Measure every runner in interleaved rounds; returns a record of each, and whether they had to take turns.
 
-    A record: {"name", "settings", "cold": {...}, "launches": [{"load_s", "rounds": [{"stages", "waited"}]}],
-    "peak_bytes", "note"}, or {"name", "error"}. A specification with "absent" only says why it can't run.
+    A record: {"name", "settings", "cold": {...}, "launches": [{"load_s", "rounds"}], "peak_bytes", "note"}, or {"name",
+    "error"}; a round is {"stages", "waited", "yardstick_s"}. A specification with "absent" only says why it can't run.
     """
     records: dict[str, dict[str, Any]] = {}
     for one in specifications:
@@ -119,7 +120,7 @@ def _cold(specification: Specification, budget: float) -> dict[str, Any]:
     cold = {"dropped": dropped, "load_s": ready["load_s"], "import_s": ready["import_s"], "process_s": took}
     return {
         "settings": ready["settings"], "delay": ready["delay"], "answer": answered.get("answer"),
-        "cold": cold | {"round": _times(answered)}, "launches": [], "peak_bytes": peak, "note": "",
+        "cold": cold | {"round": _times(answered, None)}, "launches": [], "peak_bytes": peak, "note": "",
     }  # fmt: skip
 
 
@@ -148,6 +149,7 @@ def _block(
 ) -> None:  # fmt: skip
     """Start these runners anew, warm them up, and let them do their rounds in an order that changes."""
     limit = budget, f"stopped after {budget:.3g} s, the budget, in a round: the cold one was faster"
+    yardstick = Yardstick()
     with processes() as start:
         running: dict[str, Process] = {}
         for one in specifications:
@@ -162,10 +164,11 @@ def _block(
             random.Random(f"{launch} {number}").shuffle(order)
             for name in order:
                 time.sleep(_SETTLE)
+                before = yardstick()
                 with _recorded(records[name]):
                     running[name].limit(*limit)
                     answered = running[name].round()
-                    records[name]["launches"][-1]["rounds"].append(_times(answered))
+                    records[name]["launches"][-1]["rounds"].append(_times(answered, before))
                     records[name]["answer"] = answered.get("answer")
         for name, process in running.items():
             if "error" not in records[name]:
@@ -174,8 +177,8 @@ def _block(
                     records[name]["peak_bytes"] = max(records[name]["peak_bytes"], process.close())
 
 
-def _times(answered: Mapping[str, Any]) -> dict[str, Any]:
-    return {"stages": answered["stages"], "waited": answered["waited"]}
+def _times(answered: Mapping[str, Any], yardstick: float | None) -> dict[str, Any]:
+    return {"stages": answered["stages"], "waited": answered["waited"], "yardstick_s": yardstick}
 
 
 @contextlib.contextmanager

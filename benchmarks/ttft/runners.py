@@ -16,7 +16,6 @@ from typing import Any
 
 from benchmarks.peers.shapes import against
 from benchmarks.quality import sweep_point
-from benchmarks.ttft.process import Specification
 from benchmarks.ttft.run import Effort
 from fastvlm.common.cli import log
 from fastvlm.common.errors import UserError
@@ -161,7 +160,7 @@ def specifications(
             yield {"kind": "peer", "name": name, "model": name.removeprefix(PEER), "keep_buffers": True}
 
 
-def mlx_vlm(request: Request, identity: Mapping[str, Any], say: Say) -> Specification:
+def mlx_vlm(request: Request, identity: Mapping[str, Any], say: Say) -> dict[str, Any]:
     """The specification of mlx-vlm with the first recipe; with "absent" where it can't run."""
     recipe, (document, _) = next(iter(recipes(request).items()))
     one: dict[str, Any] = {"kind": "mlx-vlm", "name": "mlx-vlm", "recipe": recipe}

@@ -56,8 +56,21 @@ def test_small_changes_are_not_called_however_quiet_it_is():
     assert found == {0.04: None, 0.06: "slower", -0.06: "faster"}
 
 
-def test_equal_runs_are_not_called_different(runs):
-    assert sum(bool(diff.compare(old, new)["changes"]) for old, new in itertools.pairwise(runs)) <= 1
+def altered(one, **values):
+    """The run with other values in each round."""
+    one = changed(one)
+    for runner in one["points"][0]["runners"]:
+        for launch in runner["launches"]:
+            launch["rounds"] = [round_ | values for round_ in launch["rounds"]]
+    return one
+
+
+def test_equal_runs_are_not_called_different_if_the_yardstick_counts(runs):
+    calls = [bool(diff.compare(old, new)["changes"]) for old, new in itertools.pairwise(runs)]
+    assert sum(calls) <= 1
+    without = [altered(one, yardstick_s=0.006) for one in runs[:6]]
+    blind = [bool(diff.compare(old, new)["changes"]) for old, new in itertools.pairwise(without)]
+    assert sum(blind) >= 3  # the control: the machine's speed differs from run to run
 
 
 @pytest.mark.parametrize("stage", BASE)
@@ -65,22 +78,14 @@ def test_a_slowed_stage_is_named_and_nothing_else_if_waiting_is_taken_out(stage,
     within = {stage, *(total for total, parts in TOTALS.items() if stage in parts)}
     named = blind = 0
     for seed in range(3):
-        old, new = runs[seed], document(100 + seed, {stage: 1.15})
-        slower = [(row["runner"], row["stage"]) for row in diff.compare(old, new)["changes"]]
+        pair = runs[seed], document(100 + seed, {stage: 1.15})
+        slower = [(row["runner"], row["stage"]) for row in diff.compare(*pair)["changes"]]
         assert {name for _, name in slower} <= within
         named += sum(name == stage for _, name in slower)
-        blind += sum(row["stage"] == stage for row in diff.compare(unaware(old), unaware(new))["changes"])
+        crowded = [altered(one, waited=dict.fromkeys(BASE, 0.0)) for one in pair]
+        blind += sum(row["stage"] == stage for row in diff.compare(*crowded)["changes"])
     assert named == 6  # two runners in three runs
     assert blind <= 1  # the control: what is made up here is noise indeed
-
-
-def unaware(one):
-    """The run on a system that doesn't count waiting."""
-    one = changed(one)
-    for runner in one["points"][0]["runners"]:
-        for launch in runner["launches"]:
-            launch["rounds"] = [{"stages": round_["stages"]} for round_ in launch["rounds"]]
-    return one
 
 
 @pytest.mark.parametrize(

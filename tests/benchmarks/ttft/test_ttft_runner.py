@@ -237,7 +237,7 @@ def test_rounds_are_interleaved_and_one_failing_runner_is_a_line(fakes, monkeypa
     assert by_name["dead"]["error"] == "no such checkpoint" and by_name["absent"]["error"] == "not installed"
     assert by_name["dies"]["error"] == by_name["hot"]["error"] == "killed"
     assert by_name["hot"]["passed"] is False and not any("passed" in by_name[name] for name in ("dead", "dies", "a"))
-    assert set(by_name["b"]["launches"][0]["rounds"][0]) == {"stages", "waited"}
+    assert set(by_name["b"]["launches"][0]["rounds"][0]) == {"stages", "waited", "yardstick_s"}
     rounds = [name for name in fakes if name in ("a round", "b round")][2:]  # without the cold ones
     for start in range(0, len(rounds), 2):
         assert {*rounds[start : start + 2]} == {"a round", "b round"}  # never two of one in a row of two

@@ -1,4 +1,4 @@
-"""Runs of `benchmarks ttft` made up from seeded noise: processes differ, rounds are disturbed and wait for a core."""
+"""Runs of `benchmarks ttft` made up from seeded noise: runs and processes differ, rounds are disturbed, and wait."""
 
 import copy
 
@@ -18,20 +18,22 @@ LAUNCHES, ROUNDS = 8, 9
 def document(seed: int, slowed: dict[str, float] | None = None, quiet: bool = False, launches: int = LAUNCHES) -> dict:
     """Two runners; `slowed`: stage -> factor, for both. `quiet`: next to no noise."""
     rng = np.random.default_rng(seed)
+    noise = 1e-6 if quiet else 1.0
+    speed = np.exp(noise * rng.uniform(-0.15, 0.15))  # of the machine, for the whole run
     runners = [
         {
             "name": name, "kind": kind, "recipe": None, "settings": {"dtype": "float32", "threads": 1}, "answer": [1],
             "cold": {"dropped": True, "load_s": 1.0, "import_s": 2.0, "process_s": 4.0,
-                     "round": {"stages": dict(BASE), "waited": dict.fromkeys(BASE, 0.0)}},
+                     "round": {"stages": dict(BASE), "waited": dict.fromkeys(BASE, 0.0), "yardstick_s": None}},
             "peak_bytes": 10**9, "note": "",
             "launches": [
-                {"load_s": 0.5, "rounds": _rounds(rng, slowed or {}, 1e-6 if quiet else 1.0)} for _ in range(launches)
+                {"load_s": 0.5, "rounds": _rounds(rng, slowed or {}, speed, noise)} for _ in range(launches)
             ],
         }
         for name, kind in (("fp16/executor-as-typed", "artefact"), ("transformers-cpu", "checkpoint"))
     ]  # fmt: skip
     return {
-        "benchmark": "ttft", "format": 1, "date": "2026-01-01T00:00:00+00:00", "command": "python -m benchmarks ttft",
+        "benchmark": "ttft", "format": 2, "date": "2026-01-01T00:00:00+00:00", "command": "python -m benchmarks ttft",
         "commit": None, "delay": ",".join(f"{stage}=x{factor}" for stage, factor in (slowed or {}).items()),
         "checkpoint": {"name": "demo", "dtype": "float16", "sha256": "0" * 64}, "picture": "a drawn scene",
         "tokens": 16,
@@ -43,19 +45,20 @@ def document(seed: int, slowed: dict[str, float] | None = None, quiet: bool = Fa
     }  # fmt: skip
 
 
-def _rounds(rng, slowed: dict, noise: float) -> list[dict]:
+def _rounds(rng, slowed: dict, speed: float, noise: float) -> list[dict]:
     layout = {stage: np.exp(noise * rng.normal(0, 0.025)) for stage in BASE}  # of a process's memory
     crowd = noise * rng.uniform(0, 2)  # how much others want the processors while it runs
     rounds = []
     for _ in range(ROUNDS):
         took, waited = {}, {}
         for stage, seconds in BASE.items():
-            work = seconds * layout[stage] * slowed.get(stage, 1.0) * np.exp(noise * rng.gamma(1.0, 0.02))
+            work = seconds * speed * layout[stage] * slowed.get(stage, 1.0) * np.exp(noise * rng.gamma(1.0, 0.02))
             if rng.random() < 0.1:
                 work *= 1 + noise * rng.pareto(1.5)  # whatever else disturbs a round
             waited[stage] = seconds * crowd * rng.exponential(0.3)
             took[stage] = work + waited[stage]
-        rounds.append({"stages": took, "waited": waited})
+        yardstick = 0.006 * speed * np.exp(noise * rng.gamma(1.0, 0.02))
+        rounds.append({"stages": took, "waited": waited, "yardstick_s": yardstick})
     return rounds
 
 
