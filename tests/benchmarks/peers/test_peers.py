@@ -261,11 +261,8 @@ def runner(name, encode, prefill, **more):
 
 
 def document(runners, checkpoint="synthetic-0.5b", resolution=1024):
-    return {
-        "checkpoint": {"name": checkpoint},
-        "tokens": 16,
-        "points": [{"resolution": resolution, "text_tokens": None, "runners": runners}],
-    }
+    point = {"resolution": resolution, "text_tokens": None, "runners": runners}
+    return {"checkpoint": {"name": checkpoint}, "tokens": 16, "points": [point]}
 
 
 LLAVA = [runner("peer:fastvlm-0.5b", 1.0, 0.5), runner("peer:llava-onevision-0.5b", 20.0, 19.5)]
@@ -289,32 +286,24 @@ def test_measured_ratios_stand_beside_claimed_ones():
     json.dumps(found)
 
 
-def test_only_the_same_shape_and_resolution_stands_beside_a_peer():
+def test_only_a_sound_runner_of_the_same_shape_and_resolution_stands_beside_a_peer():
     own = runner("fp16/executor-auto", 0.3, 0.2)
-
-    for other in (document([*LLAVA, own], "synthetic-7b"), document([*LLAVA, own], resolution=512), document(LLAVA)):
+    failed = runner("fp16/a", 0.1, 0.1, error="killed")
+    failed["launches"].append({"load_s": 1.0, "rounds": []})
+    others = [document([*LLAVA, own], "synthetic-7b"), document([*LLAVA, own], resolution=512), document(LLAVA)]
+    for other in (*others, document([*LLAVA, failed])):
         assert "ttft_fastest" not in rows(compare_peers(other)[0])
+    assert "fp16/executor-auto" in rows(compare_peers(document([*LLAVA, failed, own]))[0])["ttft_fastest"]["label"]
+    assert compare_peers(document([own])) == []
 
 
-def test_a_peer_that_failed_is_said_and_nothing_is_measured_of_it():
+def test_a_peer_that_failed_is_reported_without_figures():
     failed = {"name": "peer:llava-onevision-0.5b", "kind": "peer", "error": "out of memory"}
-    (found,) = compare_peers(document([LLAVA[0], failed]))
+    (comparison,) = compare_peers(document([LLAVA[0], failed]))
 
-    assert found["error"] == "peer:llava-onevision-0.5b: out of memory"
-    assert rows(found)["ttft_paper"]["ratio"] is None and rows(found)["ttft_paper"]["claimed"] == 85
-    assert not any("Measured here" in line for line in found["explanation"])
-
-
-def test_own_runners_that_failed_half_way_are_no_fastest():
-    own = [runner("fp16/a", 0.1, 0.1, error="killed"), runner("fp16/b", 0.4, 0.4)]
-    own[0]["launches"].append({"load_s": 1.0, "rounds": []})
-    (found,) = compare_peers(document([*LLAVA, *own]))
-    assert "fp16/b" in rows(found)["ttft_fastest"]["label"]
-    assert "ttft_fastest" not in rows(compare_peers(document([*LLAVA, own[0]]))[0])
-
-
-def test_no_peer_no_section():
-    assert compare_peers(document([runner("fp16/executor-auto", 0.3, 0.2)])) == []
+    assert comparison["error"] == "peer:llava-onevision-0.5b: out of memory"
+    assert rows(comparison)["ttft_paper"]["ratio"] is None and rows(comparison)["ttft_paper"]["claimed"] == 85
+    assert not any("Measured here" in line for line in comparison["explanation"])
 
 
 def test_a_runner_of_the_instrument(monkeypatch):
@@ -332,16 +321,9 @@ def test_fastvlm_here_is_fastvlm_elsewhere(size):
     from fastvlm.synthetic.checkpoint import SHAPES
 
     shape, text = SHAPES[size], shapes.data()["models"][f"fastvlm-{size}"]["text"]["config"]
+    ours = (shape.hidden, shape.layers, shape.heads, shape.kv_heads, shape.intermediate, shape.vocab, shape.tied)
 
-    assert (
-        shape.hidden,
-        shape.layers,
-        shape.heads,
-        shape.kv_heads,
-        shape.intermediate,
-        shape.vocab,
-        shape.tied,
-    ) == tuple(text[key] for key in (*TEXT, "tie_word_embeddings"))
+    assert ours == tuple(text[key] for key in (*TEXT, "tie_word_embeddings"))
 
 
 def test_every_figure_has_its_source():

@@ -47,12 +47,12 @@ NAMES = [
         (("*-best",), ["transformers-cpu-best"]),
     ],
 )
-def test_runners_are_chosen_by_pattern(patterns, expected):
-    assert runners.choose(patterns, NAMES) == expected
-
-
-def test_peers_that_were_asked_for_stay_whatever_the_patterns_say():
-    assert runners.choose(("int4/*",), [*NAMES, "peer:llava"]) == ["int4/executor-auto", "peer:llava"]
+def test_runners_are_chosen_by_pattern_and_peers_stay(patterns, expected):
+    assert runners.choose(patterns, [*NAMES, "peer:llava"]) == [*expected, "peer:llava"]
+    with pytest.raises(
+        UserError, match=r"--runner: no runner coreml-\*, cuda here, expected some of fp16/executor-auto"
+    ):
+        runners.choose(("coreml-*", "cuda", *patterns), NAMES)
 
 
 @pytest.mark.parametrize("search", [True, False])
@@ -106,21 +106,11 @@ def test_peers_run_at_the_first_point_with_the_threads_asked_for(monkeypatch):
     assert document["passed"] is False  # nothing was measured
 
 
-def test_a_pattern_without_a_runner_is_refused():
-    with pytest.raises(
-        UserError, match="--runner: no runner coreml-\\*, cuda here, expected some of fp16/executor-auto"
-    ):
-        runners.choose(("coreml-*", "cuda", "int4/*"), NAMES)
-
-
 @pytest.mark.parametrize("length", [30, 64, 200])
 def test_prompts_have_so_many_text_tokens(length, demo_model):
     text = plan.lengthened(DEMO, length)
     ids = prompt.encode_prompt(demo_model.tokenizer, text, demo_model.image_token_id, 16)
     assert (ids != demo_model.image_token_id).sum() == length
-
-
-def test_a_length_below_the_templates_is_refused():
     with pytest.raises(UserError, match="--prompt-length: got 3, expected more than the template's"):
         plan.lengthened(DEMO, 3)
 
