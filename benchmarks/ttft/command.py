@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks.peers.command import peer
 from benchmarks.suites.suite import DEMO, synthetic
-from benchmarks.ttft import diff, plan, repeat, report, runners
+from benchmarks.ttft import diff, plan, repeat, report
 from benchmarks.ttft.document import load_document
 from benchmarks.ttft.run import Effort
 from benchmarks.ttft.runner import DELAY, STAGES
@@ -42,7 +42,7 @@ def add_parser(subparsers: Any) -> None:
     _add_effort(parser, Effort())
     exported = parser.add_mutually_exclusive_group()
     exported.add_argument(
-        "--artefact", type=_artefact, nargs="+", default=[], metavar="FOLDER", help="made from the checkpoint"
+        "--artefact", type=Path, nargs="+", default=[], metavar="FOLDER", help="made from the checkpoint"
     )
     exported.add_argument("--quant", type=_recipe, nargs="+", metavar="RECIPE", help="what to export (default: fp16)")
     pixels, count = whole_number(64, multiple=64), whole_number()
@@ -127,12 +127,6 @@ def _add_repeatability(verbs: Any) -> None:
     _add_effort(parser, repeat.EFFORT)
     add_common(parser)
     parser.set_defaults(run=repeatability)
-
-
-def _artefact(text: str) -> Path:
-    path = some_path(text)
-    runners.manifest(path)
-    return path
 
 
 def _picture(text: str) -> Path:

@@ -6,7 +6,8 @@ import shlex
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -40,20 +41,27 @@ def check(request: Request) -> None:
     """Raise UserError with every fault of a request that shows without the checkpoint."""
     faults = []
     for path in request.artefacts:
-        held = runners.manifest(path)["vision"]["resolutions"]
-        if absent := [str(size) for size in request.resolutions if size not in held]:
-            expected = f"expected some of {', '.join(map(str, held))}, or another export"
-            faults.append(f"--resolution {', '.join(absent)}: {path} wasn't exported for it, {expected}")
-    try:
-        runners.choose(request.patterns, runners.names(request) if request.patterns else list(runners.recipes(request)))
-    except UserError as error:
-        faults.append(str(error))
-    try:
+        with _collected(faults, "--artefact "):
+            held = runners.manifest(path)["vision"]["resolutions"]
+            if absent := [str(size) for size in request.resolutions if size not in held]:
+                expected = f"expected some of {', '.join(map(str, held))}, or another export"
+                faults.append(f"--resolution {', '.join(absent)}: {path} wasn't exported for it, {expected}")
+    if not any(fault.startswith("--artefact") for fault in faults):
+        with _collected(faults):
+            known = runners.names(request) if request.patterns else list(runners.recipes(request))
+            runners.choose(request.patterns, known)
+    with _collected(faults):
         parse_delays(os.environ.get(DELAY, ""))
-    except ValueError as error:
-        faults.append(str(error))
     if faults:
         raise UserError("; ".join(faults))
+
+
+@contextmanager
+def _collected(faults: list[str], flag: str = "") -> Iterator[None]:
+    try:
+        yield
+    except (UserError, ValueError) as error:
+        faults.append(f"{flag}{error}")
 
 
 def measure(request: Request, say: Say = log) -> dict[str, Any]:
