@@ -140,7 +140,7 @@ def test_without_mlx_vlm_its_line_says_what_to_do(monkeypatch):
         (["--save", "/tmp", "--output", "/usr", "--image-file", "/nowhere.png", "--against", "gpt"],
          ["--save: /tmp is a folder", "--output: /usr is a folder", "--image-file: /nowhere.png: no such file",
           "--against: got gpt, expected one of llava-onevision-0.5b"]),
-        (["--artefact", "/nowhere", "--shape", "7b"], ["--artefact /nowhere: no such folder", f"{DELAY}: got encode=fast"]),
+        (["--artefact", "/nowhere", "--shape", "7b"], ["--artefact /nowhere: no such folder", DELAY]),
         (["--quant", "int3.5", "--prompt-length", "0"], ["--quant: unknown recipe 'int3.5'", "--prompt-length: got 0"]),
         (["--artefact", str(DEMO), "--quant", "int4"], ["--quant: not allowed with argument --artefact"]),
         (["--runner", "nobody"], ["--runner: no runner nobody here", f"{DELAY}: got encode=fast"]),
