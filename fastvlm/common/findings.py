@@ -1,8 +1,8 @@
 """A finding: one thing that is wrong or doubtful in what a command was given, in the parts that every message has."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 _LISTED = 20  # details on one line
 
@@ -53,6 +53,21 @@ class Finding:
         """As JSON; "details" only where there are any."""
         document = asdict(self) | {"details": list(self.details)}
         return document if self.details else {key: value for key, value in document.items() if key != "details"}
+
+
+Value = TypeVar("Value")
+# What reads something untrusted: yields what is wrong with it and returns what can be used all the same.
+Steps = Generator[Finding, None, Value]
+
+
+def collect(steps: Steps[Value]) -> tuple[Value, list[Finding]]:
+    """What `steps` return, and every finding that they yield."""
+    findings: list[Finding] = []
+    while True:
+        try:
+            findings.append(next(steps))
+        except StopIteration as end:
+            return end.value, findings
 
 
 def printable(text: str) -> str:
