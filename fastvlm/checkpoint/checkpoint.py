@@ -155,9 +155,10 @@ def examine(path: str | os.PathLike[str], image_strategy: str | None = None) -> 
         examination.checkpoint, examination.findings = collect(steps)
     except _OtherKind as other:
         examination.kind, examination.findings = other.kind, [other.kind.finding()]
-    if examination.checkpoint is not None:
-        warnings = tuple(map(str, examination.warnings))
-        examination.checkpoint = replace(examination.checkpoint, warnings=warnings)
+    if examination.faults or examination.checkpoint is None:
+        examination.checkpoint = None
+    else:
+        examination.checkpoint = replace(examination.checkpoint, warnings=tuple(map(str, examination.warnings)))
     return examination
 
 
