@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import environment
-from benchmarks.measure import ROOT
 from benchmarks.ttft import run
 from benchmarks.ttft.document import FORMAT
 from benchmarks.ttft.run import Effort, Specification
 from benchmarks.ttft.runner import DELAY
 from fastvlm.common import threads
+from fastvlm.common.children import ROOT
 from fastvlm.common.cli import log
 from fastvlm.common.errors import UserError
 from fastvlm.data.prompt import encode_prompt, render_prompt

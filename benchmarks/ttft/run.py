@@ -20,9 +20,9 @@ from typing import IO, Any
 
 import psutil
 
-from benchmarks.measure import ROOT
 from benchmarks.ttft.runner import totals
 from fastvlm.common import threads
+from fastvlm.common.children import ROOT
 
 # glibc keeps freed buffers: no block is a mapping of its own, and the heap isn't trimmed (mallopt(3)).
 KEEP_BUFFERS = {

@@ -7,10 +7,10 @@ import sys
 
 import pytest
 
-from benchmarks.measure import ROOT
 from benchmarks.ttft import run, runner, search
 from benchmarks.ttft.run import Effort, RunnerError
 from benchmarks.ttft.runner import STAGES, one_round, parse_delays, totals
+from fastvlm.common.children import ROOT
 
 TAKES = {stage: 2.0**number for number, stage in enumerate(STAGES)}  # s by the fake clock; sums tell them apart
 YARDSTICK = {"kind": "yardstick", "name": "yardstick"}
