@@ -21,8 +21,9 @@ from app_bridge.validation import licence
 from benchmarks.estimate.estimate import facts as measured
 from fastvlm.common import staging
 from fastvlm.common.cli import add_common, log, progress
+from fastvlm.common.documents import load_object, object_or_empty
 from fastvlm.common.errors import UserError
-from fastvlm.common.files import Output, load_json
+from fastvlm.common.files import Output
 from fastvlm.data.prompt import render_prompt
 from model_export import artefact as exported
 from model_export import contract
@@ -116,7 +117,7 @@ def describe(folder: Path) -> dict[str, Any]:
     """What a model folder holds, as far as it says: published size, recipe, bytes, when it was last written."""
     paths = [path for path in folder.rglob("*") if not path.is_dir() or path.is_symlink()] or [folder]
     stats = [path.lstat() for path in paths]
-    config, manifest = _json(folder / contract.CONFIG), _json(folder / contract.MANIFEST)
+    config, manifest = object_or_empty(folder / contract.CONFIG), object_or_empty(folder / contract.MANIFEST)
     shape = f"{config.get('num_hidden_layers')} layers of {config.get('hidden_size')}"
     sizes = {  # tests hold these to fastvlm.synthetic.checkpoint's, which takes torch
         "{layers} layers of {hidden}".format(**measured("published.json")["languages"][f"qwen2-{key}"]): name
@@ -186,8 +187,8 @@ def _stand_alone(
 
 def guide(artefact: Path, manifest: Mapping[str, Any], wanted: facts.AppFacts) -> dict[str, Any]:
     """What an app of one's own has to do with the model, as JSON. Shapes as Core ML has them; sizes in pixels."""
-    config = load_json(artefact / contract.CONFIG)
-    pixels = load_json(artefact / contract.PREPROCESSOR_CONFIG)
+    config = load_object(artefact / contract.CONFIG)
+    pixels = load_object(artefact / contract.PREPROCESSOR_CONFIG)
     functions = contract.functions(manifest["vision"]["image_size"], manifest["config"]["resolutions"])
     channels, token = manifest["vision"]["channels"], wanted.image_token
     return {
@@ -313,25 +314,15 @@ def _check_output(target: Path, overwrite: bool) -> None:
     if not os.path.lexists(target) or (target.is_dir() and not any(target.iterdir())):
         return
     names = {path.name for path in target.iterdir()} - {".DS_Store"} if target.is_dir() else set()
-    if names != {"model", NAME} or _json(target / NAME).get("format") != FORMAT:
+    if names != {"model", NAME} or object_or_empty(target / NAME).get("format") != FORMAT:
         raise UserError(f"--output-dir {target}: is no bundle, or holds more than one: choose another")
     if not overwrite:
         raise UserError(f"--output-dir {target}: exists: choose another, or replace it with --overwrite")
-    files = _json(target / NAME).get("files")
+    files = object_or_empty(target / NAME).get("files")
     if (target / "model" / contract.MANIFEST).exists():
         exported.check_target(target / "model", overwrite)
     elif not isinstance(files, dict) or not kept.holds(target / "model", files):
         raise UserError(f"--output-dir {target}: its model is not as it was bundled: move it away yourself")
-
-
-def _json(path: Path) -> dict[str, Any]:
-    """A JSON file's object; empty where there is none."""
-    try:
-        document = load_json(path)
-        json.dumps(document, ensure_ascii=False).encode()  # half a surrogate pair is JSON, but can't be printed
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return document if isinstance(document, dict) else {}
 
 
 def _line(described: Mapping[str, Any]) -> str:

@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from fastvlm.common.documents import Unreadable, load
 from fastvlm.common.errors import UserError
-from fastvlm.common.files import load_json
 
 FORMAT = 2
 _NAMED = 5  # faults at most in the message
@@ -32,8 +32,8 @@ _RUN = {
 def load_document(path: Path) -> dict[str, Any]:
     """A saved run. UserError if it is none of this format, or lacks something, in a line that names it."""
     try:
-        document: dict[str, Any] = load_json(path)
-    except (OSError, ValueError) as error:
+        document: dict[str, Any] = load(path)
+    except Unreadable as error:
         raise UserError(f"{path}: not readable as JSON ({error}): expected what `ttft --save` wrote") from None
     if not isinstance(document, dict) or (document.get("benchmark"), document.get("format")) != ("ttft", FORMAT):
         raise UserError(f"{path}: not a run of `benchmarks ttft` in format {FORMAT}: measure again with --save")

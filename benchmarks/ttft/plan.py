@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 
 from benchmarks import environment
-from benchmarks.measure import ROOT
 from benchmarks.metrics import snr_db
 from benchmarks.ttft import figures, run, runners
 from benchmarks.ttft.document import FORMAT
@@ -26,6 +25,7 @@ from benchmarks.ttft.runners import BEST, Request, Say
 from benchmarks.ttft.search import search
 from fastvlm.checkpoint.checkpoint import open_checkpoint
 from fastvlm.common import threads
+from fastvlm.common.children import ROOT
 from fastvlm.common.cli import log
 from fastvlm.common.errors import UserError
 from fastvlm.data import pictures

@@ -13,8 +13,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from benchmarks.measure import ROOT
 from fastvlm.common import threads
+from fastvlm.common.children import ROOT
 
 # glibc keeps freed buffers: no block is a mapping of its own, and the heap isn't trimmed (mallopt(3)).
 KEEP_BUFFERS = {

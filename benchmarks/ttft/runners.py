@@ -5,7 +5,6 @@ What a specification needs is exported here: one artefact for each recipe, and a
 
 import importlib.util
 import os
-import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,8 +16,10 @@ from typing import Any
 from benchmarks.peers.shapes import against
 from benchmarks.quality import sweep_point
 from benchmarks.ttft.run import Effort
+from fastvlm.common import children
 from fastvlm.common.cli import log
 from fastvlm.common.errors import UserError
+from fastvlm.common.staging import once
 from model_export.artefact import check_for_app, read_whole
 from model_export.config import COMPUTE_UNITS
 from quantization.recipe import load_recipe
@@ -97,10 +98,9 @@ def backends() -> dict[str, dict[str, Any]]:
 @cache
 def devices() -> list[str]:
     """PyTorch's devices here. A process of its own asks: torch's memory would be that of the process which measures."""
-    code = "import torch; print(torch.cuda.is_available(), torch.backends.mps.is_available())"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    cuda, mps = (done.stdout.split() or ["False", "False"])[-2:]
-    return ["cpu", *(["cuda"] if cuda == "True" else []), *(["mps"] if mps == "True" else [])]
+    code = "import json, torch; print(json.dumps({one: getattr(torch, one).is_available() for one in ('cuda', 'mps')}))"
+    found = children.run([sys.executable, "-c", code]).document("PyTorch")
+    return ["cpu", *(name for name, available in found.items() if available)]
 
 
 def recipes(request: Request) -> dict[str, tuple[dict[str, Any], Path | None]]:
@@ -189,7 +189,7 @@ def exported(
     target = request.work.resolve() / "artefacts" / name
     if not target.exists():
         say(f"exporting {recipe['name']}{' for mlx-vlm' if 'layout' in options else ''}")
-    return sweep_point.once(target, lambda folder: sweep_point.export_apart(settings, parts, options, folder))
+    return once(target, lambda folder: sweep_point.export_apart(settings, parts, options, folder))
 
 
 def check_weights(artefact: Path, identity: Mapping[str, Any]) -> None:

@@ -23,6 +23,7 @@ from rich.filesize import decimal
 
 from fastvlm.checkpoint.folder_kind import REPOSITORY
 from fastvlm.common.cli import add_common, log, one_line, progress
+from fastvlm.common.documents import object_or_empty
 from fastvlm.common.errors import UserError
 from fastvlm.common.staging import own, remove
 from fastvlm.download.fetch import (
@@ -37,7 +38,6 @@ from fastvlm.download.fetch import (
     need_disk,
     open_url,
     persist,
-    read_json,
     remote_size,
     write_json,
 )
@@ -155,7 +155,7 @@ def _finished(target: Path, revision: str, overwrite: bool) -> dict[str, Any] | 
 
 def _record(folder: Path) -> dict[str, Any]:
     """The record in a finished folder; {} for what this command has not written."""
-    record = read_json(folder / RECORD)
+    record = object_or_empty(folder / RECORD)
     files = record.get("files")
     sized = isinstance(files, dict) and all(isinstance(one, dict) and "size" in one for one in files.values())
     return record if sized else {}
@@ -299,7 +299,7 @@ def _from_hub(repository: str, revision: str, work: Path, retries: Retries) -> d
     licence = card.get("license_name") or card.get("license") or "not stated by the repository"
     log(f"{repository} at {sha}; licence: {licence}" + (": research only" if licence == RESEARCH_ONLY else ""))
     folder, total, done = work / "files", sum(file["size"] for file in wanted), 0
-    if read_json(work / "revision.json").get("sha") != sha:
+    if object_or_empty(work / "revision.json").get("sha") != sha:
         shutil.rmtree(folder, ignore_errors=True)
         write_json(work / "revision.json", {"sha": sha})
     folder.mkdir(exist_ok=True)

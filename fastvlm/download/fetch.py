@@ -18,8 +18,8 @@ from urllib.parse import urlsplit
 from rich.filesize import decimal
 
 from fastvlm.common.cli import log
+from fastvlm.common.documents import object_or_empty
 from fastvlm.common.errors import UserError
-from fastvlm.common.files import read_json
 
 CHUNK = 1 << 20  # bytes
 MOST = 1 << 50  # bytes of a file; a server that announces more is lying
@@ -247,4 +247,4 @@ def _state_path(path: Path) -> Path:
 
 
 def _read_state(path: Path) -> dict[str, Any]:
-    return read_json(_state_path(path))
+    return object_or_empty(_state_path(path))

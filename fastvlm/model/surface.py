@@ -17,6 +17,7 @@ import torch
 from fastvlm.common.cli import log
 from fastvlm.common.dtypes import computed_in, dtype_name
 from fastvlm.common.errors import UserError
+from fastvlm.common.image_tokens import tokens_per_image
 from fastvlm.common.limits import Part, finite, positions, stopped, warn_once
 from fastvlm.data.preprocessing import Preprocessor
 from fastvlm.data.prompt import encode_prompt, eos_ids
@@ -160,7 +161,7 @@ class FastVLM:
     @property
     def tokens_per_image(self) -> int:
         """How many tokens of the prompt a picture takes."""
-        return (self.image_size // 64) ** 2
+        return tokens_per_image(self.image_size)
 
     def preprocess(self, image: Any) -> np.ndarray:
         """A picture (PIL image, path, or uint8 (height, width, 3)) -> pixel values (1, 3, S, S) float32, 0…1 before

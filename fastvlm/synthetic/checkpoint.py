@@ -22,6 +22,7 @@ import torch
 from fastvlm.checkpoint import naming
 from fastvlm.common.dtypes import ITEMSIZE, SAFETENSORS_NAMES, torch_dtype
 from fastvlm.common.errors import UserError
+from fastvlm.common.image_tokens import tokens_per_image
 from fastvlm.synthetic import tokenizer
 
 LAYOUTS = ("fast_vlm", "llava_qwen2")
@@ -164,7 +165,7 @@ def _config(s: Shape, layout: str, form: str, dtype: str, tied: bool, image_size
         "architectures": ["FastVlmForConditionalGeneration"],
         "model_type": "fast_vlm",
         "dtype": dtype,
-        "image_seq_length": (image_size // 64) ** 2,
+        "image_seq_length": tokens_per_image(image_size),
         "image_token_index": first + 3,
         "multimodal_projector_bias": True,
         "projector_hidden_act": "gelu",

@@ -5,11 +5,11 @@ import sys
 
 import pytest
 
-from benchmarks.measure import ROOT
 from benchmarks.ttft import process, run, runner, search
 from benchmarks.ttft.process import RunnerError, processes
 from benchmarks.ttft.run import Effort
 from benchmarks.ttft.runner import STAGES, one_round, parse_delays, totals
+from fastvlm.common.children import ROOT
 
 TAKES = {stage: 2.0**number for number, stage in enumerate(STAGES)}  # s by the fake clock; sums tell them apart
 READY = 'echo \'{"ready": true, "load_s": 1, "import_s": 1, "settings": {}, "delay": ""}\''

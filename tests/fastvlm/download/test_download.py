@@ -259,7 +259,7 @@ KILL_EVERYWHERE = """
 
 
 def driver(code: str, folder: Path, name: str = NAME) -> subprocess.Popen[str]:
-    setup = DRIVER.format(root=str(Path(__file__).parents[2]), name=name, folder=str(folder))
+    setup = DRIVER.format(root=str(Path(__file__).parents[3]), name=name, folder=str(folder))
     program = textwrap.dedent(setup) + textwrap.dedent(code)
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
     return subprocess.Popen([sys.executable, "-c", program], text=True, **pipes)

@@ -3,23 +3,16 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
+from edits import WEIGHTS, edit_config, edit_tensors
 from safetensors.torch import load_file, save_file
 
 BASE = "apple/FastVLM-0.5B"
-WEIGHTS = "model.safetensors"
 
 
-def edit_config(folder: Path, **changes: Any) -> None:
-    config = json.loads((folder / "config.json").read_text()) | changes
-    (folder / "config.json").write_text(json.dumps(config))
-
-
-def edit_tensors(folder: Path, rename: Callable[[str], str | None]) -> None:
-    tensors = {new: value for name, value in load_file(folder / WEIGHTS).items() if (new := rename(name))}
-    save_file(tensors, folder / WEIGHTS)
+def rename_tensors(folder: Path, rename: Callable[[str], str | None]) -> None:
+    edit_tensors(folder, lambda tensors: {new: value for name, value in tensors.items() if (new := rename(name))})
 
 
 def _empty(folder: Path, *names: str) -> None:
@@ -52,11 +45,11 @@ def _language_only(name: str) -> str | None:
 
 def app_model(folder: Path) -> None:
     (folder / "fastvithd.mlpackage").mkdir()
-    edit_tensors(folder, _language_only)
+    rename_tensors(folder, _language_only)
 
 
 def mlx_language_model(folder: Path) -> None:
-    edit_tensors(folder, _language_only)
+    rename_tensors(folder, _language_only)
     edit_config(folder, model_type="fast_vlm")
 
 

@@ -16,7 +16,7 @@ from fastvlm.checkpoint.configuration import configuration_of, hf_config_of
 from fastvlm.checkpoint.shapes import shapes, skeleton
 from fastvlm.synthetic.checkpoint import SHAPES, _config
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 DEMO = ROOT / "fastvlm" / "demo_checkpoint"
 
 

@@ -13,7 +13,7 @@ import torch
 from fastvlm.checkpoint.checkpoint import open_checkpoint
 from fastvlm.model.build import build, encoder
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "llava"
+GOLDEN = Path(__file__).parents[2] / "golden" / "llava"
 TOLERANCE = 1e-4  # relative, float32: the bound; 1e-6 is typical
 FORMS = ("folded", "training")
 LAYOUTS = ("llava_qwen2", "fast_vlm")

@@ -79,7 +79,7 @@ def test_all_faults_of_a_file_at_once(folder):
     message = str(caught.value)
     assert "\n" not in message and "line 1:" not in message and "line 9" not in message
     for expected in (
-        "line 2: not JSON",
+        "line 2: no JSON",
         "line 3: image: no such file: " + str(folder / "gone.png") + ", conversations: no question besides <image>",
         "line 4: image: got a list",
         "line 5: conversations: expected a list",
@@ -99,7 +99,7 @@ def test_a_long_list_of_faults_is_cut(folder):
     ("name", "content", "message"),
     [
         ("a.json", b"{}", "got an object, expected a list"),
-        ("a.json", b"[", "not JSON"),
+        ("a.json", b"[", "no JSON"),
         ("a.json", b"[]", "no questions"),
         ("a.jsonl", b"\n\n", "no questions"),
         ("a.jsonl", b"\xff\xfe", "not UTF-8"),

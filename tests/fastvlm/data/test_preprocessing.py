@@ -22,7 +22,7 @@ from fastvlm.common.errors import UserError
 from fastvlm.data import preprocessing
 from fastvlm.data.preprocessing import STRATEGIES, Preprocessor, open_image, read_preprocessor
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "preprocessing"
+GOLDEN = Path(__file__).parents[2] / "golden" / "preprocessing"
 _spec = importlib.util.spec_from_file_location("golden_preprocessing", GOLDEN / "make.py")
 assert _spec and _spec.loader
 make: Any = importlib.util.module_from_spec(_spec)
@@ -354,40 +354,40 @@ def test_a_checkpoint_is_read_the_same_way(layout: str, processor: dict[str, Any
 
 
 @pytest.mark.parametrize(
-    ("config", "processor", "said"),
+    ("config", "processor", "words"),
     [
-        (None, None, "no resolution"),
-        ({"model_type": "llava_qwen2"}, None, "no resolution"),
-        (LLAVA | {"image_aspect_ratio": "anyres"}, None, 'image_aspect_ratio is "anyres"'),
+        (None, None, "resolution-missing"),
+        ({"model_type": "llava_qwen2"}, None, "resolution-missing: config.json: mm_vision_tower"),
+        (LLAVA | {"image_aspect_ratio": "anyres"}, None, "image-strategy-unknown: config.json: image_aspect_ratio"),
         (LLAVA | {"mm_vision_tower": "mobileclip_l_1024"}, CLIP, "mm_vision_tower 1024, crop_size 512"),
-        (HF, CLIP | {"size": {"shortest_edge": 560}}, "crop_size 512, size 560"),
+        (HF, CLIP | {"size": {"shortest_edge": 560}}, "resolution-contradictory"),
         (HF, CLIP | {"size": {"height": 512, "width": 512}}, 'size {"height": 512'),
         (HF, CLIP | {"crop_size": {"height": 512, "width": 500}}, "crop_size {"),
-        (HF, CLIP | {"resample": 2}, "resample is 2, expected 3"),
-        (HF, CLIP | {"do_resize": False, "rescale_factor": 1.0}, "do_resize is false, expected true; rescale_factor"),
-        (HF, CLIP | {"image_strategy": "stretch"}, 'image_strategy is "stretch"'),
-        (HF, CLIP | {"do_center_crop": False}, "neither do_pad nor do_center_crop"),
-        (HF, CLIP | {"image_mean": "0"}, 'image_mean is "0"'),
-        (HF, CLIP | {"image_mean": [0.0, 0.0]}, "image_mean is [0.0, 0.0], expected a list of 3 values"),
-        (HF, CLIP | {"image_std": [1.0, 0.0, 1.0]}, "image_std is [1.0, 0.0, 1.0]"),
-        (HF, CLIP | {"crop_size": 100, "size": 100}, "resolution 100: expected a multiple of 64 pixels"),
         (
             HF,
-            CLIP | {"crop_size": 2**40, "size": 2**40},
-            "crop_size is 1099511627776, expected a JSON object, or a whole number",
+            CLIP | {"resample": 2},
+            "preprocessing-unsupported: preprocessor_config.json: resample: got 2",
         ),
+        (HF, CLIP | {"do_resize": False, "rescale_factor": 1.0}, "do_resize: got false, expected true; preprocessing-"),
+        (HF, CLIP | {"image_strategy": "stretch"}, "setting-invalid: preprocessor_config.json: image_strategy"),
+        (HF, CLIP | {"do_center_crop": False}, "image-strategy-unknown"),
+        (HF, CLIP | {"image_mean": "0"}, 'image_mean: got "0"'),
+        (HF, CLIP | {"image_mean": [0.0, 0.0]}, "image_mean: got [0.0, 0.0], expected a list of 3 values"),
+        (HF, CLIP | {"image_std": [1.0, 0.0, 1.0]}, "image_std: got [1.0, 0.0, 1.0]"),
+        (HF, CLIP | {"crop_size": 100, "size": 100}, "resolution-unsupported"),
+        (HF, CLIP | {"crop_size": 2**40, "size": 2**40}, "crop_size: got 1099511627776, expected a JSON object, or"),
         (HF, [1], "expected a JSON object"),
     ],
 )
-def test_other_preprocessing_is_refused(config: Any, processor: Any, said: str, tmp_path: Path) -> None:
+def test_other_preprocessing_is_refused(config: Any, processor: Any, words: str, tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         read_preprocessor(folder_with(tmp_path, config, processor))
-    assert said in str(caught.value) and "\n" not in str(caught.value)
+    assert words in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_unusable_settings_are_refused(tmp_path: Path) -> None:
     (tmp_path / "preprocessor_config.json").write_text("{")
-    with pytest.raises(UserError, match=r"preprocessor_config\.json: not JSON"):
+    with pytest.raises(UserError, match=r"not-json: preprocessor_config\.json"):
         read_preprocessor(tmp_path)
     with pytest.raises(UserError, match="'stretch': expected pad or center_crop"):
         Preprocessor(256, "stretch")
