@@ -39,7 +39,7 @@ TOKENS = 16  # decoded in each round after the first one
 
 def check(request: Request) -> None:
     """Raise UserError with every fault of a request that shows without the checkpoint."""
-    faults = []
+    faults: list[str] = []
     for path in request.artefacts:
         with _collected(faults, "--artefact "):
             held = runners.manifest(path)["vision"]["resolutions"]
