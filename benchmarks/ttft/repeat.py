@@ -16,7 +16,7 @@ from benchmarks.ttft.runner import DELAY, TOTALS
 SLOWDOWN = 1.15
 FALSE_SHARE = 0.05  # of the pairs, at most
 RUNNERS = ("executor-as-typed", "transformers-cpu")
-EFFORT = Effort(launches=8, rounds=18)
+EFFORT = Effort(launches=8, rounds=30)
 Measure = Callable[[], dict[str, Any]]
 
 
