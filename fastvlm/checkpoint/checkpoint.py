@@ -140,7 +140,9 @@ def open_checkpoint(path: str | os.PathLike[str], image_strategy: str | None = N
     """
     examination = examine(path, image_strategy)
     if examination.checkpoint is None:
-        raise UserError(f"cannot use checkpoint {path}: {'; '.join(map(str, examination.faults))}")
+        raise UserError(
+            f"cannot use checkpoint {folder_kind.as_typed(path)}: {'; '.join(map(str, examination.faults))}"
+        )
     return examination.checkpoint
 
 
