@@ -2,7 +2,6 @@
 
 import hashlib
 import importlib.util
-import importlib.util
 import io
 import json
 import struct
@@ -202,7 +201,11 @@ def test_what_is_no_picture_is_refused(tmp_path: Path) -> None:
         ("empty.jpg", b"", "an empty file"),
         ("text.png", b"hello\n" * 20, "not a picture, or a damaged one: expected JPEG"),
         ("page.eps", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "not a picture"),
-        ("phone.heic", b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "pip install pillow-heif" if not importlib.util.find_spec("pillow_heif") else "not a picture"),
+        (
+            "phone.heic",
+            b"\0\0\0\x18ftypheic\0\0\0\0mif1heic",
+            "pip install pillow-heif" if not importlib.util.find_spec("pillow_heif") else "not a picture",
+        ),
         ("pointer.jpg", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "git lfs pull"),
     ]:
         (tmp_path / name).write_bytes(content)
