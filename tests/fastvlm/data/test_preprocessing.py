@@ -186,6 +186,9 @@ def refusal(image: Any) -> str:
     return message
 
 
+HEIC = "not a picture" if importlib.util.find_spec("pillow_heif") else "pip install pillow-heif"  # of a damaged one
+
+
 def test_heic_is_read_where_pillow_heif_is_installed(tmp_path: Path) -> None:
     heif = pytest.importorskip("pillow_heif")
     drawn = Image.linear_gradient("L").convert("RGB").resize((64, 48))
@@ -204,7 +207,7 @@ def test_what_is_no_picture_is_refused(tmp_path: Path) -> None:
         (
             "phone.heic",
             b"\0\0\0\x18ftypheic\0\0\0\0mif1heic",
-            "pip install pillow-heif" if not importlib.util.find_spec("pillow_heif") else "not a picture",
+            HEIC,
         ),
         ("pointer.jpg", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "git lfs pull"),
     ]:
