@@ -16,7 +16,7 @@ from typing import Any
 from jinja2 import Environment, TemplateError
 from markupsafe import Markup
 
-from app_bridge.validation import licence
+from app_bridge import licence
 from fastvlm.common.cli import add_common, log
 from fastvlm.common.errors import UserError
 from fastvlm.common.files import Output, read_text
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     quality = read_quality(args.quality, manifest) if args.quality else None
     if faults := exported_faults(args.artefact, manifest):
         raise UserError("; ".join(faults))
-    licence.say(args.artefact)
+    licence.log_research_term(args.artefact)
     text = make(args.artefact, manifest, args.repo, quality, args.base_model)
     for finding in licence.check(args.artefact, manifest):
         log(f"it can't be published: {finding.line()}")
@@ -217,7 +217,7 @@ def _render(
 
     vision, llm, parity = manifest["vision"], manifest["llm"], manifest.get("parity")
     shape = contract.output_shape(vision["image_size"], vision["channels"])
-    name, research_only = licence.file(artefact), licence.research_only(artefact)
+    name, research_only = licence.licence_file(artefact), licence.research_only(artefact)
     faults: list[str] = []
     block = check_quantization.parse_block(llm.get("quantization"), faults)
     if faults:

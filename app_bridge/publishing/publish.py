@@ -11,7 +11,7 @@ from typing import Any
 
 from app_bridge.publishing import card
 from app_bridge.publishing.hub import MAIN, Held, Hub, Upload, client
-from app_bridge.validation import licence
+from app_bridge import licence
 from fastvlm.common.cli import add_common, progress
 from fastvlm.common.errors import CheckFailed, UserError
 from fastvlm.common.files import read_small, read_text
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if not _BRANCH.fullmatch(args.revision):
         raise UserError(f"--revision: got {args.revision!r}, expected the name of a branch")
     files, text = prepare(args.artefact, args.repo, args.card)
-    licence.say(args.artefact)
+    licence.log_research_term(args.artefact)
     with client(args.debug) as wire:
         hub = Hub(args.repo, args.revision, wire)
         if args.upload and not get_token():
@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             _check_room(hub, held, files, stale, args.private)
         document = _plan(hub, files, held, stale) | {"dry_run": not args.upload, "unknown": unknown, "card": text}
         document["exists"] = None if unknown else held is not None
-        document |= {"token": bool(get_token()), "licence": licence.file(args.artefact)}
+        document |= {"token": bool(get_token()), "licence": licence.licence_file(args.artefact)}
         document["research_only"] = licence.research_only(args.artefact)
         if not args.json:
             print("\n".join(_lines(document)))

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from app_bridge.__main__ import build_parser
-from app_bridge.validation import licence
+from app_bridge import licence
 from fastvlm.common.cli import run
 from model_export.artefact import carry_licences, read_manifest, write_manifest
 
@@ -129,12 +129,12 @@ def test_the_research_term_is_by_the_text_not_the_name(
 ) -> None:
     folder = make(LICENSE=RESEARCH)
     assert licence.research_only(folder)
-    licence.say(folder)
+    licence.log_research_term(folder)
     said = capsys.readouterr().err
     assert "research only" in said and "License Agreement" in said and "LICENSE " in said and said.count("\n") == 2
     (folder / "LICENSE").write_text(OTHER)
-    assert not licence.research_only(folder) and licence.term(folder) is None
-    licence.say(folder)
+    assert not licence.research_only(folder) and licence.research_term(folder) is None
+    licence.log_research_term(folder)
     assert capsys.readouterr().err == ""
 
 
@@ -151,7 +151,7 @@ def test_the_research_term_is_by_the_text_not_the_name(
 def test_the_weights_licence_is_named(make: Callable[..., Path], files: dict[str, str], name: str | None) -> None:
     folder = make(**files)
     (folder / "licences").mkdir()
-    assert licence.file(folder) == name
+    assert licence.licence_file(folder) == name
 
 
 def test_nothing_overrides_it(app_artefact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

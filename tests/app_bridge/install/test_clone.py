@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from app_bridge.install.clone import place
+from app_bridge.install.clone import clone_or_copy as place
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux's ioctl")
 

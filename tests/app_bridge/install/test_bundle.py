@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from app_bridge import kept
+
 from app_bridge.app import facts, packages
 from app_bridge.findings import Finding
-from app_bridge.install import bundle, clone
+from app_bridge.install import clone, guide
+from app_bridge.install.place import Place, locked
 from app_bridge.validation import validate
 from fastvlm.common import staging
 from tests.app_bridge.models import call, contents, make_artefact, make_foreign, model, previous, snapshot
@@ -92,8 +93,8 @@ def test_whatever_was_there_can_be_described(
 
 def test_what_an_app_has_is_told_without_torch(new: Path) -> None:
     """Which takes two seconds: `restore` need not wait for it."""
-    code = "import sys; from pathlib import Path; from app_bridge import __main__, bundle;"
-    code += f"bundle.describe(Path({str(new)!r})); sys.exit('torch' in sys.modules)"
+    code = "import sys; from pathlib import Path; from app_bridge import __main__; from app_bridge.install import describe;"
+    code += f"describe.describe(Path({str(new)!r})); sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
@@ -183,7 +184,7 @@ def test_interrupted_is_said_and_leaves_nothing_staged(
     def stop(*_: object) -> bool:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(clone, "place", stop)
+    monkeypatch.setattr(clone, "clone_or_copy", stop)
     assert call("bundle", new, "--app", app) == 130
     assert capsys.readouterr().err.endswith("interrupted\n")
     assert not list(previous(app).parent.glob("*next*")) and not model(app).exists()
@@ -195,7 +196,7 @@ def test_a_full_disk_is_one_line(
     def fill(*_: object) -> bool:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(clone, "place", fill)
+    monkeypatch.setattr(clone, "clone_or_copy", fill)
     assert call("bundle", new, "--app", app) == 2
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith(f"error: {app}") and "disk full" in last and "expected" in last
@@ -241,7 +242,7 @@ def test_two_at_once(app: Path, new: Path, capsys: pytest.CaptureFixture[str]) -
     make_foreign(model(app))
     assert call("bundle", new, "--app", app) == 0
     before = [snapshot(model(app)), snapshot(previous(app))]
-    with kept.opened(kept.Place(app, "FastVLM/model")):
+    with locked(Place(app, "FastVLM/model")):
         for verb in (("restore",), ("bundle", new)):
             assert call(*verb, "--app", app) == 2
             assert "another bundle or restore is at work" in capsys.readouterr().err
@@ -277,7 +278,7 @@ def test_an_artefact_that_changes_meanwhile_is_refused(
         return way == "clone"
 
     old = snapshot(make_foreign(model(app)))
-    monkeypatch.setattr(clone, "place", change_then_clone)
+    monkeypatch.setattr(clone, "clone_or_copy", change_then_clone)
     assert call("bundle", new, "--app", app) == 2
     assert "model.safetensors: changed while it was bundled" in capsys.readouterr().err
     assert snapshot(model(app)) == old
@@ -303,7 +304,7 @@ def test_a_stand_alone_bundle(app: Path, app_artefact: Path, tmp_path: Path) -> 
 def test_an_app_of_ones_own_may_have_the_newest_packages() -> None:
     """`validate` refuses weights that a loader can't read; the published app's is the oldest."""
     assert packages.loader(facts.table()).modes == ("affine",)
-    assert "mxfp4" in packages.loader(bundle._own_app()).modes
+    assert "mxfp4" in packages.loader(guide.own_app()).modes
 
 
 def test_a_stand_alone_bundle_replaces_nothing_but_another(
