@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from app_bridge.memory import model as memory_model
-from app_bridge.memory import plan
-from app_bridge.memory.model import MIB, Model, Tape, cache_bytes, logits_bytes, parts, prefill
+from app_bridge.memory import fit, measure
+from app_bridge.memory.limits import MIB
+from app_bridge.memory.model import Model, Tape, cache_bytes, logits_bytes, parts, prefill
 from benchmarks.estimate.work import LanguageModel
 
 SMALL = LanguageModel(24, 896, 14, 2, 64, 4864, 151936)  # Qwen2 0.5B
@@ -126,13 +127,13 @@ def test_mlx_peaks_between_the_bounds(app_artefact: Path) -> None:
     """
     pytest.importorskip("mlx.core")
     gc.collect()  # MLX counts what another test holds, too
-    stored, _ = plan.stored(app_artefact)
-    found = memory_model.measure(app_artefact, stored, 274, 20 * MIB)
+    stored, _ = fit.stored(app_artefact)
+    found = measure.measure(app_artefact, stored, 274, 20 * MIB)
     tape = prefill(stored, 274, picture=False)
     cache = cache_bytes(stored.sizes, 276, 2)
     beside = found["measured"]["KV cache and prefill"]
     assert abs(found["measured"]["language model"] - stored.language) < 16_000  # the file's header
     assert 0.9 * (tape.peak(0) + cache) < beside < 1.1 * (tape.peak(10_000) + cache)
     assert found["peak"]["measured"] > found["measured"]["language model"]
-    wrong = memory_model.measure(app_artefact, replace(stored, language=2 * stored.language), 8, 20 * MIB)
+    wrong = measure.measure(app_artefact, replace(stored, language=2 * stored.language), 8, 20 * MIB)
     assert not wrong["passed"]
