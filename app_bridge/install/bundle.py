@@ -56,6 +56,7 @@ def run_bundle(args: argparse.Namespace) -> dict[str, Any]:
 
     source, target = args.artefact.expanduser(), _real(args.app or args.output_dir)
     manifest = exported.read(source)
+    framework: Path | None
     if args.app:
         if args.overwrite:
             raise UserError("--overwrite: is for --output-dir: with --app the model that is there is kept")

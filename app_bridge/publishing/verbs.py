@@ -52,7 +52,9 @@ def add_parsers(verbs: Any) -> None:
 def run_card(args: argparse.Namespace) -> dict[str, Any]:
     """Write the card of an artefact that is as it was exported. UserError with everything that is wrong."""
     _print_utf8()
-    faults = [fault for name in (args.base_model, args.repo) if name is not None for fault in checks.repository_faults(name)]
+    faults = [
+        fault for name in (args.base_model, args.repo) if name is not None for fault in checks.repository_faults(name)
+    ]
     if args.output is not None and (fault := _output_fault(args.output, args.overwrite)):
         faults.append(f"--output {args.output}: {fault}")
     if faults:

@@ -132,7 +132,11 @@ def test_figures_are_the_manifests(made: Make) -> None:
     assert found["encoder features, signal to noise"] == ["3.123 dB", "≥ 50 dB", "no"]
     assert found["prefill logits, KL divergence"] == ["7.123 nats", "reported", "not judged"]
     assert found["vision"] == ["PyTorch cpu float32", "MIL executor (as-typed)"]
-    assert PARITY["verdict"] in text and "38 of 40" in text and "40 questions of the demo set and 3 pictures of yours" in text
+    assert (
+        PARITY["verdict"] in text
+        and "38 of 40" in text
+        and "40 questions of the demo set and 3 pictures of yours" in text
+    )
     for value in (manifest["sources"]["sha256"], manifest["llm"]["recipe"]["name"]):
         assert value in text
     assert all(f"{package} {version}" in text for package, version in manifest["versions"].items())

@@ -15,7 +15,6 @@ from fastvlm.common import cli
 from model_export import artefact as exported
 from tests.app_bridge.publishing.hub_server import LARGE_FROM, TOKEN, Fault, HubServer, Repository
 
-
 Captured = pytest.CaptureFixture[str]
 
 REPO = "acme/FastVLM-tiny"
@@ -255,8 +254,8 @@ def test_an_artefact_that_may_not_be_published(
         ({"content": {n: c for n, c in CONTENT.items() if n != "NOTICE"}}, "licence-change-record-missing"),
         ({"parts": ["llm"]}, "no vision"),
         ({"config": config | {"layout": "mlx-vlm"}}, "which the app can't load"),
-        *(({"config": config | {key: text}}, f"config.{key} tells a path of this machine") for key, text in told.items()),
-    ]  # fmt: skip
+        *(({"config": config | {key: text}}, f"config.{key} tells a path") for key, text in told.items()),
+    ]
     for index, (changed, message) in enumerate(cases):
         assert command(make(tmp_path / str(index), app_artefact, **changed), "--upload") == 2
         assert message in refusal(capsys)
