@@ -97,7 +97,7 @@ def run_restore(args: argparse.Namespace) -> dict[str, Any]:
         if not os.path.lexists(place.previous):
             raise UserError(f"{place.home}: nothing to restore: `bundle` has replaced no model of this app")
         back, now = describe(place.previous), describe(place.model) if place.occupied() else None
-        place.install(place.previous)
+        place.exchange()
     print(f"{place.model}: restored: {line(back)}")
     if now:
         print(f"  replaced: {line(now)}: kept: `restore` once more brings it back")

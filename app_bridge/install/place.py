@@ -5,7 +5,6 @@ Xcode makes a resource of every file below `app/FastVLM`, so what is not the mod
     .gitignore       everything here
     model-folder     where the app has its model, for `restore`
     previous/        the model that was replaced
-    next/            a new model for an app without one, until it is renamed
     aside/           the app's model, on a file system that cannot exchange two folders in one step
     kept-TIME/       an earlier previous model that no export can make again
 
@@ -15,7 +14,6 @@ leaves both models whole, one of them in the app. `restore` is the same exchange
 
 import fcntl
 import os
-import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -53,10 +51,6 @@ class Place:
         return self.home / "previous"
 
     @property
-    def _next(self) -> Path:
-        return self.home / "next"
-
-    @property
     def _aside(self) -> Path:
         return self.home / "aside"
 
@@ -68,39 +62,37 @@ class Place:
 
     @contextmanager
     def replaced(self) -> Iterator[Path]:
-        """Yield an empty folder that becomes the app's model when the block ends well; the old model is `previous`."""
-        occupied = self.occupied()
-        new = self.previous if occupied else self._next
+        """Yield an empty folder that becomes the app's model when the block ends well; the old model is `previous`.
+
+        An earlier previous model is removed, unless no export can make it again.
+        """
         if self.previous.is_symlink():  # the app's model was a link; `staged` would write to its end
             self._keep_previous()
-        with staging.staged(new, replace=True) as folder:
+        with staging.staged(self.previous, replace=True) as folder:
             yield folder
-            if occupied and os.path.lexists(self.previous) and not _is_unchanged_export(self.previous):
+            if os.path.lexists(self.previous) and not _is_unchanged_export(self.previous):
                 self._keep_previous()
-        self.install(new)
+        self.exchange()
 
-    def install(self, new: Path) -> None:
-        """Put `new`, a folder in `home`, where the app looks; the model that is there becomes `previous`."""
+    def exchange(self) -> None:
+        """Put `previous` where the app looks; the model that is there becomes `previous`."""
         if not self.occupied():
             (self.model / _FINDER).unlink(missing_ok=True)  # `rename` takes only an empty folder
-            os.rename(new, self.model)
-        elif not staging.exchange(new, self.model):
+            os.rename(self.previous, self.model)
+        elif not staging.exchange(self.previous, self.model):
             os.rename(self.model, self._aside)
-            os.rename(new, self.model)
+            os.rename(self.previous, self.model)
             self.recover()
 
     def recover(self) -> None:
         """Finish or undo what a process that died has begun."""
         staging.clean(self.previous)
-        staging.clean(self._next)
-        shutil.rmtree(self._next, ignore_errors=True)
         for partial in self.home.glob(staging.PARTIAL):
             partial.unlink()
-        if os.path.lexists(self._aside):
-            if not self.occupied():
-                os.rename(self._aside, self.model)
-                log(f"{self.model}: put back the model that an interrupted run had moved away")
-                return
+        if os.path.lexists(self._aside) and not self.occupied():
+            os.rename(self._aside, self.model)
+            log(f"{self.model}: put back the model that an interrupted run had moved away")
+        elif os.path.lexists(self._aside):
             if os.path.lexists(self.previous):
                 self._keep_previous()
             os.rename(self._aside, self.previous)
