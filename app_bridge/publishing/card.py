@@ -8,9 +8,8 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from jinja2 import Environment, TemplateError
 from markupsafe import Markup
 
 from app_bridge import licence
@@ -21,6 +20,9 @@ from fastvlm.common.page import templates
 from model_export import artefact as exported
 from model_export import contract
 from quantization.catalogue import LOADERS, human
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 FILE = "README.md"
 RESEARCH_LICENCE = "apple-amlr"
@@ -39,6 +41,8 @@ def make(
 
     Raises UserError when the manifest lacks what every export records, or when the text tells a path of this machine.
     """
+    from jinja2 import TemplateError
+
     try:
         text = _render(artefact, manifest, repository, quality, base_model)
     except (TemplateError, KeyError, TypeError, AttributeError) as error:
@@ -129,7 +133,7 @@ def _render(
     return text.rstrip("\n") + "\n"
 
 
-def _environment() -> Environment:
+def _environment() -> "Environment":
     """Every value becomes plain text in Markdown, unless a filter made it something else."""
     from benchmarks.parity.report import bound, figure
 
