@@ -17,8 +17,9 @@ from app_bridge.install.describe import describe, line
 from app_bridge.install.place import Place, holds, locked, used_by_bundle
 from fastvlm.common import staging
 from fastvlm.common.cli import add_common, log, progress
+from fastvlm.common.documents import object_or_empty
 from fastvlm.common.errors import UserError
-from fastvlm.common.files import Output, read_json
+from fastvlm.common.files import Output
 from model_export import artefact as exported
 from model_export import contract
 from quantization.catalogue import human
@@ -155,7 +156,7 @@ def _check_output(target: Path, overwrite: bool) -> None:
     if not os.path.lexists(target) or (target.is_dir() and not any(target.iterdir())):
         return
     names = {path.name for path in target.iterdir()} - {".DS_Store"} if target.is_dir() else set()
-    earlier = read_json(target / guide.NAME) if names == {"model", guide.NAME} else {}
+    earlier = object_or_empty(target / guide.NAME) if names == {"model", guide.NAME} else {}
     if earlier.get("format") != guide.FORMAT:
         raise UserError(f"--output-dir {target}: is no bundle, or holds more than one: choose another")
     if not overwrite:

@@ -2,12 +2,11 @@
 
 import time
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from benchmarks.estimate.estimate import facts
-from fastvlm.common.files import read_json
+from fastvlm.common.documents import object_or_empty
 from model_export import contract
 from quantization.catalogue import SIZES, human
 
@@ -16,7 +15,7 @@ def describe(folder: Path) -> dict[str, Any]:
     """Return {"name", "recipe", "bytes", "written"} as far as the folder tells; without torch, which takes seconds."""
     paths = [path for path in folder.rglob("*") if not path.is_dir() or path.is_symlink()] or [folder]
     stats = [path.lstat() for path in paths]
-    config, manifest = _object(folder / contract.CONFIG), _object(folder / contract.MANIFEST)
+    config, manifest = object_or_empty(folder / contract.CONFIG), object_or_empty(folder / contract.MANIFEST)
     shape = f"{config.get('num_hidden_layers')} layers of {config.get('hidden_size')}"
     sizes = {
         "{layers} layers of {hidden}".format(**facts("published.json")["languages"][f"qwen2-{key}"]): name
@@ -40,10 +39,3 @@ def describe(folder: Path) -> dict[str, Any]:
 def line(described: Mapping[str, Any]) -> str:
     """Return `describe`'s answer as one line."""
     return f"{described['name']}, {described['recipe']}, {human(described['bytes'])}, of {described['written']}"
-
-
-def _object(path: Path) -> dict[str, Any]:
-    """The object in a JSON file that may be anything; {} for what cannot be read."""
-    with suppress(OSError):
-        return read_json(path)
-    return {}

@@ -8,7 +8,7 @@ from typing import Any
 
 from app_bridge import licence
 from app_bridge.app import facts, packages
-from fastvlm.common.files import load_json
+from fastvlm.common.documents import load_object
 from fastvlm.data.prompt import render_prompt
 from model_export import contract
 
@@ -30,8 +30,8 @@ def own_app() -> facts.AppFacts:
 
 def guide(artefact: Path, manifest: Mapping[str, Any], wanted: facts.AppFacts) -> dict[str, Any]:
     """Return the content of bundle.json. Shapes as Core ML has them; sizes in pixels."""
-    config = load_json(artefact / contract.CONFIG)
-    pixels = load_json(artefact / contract.PREPROCESSOR_CONFIG)
+    config = load_object(artefact / contract.CONFIG)
+    pixels = load_object(artefact / contract.PREPROCESSOR_CONFIG)
     functions = contract.functions(manifest["vision"]["image_size"], manifest["config"]["resolutions"])
     channels, token = manifest["vision"]["channels"], wanted.image_token
     return {

@@ -12,7 +12,6 @@ A new model is written as `previous`, whole; then `previous` and the app's model
 leaves both models whole, one of them in the app. `restore` is the same exchange.
 """
 
-import fcntl
 import os
 import time
 from collections.abc import Iterator, Mapping
@@ -115,15 +114,7 @@ def locked(place: Place) -> Iterator[None]:
     for folder in (model.parent, home if home.exists() else place.app):
         if not os.access(folder, os.W_OK):
             raise UserError(f"{folder}: is not writable: expected a folder in which the model may be replaced")
-    staging.own(home)
-    lock = os.open(home, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{home}: another bundle or restore is at work there: wait until it ends") from None
-        except OSError:  # no locks on this file system
-            pass
+    with staging.held(home, f"{home}: another bundle or restore is at work there: wait until it ends"):
         if home.lstat().st_dev != (model if os.path.lexists(model) else model.parent).lstat().st_dev:
             raise UserError(f"{model}: is on another file system than {home}: expected the same one, move it there")
         for name, content in ((".gitignore", b"*\n"), (_FOLDER_NOTE, place.folder.encode())):
@@ -135,8 +126,6 @@ def locked(place: Place) -> Iterator[None]:
         finally:
             with suppress(OSError):  # the error that ended the block is reported; the next run tries again
                 place.recover()
-    finally:
-        os.close(lock)
 
 
 def used_by_bundle(app: Path) -> Place:

@@ -42,7 +42,7 @@ def planned(shape: "Shape", recipe: "Recipe") -> Model:
         itemsize=ITEMSIZE[norm.dtype],
         quantized=projector.mlx() is not None,
         image_size=shape.image_size,
-        picture_tokens=(shape.image_size // contract.PATCH_SIZE) ** 2,
+        picture_tokens=contract.tokens_per_image(shape.image_size),
     )
 
 

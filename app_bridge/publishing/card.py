@@ -14,6 +14,7 @@ from markupsafe import Markup
 
 from app_bridge import licence
 from app_bridge.publishing.checks import card_faults
+from fastvlm.common import documents
 from fastvlm.common.errors import UserError
 from fastvlm.common.files import read_text
 from fastvlm.common.page import templates
@@ -64,7 +65,7 @@ def read_quality(path: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
 
     size = sum(entry["size"] for entry in manifest["files"].values())
     try:
-        document = json.loads(read_text(path).strip().splitlines()[-1])
+        document = documents.loads(read_text(path).strip().splitlines()[-1])
         measured = [one for one in document["candidates"] if "failed" not in one]
         sizes = [one["figures"]["bytes"] for one in measured]
         if sizes.count(size) != 1:
@@ -81,7 +82,7 @@ def read_quality(path: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
         ]
         runners = {key: ", ".join(sorted(set(about[key].values()))) for key in ("runners", "reference_runners")}
         machine = environment.machine_line(document["environment"])
-    except (OSError, RecursionError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         got = error.strerror if isinstance(error, OSError) else "is something else"
         raise UserError(
             f"--quality {path}: {got}: expected the JSON that `python -m quantization evaluate --json` prints"
