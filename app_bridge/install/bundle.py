@@ -15,6 +15,7 @@ from app_bridge.app import resources
 from app_bridge.install import clone, guide
 from app_bridge.install.describe import describe, line
 from app_bridge.install.place import Place, holds, locked, used_by_bundle
+from app_bridge.validation import validate
 from fastvlm.common import staging
 from fastvlm.common.cli import add_common, log, progress
 from fastvlm.common.documents import object_or_empty
@@ -53,7 +54,6 @@ def add_parsers(verbs: Any) -> None:
 def run_bundle(args: argparse.Namespace) -> dict[str, Any]:
     """Check the artefact, print every finding, and install it unless one is an error (exit 1)."""
     from app_bridge.app import sources  # tree-sitter
-    from app_bridge.validation.validate import validate
 
     source, target = args.artefact.expanduser(), _real(args.app or args.output_dir)
     manifest = exported.read(source)
@@ -68,7 +68,7 @@ def run_bundle(args: argparse.Namespace) -> dict[str, Any]:
         _check_output(target, args.overwrite)
         wanted, model, framework, names = guide.own_app(), target / "model", resources.group(target), [guide.NAME]
     files = _files(source, manifest)
-    found = validate(source, wanted)
+    found = validate.validate(source, wanted)
     if framework is not None:
         found = resources.collisions([*files, *names], model if args.app else target, framework) + found
     findings.show(found, log)

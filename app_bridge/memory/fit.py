@@ -14,23 +14,22 @@ from benchmarks.estimate.estimate import devices, language_model, stored_bytes
 from benchmarks.estimate.estimate import facts as published
 from benchmarks.estimate.work import EncoderWork, encoder_work
 from benchmarks.peers.peers import TEXT_TOKENS
+from fastvlm.common.dtypes import ITEMSIZE
 from fastvlm.common.errors import UserError
 from model_export import artefact as exported
 from model_export import contract
 from model_export.encoder.package import WEIGHTS
-from quantization.catalogue import PUBLISHED_APP, SIZES
+from quantization.catalogue import PUBLISHED_APP, SIZES, describe
+from quantization.recipe import Recipe, named_recipes
 
 if TYPE_CHECKING:  # torch
     from fastvlm.synthetic.checkpoint import Shape
-    from quantization.recipe import Recipe
 
 _NORM, _PROJECTOR = "language_model.model.norm.weight", "multi_modal_projector.linear_0.weight"
 
 
-def planned(shape: "Shape", recipe: "Recipe") -> Model:
+def planned(shape: "Shape", recipe: Recipe) -> Model:
     """Return the model that an export of `shape` by `recipe` would be. UserError where the recipe doesn't fit it."""
-    from fastvlm.common.dtypes import ITEMSIZE
-
     size = stored_bytes(recipe, shape)
     norm, projector = (recipe.choices(name)[0] for name in (_NORM, _PROJECTOR))
     return Model(
@@ -119,10 +118,8 @@ def sized_recipes(shape: "Shape") -> list[tuple[dict[str, Any], Model]]:
 
     Of equal ones those come first that need no pictures to calibrate with, and float16.
     """
-    from quantization.catalogue import describe
-    from quantization.recipe import named_recipes
 
-    def models() -> Iterator[tuple["Recipe", Model]]:
+    def models() -> Iterator[tuple[Recipe, Model]]:
         for recipe in named_recipes().values():
             try:
                 yield recipe, planned(shape, recipe)

@@ -14,6 +14,7 @@ from benchmarks.peers.peers import TEXT_TOKENS
 from fastvlm.common.cli import add_common, progress
 from fastvlm.common.errors import UserError
 from quantization.catalogue import SIZES
+from quantization.recipe import load_recipe
 
 LONGEST = 2048  # tokens of text that are still answered
 _SIZE = re.compile(r"(\d{1,7}(?:\.\d{1,9})?)\s*(MB|GB|MiB|GiB)")
@@ -66,7 +67,6 @@ def run_plan(args: argparse.Namespace) -> dict[str, Any]:
 
 def _plan(args: argparse.Namespace) -> dict[str, Any]:
     from fastvlm.synthetic.checkpoint import SHAPES  # torch
-    from quantization.recipe import load_recipe
 
     if args.artefact:
         model, shape = fit.stored(args.artefact.expanduser())

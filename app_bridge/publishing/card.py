@@ -14,6 +14,10 @@ from markupsafe import Markup
 
 from app_bridge import licence
 from app_bridge.publishing.checks import card_faults
+from app_bridge.validation import check_quantization
+from benchmarks import environment
+from benchmarks.parity import report
+from benchmarks.quality import evaluate
 from fastvlm.common import documents
 from fastvlm.common.errors import UserError
 from fastvlm.common.files import read_text
@@ -60,9 +64,6 @@ def read_quality(path: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises UserError for a file that is not `quantization evaluate --json`'s, or evaluates other models.
     """
-    from benchmarks import environment
-    from benchmarks.quality.evaluate import LABELS
-
     size = sum(entry["size"] for entry in manifest["files"].values())
     try:
         document = documents.loads(read_text(path).strip().splitlines()[-1])
@@ -77,7 +78,7 @@ def read_quality(path: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
         figures, about = one["figures"], one["about"]
         rows = [
             (label, _figure(key, reference.get(key)), _figure(key, figures[key]))
-            for key, label in LABELS.items()
+            for key, label in evaluate.LABELS.items()
             if key in figures and key != "questions" and not key.startswith(_NOT_IN_CARD)
         ]
         runners = {key: ", ".join(sorted(set(about[key].values()))) for key in ("runners", "reference_runners")}
@@ -97,9 +98,7 @@ def _render(
     quality: Mapping[str, Any] | None,
     base_model: str | None,
 ) -> str:
-    from app_bridge.validation import check_quantization  # torch
-    from benchmarks.parity.compare import LABELS
-    from benchmarks.parity.report import SOURCES
+    from benchmarks.parity.compare import LABELS  # torch
 
     vision, llm, parity = manifest["vision"], manifest["llm"], manifest.get("parity")
     shape = contract.output_shape(vision["image_size"], vision["channels"])
@@ -122,7 +121,7 @@ def _render(
         total=sum(entry["size"] for entry in manifest["files"].values()),
         parity=parity,
         labels=LABELS,
-        picture_sources=SOURCES,
+        picture_sources=report.SOURCES,
         on_mac="Core ML" in str([each and each["runners"] for each in (parity, quality)]),
         quality=quality,
         mlx_lm=json.dumps(contract.MLX_LM_CONFIG),
@@ -136,15 +135,13 @@ def _render(
 
 def _environment() -> "Environment":
     """Every value becomes plain text in Markdown, unless a filter made it something else."""
-    from benchmarks.parity.report import bound, figure
-
     pages = templates(Path(__file__).parent / "templates").overlay(autoescape=False, finalize=_plain)
     pages.filters |= {
         "code": _code,
         "fenced": _fenced,
         "human": human,
-        "figure": lambda metric: figure(metric["value"], metric["unit"]),
-        "bound": bound,
+        "figure": lambda metric: report.figure(metric["value"], metric["unit"]),
+        "bound": report.bound,
         "safe": Markup,
     }
     return pages

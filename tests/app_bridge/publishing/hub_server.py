@@ -229,7 +229,6 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
     yield server
     huggingface_hub.set_client_factory(_http.default_client_factory)
     huggingface_hub.logging.set_verbosity_warning()
-    huggingface_hub.utils.enable_progress_bars()
     close_session()
     server.httpd.shutdown()
     server.httpd.server_close()
