@@ -19,11 +19,6 @@ _SETTINGS = ("string", "bool", "int32", "uint32", "int64")  # outside the weight
 _NEVER_CONSTANT = ("random_", "make_list", "read_state")
 
 
-def is_float32(operation: Operation) -> bool:
-    """Whether it computes in float32."""
-    return any(item.type is not None and item.type.dtype == "fp32" for item in operation.outputs)
-
-
 class Graph:
     """One function: its operations without the constant ones, and who makes and who reads each value.
 

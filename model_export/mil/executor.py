@@ -13,11 +13,11 @@ import torch
 
 from .allocator import kept_buffers, returned_buffers
 from .dtypes import NUMPY, POLICIES, STORAGE, Policy
-from .limits import MOST_BYTES
-from .plan import Step, make_plan
-from .program import Function, MILError, Operation, Program, TensorType, reason
+from .plan import make_plan
+from .program import MOST_BYTES, Function, MILError, Operation, Program, TensorType, reason
 from .reader import read_package
 from .rounding import TILE, InPlace, rounder, tiled
+from .step import Step
 
 Watch = Callable[[Operation, Mapping[str, torch.Tensor]], None]
 

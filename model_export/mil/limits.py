@@ -8,16 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 from .dtypes import Policy
 from .program import MILError, TensorType
-
-if TYPE_CHECKING:
-    from .plan import Step
-
-# Bytes of values that are alive at once. FastViTHD has 1 GiB at 2048 x 2048 pixels, the largest that is exported.
-MOST_BYTES = 4 << 30
+from .step import Step
 
 
 def size(type: TensorType, policy: Policy) -> int:

@@ -14,28 +14,10 @@ from . import ops as ops  # registers the operations
 from .blob import WeightFile
 from .dtypes import STORAGE, Policy
 from .program import BlobRef, Constant, Function, MILError, Operation, Program, TensorType, reason
-from .registry import OPSETS, Kernel, Node, Unsupported, lookup
+from .registry import OPSETS, Node, Unsupported, lookup
+from .step import Step
 
 Stored = torch.Tensor | str | tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Step:
-    """One operation ready to run.
-
-    names, types: its outputs. frees: values not needed after it. rounds: outputs are rounded to fp16 after it.
-    overwrites: its first argument is not needed any more and may be written over.
-    then: operations that follow on the (only) output, element by element, before anything else sees it.
-    """
-
-    operation: Operation
-    kernel: Kernel
-    names: tuple[str, ...]
-    types: tuple[TensorType, ...]
-    rounds: bool
-    frees: tuple[str, ...] = ()
-    overwrites: bool = False
-    then: tuple[Step, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,9 @@ from pathlib import Path
 
 import torch
 
+# Bytes of values that are alive at once. FastViTHD has 1 GiB at 2048 x 2048 pixels, the largest that is exported.
+MOST_BYTES = 4 << 30
+
 
 class MILError(Exception):
     """An unusable package, program or input: one line saying what failed, where, got and expected."""

@@ -15,8 +15,7 @@ import torch
 
 from .dtypes import Policy
 from .int8 import Int8Linear
-from .limits import MOST_BYTES
-from .program import Constant, Operation, TensorType
+from .program import MOST_BYTES, Constant, Operation, TensorType
 
 # coremltools' names of the opsets of iOS 15, 16, 17 and 18, oldest first.
 OPSETS = ("CoreML5", "CoreML6", "CoreML7", "CoreML8")

@@ -1,6 +1,6 @@
 """The operations, one file per family as in coremltools' `converters/mil/mil/ops/defs`; importing registers them."""
 
-from . import (
+from . import (  # noqa: F401
     activation,
     constexpr,
     control_flow,
@@ -17,21 +17,3 @@ from . import (
     tensor_transformation,
     transformers,
 )
-
-__all__ = [
-    "activation",
-    "constexpr",
-    "control_flow",
-    "conv",
-    "elementwise_binary",
-    "elementwise_unary",
-    "image_resizing",
-    "linear",
-    "normalization",
-    "pool",
-    "reduction",
-    "scatter_gather",
-    "tensor_operation",
-    "tensor_transformation",
-    "transformers",
-]

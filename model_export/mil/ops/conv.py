@@ -11,8 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from .. import int8, onednn
-from ..limits import MOST_BYTES
-from ..program import TensorType
+from ..program import MOST_BYTES, TensorType
 from ..registry import Kernel, Node, Unsupported, mil_op, positive
 from ._windows import pad_spatial, padding, windows
 
