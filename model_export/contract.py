@@ -107,8 +107,10 @@ PROJECTOR_WEIGHTS = "multi_modal_projector.safetensors"
 # `mlx_lm.load(folder, model_config=MLX_LM_CONFIG)`.
 MLX_LM_CONFIG = {"model_type": "qwen2_vl"}
 # Where one folder cannot serve two readers: mlx-vlm wants the vision tower and `mm_projector.*` in MLX's own layout,
-# and -200 as `image_token_index`; the app needs the tokenizer's id of `<image>`, and refuses keys that it doesn't know.
-LAYOUTS = ("app", "mlx-vlm")
+# and -200 as `image_token_index`; the app needs the tokenizer's id of `<image>`, and refuses keys that it doesn't know;
+# mlx-lm's command line wants a plain Qwen2, `model.*` and nothing of pictures.
+LAYOUTS = ("app", "mlx-vlm", "mlx-lm")
+TEXT_MODEL_TYPE, TEXT_ARCHITECTURE = "qwen2", "Qwen2ForCausalLM"
 MLX_VLM_IMAGE_TOKEN = -200
 VISION_WEIGHTS = "vision_tower.safetensors"
 

@@ -20,6 +20,7 @@ from model_export import artefact, contract, resume
 from model_export.config import DEFAULT_TARGET, ExportConfig
 from model_export.encoder import compress
 from model_export.language import llm, tokenizer
+from quantization.calibration import budget
 from quantization.recipe import Recipe, load_recipe
 
 if TYPE_CHECKING:
@@ -118,9 +119,21 @@ def plan(
             shapes = compress.layer_shapes(folded_skeleton(checkpoint))
             sizes[contract.PACKAGE] = compress.size_of(shapes, compress.assign(config.compression, shapes).forms)
     if "llm" in parts:
+        recipe = _without_idle_budget(recipe, checkpoint, config.layout)
         sizes[contract.WEIGHTS_GLOB] = llm.planned_bytes(checkpoint, recipe, config.layout)
     _check_space(config.output_dir, sizes, copies=len(config.resolutions))
     return Plan(config, parts, checkpoint, recipe, calibration, sizes)
+
+
+def _without_idle_budget(recipe: Recipe, checkpoint: Checkpoint, layout: str) -> Recipe:
+    """The recipe with its choices made where its budget holds the largest of all: calibration would decide nothing."""
+    if recipe.budget is None:
+        return recipe
+    shapes = llm.weight_shapes(checkpoint, layout)
+    settled = budget.within_reach(recipe, shapes, llm.ELSEWHERE_OF[layout])
+    if settled is not None:
+        log(f"recipe {recipe.name}: every weight fits in its largest form: nothing to choose, nothing to calibrate")
+    return settled or recipe
 
 
 def export(
@@ -209,7 +222,8 @@ def _write_parts(
 
             sees = ExecutorVision(folder)
         document["llm"], changes["llm"] = _write_language(plan, folder, kept, seconds, sees)
-    tokenizer.write_processors(folder, checkpoint.image_size, strategy, preprocessor.mean, preprocessor.std)
+    if config.layout != "mlx-lm":
+        tokenizer.write_processors(folder, checkpoint.image_size, strategy, preprocessor.mean, preprocessor.std)
     document["licences"] = artefact.carry_licences(checkpoint.path, folder, [changes[part] for part in sorted(changes)])
     return document
 
@@ -226,14 +240,15 @@ def _write_language(
         from model_export.language.calibrate import calibrate
 
         with _stage("calibration", seconds):
-            found = calibrate(checkpoint, recipe, checkpoint.preprocessor, plan.calibration, sees)
+            found = calibrate(checkpoint, recipe, checkpoint.preprocessor, plan.calibration, sees, config.layout)
         recipe, ready, facts = found.recipe, found.parts, {"calibration": found.facts}
     size = llm.bytes_to_read(checkpoint, recipe, config.layout)
     with _stage("language model", seconds, size) as advance:
         # what was calibrated depends on more than the key of what is kept
         facts |= llm.export_llm(checkpoint, recipe, folder, advance, config.layout, None if ready else kept, ready)
     tokenizer.write_tokenizer(checkpoint, folder)
-    return facts, f"The language model and the projector are stored for MLX by recipe {recipe.name}."
+    what = "The language model is" if config.layout == "mlx-lm" else "The language model and the projector are"
+    return facts, f"{what} stored for MLX by recipe {recipe.name}."
 
 
 def _write_encoder(

@@ -46,7 +46,9 @@ def kind(folder: Path) -> str:
         from model_export.artefact import read
 
         document = read(folder)
-        if document["config"].get("layout", contract.LAYOUTS[0]) != contract.LAYOUTS[0]:
+        if (layout := document["config"].get("layout", "app")) == "mlx-lm":
+            return "text"
+        if layout != "app":
             raise UserError(
                 f"{folder}: exported for mlx-vlm, which alone runs it: evaluate the same recipe's app layout"
             )
@@ -82,7 +84,7 @@ def load(folder: Path, vision: str = "auto", llm: str = "auto", resolution: int 
         import fastvlm
 
         return fastvlm.load(folder)
-    if recognise(folder):
+    if recognise(folder) and config(folder).get("model_type") == contract.MODEL_TYPE:
         from fastvlm.checkpoint import layouts
 
         document = language.read_config(folder)

@@ -14,10 +14,10 @@ from fastvlm.data import conversations, scenes
 from fastvlm.data.conversations import Sample
 from fastvlm.data.preprocessing import Preprocessor
 from fastvlm.model.surface import Vision
-from model_export.language.llm import weight_shapes
+from model_export.language.llm import ELSEWHERE_OF, weight_shapes
 from quantization.calibration.calibrate import calibrated
 from quantization.calibration.data import collect
-from quantization.recipe import ELSEWHERE, Recipe
+from quantization.recipe import Recipe
 
 _DEMO, _DRAWN = 256, 64  # built-in questions; each of the latter costs an answer of the model's own
 
@@ -40,6 +40,7 @@ def calibrate(
     preprocessor: Preprocessor,
     samples: list[Sample] | None,
     exported: Vision | None,
+    layout: str = "app",
 ) -> Calibrated:
     """Run the samples through the `exported` encoder (None: the checkpoint's), then the recipe's method.
 
@@ -59,7 +60,8 @@ def calibrate(
         calibration = collect(model, checkpoint.model_config.text.vocab_size, samples, advance)
     language = model.language.model  # type: ignore[attr-defined]
     del model
-    decided, parts = calibrated(recipe, weight_shapes(checkpoint), language, calibration, progress, ELSEWHERE)
+    shapes = weight_shapes(checkpoint, layout)
+    decided, parts = calibrated(recipe, shapes, language, calibration, progress, ELSEWHERE_OF[layout])
     facts = {
         "method": recipe.method,
         "samples": len(samples),

@@ -12,14 +12,16 @@ from model_export import contract
 _ASPECT_RATIOS = {"pad": "pad", "center_crop": "square"}
 # The rotary position encodings that a layout's loaders compute as Transformers does, and what they read of each. The
 # demo app's decoder has none but the plain one, whatever config.json says; mlx-vlm's reads `rope_scaling`.
+_MLX_ROPES: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"),
+}
 _ROPES: dict[str, dict[str, tuple[str, ...]]] = {
     "app": {"default": ()},
-    "mlx-vlm": {
-        "default": (),
-        "linear": ("factor",),
-        "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-        "yarn": ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"),
-    },
+    "mlx-vlm": _MLX_ROPES,
+    "mlx-lm": _MLX_ROPES,
 }
 _PROMPT_LIMIT = 8192  # tokens; mlx-vlm cuts longer prompts (apple/FastVLM-*: tokenizer_model_max_length)
 
@@ -29,9 +31,10 @@ def language_config(checkpoint: Checkpoint, layout: str) -> dict[str, Any]:
     text = checkpoint.model_config.text
     scaling = _rope_scaling(checkpoint, layout)
     eos = sorted(int(token) for token in eos_ids(checkpoint.tokenizer(), text.eos_token_id))
-    return scaling | {
-        "architectures": ["LlavaQwen2ForCausalLM"],
-        "model_type": contract.MODEL_TYPE,
+    text_alone = layout == "mlx-lm"
+    document = scaling | {
+        "architectures": [contract.TEXT_ARCHITECTURE if text_alone else "LlavaQwen2ForCausalLM"],
+        "model_type": contract.TEXT_MODEL_TYPE if text_alone else contract.MODEL_TYPE,
         "vocab_size": text.vocab_size,
         "hidden_size": text.hidden_size,
         "intermediate_size": text.intermediate_size,
@@ -45,6 +48,10 @@ def language_config(checkpoint: Checkpoint, layout: str) -> dict[str, Any]:
         "tie_word_embeddings": checkpoint.tied,
         "bos_token_id": text.bos_token_id,
         "eos_token_id": eos[0] if len(eos) == 1 else eos,
+    }
+    if text_alone:
+        return document
+    return document | {
         "image_token_index": contract.MLX_VLM_IMAGE_TOKEN if layout == "mlx-vlm" else checkpoint.image_token_id,
         "image_aspect_ratio": _ASPECT_RATIOS[checkpoint.image_strategy],
         "mm_hidden_size": checkpoint.model_config.vision_width,
@@ -63,7 +70,7 @@ def _rope_scaling(checkpoint: Checkpoint, layout: str) -> dict[str, Any]:
     faults = loader_faults(checkpoint.model_config, read)
     other = sorted(set(rope) - set(read.get(kind, rope)))
     if other:
-        faults.append(f"rotary position encoding {kind!r} has {', '.join(other)}, which mlx-vlm doesn't read")
+        faults.append(f"rotary position encoding {kind!r} has {', '.join(other)}, which {layout} doesn't read")
     if faults:
         what = "; ".join(faults)
         raise UserError(f"cannot export {checkpoint.path}: the demo app or the MLX loaders don't run it: {what}")

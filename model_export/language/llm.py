@@ -31,6 +31,8 @@ from quantization.recipe import ELSEWHERE, Recipe
 from quantization.schemes import Scheme, Spec, spec_bytes
 
 SHARD_BYTES = 1 << 30  # what an interrupted run loses at most; peers write 5 GiB, and loaders take any number
+# What a recipe may have rules for although the layout does not store it.
+ELSEWHERE_OF = {"app": ELSEWHERE, "mlx-vlm": ELSEWHERE[:1], "mlx-lm": (*ELSEWHERE, contract.PROJECTOR_PREFIX)}
 _CHUNK = 1 << 20  # values that a worker converts at once: 4 MiB in float32
 # The weights whose scheme is a decision worth naming: what they are for, and one name of each.
 _DECISIONS = {
@@ -61,6 +63,10 @@ class Weight:
             f"{stem}.{leaf if part == 'weight' else part}": spec for part, spec in self.scheme.parts(self.shape).items()
         }
 
+    def source_bytes(self, rows: int | None = None) -> int:
+        """Bytes in the checkpoint of so many rows (None: all)."""
+        return spec_bytes((self.source, (self.shape[0] if rows is None else rows, *self.shape[1:])))
+
     def convert(self, start: int, stop: int) -> tuple[dict[str, Array], float]:
         """Rows `start` to `stop` as they are stored, by stored name, and their largest magnitude."""
         if self.ready is None:
@@ -85,15 +91,15 @@ def _magnitude(values: Array) -> float:
 
 def bytes_to_read(checkpoint: Checkpoint, recipe: Recipe, layout: str = "app") -> int:
     """The total of what `export_llm` reports through `advance`."""
-    return sum(spec_bytes((weight.source, weight.shape)) for weight in _weights(checkpoint, recipe, layout))
+    return sum(weight.source_bytes() for weight in _weights(checkpoint, recipe, layout))
 
 
 def planned_bytes(checkpoint: Checkpoint, recipe: Recipe, layout: str = "app") -> int:
     """What `export_llm` will write, in bytes. UserError with whatever would stop it, but for the values."""
     language_config(checkpoint, layout)
     if recipe.budget is not None:
-        shapes = weight_shapes(checkpoint)
-        budget.check(recipe, shapes, ELSEWHERE)
+        shapes = weight_shapes(checkpoint, layout)
+        budget.check(recipe, shapes, ELSEWHERE_OF[layout])
         return recipe.budget.limit(sum(map(math.prod, shapes.values())))
     weights = _weights(checkpoint, recipe, layout)
     return sum(spec_bytes(spec) for weight in weights for spec in weight.parts().values())
@@ -110,8 +116,8 @@ def export_llm(
 ) -> dict[str, Any]:
     """Write the decoder, the projector and config.json into `folder`, which exists and has no such files.
 
-    layout "app" is what the demo app and mlx-lm load; "mlx-vlm" adds the vision tower and uses that loader's names
-    (see contract.py). `advance(n)` is called after every n of the `bytes_to_read`. The same input gives the same bytes.
+    layout "app" is what the demo app and mlx-lm load; "mlx-vlm" adds the vision tower and uses that loader's names;
+    "mlx-lm" is the decoder alone as a plain Qwen2 (see contract.py). `advance(n)` is called after every n of the `bytes_to_read`. The same input gives the same bytes.
     Files that an earlier run has `kept` are taken over, and finished ones are kept. `ready` has the parts of weights
     that were calibrated (by the names that recipes speak of): they are stored as they are.
     Returns facts for the manifest: files, parameters, bytes, bits per weight, recipe and its decisions.
@@ -155,17 +161,19 @@ def export_llm(
     }
 
 
-def weight_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
-    """Name, as recipes speak of it -> shape of the decoder's and the projector's weights."""
-    return {name: tuple(checkpoint.tensors[source].shape) for name, source in _sources(checkpoint).items()}
+def weight_shapes(checkpoint: Checkpoint, layout: str = "app") -> dict[str, tuple[int, ...]]:
+    """Name, as recipes speak of it -> shape of the decoder's weights and, but for layout "mlx-lm", the projector's."""
+    return {name: tuple(checkpoint.tensors[source].shape) for name, source in _sources(checkpoint, layout).items()}
 
 
-def _sources(checkpoint: Checkpoint) -> dict[str, str]:
-    """Artefact name -> canonical name of the decoder's and the projector's weights, in the model's order."""
+def _sources(checkpoint: Checkpoint, layout: str) -> dict[str, str]:
+    """Artefact name -> canonical name of the weights of `weight_shapes`, in the model's order."""
     names = {
         name: source
         for source in checkpoint.tensors
-        if (name := naming.to_artefact(source)) and not (source == naming.LM_HEAD and checkpoint.tied)
+        if (name := naming.to_artefact(source))
+        and not (source == naming.LM_HEAD and checkpoint.tied)
+        and (layout != "mlx-lm" or name.startswith(contract.LANGUAGE_PREFIX))
     }
     return dict(sorted(names.items(), key=lambda item: _natural(item[0])))
 
@@ -177,8 +185,8 @@ def _natural(name: str) -> list[tuple[int, str]]:
 
 def _weights(checkpoint: Checkpoint, recipe: Recipe, layout: str) -> list[Weight]:
     """Everything that will be stored, each with its scheme and its file."""
-    sources = _sources(checkpoint)
-    shapes = weight_shapes(checkpoint)
+    sources = _sources(checkpoint, layout)
+    shapes = weight_shapes(checkpoint, layout)
     tower: dict[str, tuple[tuple[int, ...], str, Rows]] = {}
     if layout == "mlx-vlm":
         from model_export.language import mlx_vlm  # and with it timm
@@ -186,14 +194,14 @@ def _weights(checkpoint: Checkpoint, recipe: Recipe, layout: str) -> list[Weight
         recipe.plan(shapes, ELSEWHERE)  # the language model's faults before the vision tower's
         tower = mlx_vlm.vision_tower(checkpoint)
         shapes |= {name: shape for name, (shape, _, _) in tower.items()}
-    plan = recipe.plan(shapes, ELSEWHERE[:1] if tower else ELSEWHERE)
+    plan = recipe.plan(shapes, ELSEWHERE_OF[layout])
     decoder = [name for name in shapes if name.startswith(contract.LANGUAGE_PREFIX)]
     shards = _shards({name: sum(map(spec_bytes, plan[name].parts(shapes[name]).values())) for name in decoder})
     weights = []
     for name, shape in shapes.items():
         stored, file = name, contract.PROJECTOR_WEIGHTS
         if name.startswith(contract.LANGUAGE_PREFIX):
-            file = shards[name]
+            file, stored = shards[name], name.removeprefix(contract.LANGUAGE_PREFIX if layout == "mlx-lm" else "")
         elif name in tower:
             file = contract.VISION_WEIGHTS
         elif layout == "mlx-vlm":
@@ -227,7 +235,7 @@ def _write_weights(weights: list[Weight], folder: Path, advance: Callable[[int],
             own = [weight for weight in weights if weight.file == file]
             if kept.take(folder / file):
                 if advance:
-                    advance(sum(spec_bytes((weight.source, weight.shape)) for weight in own))
+                    advance(sum(weight.source_bytes() for weight in own))
                 continue
             with TensorFile(folder / file, {k: v for weight in own for k, v in weight.parts().items()}) as output:
                 found = _stream(own, output, pool, advance)
@@ -249,7 +257,7 @@ def _stream(
         parts, largest = weight.convert(start, stop)
         for name, rows in parts.items():
             output.write(name, rows, start)
-        return weight, spec_bytes((weight.source, (stop - start, *weight.shape[1:]))), largest
+        return weight, weight.source_bytes(stop - start), largest
 
     found: dict[str, tuple[Weight, list[float]]] = {}
     for weight, size, largest in pool.map(convert, _pieces(weights)):

@@ -1,4 +1,4 @@
-"""A recipe's choices made: the least cost in quality that its budget allows."""
+"""A recipe's choices within its budget: the least cost in quality."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -14,6 +14,22 @@ Shapes = Mapping[str, tuple[int, ...]]
 def check(recipe: Recipe, shapes: Shapes, elsewhere: tuple[str, ...] = ()) -> None:
     """Raise UserError when not even the smallest choices fit the budget."""
     _rest(recipe, shapes, recipe.options(shapes, elsewhere))
+
+
+def within_reach(recipe: Recipe, shapes: Shapes, elsewhere: tuple[str, ...] = ()) -> Recipe | None:
+    """The recipe with the largest choice for each weight, where the budget holds all of them: nothing to measure.
+
+    None where it does not. Raises UserError as `check`.
+    """
+    options = recipe.options(shapes, elsewhere)
+    largest = {
+        name: max(schemes, key=lambda scheme: nbytes(scheme, shapes[name]))
+        for name, schemes in options.items()
+        if len(schemes) > 1
+    }
+    room = _rest(recipe, shapes, options)
+    fits = sum(nbytes(scheme, shapes[name]) for name, scheme in largest.items()) <= room
+    return recipe.decided(largest) if fits else None
 
 
 def decide(
