@@ -6,8 +6,8 @@ A new scheme is a new class in `MODES`; nothing else asks which scheme it has.
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, Protocol
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from fastvlm.common.dtypes import ITEMSIZE, Array
 from quantization.coreml.compression import COMPRESSIONS
@@ -18,54 +18,51 @@ DTYPES = ("float16", "bfloat16", "float32")
 Spec = tuple[str, tuple[int, ...]]  # of a stored tensor: its type's name, its shape
 
 
-class Scheme(Protocol):
+Settings = dict[str, tuple[Any, ...]]  # setting -> values allowed; any combination of them is legal
+
+
+class Scheme:
     """How one weight is stored: as parts, each a tensor whose rows belong to the weight's rows."""
 
-    LEGAL: ClassVar[dict[str, tuple[Any, ...]]]  # setting -> values allowed; any combination of them is legal
-
-    @property
-    def dtype(self) -> str:
-        """The type of the stored values, or of a quantized weight's scales and of its values before rounding."""
-        ...
+    MODE: ClassVar[str]  # its name in a recipe
+    LEGAL: ClassVar[Settings] = {"dtype": DTYPES}
+    dtype: str  # of the stored values, or of a quantized weight's values before rounding
 
     def to_json(self) -> dict[str, Any]:
         """The settings, as in a recipe."""
-        ...
+        return {"mode": self.MODE, **{key: getattr(self, key) for key in self.LEGAL}}
 
     def fault(self, shape: tuple[int, ...]) -> str | None:
         """Why a weight of this shape cannot be stored so, or None."""
-        ...
+        return None
 
     def parts(self, shape: tuple[int, ...]) -> dict[str, Spec]:
         """What is stored for a weight `x.weight` of this shape: part name ("weight", "scales", ...) -> dtype, shape."""
-        ...
+        return {}
 
     def encode(self, rows: Array) -> tuple[dict[str, Array], float]:
         """The parts of some rows of a weight, which are rounded to `dtype` first, and their largest magnitude then."""
-        ...
+        raise NotImplementedError(self.MODE)
 
     def decode(self, parts: Mapping[str, Array]) -> Array:
         """The values, in `dtype`, that MLX computes with."""
-        ...
+        raise NotImplementedError(self.MODE)
 
     def mlx(self) -> dict[str, Any] | None:
         """The entry for config.json's `quantization` block, or None if the weight is not quantized."""
-        ...
+        return None
 
 
 @dataclass(frozen=True)
-class Cast:
+class Cast(Scheme):
     """Stored as it is, in a floating-point type."""
 
     dtype: str
 
-    LEGAL: ClassVar[dict[str, tuple[Any, ...]]] = {"dtype": DTYPES}
+    MODE = "cast"
 
     def to_json(self) -> dict[str, Any]:
         return {"dtype": self.dtype}
-
-    def fault(self, shape: tuple[int, ...]) -> str | None:
-        return None
 
     def parts(self, shape: tuple[int, ...]) -> dict[str, Spec]:
         return {"weight": (self.dtype, shape)}
@@ -77,50 +74,44 @@ class Cast:
     def decode(self, parts: Mapping[str, Array]) -> Array:
         return parts["weight"]
 
-    def mlx(self) -> dict[str, Any] | None:
+
+class Grouped(Scheme):
+    """A matrix quantized in groups of neighbours along its rows, which share a scale."""
+
+    bits: int
+    group_size: int
+
+    def fault(self, shape: tuple[int, ...]) -> str | None:
+        if len(shape) != 2:
+            return f"{self.MODE} quantization takes matrices, got {len(shape)} dimension(s)"
+        if shape[1] % self.group_size:
+            fitting = [str(size) for size in self.LEGAL.get("group_size", ()) if shape[1] % size == 0]
+            return (
+                f"rows of {shape[1]} do not divide into {self.MODE}'s groups of {self.group_size} "
+                f"(groups that do: {', '.join(fitting) or 'none, store it unquantized'})"
+            )
         return None
 
 
 @dataclass(frozen=True)
-class Affine:
-    """MLX's affine quantization; `dtype` is that of the scales and biases, and of the values before rounding."""
+class Affine(Grouped):
+    """MLX's affine quantization; `dtype` is also that of the scales and biases."""
 
     bits: int
     group_size: int
     dtype: str
 
-    LEGAL: ClassVar[dict[str, tuple[Any, ...]]] = {
-        "bits": affine.BITS,
-        "group_size": affine.GROUP_SIZES,
-        "dtype": DTYPES,
-    }
-
-    def to_json(self) -> dict[str, Any]:
-        return {"mode": "affine", **asdict(self)}
-
-    def fault(self, shape: tuple[int, ...]) -> str | None:
-        if len(shape) != 2:
-            return f"affine quantization takes matrices, got {len(shape)} dimension(s)"
-        if shape[1] % self.group_size:
-            fitting = [str(size) for size in affine.GROUP_SIZES if shape[1] % size == 0]
-            return (
-                f"rows of {shape[1]} do not divide into groups of {self.group_size} "
-                f"(groups that do: {', '.join(fitting) or 'none, store it unquantized'})"
-            )
-        return None
+    MODE = "affine"
+    LEGAL = {"bits": affine.BITS, "group_size": affine.GROUP_SIZES, "dtype": DTYPES}
 
     def parts(self, shape: tuple[int, ...]) -> dict[str, Spec]:
         rows, columns = shape
         groups = (self.dtype, (rows, columns // self.group_size))
-        return {
-            "weight": ("uint32", (rows, affine.packed_columns(columns, self.bits))),
-            "scales": groups,
-            "biases": groups,
-        }
+        return {"weight": ("uint32", (rows, columns * self.bits // 32)), "scales": groups, "biases": groups}
 
     def encode(self, rows: Array) -> tuple[dict[str, Array], float]:
-        (packed, scales, biases), largest = affine.quantize(rows, self.bits, self.group_size, self.dtype)
-        return {"weight": packed, "scales": scales, "biases": biases}, largest
+        parts, largest = affine.quantize(rows, self.bits, self.group_size, self.dtype)
+        return dict(zip(("weight", "scales", "biases"), parts, strict=True)), largest
 
     def decode(self, parts: Mapping[str, Array]) -> Array:
         return affine.dequantize(parts["weight"], parts["scales"], parts["biases"], self.bits, self.group_size)
@@ -131,45 +122,35 @@ class Affine:
 
 
 @dataclass(frozen=True)
-class Floating:
-    """One of MLX's floating-point modes; `dtype` is that of the values before rounding. There are no biases."""
+class Floating(Grouped):
+    """One of MLX's floating-point modes, which fixes bits and group size. There are no biases."""
 
     dtype: str
 
-    MODE: ClassVar[str]
-    LEGAL: ClassVar[dict[str, tuple[Any, ...]]] = {"dtype": DTYPES}
+    @property
+    def bits(self) -> int:  # type: ignore[override]
+        return floating.FORMATS[self.MODE].bits
 
     @property
-    def form(self) -> floating.Format:
-        """What the mode fixes."""
-        return floating.FORMATS[self.MODE]
-
-    def to_json(self) -> dict[str, Any]:
-        return {"mode": self.MODE, "dtype": self.dtype}
-
-    def fault(self, shape: tuple[int, ...]) -> str | None:
-        if len(shape) != 2:
-            return f"{self.MODE} takes matrices, got {len(shape)} dimension(s)"
-        if shape[1] % self.form.group_size:
-            return f"rows of {shape[1]} do not divide into {self.MODE}'s groups of {self.form.group_size}"
-        return None
+    def group_size(self) -> int:  # type: ignore[override]
+        return floating.FORMATS[self.MODE].group_size
 
     def parts(self, shape: tuple[int, ...]) -> dict[str, Spec]:
         rows, columns = shape
         return {
-            "weight": ("uint32", (rows, columns * self.form.bits // 32)),
-            "scales": ("uint8", (rows, columns // self.form.group_size)),
+            "weight": ("uint32", (rows, columns * self.bits // 32)),
+            "scales": ("uint8", (rows, columns // self.group_size)),
         }
 
     def encode(self, rows: Array) -> tuple[dict[str, Array], float]:
-        (packed, scales), largest = floating.quantize(rows, self.MODE, self.dtype)
-        return {"weight": packed, "scales": scales}, largest
+        parts, largest = floating.quantize(rows, self.MODE, self.dtype)
+        return dict(zip(("weight", "scales"), parts, strict=True)), largest
 
     def decode(self, parts: Mapping[str, Array]) -> Array:
         return floating.dequantize(parts["weight"], parts["scales"], self.MODE, self.dtype)
 
     def mlx(self) -> dict[str, Any] | None:
-        return {"group_size": self.form.group_size, "bits": self.form.bits, "mode": self.MODE}
+        return {"group_size": self.group_size, "bits": self.bits, "mode": self.MODE}
 
 
 class Mxfp4(Floating):
@@ -185,45 +166,21 @@ class Nvfp4(Floating):
 
 
 @dataclass(frozen=True)
-class CoreML:
-    """A layer of the Core ML encoder in one of `quantization.coreml.compression`'s forms; the MLX folder has nothing
-    of it."""
+class CoreML(Scheme):
+    """A layer of the Core ML encoder in one of `quantization.coreml.compression`'s forms, which the MLX folder has no
+    part of."""
 
     form: str
 
-    LEGAL: ClassVar[dict[str, tuple[Any, ...]]] = {"form": ("fp16", *COMPRESSIONS)}
-
-    @property
-    def dtype(self) -> str:
-        return "float16"
-
-    def to_json(self) -> dict[str, Any]:
-        return {"mode": "coreml", "form": self.form}
+    MODE = "coreml"
+    LEGAL = {"form": ("fp16", *COMPRESSIONS)}
+    dtype = "float16"
 
     def fault(self, shape: tuple[int, ...]) -> str | None:
         return "a Core ML form is for the vision encoder's layers"
 
-    def parts(self, shape: tuple[int, ...]) -> dict[str, Spec]:
-        return {}
 
-    def encode(self, rows: Array) -> tuple[dict[str, Array], float]:
-        return {}, 0.0
-
-    def decode(self, parts: Mapping[str, Array]) -> Array:
-        raise ValueError("a Core ML form has no parts in the MLX folder")
-
-    def mlx(self) -> dict[str, Any] | None:
-        return None
-
-
-MODES: dict[str, type[Cast] | type[Affine] | type[Floating] | type[CoreML]] = {
-    "cast": Cast,
-    "affine": Affine,
-    "mxfp4": Mxfp4,
-    "mxfp8": Mxfp8,
-    "nvfp4": Nvfp4,
-    "coreml": CoreML,
-}
+MODES: dict[str, type[Scheme]] = {kind.MODE: kind for kind in (Cast, Affine, Mxfp4, Mxfp8, Nvfp4, CoreML)}
 
 
 def spec_bytes(spec: Spec) -> int:

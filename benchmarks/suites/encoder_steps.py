@@ -261,7 +261,7 @@ def palettization(checkpoint: str) -> dict[str, float]:
     import numpy as np
 
     from model_export.encoder import compress
-    from quantization.coreml.compression import COMPRESSIONS, applies
+    from quantization.coreml.compression import COMPRESSIONS, applies, nbytes
     from quantization.coreml.compression import compress as store
 
     _coremltools_palette(np.ones((16, 1), np.float16), 4, 16)  # its imports are not its time
@@ -285,7 +285,11 @@ def palettization(checkpoint: str) -> dict[str, float]:
     for weight in weights.values():
         scaled = COMPRESSIONS[SCALED_FORM]
         plain += weight.nbytes
-        stored += store(weight, scaled).nbytes if applies(weight.shape, scaled) is None else weight.nbytes
+        if applies(weight.shape, scaled) is None:
+            store(weight, scaled)
+            stored += nbytes(weight.shape, scaled)
+        else:
+            stored += weight.nbytes
     return {
         "palette_tensors": len(chosen),
         "palette_seconds": seconds["ours"],

@@ -81,8 +81,8 @@ class Compressed:
         """The fp16 weights that Core ML computes with."""
         return self.stored.decode()
 
-    @property
-    def nbytes(self) -> int:
+
+def nbytes(self) -> int:
         """Of what is stored: packed indices or integers, tables, scales; without the file's headers and alignment."""
         stored = self.stored
         packed = stored.indices if isinstance(stored, Palette) else stored.data
@@ -98,7 +98,8 @@ def parse(name: str) -> Compression:
 
 
 def nbytes(shape: tuple[int, ...], scheme: Compression) -> int:
-    """`Compressed.nbytes` of a weight of this shape, which the scheme applies to."""
+    """Bytes of a weight of this shape, which the scheme applies to: packed indices or integers, tables, scales; without
+    the file's headers and alignment."""
     channels = shape[0]
     if scheme.kind == "palette":
         tables = 1 if scheme.group is None else channels // scheme.group
@@ -109,23 +110,22 @@ def nbytes(shape: tuple[int, ...], scheme: Compression) -> int:
 
 
 def applies(shape: tuple[int, ...], scheme: Compression) -> str | None:
-    """Why a weight of this shape stays wide (fp16) under the scheme, or None when the scheme makes it smaller."""
+    """Why a weight of this shape stays in fp16 under the scheme, or None when the scheme makes it smaller."""
     if len(shape) < 2 or 0 in shape:
         return f"shape {list(shape)}: expected output channels, input channels and a kernel"
     if scheme.group is not None and (fault := group_fault(shape[0], scheme.group)):
         return fault
     if scheme.block is not None and shape[1] % scheme.block:
         return f"{shape[1]} input channel(s) do not divide into blocks of {scheme.block}"
-    small, wide = nbytes(shape, scheme), math.prod(shape) * _FP16
-    return None if small < wide else f"{small} bytes are not fewer than the {wide} of fp16"
+    compressed, plain = nbytes(shape, scheme), math.prod(shape) * _FP16
+    return None if compressed < plain else f"{compressed} bytes are not fewer than the {plain} of fp16"
 
 
-def compress(weight: NDArray[np.float16], scheme: str | Compression) -> Compressed:
-    """Store a weight (O, I, ...) fp16, finite, by a scheme or its name.
+def compress(weight: NDArray[np.float16], scheme: Compression) -> Compressed:
+    """Store a weight (O, I, ...) fp16, finite, by a scheme.
 
-    Raises UserError when the name is unknown or the weight stays wide (`applies`), ValueError for other faults of it.
+    Raises UserError when the scheme does not apply (`applies`), ValueError for other faults of the weight.
     """
-    scheme = parse(scheme) if isinstance(scheme, str) else scheme
     if fault := applies(weight.shape, scheme):
         raise UserError(f"cannot store a weight {list(weight.shape)} as {scheme.name}: {fault}")
     if scheme.kind == "palette":

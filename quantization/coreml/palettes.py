@@ -41,25 +41,23 @@ def palettize(
     weight: NDArray[np.float16],
     bits: int,
     group_size: int | None = None,
-    importance: NDArray[np.floating] | None = None,
     per_channel_scale: bool = False,
 ) -> Palette:
     """Choose 2**bits fp16 values for each `group_size` output channels (None: for the whole tensor), least squares.
 
-    weight: fp16 (O, I, ...), finite. importance: what an element's squared error counts, positive, (O, I, ...) or (I,)
-    for input channels. per_channel_scale: each output channel is first divided by its root mean square, which Core ML
-    multiplies back. Exact where a group has at most 2**bits distinct values (and no scale). Deterministic.
+    weight: fp16 (O, I, ...), finite. per_channel_scale: each output channel is first divided by its root mean square,
+    which Core ML multiplies back. Exact where a group has at most 2**bits distinct values (and no scale).
+    Deterministic.
     Raises ValueError with what is wrong: dtype, shape, NaN or infinity, bits, a group that doesn't divide O.
     """
     size = _check(weight, bits, group_size)
-    counts = _importance(importance, weight.shape)
-    scale = None
+    scale, counts = None, None
     if per_channel_scale:
         scale = _root_mean_square(weight)
         factor = _per_channel(scale, weight.ndim)
         weight = (weight.astype(np.float32) / factor).astype(np.float16)
         # an error of the scaled weight counts scale² in the weight itself
-        counts = np.broadcast_to(factor.astype(np.float64) ** 2 * (1.0 if counts is None else counts), weight.shape)
+        counts = np.broadcast_to(factor.astype(np.float64) ** 2, weight.shape)
     codes = np.ascontiguousarray(weight).view(np.uint16).reshape(len(weight) // size, -1)
     weights = [None] * len(codes) if counts is None else counts.reshape(len(codes), -1)
     present, histograms = zip(*(_histogram(c, w) for c, w in zip(codes, weights, strict=True)), strict=True)
@@ -97,19 +95,6 @@ def _check(weight: NDArray[np.float16], bits: int, group_size: int | None) -> in
     if faults:
         raise ValueError(f"cannot palettize: {'; '.join(faults)}")
     return len(weight) if group_size is None else group_size
-
-
-def _importance(importance: NDArray[np.floating] | None, shape: tuple[int, ...]) -> NDArray[np.float64] | None:
-    if importance is None:
-        return None
-    if not (np.isfinite(importance) & (importance > 0)).all() or importance.shape not in (shape, shape[1:2]):
-        raise ValueError(
-            f"importance: expected positive numbers {shape} or {shape[1:2]}, got shape {importance.shape}, "
-            f"smallest {importance.min()}"
-        )
-    if importance.shape != shape:
-        importance = importance.reshape(-1, *[1] * (len(shape) - 2))
-    return np.broadcast_to(importance, shape).astype(np.float64)
 
 
 def _histogram(codes: NDArray[np.uint16], weights: NDArray[np.float64] | None) -> tuple[NDArray[np.int64], Histogram]:

@@ -176,6 +176,14 @@ def _ordered(bits: Any) -> Any:
 
 
 @_part
+def _masks(bits: Any) -> Any:
+    """Of a word of eight codes: which bits are fields of one, two and four codes; how far neighbours are apart."""
+    first = U64(U64(0x0001000100010001) * U64((1 << bits) - 1))
+    second = U64(U64(0x0000000100000001) * U64((1 << 2 * bits) - 1))
+    return first, second, U64((1 << 4 * bits) - 1), U64(8 - bits)
+
+
+@_part
 def _pack(codes: Any, bits: Any, stream: Any) -> None:
     """Codes (uint8, a multiple of 8) to a little-endian bit stream (uint8), the first in the lowest bits.
 
@@ -186,10 +194,7 @@ def _pack(codes: Any, bits: Any, stream: Any) -> None:
             stream[i] = codes[i]
         return
     words = codes.view(U64)
-    first = U64(U64(0x0001000100010001) * U64((1 << bits) - 1))
-    second = U64(U64(0x0000000100000001) * U64((1 << 2 * bits) - 1))
-    third = U64((1 << 4 * bits) - 1)
-    by = U64(8 - bits)
+    first, second, third, by = _masks(bits)
     if bits == 4:
         out = stream.view(U32)
         for i in range(words.size):
@@ -215,10 +220,7 @@ def _unpack(stream: Any, bits: Any, codes: Any) -> None:
             codes[i] = stream[i]
         return
     words = codes.view(U64)
-    first = U64(U64(0x0001000100010001) * U64((1 << bits) - 1))
-    second = U64(U64(0x0000000100000001) * U64((1 << 2 * bits) - 1))
-    third = U64((1 << 4 * bits) - 1)
-    by = U64(8 - bits)
+    first, second, third, by = _masks(bits)
     half = stream.view(U32) if bits == 4 else _NO_WORDS
     for i in range(words.size):
         word = U64(0)

@@ -12,7 +12,8 @@ from mlx_lm.convert import QUANT_RECIPES, mixed_quant_predicate_builder
 from fastvlm.checkpoint.checkpoint import open_checkpoint
 from fastvlm.common.cli import Parser, add_common, run
 from fastvlm.synthetic.checkpoint import SHAPES
-from model_export.language.llm import _sources, planned_bytes
+from model_export.language.llm import planned_bytes
+from model_export.language.llm import weight_shapes as exported_shapes
 from quantization.catalogue import LOADERS, PUBLISHED_APP, SIZES, add_recipes, describe, human, weight_shapes
 from quantization.recipe import load_recipe, named_recipes, recipe_from_json
 
@@ -62,7 +63,7 @@ def test_shapes_are_the_published_models(key):
 def test_shapes_and_sizes_are_an_exports(tied, make_checkpoint, monkeypatch):
     checkpoint = open_checkpoint(make_checkpoint(tied=tied))
     monkeypatch.setitem(SHAPES, "0.5b", SimpleNamespace(**vars(SHAPES["tiny"]) | {"tied": tied, "vision_width": 256}))
-    exported = {name: tuple(checkpoint.tensors[source].shape) for name, source in _sources(checkpoint).items()}
+    exported = exported_shapes(checkpoint)
     assert weight_shapes(SHAPES["0.5b"]) == exported
     for name in ("fp16", "int4", "mixed_3_6", "nvfp4"):
         size = describe(NAMED[name])["sizes"]["0.5B"]

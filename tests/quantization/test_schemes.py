@@ -4,11 +4,10 @@ import itertools
 
 import mlx.core as mx
 import mlx.nn as mlx_nn
-import numpy as np
 import pytest
 import torch
 from mlx.utils import tree_flatten
-from test_affine import on_the_cpu, to_mlx, torch_bytes  # noqa: F401
+from mlx_arrays import on_the_cpu, torch_bytes  # noqa: F401
 
 from fastvlm.common.dtypes import dtype_name, torch_dtype
 from fastvlm.common.errors import UserError
@@ -19,7 +18,6 @@ from quantization.schemes import MODES, Scheme, legal_combinations
 MATRIX = (48, 384)
 STORED = [kind(*values) for mode, kind in MODES.items() if mode != "coreml"
           for values in itertools.product(*kind.LEGAL.values())]  # fmt: skip
-FLOATING = [scheme for scheme in STORED if scheme.to_json().get("mode") in ("mxfp4", "mxfp8", "nvfp4")]
 
 
 def weight(scheme: Scheme) -> torch.Tensor:
@@ -52,39 +50,24 @@ def test_the_entry_gives_a_module_that_takes_the_parts(scheme):
     }
 
 
-@pytest.mark.parametrize("scheme", FLOATING, ids=str)
-def test_floating_schemes_are_mlxs_own(scheme):
-    entry = scheme.mlx()
-    theirs = mx.quantize(to_mlx(weight(scheme)), entry["group_size"], entry["bits"], entry["mode"])
-    ours = encode(scheme, weight(scheme))
-    assert len(theirs) == len(ours) == 2
-    for part, their in zip(("weight", "scales"), theirs, strict=True):
-        assert torch.equal(ours[part], torch.from_numpy(np.array(their)))
-
-
 @pytest.mark.parametrize("scheme", STORED, ids=str)
 def test_json_and_back(scheme):
-    assert read_back(scheme.to_json()) == scheme
+    assert [one for one in STORED if one == read_back(scheme.to_json())] == [scheme]
 
 
 def test_the_encoders_forms():
     for form in MODES["coreml"].LEGAL["form"]:
         scheme = read_back({"mode": "coreml", "form": form}, VISION + "stages.0.*")
         assert scheme.to_json() == {"mode": "coreml", "form": form}
-        assert scheme.parts((4, 4)) == {} and encode(scheme, torch.ones(4, 4)) == {} and scheme.mlx() is None
+        assert scheme.parts((4, 4)) == {} and scheme.mlx() is None
         assert "vision encoder" in str(scheme.fault((4, 4)))
-
-
-def test_modes_with_the_same_settings_differ():
-    kinds = [scheme for scheme in FLOATING if scheme.dtype == "float16"]
-    assert len(set(kinds)) == len(kinds) == 3
 
 
 @pytest.mark.parametrize(
     ("document", "shape", "fault"),
     [({"mode": "mxfp4", "dtype": "float16"}, (4, 48), "rows of 48 do not divide into mxfp4's groups of 32"),
      ({"mode": "nvfp4", "dtype": "float16"}, (4, 24), "nvfp4's groups of 16"),
-     ({"mode": "mxfp8", "dtype": "float16"}, (64,), "mxfp8 takes matrices, got 1 dimension"),
+     ({"mode": "mxfp8", "dtype": "float16"}, (64,), "mxfp8 quantization takes matrices, got 1 dimension"),
      ({"mode": "affine", "bits": 4, "group_size": 128, "dtype": "float16"}, (4, 64), "groups that do: 32, 64"),
      ({"mode": "affine", "bits": 4, "group_size": 32, "dtype": "float16"}, (4, 24), "none, store it unquantized")],
 )  # fmt: skip

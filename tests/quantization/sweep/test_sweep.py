@@ -23,7 +23,7 @@ from quantization.sweep import engine, server
 from quantization.sweep import report as sweep_report
 
 HERE = Path(__file__).parent
-ROOT = HERE.parent.parent
+ROOT = HERE.parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -245,7 +245,7 @@ def test_killed_at_random_moments_the_report_is_the_same(tmp_path, uninterrupted
 
 def test_a_killed_sweep_takes_its_children_with_it(tmp_path, points):
     process = subprocess.Popen(
-        [sys.executable, "-c", "import sys, pathlib, sweep_fakes as f; from quantization import sweep\n"
+        [sys.executable, "-c", "import sys, pathlib, sweep_fakes as f; from quantization.sweep import engine as sweep\n"
          "w = pathlib.Path(sys.argv[1]); p = sweep.grid(['fp16', 'int4'], ['fp16'], [64])\n"
          "sweep.run(f.sweep_of(w, f.patient), p, jobs=2)", str(tmp_path)],
         env=os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{HERE}"}, stderr=subprocess.PIPE, text=True,

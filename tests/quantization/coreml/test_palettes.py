@@ -151,17 +151,6 @@ def test_a_tenth_of_coremltools_time():
     assert min(ours) < min(theirs) / 3  # a shared machine and a small tensor: the bar of 1/10 is the benchmark's
 
 
-def test_importance_moves_the_palette_to_what_counts():
-    weight = normal((16, 64, 1, 1))
-    importance = np.where(np.arange(64) < 8, 1000.0, 1.0)
-    plain, weighted = palettize(weight, 3).decode(), palettize(weight, 3, importance=importance).decode()
-    assert squared_error(weight[:, :8], weighted[:, :8]) < squared_error(weight[:, :8], plain[:, :8])
-    assert squared_error(weight, weighted) > squared_error(weight, plain)
-    full = np.broadcast_to(importance[:, None, None], weight.shape)
-    assert np.array_equal(palettize(weight, 3, importance=full).decode(), weighted)
-    assert np.array_equal(palettize(weight, 3, importance=np.full(64, 7.0)).decode(), plain)
-
-
 def test_a_scale_per_channel_serves_unequal_channels():
     weight = normal((32, 200, 1, 1)) * (2.0 ** np.arange(-4, 4).repeat(4)).astype(np.float16)[:, None, None, None]
     plain, scaled = palettize(weight, 4, 16), palettize(weight, 4, 16, per_channel_scale=True)
@@ -211,11 +200,7 @@ def test_refusals_say_what_is_wrong(weight, bits, group, said):
         palettize(weight, bits, group)
 
 
-def test_refuses_importance_and_scales_it_cannot_use():
-    weight = normal((4, 6))
-    for importance in (np.ones(4), np.zeros(6), np.full(6, np.nan), -np.ones((4, 6))):
-        with pytest.raises(ValueError, match="importance: expected positive numbers"):
-            palettize(weight, 4, importance=importance)
+def test_refuses_scales_it_cannot_use():
     near = np.array([[2000, 65504, 65504]], np.float16)  # 65504 / rms is rounded up
     with pytest.raises(ValueError, match="close to 65504"):
         palettize(near, 4, per_channel_scale=True)
