@@ -41,11 +41,10 @@ def weights(package: Path) -> Path:
 
 def edit(package: Path, change: Callable[[Any], None]) -> None:
     """Change the specification in place."""
-    path = package / "Data" / "com.apple.CoreML" / "model.mlmodel"
     model = Model_pb2.Model()
-    model.ParseFromString(path.read_bytes())
+    model.ParseFromString(specification(package).read_bytes())
     change(model)
-    path.write_bytes(model.SerializeToString())
+    specification(package).write_bytes(model.SerializeToString())
 
 
 def operations(model: Any) -> Any:
@@ -68,158 +67,125 @@ def test_the_template_runs(template: Path) -> None:
     np.testing.assert_allclose(result, np.maximum(X @ WEIGHT.T, 0), rtol=1e-5)
 
 
+def rewrite(path: Path, change: Callable[[bytes], bytes]) -> None:
+    path.write_bytes(change(path.read_bytes()))
+
+
+def lead_to(package: Path, path: str) -> None:
+    manifest = json.loads((package / "Manifest.json").read_text())
+    manifest["itemInfoEntries"][manifest["rootModelIdentifier"]]["path"] = path
+    (package / "Manifest.json").write_text(json.dumps(manifest))
+
+
+def link_outside(package: Path) -> None:
+    outside = package.with_name("weight.bin")
+    weights(package).rename(outside)
+    weights(package).symlink_to(outside)
+
+
+def specification(package: Path) -> Path:
+    return package / "Data" / "com.apple.CoreML" / "model.mlmodel"
+
+
+MANIFESTS = [b"", b"{", b"[]", b"{}", b'{"rootModelIdentifier": "a", "itemInfoEntries": {}}']
+OUTSIDE = ["../../outside", "/etc/passwd", "com.apple.CoreML/../../../outside", "a\0b"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda p: (p / "Manifest.json").unlink(), "no Manifest.json"),
+        *((lambda p, c=content: (p / "Manifest.json").write_bytes(c), "unusable manifest") for content in MANIFESTS),
+        *((lambda p, path=path: lead_to(p, path), "outside the package") for path in OUTSIDE),
+        (link_outside, "outside the package"),
+        (lambda p: rewrite(specification(p), lambda c: c[: len(c) // 2]), "not a Core ML specification, or truncated"),
+        (lambda p: rewrite(specification(p), lambda c: b""), "expected an mlProgram"),
+        (lambda p: specification(p).unlink(), "cannot read the model specification"),
+        (lambda p: rewrite(weights(p), lambda c: c[:-64]), "not in the file"),
+        (lambda p: rewrite(weights(p), lambda c: c[:32]), "truncated weight file"),
+        (lambda p: weights(p).unlink(), "cannot read the weight file"),
+    ],
+)
+def test_damaged_files(package: Path, damage: Callable[[Path], None], message: str) -> None:
+    damage(package)
+    refuse(package, message)
+
+
 def test_no_package(package: Path, tmp_path: Path) -> None:
     refuse(tmp_path / "missing.mlpackage", "no such package")
     file = tmp_path / "file.mlpackage"
     file.write_bytes(b"")
     refuse(file, "not a folder")
-    (package / "Manifest.json").unlink()
-    refuse(package, "no Manifest.json")
-
-
-def test_compiled_model(package: Path) -> None:
+    refuse(package, r"no function 'encode', it has \['main'\]", function_name="encode")
+    refuse(package, "unknown compute policy 'fp64'", compute="fp64")
     refuse(package.rename(package.with_suffix(".mlmodelc")), "compiled model")
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b'{"rootModelIdentifier": "a", "itemInfoEntries": {}}'])
-def test_unusable_manifest(package: Path, content: bytes) -> None:
-    (package / "Manifest.json").write_bytes(content)
-    refuse(package, "unusable manifest")
+def name_weights(model: Any, name: str) -> None:
+    for operation in operations(model):
+        value = operation.attributes.get("val", None)
+        if value is not None and value.WhichOneof("value") == "blobFileValue":
+            value.blobFileValue.fileName = name
 
 
-@pytest.mark.parametrize("path", ["../../outside", "/etc/passwd", "com.apple.CoreML/../../../outside", "a\0b"])
-def test_manifest_does_not_lead_outside(package: Path, path: str) -> None:
-    manifest = json.loads((package / "Manifest.json").read_text())
-    manifest["itemInfoEntries"][manifest["rootModelIdentifier"]]["path"] = path
-    (package / "Manifest.json").write_text(json.dumps(manifest))
-    refuse(package, "outside the package")
+def change_opset(model: Any) -> None:
+    function = model.mlProgram.functions["main"]
+    function.block_specializations["CoreML99"].CopyFrom(function.block_specializations[function.opset])
+    function.opset = "CoreML99"
 
 
-def test_a_symbolic_link_does_not_lead_outside(package: Path, tmp_path: Path) -> None:
-    outside = tmp_path / "weight.bin"
-    weights(package).rename(outside)
-    weights(package).symlink_to(outside)
-    refuse(package, "outside the package")
+def rename_operations(model: Any) -> None:
+    find(model, "linear").type, find(model, "relu").type = "mystery", "enigma"
+
+
+def declare(model: Any, part: str) -> None:
+    array = getattr(model.description, part)[0].type.multiArrayType
+    array.shape[:] = [7, *array.shape[1:]]
 
 
 @pytest.mark.parametrize(
-    ("name", "message"),
+    ("change", "message"),
     [
-        ("@model_path/../../weight.bin", "outside the package"),
-        ("@model_path//etc/passwd", "outside the package"),
-        ("/etc/passwd", "not under @model_path"),
-        ("@model_path/weights/other.bin", "cannot read the weight file"),
+        (lambda m: name_weights(m, "@model_path/../../weight.bin"), "outside the package"),
+        (lambda m: name_weights(m, "@model_path//etc/passwd"), "outside the package"),
+        (lambda m: name_weights(m, "/etc/passwd"), "not under @model_path"),
+        (lambda m: name_weights(m, "@model_path/weights/other.bin"), "cannot read the weight file"),
+        (lambda m: m.neuralNetwork.SetInParent(), "the model is a neuralNetwork"),
+        (change_opset, "opset CoreML99 is not supported"),
+        (rename_operations, r"2 unsupported operation\(s\): hidden \(mystery, CoreML7\); y \(enigma, CoreML7\)"),
+        (
+            lambda m: setattr(find(m, "relu"), "type", "scaled_dot_product_attention"),
+            r"y \(scaled_dot_product_attention, CoreML7\)",
+        ),
+        (
+            lambda m: find(m, "relu").inputs["slope"].CopyFrom(find(m, "relu").inputs["x"]),
+            r"y \(relu, CoreML7\): parameters not understood: slope",
+        ),
+        (
+            lambda m: setattr(find(m, "relu").inputs["x"].arguments[0], "name", "nothing"),
+            r"'y' uses undefined values \['nothing'\]",
+        ),
+        (
+            lambda m: setattr(find(m, "linear").outputs[0].type.tensorType.dimensions[1].constant, "size", 9),
+            r"hidden \(linear, .*gives \[2, 8\], declared fp32\[2, 9\]",
+        ),
+        (lambda m: declare(m, "input"), "input '.' is described as fp32"),
+        (lambda m: declare(m, "output"), "output '.' is described as fp32"),
+        (
+            lambda m: setattr(m.description.output[0], "name", "features"),
+            r"the description has outputs \['features'\], the program \['y'\]",
+        ),
     ],
 )
-def test_weight_file_name(package: Path, name: str, message: str) -> None:
-    def change(model: Any) -> None:
-        for operation in operations(model):
-            value = operation.attributes.get("val", None)
-            if value is not None and value.WhichOneof("value") == "blobFileValue":
-                value.blobFileValue.fileName = name
-
+def test_unusable_specifications(package: Path, change: Callable[[Any], None], message: str) -> None:
     edit(package, change)
     refuse(package, message)
 
 
-def test_specification(package: Path) -> None:
-    path = package / "Data" / "com.apple.CoreML" / "model.mlmodel"
-    content = path.read_bytes()
-    path.write_bytes(content[: len(content) // 2])
-    refuse(package, "not a Core ML specification, or truncated")
-    path.write_bytes(b"")
-    refuse(package, "expected an mlProgram")
-    path.unlink()
-    refuse(package, "cannot read the model specification")
-
-
-def test_neural_network(package: Path) -> None:
-    edit(package, lambda model: model.neuralNetwork.SetInParent())
-    refuse(package, "the model is a neuralNetwork")
-
-
-def test_weight_file(package: Path) -> None:
-    content = weights(package).read_bytes()
-    weights(package).write_bytes(content[:-64])
-    refuse(package, "not in the file")
-    weights(package).write_bytes(content[:32])
-    refuse(package, "truncated weight file")
-    weights(package).unlink()
-    refuse(package, "cannot read the weight file")
-
-
-def test_unknown_function_and_policy(package: Path) -> None:
-    refuse(package, r"no function 'encode', it has \['main'\]", function_name="encode")
-    refuse(package, "unknown compute policy 'fp64'", compute="fp64")
-
-
-def test_unknown_opset(package: Path) -> None:
-    def change(model: Any) -> None:
-        function = model.mlProgram.functions["main"]
-        function.block_specializations["CoreML99"].CopyFrom(function.block_specializations[function.opset])
-        function.opset = "CoreML99"
-
-    edit(package, change)
-    refuse(package, "opset CoreML99 is not supported")
-
-
-def test_every_unsupported_operation_is_listed(package: Path) -> None:
-    def change(model: Any) -> None:
-        find(model, "linear").type = "mystery"
-        find(model, "relu").type = "enigma"
-
-    edit(package, change)
-    refuse(package, r"2 unsupported operation\(s\): hidden \(mystery, CoreML7\); y \(enigma, CoreML7\)")
-
-
-def test_an_operation_of_a_later_opset_is_unsupported(package: Path) -> None:
-    edit(package, lambda model: setattr(find(model, "relu"), "type", "scaled_dot_product_attention"))
-    refuse(package, r"y \(scaled_dot_product_attention, CoreML7\)")
-
-
-def test_unknown_and_unusable_parameters(package: Path) -> None:
-    def change(model: Any) -> None:
-        find(model, "relu").inputs["slope"].CopyFrom(find(model, "relu").inputs["x"])
-
-    edit(package, change)
-    refuse(package, r"y \(relu, CoreML7\): parameters not understood: slope")
-
-
-def test_undefined_value(package: Path) -> None:
-    edit(package, lambda model: setattr(find(model, "relu").inputs["x"].arguments[0], "name", "nothing"))
-    refuse(package, r"'y' uses undefined values \['nothing'\]")
-
-
-def test_a_declared_shape_that_the_operation_does_not_give(package: Path) -> None:
-    def change(model: Any) -> None:
-        find(model, "linear").outputs[0].type.tensorType.dimensions[1].constant.size = 9
-
-    edit(package, change)
-    refuse(package, r"hidden \(linear, .*gives \[2, 8\], declared fp32\[2, 9\]")
-
-
 def test_a_declared_type_that_the_operation_does_not_give(package: Path) -> None:
-    def change(model: Any) -> None:
-        find(model, "linear").outputs[0].type.tensorType.dataType = MIL_pb2.INT32
-
-    edit(package, change)
+    edit(package, lambda m: setattr(find(m, "linear").outputs[0].type.tensorType, "dataType", MIL_pb2.INT32))
     with pytest.raises(mil.MILError, match=r"came out as float32\[2, 8\], declared int32\[2, 8\]"):
         mil.load(package).predict({"x": X})
-
-
-@pytest.mark.parametrize("part", ["input", "output"])
-def test_a_description_that_contradicts_the_program(package: Path, part: str) -> None:
-    array = lambda model: getattr(model.description, part)[0].type.multiArrayType  # noqa: E731
-    edit(
-        package,
-        lambda model: array(model).shape.__setitem__(0, 7) if array(model).shape else array(model).shape.extend([7]),
-    )
-    refuse(package, f"{part} '.' is described as fp32")
-
-
-def test_a_described_name_that_the_program_lacks(package: Path) -> None:
-    edit(package, lambda model: setattr(model.description.output[0], "name", "features"))
-    refuse(package, r"the description has outputs \['features'\], the program \['y'\]")
 
 
 @pytest.mark.parametrize(
