@@ -152,8 +152,8 @@ def write_manifest(
 def read_manifest(artefact: Path, older: bool = False) -> dict[str, Any]:
     """The artefact's export.json; with `older`, of any format up to ours. Raises UserError when it cannot be read."""
     path = artefact / contract.MANIFEST
-    if not path.exists() and not recognise(artefact) and (said := folder_kind.instead_of_artefact(artefact)):
-        raise UserError(said)
+    if not path.exists() and not recognise(artefact) and (reason := folder_kind.instead_of_artefact(artefact)):
+        raise UserError(reason)
     if not artefact.is_dir():
         what = "is a file" if artefact.is_file() else "no such folder"
         raise UserError(f"{artefact}: {what}: expected an exported artefact's folder")

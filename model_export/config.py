@@ -1,4 +1,4 @@
-"""What an export is asked to do; refused at once, with every fault, when it cannot be done."""
+"""The settings of an export, checked all at once."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -64,7 +64,7 @@ class ExportConfig:
 
     @property
     def newer_target(self) -> dict[str, str]:
-        """What needs a newer deployment target than DEFAULT_TARGET: why -> which."""
+        """Reasons for a newer deployment target than DEFAULT_TARGET: reason -> target."""
         needs = {f"--vision-quant {form}": target for form, target in self.compression.targets.items()}
         if self.min_snr is not None and self.minimum_deployment_target is None:
             needs["the forms that --min-snr chooses among"] = "iOS18"
@@ -78,7 +78,7 @@ class ExportConfig:
 
     @property
     def compression(self) -> compress.VisionQuant:
-        """What `vision_quant` says of the encoder, or else the recipe."""
+        """The encoder's forms: by `vision_quant`, or else by the recipe."""
         return (
             compress.load(self.vision_quant) if self.vision_quant != compress.NONE else compress.of_recipe(self.quant)
         )
@@ -89,7 +89,7 @@ class ExportConfig:
         return self.minimum_deployment_target or max([DEFAULT_TARGET, *self.newer_target.values()])
 
     def document(self) -> dict[str, Any]:
-        """What decides the artefact's bytes, for its manifest: no paths, nothing of the machine."""
+        """The settings that decide the artefact's bytes, for its manifest: no paths, nothing of the machine."""
         kept = asdict(self)
         for key in ("checkpoint", "output_dir", "overwrite", "calibration_data"):
             del kept[key]
@@ -166,7 +166,7 @@ class ExportConfig:
 
 
 def size_faults(flag: str, size: Any) -> list[str]:
-    """What is wrong with a flag's picture size in pixels per side."""
+    """The fault of a flag's picture size in pixels per side, [] if it is legal."""
     whole = isinstance(size, int) and not isinstance(size, bool)
     if whole and PATCH_SIZE <= size <= MAX_IMAGE_SIZE and size % PATCH_SIZE == 0:
         return []

@@ -1,4 +1,4 @@
-"""What the demo app and the MLX loaders find in an artefact: names, shapes, dtypes, keys. Imports nothing of ours.
+"""The contract of an artefact with the demo app and the MLX loaders: names, shapes, dtypes, keys. Imports nothing.
 
 Source: apple/ml-fastvlm `app/FastVLM/FastVLM.swift` (its `Codable` structs, `@ModuleInfo` keys and preconditions).
 Anything that differs from this is a crash in the app at run time.

@@ -10,7 +10,9 @@ from typing import Any
 
 from fastvlm.checkpoint.exported import Exported
 from fastvlm.common.errors import UserError
+from fastvlm.data.preprocessing import read_preprocessor
 from model_export import contract
+from model_export.encoder import compress
 
 UNKNOWN = ("the checkpoint it was made from", "the recipe", "the proof against the checkpoint", "its files' sha256")
 _BUILT_WITH = {6: "iOS15", 7: "iOS16", 8: "iOS17", 9: "iOS18", 10: "iOS26"}  # specification -> deployment target
@@ -55,8 +57,6 @@ def described(folder: Path, document: dict[str, Any]) -> dict[str, Any]:
 
 
 def _of_package(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
-    from fastvlm.data.preprocessing import read_preprocessor
-    from model_export.encoder import compress
     from model_export.mil import MILError, read_package
 
     package = folder / contract.PACKAGE

@@ -1,4 +1,4 @@
-"""From a checkpoint to an artefact: the stages of `python -m model_export all`, `vision` and `llm`."""
+"""The export of a checkpoint to an artefact: the stages of `python -m model_export all`, `vision` and `llm`."""
 
 import shutil
 import threading
@@ -46,7 +46,7 @@ class Plan:
     sizes: dict[str, int]
 
     def document(self) -> dict[str, Any]:
-        """What would be written, with estimated sizes in bytes."""
+        """The files to be written, with estimated sizes in bytes."""
         return {
             "output_dir": str(self.config.output_dir),
             "parts": list(self.parts),
@@ -77,7 +77,7 @@ class Sources:
             self._found = self._pool.submit(artefact.sources, checkpoint, self._advance)
 
     def result(self) -> dict[str, Any]:
-        """What `artefact.sources` has found, waited for."""
+        """The result of `artefact.sources`, waited for."""
         assert self._found is not None
         return self._found.result()
 
@@ -155,12 +155,12 @@ def export(
     sources.begin(checkpoint)
     with (
         sources,
-        resume.kept(config.output_dir, _resume_key(plan, sources.before)) as kept,
+        resume.finished_files(config.output_dir, _resume_key(plan, sources.before)) as finished,
         staged(config.output_dir, replace=config.overwrite) as folder,
     ):
-        document = _write_parts(plan, folder, sources.result, kept, seconds, vision)
+        document = _write_parts(plan, folder, sources.result, finished, seconds, vision)
         with _stage("hash the artefact", seconds):
-            document = artefact.write_manifest(folder, document, kept.hashes)
+            document = artefact.write_manifest(folder, document, finished.hashes)
         if parity is not None:
             with _timed("parity", seconds):  # it shows its own progress
                 result = _rounded(dict(parity(folder)))
@@ -188,7 +188,7 @@ def _write_parts(
     plan: Plan,
     folder: Path,
     sources: Callable[[], dict[str, Any]],
-    kept: resume.Kept,
+    finished: resume.FinishedFiles,
     seconds: dict[str, float],
     sees: "Vision | None",
 ) -> dict[str, Any]:
@@ -208,7 +208,7 @@ def _write_parts(
     changes = {}
     calibrated = plan.recipe.calibrates
     if "llm" in plan.parts and not calibrated:
-        document["llm"], changes["llm"] = _write_language(plan, folder, kept, seconds, None)
+        document["llm"], changes["llm"] = _write_language(plan, folder, finished, seconds, None)
     if "vision" in plan.parts:
         from model_export.encoder import vision  # noqa: F401  imported beside the hashing, not after it
     with _stage("hash the checkpoint", seconds):  # what is left of it
@@ -221,7 +221,7 @@ def _write_parts(
             from model_export.runtime import ExecutorVision
 
             sees = ExecutorVision(folder)
-        document["llm"], changes["llm"] = _write_language(plan, folder, kept, seconds, sees)
+        document["llm"], changes["llm"] = _write_language(plan, folder, finished, seconds, sees)
     if config.layout != "mlx-lm":
         tokenizer.write_processors(folder, checkpoint.image_size, strategy, preprocessor.mean, preprocessor.std)
     document["licences"] = artefact.carry_licences(checkpoint.path, folder, [changes[part] for part in sorted(changes)])
@@ -229,7 +229,7 @@ def _write_parts(
 
 
 def _write_language(
-    plan: Plan, folder: Path, kept: resume.Kept, seconds: dict[str, float], sees: "Vision | None"
+    plan: Plan, folder: Path, finished: resume.FinishedFiles, seconds: dict[str, float], sees: "Vision | None"
 ) -> tuple[dict[str, Any], str]:
     """The language model's files, calibrated on what `sees` gives; returns the manifest's facts and a sentence for the
     NOTICE."""
@@ -244,8 +244,8 @@ def _write_language(
         recipe, ready, facts = found.recipe, found.parts, {"calibration": found.facts}
     size = llm.bytes_to_read(checkpoint, recipe, config.layout)
     with _stage("language model", seconds, size) as advance:
-        # what was calibrated depends on more than the key of what is kept
-        facts |= llm.export_llm(checkpoint, recipe, folder, advance, config.layout, None if ready else kept, ready)
+        # what was calibrated depends on more than the key of the finished files
+        facts |= llm.export_llm(checkpoint, recipe, folder, advance, config.layout, None if ready else finished, ready)
     tokenizer.write_tokenizer(checkpoint, folder)
     what = "The language model is" if config.layout == "mlx-lm" else "The language model and the projector are"
     return facts, f"{what} stored for MLX by recipe {recipe.name}."

@@ -21,9 +21,9 @@ from model_export.artefact import hash_file
 _KEY = "key.json"
 
 
-class Kept:
-    """The files of one run: `hashes` has sha256 and size of each that was kept or taken over. Without a folder, only
-    that."""
+class FinishedFiles:
+    """The files of one run: `hashes` has sha256 and size of each that was finished or taken over. Without a folder,
+    only that."""
 
     def __init__(self, folder: Path | None = None) -> None:
         self.hashes: dict[str, dict[str, Any]] = {}
@@ -56,7 +56,7 @@ class Kept:
 
 
 @contextmanager
-def kept(target: Path, key: Mapping[str, Any]) -> Iterator[Kept]:
+def finished_files(target: Path, key: Mapping[str, Any]) -> Iterator[FinishedFiles]:
     """Yield what an interrupted run with this very `key` has finished; an end by UserError or CheckFailed forgets it.
 
     Raises UserError while another run writes to `target`.
@@ -69,7 +69,7 @@ def kept(target: Path, key: Mapping[str, Any]) -> Iterator[Kept]:
             if not (folder / _KEY).is_file() or (folder / _KEY).read_bytes() != wanted:
                 empty(folder)
                 write_file(folder / _KEY, wanted)
-            yield Kept(folder)
+            yield FinishedFiles(folder)
         except (UserError, CheckFailed):
             raise
         except BaseException:

@@ -1,1 +1,1 @@
-"""How a tensor becomes smaller: recipes and schemes."""
+"""Recipes and storage schemes for weights: formats, calibration, sweeps."""

@@ -10,13 +10,16 @@ from typing import TYPE_CHECKING, Any
 from rich.markup import escape
 from rich.table import Table
 
+from fastvlm.checkpoint import naming
+from fastvlm.checkpoint.shapes import language_shapes
 from fastvlm.common.cli import wide_console
+from fastvlm.common.errors import UserError
 from fastvlm.common.terminal import Console
+from quantization.recipe import ELSEWHERE, Recipe, Rule, load_recipe, named_recipes
+from quantization.schemes import Scheme, nbytes
 
-if TYPE_CHECKING:  # torch is imported where a verb needs it
+if TYPE_CHECKING:
     from fastvlm.synthetic.checkpoint import Shape
-    from quantization.recipe import Recipe, Rule
-    from quantization.schemes import Scheme
 
 SIZES = {"0.5b": "0.5B", "1.5b": "1.5B", "7b": "7B"}  # fastvlm.synthetic.checkpoint.SHAPES -> as Apple calls them
 ENCODER = "the Core ML encoder adds 245 MB in float16, 123 in int8, 62 in palette4-g16"  # of 125M weights, README
@@ -24,7 +27,7 @@ ENCODER = "the Core ML encoder adds 245 MB in float16, 123 in int8, 62 in palett
 
 @dataclass(frozen=True)
 class Loader:
-    """What reads an artefact's folder, and of what settings. mixed: more than one, by entries for single modules.
+    """A loader of artefacts and the settings it supports. mixed: more than one, by entries for single modules.
 
     layout: which artefacts (`--layout`); app: whether it is a version of the demo app.
     """
@@ -76,8 +79,6 @@ def add_recipes(verbs: Any) -> None:
 
 def run_recipes(args: argparse.Namespace) -> dict[str, Any]:
     """All named recipes in a table, or some with their rules. UserError for what is no recipe."""
-    from quantization.recipe import load_recipe, named_recipes
-
     recipes = [load_recipe(name) for name in args.recipe] or list(named_recipes().values())
     rows = [describe(recipe) for recipe in recipes]
     console = wide_console(180)
@@ -91,14 +92,13 @@ def run_recipes(args: argparse.Namespace) -> dict[str, Any]:
     return {"recipes": rows, "loaders": {loader.name: loader.source for loader in LOADERS}}
 
 
-def describe(recipe: "Recipe") -> dict[str, Any]:
+def describe(recipe: Recipe) -> dict[str, Any]:
     """A recipe with its sizes and loaders.
 
     `sizes`: for each published model {"bytes", "bits_per_weight"}; {"least", "most"} where it leaves choices open;
     {"fault"} where it doesn't fit. A budget is its own size.
     """
-    from fastvlm.common.errors import UserError
-    from fastvlm.synthetic.checkpoint import SHAPES
+    from fastvlm.synthetic.checkpoint import SHAPES  # and with it torch
 
     sizes, settings = {}, set()
     for key, name in SIZES.items():
@@ -118,9 +118,6 @@ def describe(recipe: "Recipe") -> dict[str, Any]:
 
 def weight_shapes(shape: "Shape") -> dict[str, tuple[int, ...]]:
     """The artefact's weights (without an encoder) of a model of this shape: name -> shape."""
-    from fastvlm.checkpoint import naming
-    from fastvlm.checkpoint.shapes import language_shapes
-
     found = language_shapes(
         hidden=shape.hidden,
         inner=shape.intermediate,
@@ -138,12 +135,8 @@ def weight_shapes(shape: "Shape") -> dict[str, tuple[int, ...]]:
     return {name: size for name, size in stored.items() if name is not None}
 
 
-def _size(recipe: "Recipe", shapes: dict[str, tuple[int, ...]]) -> tuple[dict[str, Any], set[tuple[str, int, int]]]:
+def _size(recipe: Recipe, shapes: dict[str, tuple[int, ...]]) -> tuple[dict[str, Any], set[tuple[str, int, int]]]:
     """One model's size, and the settings that MLX will read. UserError where the recipe doesn't fit it."""
-    from fastvlm.common.errors import UserError
-    from quantization.recipe import ELSEWHERE
-    from quantization.schemes import nbytes
-
     options = recipe.options(shapes, ELSEWHERE)
     parameters = sum(map(math.prod, shapes.values()))
     sizes = {name: [nbytes(scheme, shapes[name]) for scheme in schemes] for name, schemes in options.items()}
@@ -164,7 +157,7 @@ def _figures(size: int, parameters: int) -> dict[str, Any]:
     return {"bytes": size, "bits_per_weight": round(8 * size / parameters, 2)}
 
 
-def _settings(schemes: Iterable["Scheme"]) -> set[tuple[str, int, int]]:
+def _settings(schemes: Iterable[Scheme]) -> set[tuple[str, int, int]]:
     entries = [scheme.mlx() for scheme in schemes]
     return {(entry.get("mode", "affine"), entry["bits"], entry["group_size"]) for entry in entries if entry}
 
@@ -211,29 +204,29 @@ def _table(rows: list[dict[str, Any]]) -> Table:
     return table
 
 
-def _print_rules(console: Console, recipe: "Recipe", row: dict[str, Any]) -> None:
+def _print_rules(console: Console, recipe: Recipe, row: dict[str, Any]) -> None:
     table = Table(title=f"\n{recipe.name}, the first rule that matches decides", title_justify="left")
     for column in ("weights", "become", "because"):
         table.add_column(column, overflow="fold")
     for rule in recipe.rules:
-        table.add_row(escape(rule.pattern + _layers(rule)), " or ".join(map(_said, rule.choices)), escape(rule.why))
+        table.add_row(escape(rule.pattern + _layers(rule)), " or ".join(map(_in_words, rule.choices)), escape(rule.why))
     console.print(table)
     for name, size in row["sizes"].items():
         if "fault" in size:
             console.print(f"{name}: {size['fault']}", markup=False)
 
 
-def _layers(rule: "Rule") -> str:
-    """Which layers a rule is about, where not all."""
+def _layers(rule: Rule) -> str:
+    """The layers that a rule is limited to, "" for all."""
     if rule.layers is None:
         return ""
     edges = (("first", rule.layers.first), ("last", rule.layers.last))
-    said = [f"the {edge} {Fraction(part).limit_denominator(100)} of the layers" for edge, part in edges if part]
-    said += [f"1 in {rule.layers.every} of those between"] if rule.layers.every else []
-    return f" ({', '.join(said)})"
+    parts = [f"the {edge} {Fraction(part).limit_denominator(100)} of the layers" for edge, part in edges if part]
+    parts += [f"1 in {rule.layers.every} of those between"] if rule.layers.every else []
+    return f" ({', '.join(parts)})"
 
 
-def _said(scheme: "Scheme") -> str:
+def _in_words(scheme: Scheme) -> str:
     """A scheme in a few words."""
     document = scheme.to_json()
     if document.get("mode") == "affine":

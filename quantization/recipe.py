@@ -79,7 +79,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Budget:
-    """How large the language model and the projector may be: one of the two."""
+    """A limit on the size of the language model and the projector: bytes, or bits per weight."""
 
     bytes: int | None = None
     bits_per_weight: float | None = None
@@ -126,7 +126,7 @@ class Recipe:
         )
 
     def choices(self, name: str, layer_count: int = 0) -> tuple[Scheme, ...]:
-        """What the first rule that matches a weight's name offers; nothing when none does."""
+        """The choices of the first rule that matches a weight's name; () when none does."""
         return next((rule.choices for rule in self.rules if rule.matches(name, layer_count)), ())
 
     def plan(self, shapes: Mapping[str, tuple[int, ...]], elsewhere: tuple[str, ...] = ()) -> dict[str, Scheme]:
@@ -145,7 +145,7 @@ class Recipe:
     def options(
         self, shapes: Mapping[str, tuple[int, ...]], elsewhere: tuple[str, ...] = ()
     ) -> dict[str, tuple[Scheme, ...]]:
-        """What may become of each weight: the first matching rule's choices, as far as they can store it.
+        """Each weight's possible schemes: the first matching rule's choices that can store it.
 
         Raises UserError with every rule that matches nothing, and every weight that has no rule or that no choice can
         store.
@@ -176,12 +176,12 @@ class Recipe:
 
 
 def layer_count(names: Mapping[str, Any]) -> int:
-    """How many decoder layers there are among these weights' names."""
+    """The number of decoder layers among these weights' names."""
     return max((int(found[1]) + 1 for name in names if (found := _LAYER_NUMBER.search(name))), default=0)
 
 
 def _method_faults(method: str, plan: Mapping[str, Scheme]) -> list[str]:
-    """What keeps a calibration method from storing this plan (the limits are mlx-lm 0.32.2's)."""
+    """Reasons why a calibration method cannot store this plan (the limits are mlx-lm 0.32.2's)."""
     matrices = {scheme for name, scheme in plan.items() if name.startswith(LAYERS) and name.endswith("_proj.weight")}
     affine = [scheme for scheme in plan.values() if isinstance(scheme, Affine)]
     faults = []

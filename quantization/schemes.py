@@ -22,7 +22,7 @@ Settings = dict[str, tuple[Any, ...]]  # setting -> values allowed; any combinat
 
 
 class Scheme:
-    """How one weight is stored: as parts, each a tensor whose rows belong to the weight's rows."""
+    """A way to store one weight: as parts, each a tensor whose rows belong to the weight's rows."""
 
     MODE: ClassVar[str]  # its name in a recipe
     LEGAL: ClassVar[Settings] = {"dtype": DTYPES}
@@ -37,7 +37,8 @@ class Scheme:
         return None
 
     def parts(self, shape: tuple[int, ...]) -> dict[str, Spec]:
-        """What is stored for a weight `x.weight` of this shape: part name ("weight", "scales", ...) -> dtype, shape."""
+        """The tensors stored for a weight `x.weight` of this shape: part name ("weight", "scales", ...) -> dtype,
+        shape."""
         return {}
 
     def encode(self, rows: Array) -> tuple[dict[str, Array], float]:
@@ -102,7 +103,7 @@ class Affine(Grouped):
     dtype: str
 
     MODE = "affine"
-    LEGAL = {"bits": affine.BITS, "group_size": affine.GROUP_SIZES, "dtype": DTYPES}
+    LEGAL: ClassVar[Settings] = {"bits": affine.BITS, "group_size": affine.GROUP_SIZES, "dtype": DTYPES}
 
     def parts(self, shape: tuple[int, ...]) -> dict[str, Spec]:
         rows, columns = shape
@@ -173,7 +174,7 @@ class CoreML(Scheme):
     form: str
 
     MODE = "coreml"
-    LEGAL = {"form": ("fp16", *COMPRESSIONS)}
+    LEGAL: ClassVar[Settings] = {"form": ("fp16", *COMPRESSIONS)}
     dtype = "float16"
 
     def fault(self, shape: tuple[int, ...]) -> str | None:
@@ -189,12 +190,12 @@ def spec_bytes(spec: Spec) -> int:
 
 
 def nbytes(scheme: Scheme, shape: tuple[int, ...]) -> int:
-    """What a weight of this shape takes when it is stored."""
+    """Bytes of a weight of this shape when it is stored."""
     return sum(map(spec_bytes, scheme.parts(shape).values()))
 
 
 def legal_combinations() -> str:
-    """What a recipe may say, in a line."""
+    """All legal schemes of a recipe, in one line."""
     modes: dict[tuple[str, ...], list[str]] = {}  # settings -> the modes that have them
     for mode, kind in MODES.items():
         settings = tuple(f'"{key}": {"|".join(map(str, legal))}' for key, legal in kind.LEGAL.items())

@@ -1,4 +1,4 @@
-"""What can be said of a package without its device: rules, compute plan, ranges; and the checks for a Mac.
+"""Checks of a package without its device: rules, compute plan, ranges; and the checks for a Mac.
 
 Imports `mil` and `encoder`.
 """

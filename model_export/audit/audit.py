@@ -81,13 +81,14 @@ def _function(program: Program, graph: Graph) -> dict[str, Any]:
 
 
 def _forms(graph: Graph) -> dict[str, int]:
-    """How many weights are compressed, by their constexpr operation."""
+    """The number of compressed weights by their constexpr operation."""
     forms = Counter(item.type for item in graph.constants if item.type.startswith("constexpr_"))
     return dict(sorted(forms.items()))
 
 
 def _scaled_activations(graph: Graph) -> dict[str, int]:
-    """How many activations take x / 2^k (see `model_export.encoder.scaled`): a clip, multiplied back, feeds them."""
+    """The number of activations that take x / 2^k by type (see `model_export.encoder.scaled`): a clip, multiplied back,
+    feeds them."""
     found: Counter[str] = Counter()
     for operation in graph.operations:
         if operation.type not in ("gelu", "sigmoid", "softmax"):

@@ -1,4 +1,4 @@
-"""What Core ML would run where: MLComputePlan of a package, read in a process of its own, on a Mac.
+"""The devices that Core ML would use: MLComputePlan of a package, read in a process of its own, on a Mac.
 
 `python -m model_export.audit.compute_plan PACKAGE` compiles the package and prints one JSON line. It is a process of
 its own because the framework ends the whole process, uncatchable, where it should raise (coremltools #2757, #2758).
@@ -15,6 +15,7 @@ from typing import Any
 
 from fastvlm.common import children
 from fastvlm.common.errors import CheckFailed, UserError
+from model_export.encoder.coreml import coremltools
 
 ESTABLISHES = (
     "for each operation which of the CPU, the GPU and the Neural Engine could run it, which one the system would"
@@ -122,8 +123,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if sys.platform != "darwin":
         print("error: a compute plan needs macOS", file=sys.stderr)
         return 2
-    from model_export.encoder.coreml import coremltools
-
     ct = coremltools()
     from coremltools.models.compute_plan import MLComputePlan
 

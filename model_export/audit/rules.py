@@ -166,32 +166,34 @@ def _dynamic(graph: Graph, threshold: Mapping[str, Any]) -> Iterator[_Hit]:
             yield operation, "its result's shape depends on values"
 
 
-def _computes_in(graph: Graph, operation: Operation, wide: set[str]) -> list[str]:
-    """The types among `wide` that it reads or makes."""
+def _computes_in(graph: Graph, operation: Operation, dtypes: set[str]) -> list[str]:
+    """The types among `dtypes` that it reads or makes."""
     types = [graph.types.get(name) for name in graph.live(operation)] + [item.type for item in operation.outputs]
-    return sorted({type.dtype for type in types if type is not None and type.dtype in wide})
+    return sorted({type.dtype for type in types if type is not None and type.dtype in dtypes})
 
 
 def _float32_program(graph: Graph) -> tuple[int, int]:
     """Operations on float32 or wider, and on any float; casts are conversions, not computations."""
     computed = [operation for operation in graph.operations if operation.type != "cast"]
-    wide = sum(bool(_computes_in(graph, operation, {"fp32", "fp64"})) for operation in computed)
-    return wide, sum(bool(_computes_in(graph, operation, {"fp16", "fp32", "fp64", "bf16"})) for operation in computed)
+    unwanted = sum(bool(_computes_in(graph, operation, {"fp32", "fp64"})) for operation in computed)
+    return unwanted, sum(
+        bool(_computes_in(graph, operation, {"fp16", "fp32", "fp64", "bf16"})) for operation in computed
+    )
 
 
 @_check("compute-precision")
 def _precision(graph: Graph, threshold: Mapping[str, Any]) -> Iterator[_Hit]:
-    wide, floats = _float32_program(graph)
-    if floats and wide / floats > threshold["wide_share"]:
-        yield graph.function.name, f"{wide} of {floats} operations on floats are float32 or wider"
+    float32, floats = _float32_program(graph)
+    if floats and float32 / floats > threshold["wide_share"]:
+        yield graph.function.name, f"{float32} of {floats} operations on floats are float32 or wider"
 
 
 @_check("float32-island")
 def _islands(graph: Graph, threshold: Mapping[str, Any]) -> Iterator[_Hit]:
-    wide, floats = _float32_program(graph)
+    float32, floats = _float32_program(graph)
     types = set(threshold["wide"])
-    if floats and wide / floats > rules()["compute-precision"].threshold["wide_share"]:
-        types -= {"fp32", "fp64"}  # not islands: said once, for the whole function
+    if floats and float32 / floats > rules()["compute-precision"].threshold["wide_share"]:
+        types -= {"fp32", "fp64"}  # not islands: reported once, for the whole function
     leaving = rules()["unsupported-operation"].threshold
     for operation in graph.operations:
         found = _computes_in(graph, operation, types)

@@ -15,14 +15,15 @@ from fastvlm.common.errors import CheckFailed, UserError
 from model_export.encoder.coreml import coremltools
 from quantization.coreml.compression import COMPRESSIONS, Compressed, Compression, applies, compress, nbytes
 from quantization.coreml.palettes import Palette
+from quantization.recipe import load_recipe
 
 if TYPE_CHECKING:
     from torch import nn  # read by `config`, so by every command: torch is imported where it is needed
 
 NONE = "fp16"  # the name of leaving weights as they are
 FORMS = (NONE, *COMPRESSIONS)
-# A weight below this share of the encoder's bytes stays wide: it saves nothing, and the small ones (depthwise kernels,
-# the stem) are the ones that cost most.
+# A weight below this share of the encoder's bytes stays in float16: it saves nothing, and the small ones (depthwise
+# kernels, the stem) are the ones that cost most.
 _WORTHWHILE = 1e-4
 _CAST = "_to_fp16"  # what coremltools appends to the name of a constant that it casts
 
@@ -49,7 +50,7 @@ class Assignment:
     """Layer -> form, and layer -> why it stays fp16."""
 
     forms: Mapping[str, Compression]
-    wide: Mapping[str, str]
+    uncompressed: Mapping[str, str]
 
 
 def load(text: str) -> VisionQuant:
@@ -74,9 +75,7 @@ def load(text: str) -> VisionQuant:
 
 
 def of_recipe(text: str) -> VisionQuant:
-    """What a recipe (its name or .json file) says of the encoder. Raises UserError with every fault."""
-    from quantization.recipe import load_recipe
-
+    """The encoder's rules of a recipe (its name or .json file). Raises UserError with every fault."""
     recipe = load_recipe(text)
     forms = {name: COMPRESSIONS.get(name) for _, name in recipe.vision}
     return VisionQuant(
@@ -116,16 +115,16 @@ def assign(quant: VisionQuant, shapes: Mapping[str, tuple[int, ...]]) -> Assignm
         raise UserError(
             f"--vision-quant {quant.name}: matches no layer: {', '.join(unused)}; a layer is {next(iter(shapes))}"
         )
-    forms, wide = {}, {}
+    forms, uncompressed = {}, {}
     for name, shape in shapes.items() if quant.rules else ():
         glob, form = next((rule for rule in quant.rules if fnmatchcase(name, rule[0])), (None, None))
         if form is None:
-            wide[name] = "no rule matches it" if glob is None else f"the rule {glob} says so"
+            uncompressed[name] = "no rule matches it" if glob is None else f"the rule {glob} says so"
         elif fault := fault_of(shape, form, shapes):
-            wide[name] = fault
+            uncompressed[name] = fault
         else:
             forms[name] = form
-    return Assignment(forms, wide)
+    return Assignment(forms, uncompressed)
 
 
 def fault_of(shape: tuple[int, ...], form: Compression, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
@@ -189,7 +188,7 @@ def store(program: Any, stored: Mapping[str, Compressed], target: str) -> None:
 
 
 def constant_name(layer: str) -> str:
-    """What coremltools calls a layer's float16 weight: torch.export's name of the parameter, and a suffix."""
+    """coremltools' name of a layer's float16 weight: torch.export's name of the parameter, and a suffix."""
     return f"p_fastvit_{layer.replace('.', '_')}_weight{_CAST}"
 
 

@@ -124,7 +124,7 @@ class Flow:
         return {name: value.exponent for value in self.values for name in value.activations if value.exponent}
 
     def headroom(self, ranges: Mapping[str, Measured]) -> Headroom:
-        """Where the encoder comes nearest to 65504, by ranges of the unscaled one."""
+        """The minimum headroom to 65504, by ranges of the unscaled encoder."""
         largest = {name: ranges[name].largest * 2.0**-value.exponent for value in self.values for name in value.places}
         squares = [_square(ranges[name]) * 4.0**-value.exponent for value in self.values for name in value.norms]
         name = max(largest, key=largest.__getitem__)

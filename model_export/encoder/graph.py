@@ -1,4 +1,4 @@
-"""From a checkpoint to the encoder's graph: its branches folded, the fold proved, and the folded module traced."""
+"""The encoder's graph of a checkpoint: its branches folded, the fold proved, and the folded module traced."""
 
 import torch
 from torch import nn

@@ -56,8 +56,8 @@ def finish_package(package: Path, description: Mapping[str, str]) -> None:
 
 
 def describe_package(package: Path, function: str | None = None) -> dict[str, Any]:
-    """What is in an .mlpackage, from its bytes: functions, and of one of them (default: the one that runs when none is
-    named) the interface, opset, histogram of operations and dtypes of values, what computes in float32; metadata.
+    """The content of an .mlpackage, from its bytes: functions, and of one of them (default: the one that runs when none
+    is named) the interface, opset, histogram of operations and dtypes of values, what computes in float32; metadata.
 
     Raises UserError when it is not an ML program, or has no such function.
     """
@@ -120,10 +120,10 @@ def check_package(
         if float32 is None:
             if half := facts["value_dtypes"].get("float16", 0):
                 faults.append(f"{at}{half} operations are float16 in a float32 program")
-        elif wide := [name for name in facts["float32_operations"] if name not in float32]:
+        elif unexpected := [name for name in facts["float32_operations"] if name not in float32]:
             faults.append(
-                f"{at}{len(wide)} operations are float32 in a float16 program, their weights do not fit float16:"
-                f" {', '.join(wide[:3])}"
+                f"{at}{len(unexpected)} operations are float32 in a float16 program, their weights do not fit float16:"
+                f" {', '.join(unexpected[:3])}"
             )
     if faults:
         raise CheckFailed(f"{package.name} is not what the app expects: {'; '.join(faults)}")

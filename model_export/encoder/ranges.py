@@ -1,4 +1,4 @@
-"""How large the encoder's values get, operation by operation, and how much room float16 leaves them.
+"""The largest values of the encoder, operation by operation, and their headroom in float16.
 
 Measured in float32, in which an overflow of float16 is seen and not hidden: on a package with the MIL executor, on a
 checkpoint with the exported graph of its folded encoder, and for an export, quickly, module by module.
@@ -39,7 +39,7 @@ Advance = Callable[[], Any]
 
 @dataclass(frozen=True)
 class Range:
-    """What one operation, or module, holds at its largest over the pictures.
+    """The largest values of one operation, or module, over the pictures.
 
     `type` is the operation's in its graph; `layer` timm's name of the module that it belongs to, None if unknown;
     `dtype` what a package keeps the value in ("fp16" in a graph, which is what an export would make of it).
@@ -123,13 +123,13 @@ def largest_square(values: torch.Tensor, axes: tuple[int, ...]) -> float:
 
 
 def subnormal_share(tensors: Iterable[torch.Tensor]) -> float:
-    """Of the values of all tensors that are not zero, the share under 2^-14 in magnitude; 0.0 where all are zero."""
+    """The share of all values not zero that is under 2^-14 in magnitude; 0.0 where all are zero."""
     counts = [_count_small(tensor) for tensor in tensors]
     return sum(small for small, _ in counts) / max(sum(nonzero for _, nonzero in counts), 1)
 
 
 def _count_small(values: torch.Tensor) -> tuple[int, int]:
-    """How many are under 2^-14 and not zero; how many are not zero."""
+    """(number of values under 2^-14 and not zero, number not zero)."""
     under = nonzero = 0
     for tile in _in_memory_order(values).reshape(-1).split(_TILE):
         under += int(torch.count_nonzero(tile.abs() < SMALLEST_NORMAL))
@@ -394,7 +394,7 @@ def measure_package(
 
 
 class _Constants:
-    """What a function's operations have at load: weights, whatever form they are stored in, and parameters."""
+    """The constants of a function's operations: weights, whatever form they are stored in, and parameters."""
 
     def __init__(self, executor: mil.MILExecutor) -> None:
         self._executor = executor

@@ -32,7 +32,7 @@ from quantization.coreml.compression import COMPRESSIONS, Compression, nbytes
 from quantization.coreml.compression import compress as compress_weight
 
 # What is tried on each layer, from nearly free to smallest. 8-bit palettes of groups would take minutes to cluster.
-CANDIDATES = ("palette8", "int8", "palette6", "palette6-g16", "palette4", "palette4-g16", "int4-b32")
+FORMS_TRIED = ("palette8", "int8", "palette6", "palette6-g16", "palette4", "palette4-g16", "int4-b32")
 # Sensitivities are relative, and hardly depend on the resolution; measuring at 1024 would take 16 times as long.
 MEASURED_AT = 256
 _ROUNDS = 5  # packages written to come close to the ratio; more only where none of them keeps it
@@ -67,7 +67,7 @@ def search(
     CheckFailed when weights do not fit float16.
     """
     assert config.min_snr is not None
-    legal = [COMPRESSIONS[name] for name in CANDIDATES if _legal(COMPRESSIONS[name], config.deployment_target)]
+    legal = [COMPRESSIONS[name] for name in FORMS_TRIED if _legal(COMPRESSIONS[name], config.deployment_target)]
     if not legal:
         raise UserError(
             f"--min-snr with --minimum-deployment-target {config.deployment_target}, which has no compressed weights:"
@@ -75,7 +75,7 @@ def search(
         )
     compress.check_finite(compress.weights(encoder.fastvit))
     shapes = compress.layer_shapes(encoder.fastvit)
-    candidates = {
+    options = {
         name: [form for form in legal if compress.fault_of(shape, form, shapes) is None]
         for name, shape in shapes.items()
     }
@@ -87,19 +87,19 @@ def search(
         )
     small = list(pictures(min(MEASURED_AT, config.image_size or MEASURED_AT)))
     cache = config.output_dir.with_name(config.output_dir.name + ".sensitivity.json")
-    noise = measure(encoder.fastvit, candidates, small, cache)
+    noise = measure(encoder.fastvit, options, small, cache)
     layers = {
         name: {compress.NONE: (2 * int(np.prod(shape)), 0.0)}
-        | {form.name: (nbytes(shape, form), noise[name][form.name]) for form in candidates[name]}
+        | {form.name: (nbytes(shape, form), noise[name][form.name]) for form in options[name]}
         for name, shape in shapes.items()
     }
     chosen, facts = fit(layers, config.min_snr, base, check)
-    wide = {
+    uncompressed = {
         name: _why(layers[name], [compress.fault_of(shape, form, shapes) for form in legal])
         for name, shape in shapes.items()
         if name not in chosen
     }
-    return Assignment(chosen, wide), {"measured_at": small[0].shape[-1], **facts}
+    return Assignment(chosen, uncompressed), {"measured_at": small[0].shape[-1], **facts}
 
 
 def fit(
@@ -156,21 +156,19 @@ def _forms(chosen: Mapping[str, str]) -> dict[str, Compression]:
 
 def measure(
     fastvit: nn.Module,
-    candidates: Mapping[str, Sequence[Compression]],
+    options: Mapping[str, Sequence[Compression]],
     pixels: Sequence[np.ndarray],
     cache: Path | None = None,
 ) -> Noise:
-    """The noise of each layer in each of its candidate forms, the other layers in float32.
+    """The noise of each layer in each of its forms, the other layers in float32.
 
     pixels: arrays (1, 3, S, S). What `cache` has of this very encoder on these very pictures is taken from there; it is
     written after every layer.
     """
     key = _key(fastvit, pixels)
     known = _read(cache, key)
-    todo = [
-        (name, form) for name, forms in candidates.items() for form in forms if form.name not in known.get(name, {})
-    ]
-    total = sum(map(len, candidates.values()))
+    todo = [(name, form) for name, forms in options.items() for form in forms if form.name not in known.get(name, {})]
+    total = sum(map(len, options.values()))
     if cache is not None:
         log(f"{cache}: {total - len(todo)} of {total} sensitivities are known; an interrupted run goes on from there")
     if todo:
@@ -181,7 +179,7 @@ def measure(
                 advance()
                 if cache is not None and (position + 1 == len(todo) or todo[position + 1][0] != name):
                     _save(cache, key, known)
-    return {name: {form.name: known[name][form.name] for form in forms} for name, forms in candidates.items()}
+    return {name: {form.name: known[name][form.name] for form in forms} for name, forms in options.items()}
 
 
 class _Tails:
@@ -280,7 +278,7 @@ def _key(fastvit: nn.Module, pixels: Sequence[np.ndarray]) -> str:
 
 
 def _read(cache: Path | None, key: str) -> Noise:
-    """What was measured before of the same encoder; nothing where the file is of another, or damaged."""
+    """Earlier measurements of the same encoder; {} where the file is of another, or damaged."""
     if cache is None or not cache.is_file():
         return {}
     try:

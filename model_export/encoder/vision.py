@@ -55,7 +55,7 @@ Pictures = Callable[[int], Iterable[np.ndarray]]  # pixels (1, 3, S, S) float32 
 
 @dataclass(frozen=True)
 class PackageNotes:
-    """What the package says about itself. `source` is a sha256 over the checkpoint's files; `licence` one line."""
+    """The description stored in the package. `source` is a sha256 over the checkpoint's files; `licence` one line."""
 
     image_strategy: str
     source: str = ""
@@ -98,7 +98,7 @@ def export_vision(
             facts["sensitivity"] = found
         written = _write(encoder, config, sizes, assignment.forms, folder / target.name, notes)
         (folder / target.name).rename(target)
-    if assignment.forms or assignment.wide:
+    if assignment.forms or assignment.uncompressed:
         facts["compression"] = _compression(shapes, assignment)
     worst = max(errors.values())
     return {
@@ -156,15 +156,15 @@ def _write(
 
 
 def _compression(shapes: Mapping[str, tuple[int, ...]], assignment: compress.Assignment) -> dict[str, Any]:
-    """What the manifest says of compressed weights; said in a line, too."""
+    """The manifest's facts about compressed weights; logged in a line, too."""
     small, full = compress.size_of(shapes, assignment.forms), compress.size_of(shapes, {})
     log(
         f"compressed: {len(assignment.forms)} of {len(shapes)} layers, weights {small / 1e6:,.1f} MB instead of"
-        f" {full / 1e6:,.1f}; {len(assignment.wide)} stay float16, export.json says why"
+        f" {full / 1e6:,.1f}; {len(assignment.uncompressed)} stay float16, export.json says why"
     )
     return {
         "forms": {name: form.name for name, form in assignment.forms.items()},
-        "wide": dict(assignment.wide),
+        "wide": dict(assignment.uncompressed),
         "weight_bytes": small,
         "float16_weight_bytes": full,
     }
@@ -186,7 +186,7 @@ def _added(program: torch.export.ExportedProgram) -> set[str]:
 
 
 def _cost_of(added: Collection[str], package: Path) -> dict[str, Any]:
-    """What powers of two cost beside weights, of the default function; said in a line, too.
+    """The cost of powers of two beside weights, for the default function; logged in a line, too.
 
     {operations: how many were added, byte_share: of all bytes that operations read and write}. They have no
     multiply-accumulates.

@@ -24,8 +24,8 @@ from fastvlm.common.dtypes import LARGEST, Array, bits_of, kind_of
 from fastvlm.common.errors import UserError
 from model_export import contract
 from model_export.language.config import language_config
-from model_export.language.tensor_file import Rows, TensorFile
-from model_export.resume import Kept
+from model_export.language.tensor_file import RowReader, TensorFile
+from model_export.resume import FinishedFiles
 from quantization.calibration import budget
 from quantization.recipe import ELSEWHERE, Recipe
 from quantization.schemes import Scheme, Spec, spec_bytes
@@ -53,7 +53,7 @@ class Weight:
     shape: tuple[int, ...]
     scheme: Scheme
     source: str
-    rows: Rows
+    rows: RowReader
     ready: Mapping[str, Array] | None = None  # its parts, where they are not to be made from the rows
 
     def parts(self) -> dict[str, Spec]:
@@ -111,18 +111,18 @@ def export_llm(
     folder: Path,
     advance: Callable[[int], None] | None = None,
     layout: str = "app",
-    kept: Kept | None = None,
+    finished: FinishedFiles | None = None,
     ready: Mapping[str, Mapping[str, Array]] | None = None,
 ) -> dict[str, Any]:
     """Write the decoder, the projector and config.json into `folder`, which exists and has no such files.
 
     layout "app" is what the demo app and mlx-lm load; "mlx-vlm" adds the vision tower and uses that loader's names;
-    "mlx-lm" is the decoder alone as a plain Qwen2 (see contract.py). `advance(n)` is called after every n of the `bytes_to_read`. The same input gives the same bytes.
-    Files that an earlier run has `kept` are taken over, and finished ones are kept. `ready` has the parts of weights
-    that were calibrated (by the names that recipes speak of): they are stored as they are.
-    Returns facts for the manifest: files, parameters, bytes, bits per weight, recipe and its decisions.
-    Raises UserError, with every fault, when the recipe or the loaders cannot take the model (before any work), or
-    when values are not finite or too large for the dtype that the recipe names.
+    "mlx-lm" is the decoder alone as a plain Qwen2 (see contract.py). `advance(n)` is called after every n of the
+    `bytes_to_read`. The same input gives the same bytes. Files that an earlier run has `finished` are taken over, and
+    new ones are put there. `ready` has the parts of weights that were calibrated (by the names that recipes speak of):
+    they are stored as they are. Returns facts for the manifest: files, parameters, bytes, bits per weight, recipe and
+    its decisions. Raises UserError, with every fault, when the recipe or the loaders cannot take the model (before any
+    work), or when values are not finite or too large for the dtype that the recipe names.
     """
     if layout not in contract.LAYOUTS:
         raise UserError(f"unknown layout {layout!r}: expected {' or '.join(contract.LAYOUTS)}")
@@ -133,7 +133,7 @@ def export_llm(
     quantization = _quantization(weights)
     if quantization:
         config["quantization"] = quantization
-    faults = _write_weights(weights, folder, advance, kept or Kept())
+    faults = _write_weights(weights, folder, advance, finished or FinishedFiles())
     if faults:
         raise UserError(
             f"recipe {recipe.name} cannot store {checkpoint.path}: {'; '.join(faults)}"
@@ -187,7 +187,7 @@ def _weights(checkpoint: Checkpoint, recipe: Recipe, layout: str) -> list[Weight
     """Everything that will be stored, each with its scheme and its file."""
     sources = _sources(checkpoint, layout)
     shapes = weight_shapes(checkpoint, layout)
-    tower: dict[str, tuple[tuple[int, ...], str, Rows]] = {}
+    tower: dict[str, tuple[tuple[int, ...], str, RowReader]] = {}
     if layout == "mlx-vlm":
         from model_export.language import mlx_vlm  # and with it timm
 
@@ -226,14 +226,16 @@ def _shards(sizes: dict[str, int]) -> dict[str, str]:
     return {name: f"model-{n:05d}-of-{number:05d}.safetensors" for name, n in numbers.items()}
 
 
-def _write_weights(weights: list[Weight], folder: Path, advance: Callable[[int], None] | None, kept: Kept) -> list[str]:
+def _write_weights(
+    weights: list[Weight], folder: Path, advance: Callable[[int], None] | None, finished: FinishedFiles
+) -> list[str]:
     """Write every file, one after the other; returns what is wrong with the values."""
     faults: list[str] = []
-    finished: list[Future[None]] = []
+    stored: list[Future[None]] = []
     with ThreadPoolExecutor(threads.count()) as pool:
         for file in dict.fromkeys(weight.file for weight in weights):
             own = [weight for weight in weights if weight.file == file]
-            if kept.take(folder / file):
+            if finished.take(folder / file):
                 if advance:
                     advance(sum(weight.source_bytes() for weight in own))
                 continue
@@ -241,8 +243,8 @@ def _write_weights(weights: list[Weight], folder: Path, advance: Callable[[int],
                 found = _stream(own, output, pool, advance)
             faults += found
             if not found:  # putting it on the disk takes a worker, the other ones go on with the next file
-                finished.append(pool.submit(kept.keep, folder / file))
-        for future in finished:
+                stored.append(pool.submit(finished.keep, folder / file))
+        for future in stored:
             future.result()
     return faults
 

@@ -17,7 +17,7 @@ from fastvlm.checkpoint.checkpoint import Checkpoint
 from fastvlm.checkpoint.shapes import shapes
 from fastvlm.common.dtypes import Array
 from fastvlm.common.errors import UserError
-from model_export.language.tensor_file import Rows
+from model_export.language.tensor_file import RowReader
 from quantization.mlx.casting import cast
 
 _PREFIX = "vision_tower.vision_model."
@@ -30,7 +30,7 @@ _BLOCK = re.compile(r"stages\.(\d+)\.blocks\.(\d+)\.")
 # The layer whose output a layer scale multiplies, by its name in the block.
 _SCALED = {"mlp.fc2": ("layer_scale", "layer_scale_2"), "token_mixer.proj": ("layer_scale_1",)}
 
-Tower = dict[str, tuple[tuple[int, ...], str, Rows]]
+Tower = dict[str, tuple[tuple[int, ...], str, RowReader]]
 
 
 def vision_tower(checkpoint: Checkpoint) -> Tower:
@@ -77,7 +77,7 @@ def vision_tower(checkpoint: Checkpoint) -> Tower:
     return dict(sorted(tensors.items()))
 
 
-def _channels_last(rows: Rows, start: int, stop: int) -> Array:
+def _channels_last(rows: RowReader, start: int, stop: int) -> Array:
     return np.ascontiguousarray(rows(start, stop).transpose(0, 2, 3, 1))
 
 
@@ -90,7 +90,7 @@ class _Folded:
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
 
-    def rows(self, name: str) -> tuple[str, Rows]:
+    def rows(self, name: str) -> tuple[str, RowReader]:
         """dtype and rows of a folded tensor by its name in timm."""
         if "mlp.conv.conv." in name:
             return "float32", partial(self._convolution, name.partition("mlp.conv.")[0] + "mlp.conv.", name)

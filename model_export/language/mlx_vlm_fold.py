@@ -17,7 +17,7 @@ from fastvlm.common.dtypes import Array, as_array
 from fastvlm.common.errors import CheckFailed
 from fastvlm.model.build import tower
 from fastvlm.model.fold import fold
-from model_export.language.tensor_file import Rows
+from model_export.language.tensor_file import RowReader
 
 # What is folded in one go, by its name in timm: no fold reaches across these.
 _BLOCK = re.compile(r"stem\.\d+|stages\.\d+\.(blocks\.\d+|downsample|pos_emb)|final_conv")
@@ -32,7 +32,7 @@ class Blocks:
         self._tower: Any = tower(checkpoint)
         self._folded = lru_cache(maxsize=2)(self._fold)  # two: workers may be on either side of a border
 
-    def rows(self, name: str) -> tuple[str, Rows]:
+    def rows(self, name: str) -> tuple[str, RowReader]:
         """dtype and rows of a folded tensor by its name in timm."""
         if _is_unfolded(name):
             stored = naming.VISION + name

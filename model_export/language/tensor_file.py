@@ -16,7 +16,7 @@ import numpy as np
 from fastvlm.common.dtypes import ARRAYS, ITEMSIZE, SAFETENSORS_NAMES, Array, bits_of
 from quantization.schemes import Spec, spec_bytes
 
-Rows = Callable[[int, int], Array]  # (start, stop) -> those rows of a tensor
+RowReader = Callable[[int, int], Array]  # (start, stop) -> those rows of a tensor
 _NAMES = SAFETENSORS_NAMES | {"uint32": "U32"}
 
 

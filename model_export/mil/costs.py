@@ -84,7 +84,7 @@ class Graph:
         return None
 
     def reached(self, operation: Operation, through: frozenset[str], forward: bool) -> dict[str, list[Operation]]:
-        """What lies behind (or before) an operation, looking on through operations of the types given.
+        """The operations behind (or before) an operation, looking on through operations of the types given.
 
         Operation type -> those operations; INPUT or OUTPUT is a key when the function's own interface is reached.
         """

@@ -1,4 +1,4 @@
-"""Which arithmetic is the fastest on this machine for each stage: measured, since instructions alone don't tell.
+"""The fastest arithmetic on this machine for each stage: measured, since instructions alone don't tell.
 
 A measurement takes about half a second and is kept in the user's cache folder, beside what it was obtained on. It is
 processor time of one thread, which a busy machine changes by a few per cent (three times as many runnable threads as
@@ -35,7 +35,7 @@ Run = Callable[[], object]
 
 @dataclass(frozen=True)
 class Stages:
-    """What each stage computes in, of `DTYPES`."""
+    """The dtype of each stage, one of `DTYPES`."""
 
     encode: str
     prefill: str
@@ -115,7 +115,7 @@ def _path() -> Path:
 
 
 def _machine() -> dict[str, Any]:
-    """What decides the measurement."""
+    """The properties of machine and software that the measurement depends on."""
     limits = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")
     return {
         "format": _FORMAT,
@@ -127,7 +127,7 @@ def _machine() -> dict[str, Any]:
 
 
 def _kept(path: Path, machine: dict[str, Any]) -> Stages | None:
-    """What was measured on this machine; None where nothing was, or it can't be read or believed."""
+    """An earlier measurement on this machine; None where there is none that can be read and believed."""
     try:
         document = load(path)
         stages = Stages(**document["stages"])

@@ -118,32 +118,34 @@ class StoredTensors:
     def mapped(self, name: str) -> Rows:
         """The same out of a mapping of its own, dequantized when they are asked for, to float32."""
         parts = self.stored(name)
-        return lambda index: self.value(name, {part: tensor[index] for part, tensor in parts.items()}, wide=True)
+        return lambda index: self.value(name, {part: tensor[index] for part, tensor in parts.items()}, as_float32=True)
 
     def _unusable(self, module: str, error: Exception) -> UserError:
         return UserError(f"{self.folder}: {module}: unusable quantized weight ({error}); export again")
 
-    def value(self, name: str, stored: dict[str, Tensor], wide: bool = False) -> Tensor:
-        """What the stored parts of a weight, or the same rows of all of them, stand for; `wide`: quantized ones in
-        float32. UserError as `read`."""
+    def value(self, name: str, stored: dict[str, Tensor], as_float32: bool = False) -> Tensor:
+        """What the stored parts of a weight, or the same rows of all of them, stand for; `as_float32`: quantized ones
+        in float32. UserError as `read`."""
         module = name.removesuffix(".weight")
         if "scales" not in stored:
             return stored["weight"]
         try:
-            return self._dequantized(stored, self.scheme(module), wide)
+            return self._dequantized(stored, self.scheme(module), as_float32)
         except (KeyError, ValueError) as error:
             raise self._unusable(module, error) from None
 
     @staticmethod
-    def _dequantized(stored: dict[str, Tensor], scheme: dict[str, Any], wide: bool) -> Tensor:
+    def _dequantized(stored: dict[str, Tensor], scheme: dict[str, Any], as_float32: bool) -> Tensor:
         mode, bits, group_size = scheme["mode"], scheme["bits"], scheme["group_size"]
         packed, scales = as_array(stored["weight"]), as_array(stored["scales"])
         if mode == "affine":
-            return as_tensor(affine.dequantize(packed, scales, as_array(stored["biases"]), bits, group_size, wide))
+            return as_tensor(
+                affine.dequantize(packed, scales, as_array(stored["biases"]), bits, group_size, as_float32)
+            )
         form = floating.FORMATS[mode]
         if (bits, group_size) != (form.bits, form.group_size):
             raise ValueError(f"{mode} has {form.bits} bits in groups of {form.group_size}")
-        return as_tensor(floating.dequantize(packed, scales, mode, "bfloat16", wide))  # MLX's default, and exact
+        return as_tensor(floating.dequantize(packed, scales, mode, "bfloat16", as_float32))  # MLX's default, and exact
 
     def _get(self, name: str) -> Tensor:
         # Mapped anew for each tensor: what was read and converted doesn't stay in memory beside what it became.

@@ -1,4 +1,4 @@
-"""Which of its options each layer gets: the least cost in all, within a budget of something else.
+"""Multiple-choice knapsack: one option per layer, minimum cost under a budget.
 
 For the encoder the cost is bytes and the budget noise; for the language model the cost is nats and the budget bytes.
 """

@@ -1,4 +1,4 @@
-"""What a calibrated scheme is fitted to: pictures, questions and answers as the language model reads them.
+"""Calibration data: pictures, questions and answers as the language model reads them.
 
 An image token's embedding is not a row of the vocabulary. Here it becomes one: the rows of the pictures' projected
 features are numbered behind the V tokens, so that a sequence is ids alone, and what is made for text models (mlx-lm's
@@ -45,7 +45,7 @@ class Calibration:
 
     @property
     def sha256(self) -> str:
-        """Of all ids and rows, so that a manifest can say what was calibrated on."""
+        """sha256 over all ids and rows, for the manifest."""
         digest = hashlib.sha256(self.images.tobytes())
         for sequence in self.sequences:
             digest.update(len(sequence).to_bytes(8, "little") + sequence.tobytes())

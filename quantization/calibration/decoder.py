@@ -23,7 +23,7 @@ MATRICES = tuple(name for names in INPUTS.values() for name in names)
 
 @dataclass
 class Call:
-    """What a layer is called with: hidden states (B, T, H), and the rest, which is the same for every layer."""
+    """A layer's arguments: hidden states (B, T, H), and the rest, which is the same for every layer."""
 
     hidden: Tensor
     rest: dict[str, Any]
@@ -66,7 +66,7 @@ class _Stop(Exception):
 
 
 def _first_call(model: Any, embeds: Tensor) -> Call:
-    """What the model itself gives its first layer: positions and mask come from it, not from us."""
+    """The model's own arguments for its first layer: positions and mask come from it, not from us."""
     found: list[Call] = []
 
     def catch(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:

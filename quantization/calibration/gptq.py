@@ -33,8 +33,8 @@ def quantize(
         hessians: dict[str, Tensor] = {}
 
         def add(name: str, x: Tensor, hessians: dict[str, Tensor] = hessians) -> None:
-            wide = x.float()
-            product = wide.T @ wide
+            rows = x.float()
+            product = rows.T @ rows
             hessians[name] = hessians[name].add_(product) if name in hessians else product
 
         decoder.inputs_of(layer, calls, add)

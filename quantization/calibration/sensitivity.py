@@ -1,4 +1,4 @@
-"""What rounding each matrix of a language model costs: nats of KL divergence a token, to second order.
+"""The cost of rounding each matrix of a language model: nats of KL divergence per token, to second order.
 
 KL(p || p + d) ~ 1/2 E[(dlog p(y) / dW . dW)^2], y drawn from p: Fisher's information along the very error dW that a
 scheme makes (Amari, Natural gradient works efficiently in learning, 1998, section 2). One backward pass serves all
@@ -99,7 +99,7 @@ def _add(weight: Tensor, x: Tensor, gradient: Tensor, schemes: Sequence[Scheme],
 
 
 def _errors(rows: Tensor, schemes: Sequence[Scheme]) -> Iterator[tuple[int, Tensor]]:
-    """What each scheme changes in some rows of a matrix, in its dtype."""
+    """The rounding error of each scheme in some rows of a matrix, in its dtype."""
     for number, scheme in enumerate(schemes):
         yield number, as_stored(scheme, rows) - rows
 

@@ -19,6 +19,6 @@ def decode(scheme: Scheme, parts: Mapping[str, Tensor]) -> Tensor:
 
 
 def as_stored(scheme: Scheme, weight: Tensor) -> Tensor:
-    """What storing by a scheme leaves of a weight, in its own dtype."""
+    """A weight after a round trip through a scheme, in its own dtype."""
     stored = scheme.decode(scheme.encode(as_array(weight))[0])
     return as_tensor(stored).to(weight.dtype)

@@ -82,21 +82,6 @@ class Compressed:
         return self.stored.decode()
 
 
-def nbytes(self) -> int:
-        """Of what is stored: packed indices or integers, tables, scales; without the file's headers and alignment."""
-        stored = self.stored
-        packed = stored.indices if isinstance(stored, Palette) else stored.data
-        tables = [stored.lut, stored.scale] if isinstance(stored, Palette) else [stored.scale]
-        return _packed(packed.size, self.scheme.bits) + sum(t.nbytes for t in tables if t is not None)
-
-
-def parse(name: str) -> Compression:
-    """The scheme of this name. Raises UserError with the names there are."""
-    if name not in COMPRESSIONS:
-        raise UserError(f"unknown compression {name!r}: expected one of {', '.join(COMPRESSIONS)}")
-    return COMPRESSIONS[name]
-
-
 def nbytes(shape: tuple[int, ...], scheme: Compression) -> int:
     """Bytes of a weight of this shape, which the scheme applies to: packed indices or integers, tables, scales; without
     the file's headers and alignment."""
@@ -159,7 +144,8 @@ def _linear(weight: NDArray[np.float16], bits: int, block: int | None) -> Linear
 
 
 def _best_scale(values: NDArray[np.float32], bits: int) -> NDArray[np.float16]:
-    """Of each row: from a few clips of its largest value, the best, then the least-squares scale of its codes."""
+    """The scale of each row: from a few clips of its largest value, the best, then the least-squares scale of its
+    codes."""
     reach = np.abs(values).max(1)
     best, least = np.ones(len(values), np.float16), np.full(len(values), np.inf)
     ideal = np.zeros(len(values))

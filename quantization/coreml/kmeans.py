@@ -37,7 +37,7 @@ class Histogram:
 
 
 def bins(clusters: int) -> int:
-    """How many bins the first dynamic program distinguishes: a histogram of no more values gets the optimum."""
+    """The number of bins of the first dynamic program: a histogram of no more values gets the optimum."""
     return min(max(96, 6 * clusters), 1024)
 
 
@@ -99,7 +99,7 @@ def _cost(run: Array) -> Array:
 
 
 def _bin_edges(histogram: Histogram, most: int) -> Cuts:
-    """Where each of `most` bins starts in the sorted values, and where the last one ends: (most + 1,).
+    """The start of each of `most` bins in the sorted values, and the end of the last one: (most + 1,).
 
     Half of the bins follow the point density of a good quantizer, about the cube root of the density (Panter and Dite
     1951; here its fourth root, from two fast square roots); half are even over the distinct values, so that no outlier
@@ -146,7 +146,8 @@ def _best_cuts(sums: Array, filled: Cuts, clusters: int) -> Cuts:
 
 
 def _longest_run(sums: Array, filled: Cuts, bound: Array) -> int:
-    """How many bins the longest run has that costs at most bound[g]: by bisection, since a longer run costs more."""
+    """The length in bins of the longest run that costs at most bound[g]: by bisection, since a longer run costs
+    more."""
     groups, width = sums.shape[1:]
     high = np.minimum(np.arange(width), filled[:, None])
     low, end = np.zeros_like(high), high.copy()
@@ -215,7 +216,8 @@ def _move(batch: _Batch, cuts: Cuts) -> None:
 
 
 def _places(cuts: Cuts, sizes: Cuts) -> Cuts:
-    """Where each cut (G, k + 1) may go (G, k + 1, P): a few values either way, and parts of the clusters beside it."""
+    """Candidate places (G, k + 1, P) for each cut (G, k + 1): a few values either way, and parts of the clusters beside
+    it."""
     clusters = cuts.shape[1] - 1
     beside = np.clip(np.arange(clusters + 1)[:, None] + _PARTS, 0, clusters)
     left = np.minimum(beside.astype(np.int64), clusters - 1)

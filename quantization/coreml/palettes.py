@@ -110,7 +110,8 @@ def _histogram(codes: NDArray[np.uint16], weights: NDArray[np.float64] | None) -
 
 
 def _root_mean_square(weight: NDArray[np.float16]) -> NDArray[np.float16]:
-    """Of each output channel (O,); at least fp16's smallest positive number, 1 for a channel of zeros."""
+    """The root mean square of each output channel (O,); at least fp16's smallest positive number, 1 for a channel of
+    zeros."""
     rows = weight.reshape(len(weight), -1).astype(np.float32)
     rms = np.sqrt(np.einsum("ij,ij->i", rows, rows, dtype=np.float64) / rows.shape[1])
     return np.where(rms > 0, np.maximum(rms, np.finfo(np.float16).smallest_subnormal), 1).astype(np.float16)

@@ -14,7 +14,7 @@ GROUP_SIZES = (32, 64, 128)
 
 
 def packed_columns(columns: int, bits: int) -> int:
-    """How many uint32 words hold a row of `columns` values."""
+    """The number of uint32 words in a row of `columns` values."""
     return columns * bits // 32
 
 
@@ -61,11 +61,13 @@ def pack(codes: Array, bits: int) -> Array:
     return packed
 
 
-def dequantize(packed: Array, scales: Array, biases: Array, bits: int, group_size: int, wide: bool = False) -> Array:
+def dequantize(
+    packed: Array, scales: Array, biases: Array, bits: int, group_size: int, as_float32: bool = False
+) -> Array:
     """The values MLX computes with: (O, I) in the scales' dtype, bit for bit as `mlx.core.dequantize` on the CPU.
 
     packed: (O, I*bits/32) uint32; scales, biases: (O, I/group_size). The product and the sum are rounded to the
-    scales' dtype one after the other, as MLX does; `wide` gives the same values as float32.
+    scales' dtype one after the other, as MLX does; `as_float32` gives the same values as float32.
     Raises ValueError when the shapes or dtypes contradict each other.
     """
     from quantization.mlx import kernels
@@ -85,12 +87,12 @@ def dequantize(packed: Array, scales: Array, biases: Array, bits: int, group_siz
             f"scales {kind or scales.dtype} {scales.shape}, biases {kind_of(biases) or biases.dtype} {biases.shape}"
         )
     packed, scales, biases = map(np.ascontiguousarray, (packed, scales, biases))
-    out = np.empty((rows, columns), np.float32 if wide else scales.dtype)
+    out = np.empty((rows, columns), np.float32 if as_float32 else scales.dtype)
 
     def work(start: int, stop: int) -> None:
         part = slice(start, stop)
         parts = bits_of(packed[part], np.uint8), bits_of(scales[part]), bits_of(biases[part])
-        kernels.affine_dequantize(*parts, kernels.KINDS[kind], bits, group_size, wide, bits_of(out[part]))
+        kernels.affine_dequantize(*parts, kernels.KINDS[kind], bits, group_size, as_float32, bits_of(out[part]))
 
     kernels.spread(work, rows, columns)
     return out

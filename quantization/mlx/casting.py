@@ -1,4 +1,4 @@
-"""From one floating-point type to another, as PyTorch and MLX do it: to nearest and even, infinity past the largest."""
+"""Conversion between floating-point types as in PyTorch and MLX: to nearest even, infinity past the largest."""
 
 import numpy as np
 

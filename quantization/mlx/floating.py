@@ -64,7 +64,7 @@ def quantize(weight: Array, mode: str, dtype: str | None = None) -> tuple[tuple[
 
 @cache
 def _e4m3_values() -> Array:
-    """What each byte stands for as an E4M3, (256,) float32; 0x7F and 0xFF are NaN."""
+    """The value of each byte as an E4M3, (256,) float32; 0x7F and 0xFF are NaN."""
     codes = np.arange(256)
     exponents, mantissas = codes >> 3 & 15, codes & 7
     values = np.where(exponents > 0, np.ldexp(1 + mantissas / 8, exponents - 7), np.ldexp(mantissas / 8, -6))
@@ -74,7 +74,7 @@ def _e4m3_values() -> Array:
 
 @cache
 def _values(bits: int) -> Array:
-    """What each code stands for, float32."""
+    """The value of each code, float32."""
     if bits == 8:
         return _e4m3_values()
     half = np.array([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], np.float32)
@@ -83,7 +83,7 @@ def _values(bits: int) -> Array:
 
 @cache
 def _scale_values(power: bool, dtype: str) -> Array:
-    """What each stored scale stands for in `dtype`, (256,) float32; float16 has no powers of two below -24 (0) and
+    """The value of each stored scale in `dtype`, (256,) float32; float16 has no powers of two below -24 (0) and
     above 15 (infinity)."""
     if not power:
         return _e4m3_values()
@@ -92,11 +92,11 @@ def _scale_values(power: bool, dtype: str) -> Array:
         return values.astype(np.float16 if dtype == "float16" else np.float32).astype(np.float32)
 
 
-def dequantize(packed: Array, scales: Array, mode: str, dtype: str, wide: bool = False) -> Array:
+def dequantize(packed: Array, scales: Array, mode: str, dtype: str, as_float32: bool = False) -> Array:
     """The values MLX computes with: (O, I) in `dtype`, bit for bit as `mlx.core.dequantize(..., dtype=dtype)`.
 
-    packed: (O, I*bits/32) uint32; scales: (O, I/group_size) uint8. MLX's own default dtype is bfloat16. `wide` gives
-    the same values as float32. Raises ValueError when the shapes or dtypes contradict each other.
+    packed: (O, I*bits/32) uint32; scales: (O, I/group_size) uint8. MLX's own default dtype is bfloat16. `as_float32`
+    gives the same values as float32. Raises ValueError when the shapes or dtypes contradict each other.
     """
     from quantization.mlx import kernels
 
@@ -114,12 +114,12 @@ def dequantize(packed: Array, scales: Array, mode: str, dtype: str, wide: bool =
         )
     packed, scales = np.ascontiguousarray(packed), np.ascontiguousarray(scales)
     tables = _scale_values(form.power, dtype), _values(form.bits)
-    out = np.empty((rows, columns), np.float32 if wide else ARRAYS[dtype])
+    out = np.empty((rows, columns), np.float32 if as_float32 else ARRAYS[dtype])
 
     def work(start: int, stop: int) -> None:
         part = slice(start, stop)
         parts = bits_of(packed[part], np.uint8), bits_of(scales[part], np.uint8)
-        settings = kernels.KINDS[dtype], form.bits, form.group_size, wide
+        settings = kernels.KINDS[dtype], form.bits, form.group_size, as_float32
         kernels.floating_dequantize(*parts, *tables, *settings, bits_of(out[part]))
 
     kernels.spread(work, rows, columns)

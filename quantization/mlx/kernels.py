@@ -177,7 +177,7 @@ def _ordered(bits: Any) -> Any:
 
 @_part
 def _masks(bits: Any) -> Any:
-    """Of a word of eight codes: which bits are fields of one, two and four codes; how far neighbours are apart."""
+    """Masks for a word of eight codes: fields of one, two and four codes; and the distance between neighbours."""
     first = U64(U64(0x0001000100010001) * U64((1 << bits) - 1))
     second = U64(U64(0x0000000100000001) * U64((1 << 2 * bits) - 1))
     return first, second, U64((1 << 4 * bits) - 1), U64(8 - bits)
@@ -308,12 +308,12 @@ def affine_quantize(
 
 @_compiled
 def affine_dequantize(
-    stream: Any, scales: Any, biases: Any, kind: Any, bits: Any, group: Any, wide: Any, target: Any
+    stream: Any, scales: Any, biases: Any, kind: Any, bits: Any, group: Any, as_float32: Any, target: Any
 ) -> None:
     """Product and sum are rounded to the scales' type `kind` one after the other; `target` has it, or float32."""
     buffer, codes = np.empty(_BLOCK, F32), np.empty(_BLOCK, U8)
     factors, terms = np.empty(_BLOCK // 32, F32), np.empty(_BLOCK // 32, F32)
-    into = _FLOAT32 if wide else kind
+    into = _FLOAT32 if as_float32 else kind
     for first in range(0, target.size, _BLOCK):
         values = buffer[: min(_BLOCK, target.size - first)]
         groups = slice(first // group, (first + values.size) // group)
@@ -430,11 +430,11 @@ def floating_quantize(
 
 @_compiled
 def floating_dequantize(
-    stream: Any, scales: Any, factors: Any, table: Any, kind: Any, bits: Any, group: Any, wide: Any, target: Any
+    stream: Any, scales: Any, factors: Any, table: Any, kind: Any, bits: Any, group: Any, as_float32: Any, target: Any
 ) -> None:
-    """What a code and a scale stand for (`table` and `factors`, float32) multiplied, and rounded to the type `kind`."""
+    """Values of codes and scales (`table` and `factors`, float32) multiplied, and rounded to the type `kind`."""
     buffer, codes = np.empty(_BLOCK, F32), np.empty(_BLOCK, U8)
-    into = _FLOAT32 if wide else kind
+    into = _FLOAT32 if as_float32 else kind
     for first in range(0, target.size, _BLOCK):
         values = buffer[: min(_BLOCK, target.size - first)]
         _unpack(stream[first * bits // 8 : (first + values.size) * bits // 8], bits, codes[: values.size])

@@ -39,7 +39,7 @@ Measure = Callable[[Point, Mapping[str, Any]], Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Sweep:
-    """What is measured, and where.
+    """A sweep's measurement, its inputs and its work folder.
 
     `settings` (JSON) goes to `measure` as it is. `inputs` (JSON) is what else decides a result: hashes of all that
     `settings` name. `identity()`, a module's function, says which code and packages a process has; that decides, too.
@@ -140,7 +140,7 @@ def key(sweep: Sweep, identity: Mapping[str, Any], point: Point) -> str:
 
 
 def sources_sha256() -> str:
-    """Of the project's own code and tables."""
+    """sha256 over the project's own code and tables."""
     digest = hashlib.sha256()
     for folder in _SOURCES:
         for path in sorted(path for path in (ROOT / folder).rglob("*") if path.suffix in (".py", ".json")):

@@ -43,18 +43,18 @@ def run_point(task: Mapping[str, Any]) -> tuple[int, str]:
         with logged.open("w") as errors, _connected(task, errors) as connection:
             with suppress(OSError):  # ended at once: its exit code tells
                 connection.sendall(json.dumps(task).encode() + b"\n")
-            said, _, code = connection.makefile().read().rpartition("\n")
-    return _told(int(code or -signal.SIGKILL), said, logged)  # none: nobody was left to say it
+            error, _, code = connection.makefile().read().rpartition("\n")
+    return _outcome(int(code or -signal.SIGKILL), error, logged)  # none: nobody was left to say it
 
 
-def _told(code: int, said: str, logged: Path) -> tuple[int, str]:
+def _outcome(code: int, error: str, logged: Path) -> tuple[int, str]:
     if code == 0:
         logged.unlink(missing_ok=True)
         return 0, ""
     if code < 0:
         why = ", most likely for want of memory: lower --jobs" if -code == signal.SIGKILL else ""
         return code, f"killed by {signal.Signals(-code).name}{why}"
-    return code, said or f"exit {code}"
+    return code, error or f"exit {code}"
 
 
 def stop(run: str) -> None:

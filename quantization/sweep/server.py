@@ -1,4 +1,4 @@
-"""Where a sweep's points run: a process that has imported what they need, and forks itself for each of them.
+"""The process that a sweep's points are forked from: it has imported the libraries that they need.
 
 As a program (`python -m quantization.sweep.server MODULE:FUNCTION`), started by `sweep_point`, which sends it for each
 point a connection and a file for the log. On the connection comes the task, and back go the error and the exit code;
@@ -34,7 +34,7 @@ _FORKS = sys.platform == "linux"  # with libraries loaded; those of macOS must n
 
 
 def result_path(work: Path, key: str) -> Path:
-    """Where a point's result is, or will be."""
+    """The file of a point's result."""
     return work / "points" / f"{key}.json"
 
 

@@ -16,7 +16,7 @@ from fastvlm.common.errors import UserError
 from fastvlm.common.staging import clean, exchange, own, staged
 from model_export import artefact, contract
 from model_export.artefact import carry_licences, check_target, check_whole, verify, write_manifest
-from model_export.resume import kept, waiting
+from model_export.resume import finished_files, waiting
 
 FILES = {"config.json": "{}", "fastvithd.mlpackage/Data/weight.bin": "weights", "model.safetensors": "tensors"}
 
@@ -114,7 +114,7 @@ def test_what_is_not_ours_is_left_alone(tmp_path: Path) -> None:
         pass
     (tmp_path / "model").rmdir()
     for name, why in (("a", "a link"), ("b", "a link"), ("c", "somebody else")):
-        with pytest.raises(UserError, match=why), kept(tmp_path / name, {}):
+        with pytest.raises(UserError, match=why), finished_files(tmp_path / name, {}):
             pass
         assert waiting(tmp_path / name) == 0
     assert contents(tmp_path) == before

@@ -83,6 +83,19 @@ def test_all_calibrates_through_the_exported_encoder(questions: Path, tmp_path: 
     assert "/" in stored.label
 
 
+def test_a_budget_with_nothing_to_choose_is_not_calibrated(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("model_export.language.calibrate.calibrate", None)  # would be an error
+    assert call("llm", tmp_path / "fit", "--quant", "fit:10MB") == 0
+    assert "fit:10MB: every weight fits in its largest form" in capsys.readouterr().err
+    document = read_manifest(tmp_path / "fit")["llm"]
+    assert "calibration" not in document and document["recipe"]["name"] == "fit:10MB"
+    assert call("llm", tmp_path / "int8", "--quant", "int8") == 0  # 8 bits are the largest choice
+    assert (tmp_path / "fit/config.json").read_bytes() == (tmp_path / "int8/config.json").read_bytes()
+    assert (tmp_path / "fit/model.safetensors").read_bytes() == (tmp_path / "int8/model.safetensors").read_bytes()
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

@@ -211,27 +211,21 @@ def test_wrong_tensors_are_listed_all_at_once(dtype, artefact, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("entry", "match"),
-    [({"group_size": 64, "bits": 8}, "unusable quantized weight"), ({"bits": 4}, "unusable quantized weight"),
-     ({"group_size": 32, "bits": 4, "mode": "mxfp6"}, "not one that runs here"), (None, "unusable quantized weight"),
-     ({"group_size": 32, "bits": 4, "mode": "mxfp4"}, "unusable quantized weight|biases is unexpected")],
+    ("name", "entry", "match"),
+    [("int4", {"group_size": 64, "bits": 8}, "unusable quantized weight"),
+     ("int4", {"bits": 4}, "unusable quantized weight"), ("int4", None, "unusable quantized weight"),
+     ("int4", {"group_size": 32, "bits": 4, "mode": "mxfp6"}, "not one that runs here"),
+     ("int4", {"group_size": 32, "bits": 4, "mode": "mxfp4"}, "unusable quantized weight|biases is unexpected"),
+     ("floats", {"language_model.model.embed_tokens": {"group_size": 64, "bits": 8, "mode": "mxfp8"}},
+      "embed_tokens: unusable quantized weight")],
 )  # fmt: skip
-def test_a_config_that_contradicts_the_weights(entry, match, artefact, tmp_path):
-    shutil.copytree(artefact("int4"), tmp_path / "out")
-    path = tmp_path / "out/config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization": entry}))
-    with pytest.raises(UserError, match=match):
-        torch_language(tmp_path / "out")
-
-
-def test_floating_point_settings_that_mlx_does_not_have(artefact, tmp_path):
-    shutil.copytree(artefact("floats"), tmp_path / "out")
+def test_a_config_that_contradicts_the_weights(name, entry, match, artefact, tmp_path):
+    shutil.copytree(artefact(name), tmp_path / "out")
     path = tmp_path / "out/config.json"
     config = json.loads(path.read_text())
-    entry = {"group_size": 64, "bits": 8, "mode": "mxfp8"}
-    config["quantization"] |= {"language_model.model.embed_tokens": entry}
-    path.write_text(json.dumps(config))
-    with pytest.raises(UserError, match=r"embed_tokens: unusable quantized weight"):
+    entry = (config["quantization"] | entry) if name == "floats" else entry
+    path.write_text(json.dumps(config | {"quantization": entry}))
+    with pytest.raises(UserError, match=match):
         torch_language(tmp_path / "out")
 
 

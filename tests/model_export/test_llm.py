@@ -297,7 +297,9 @@ def test_a_recipe_that_does_not_fit_writes_nothing(tiny_fast_vlm, tmp_path):
     })  # fmt: skip
     with pytest.raises(UserError) as error:
         exported(tiny_fast_vlm, recipe, tmp_path / "out")
-    assert "layers.0.self_attn.q_proj.weight [64, 64]: rows of 64 do not divide into groups of 128" in str(error.value)
+    assert "layers.0.self_attn.q_proj.weight [64, 64]: rows of 64 do not divide into affine's groups of 128" in str(
+        error.value
+    )
     assert "layers.1.mlp.up_proj.weight [128, 64]" in str(error.value)
     assert "down_proj" not in str(error.value)
     assert "rule 2 matches no weight: '*.layer.*'" in str(error.value)

@@ -51,7 +51,7 @@ def hashes(folder: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
 
 
-def kept(folder: Path) -> list[str]:
+def resumable(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.glob(".model.resume/*.safetensors.*"))
 
 
@@ -59,14 +59,14 @@ def kept(folder: Path) -> list[str]:
 def taken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the files that are taken over from now on."""
     names: list[str] = []
-    original = resume.Kept.take
+    original = resume.FinishedFiles.take
 
-    def take(self: resume.Kept, file: Path) -> bool:
+    def take(self: resume.FinishedFiles, file: Path) -> bool:
         found = original(self, file)
         names.extend([file.name] if found else [])
         return found
 
-    monkeypatch.setattr(resume.Kept, "take", take)
+    monkeypatch.setattr(resume.FinishedFiles, "take", take)
     return names
 
 
@@ -75,19 +75,19 @@ def interrupted(tiny_checkpoint: Path, tmp_path: Path) -> Path:
     """A folder where an export of a copy of the checkpoint to `model` was stopped after five files."""
     source = shutil.copytree(tiny_checkpoint, tmp_path / "source")
     finished: list[str] = []
-    original = resume.Kept.keep
+    original = resume.FinishedFiles.keep
 
-    def keep(self: resume.Kept, file: Path) -> None:
+    def keep(self: resume.FinishedFiles, file: Path) -> None:
         if len(finished) == 5:
             raise KeyboardInterrupt
         finished.append(file.name)
         original(self, file)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(resume.Kept, "keep", keep)
+        patch.setattr(resume.FinishedFiles, "keep", keep)
         patch.setattr("model_export.language.llm.threads.count", lambda: 1)  # one after the other
         exported(source, tmp_path / "model")
-    assert len(kept(tmp_path)) == 5 and sorted(os.listdir(tmp_path)) == [".model.resume", "source"]
+    assert len(resumable(tmp_path)) == 5 and sorted(os.listdir(tmp_path)) == [".model.resume", "source"]
     return tmp_path
 
 
@@ -132,7 +132,7 @@ def test_whatever_differs_starts_afresh(
 
 
 def test_a_second_export_to_the_same_target_is_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    with resume.kept(tmp_path / "model", {}):
+    with resume.finished_files(tmp_path / "model", {}):
         with pytest.raises(UserError, match="another export is writing it"):
             exported(tiny_checkpoint, tmp_path / "model")
         assert exported(tiny_checkpoint, tmp_path / "other")
@@ -164,7 +164,7 @@ def _command(checkpoint: str, target: str, limit: int | None, most: int | None, 
 
         def slow(*arguments: Any) -> Any:
             time.sleep(0.1)
-            while len(kept(Path(target).parent)) >= most and not ended.wait(0.05):
+            while len(resumable(Path(target).parent)) >= most and not ended.wait(0.05):
                 pass
             return convert(*arguments)
 
@@ -195,16 +195,16 @@ def test_killed_at_random_moments(
 ) -> None:
     dice, most = random.Random(5), 0
     for kill in range(5):
-        before, deadline = len(kept(tmp_path)), time.monotonic() + 300
+        before, deadline = len(resumable(tmp_path)), time.monotonic() + 300
         process, _ = start(tiny_checkpoint, tmp_path / "model", most=before + 1)
-        while process.is_alive() and len(kept(tmp_path)) <= before and time.monotonic() < deadline:
+        while process.is_alive() and len(resumable(tmp_path)) <= before and time.monotonic() < deadline:
             time.sleep(0.005)
         time.sleep(dice.uniform(0, 0.05))
         os.kill(process.pid, dice.choice([signal.SIGKILL, signal.SIGTERM]))
         process.join()
         assert not (tmp_path / "model").exists(), "finished too early for this test"
-        most = max(most, len(kept(tmp_path)))
-        assert len(kept(tmp_path)) > before, kill
+        most = max(most, len(resumable(tmp_path)))
+        assert len(resumable(tmp_path)) > before, kill
     process, results = start(tiny_checkpoint, tmp_path / "model")
     assert results.get(timeout=600)[0] == 0
     process.join()
@@ -221,7 +221,7 @@ def test_a_full_disk_is_one_line_and_goes_on_later(
     errors = [line for line in lines.splitlines() if line.startswith("error: ")]
     assert code == 2 and len(errors) == 1 and "Traceback" not in lines
     assert errors[0].startswith("error: File too large: ") and errors[0].endswith(contract.PROJECTOR_WEIGHTS)
-    assert kept(tmp_path) and os.listdir(tmp_path) == [".model.resume"]
+    assert resumable(tmp_path) and os.listdir(tmp_path) == [".model.resume"]
     process, results = start(tiny_checkpoint, tmp_path / "model")
     assert results.get(timeout=600)[0] == 0
     process.join()

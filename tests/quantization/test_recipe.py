@@ -105,7 +105,9 @@ def test_plan_lists_every_weight_that_does_not_fit():
             elsewhere=("vision_tower.",),
         )
     message = str(error.value)
-    assert "language_model.a [8, 96]: rows of 96 do not divide into affine's groups of 64 (groups that do: 32)" in message
+    assert (
+        "language_model.a [8, 96]: rows of 96 do not divide into affine's groups of 64 (groups that do: 32)" in message
+    )
     assert "language_model.b [8]: affine quantization takes matrices" in message
     assert "groups that do: none, store it unquantized" in message
     assert "other: no rule matches" in message

@@ -178,9 +178,9 @@ def constexpr_lut_to_dense_18(node: Node) -> Kernel:
 
 @mil_op("constexpr_lut_to_sparse", since="CoreML8")
 def constexpr_lut_to_sparse(node: Node) -> Kernel:
-    """The mask, as wide as the vectors make it, and the values looked up where it is set."""
+    """The mask, as long as the vectors make it, and the values looked up where it is set."""
     lut, axis = _palette(node, "indices_nonzero_data")
     mask = _tensor(node, "indices_mask")
     dense = _looked_up(lut, _dense(_tensor(node, "indices_nonzero_data"), mask), axis)
-    wide = mask.repeat_interleave(lut.shape[-1], axis) if lut.shape[-1] > 1 else mask
-    return _result(wide, dense[wide.bool()])
+    mask_of_values = mask.repeat_interleave(lut.shape[-1], axis) if lut.shape[-1] > 1 else mask
+    return _result(mask_of_values, dense[mask_of_values.bool()])

@@ -35,12 +35,12 @@ def quantize(weight: torch.Tensor, form: Form, dtype: torch.dtype | None = None)
     return [as_tensor(part) for part in parts]
 
 
-def dequantize(parts: list[torch.Tensor], form: Form, dtype: torch.dtype, wide: bool = False) -> torch.Tensor:
+def dequantize(parts: list[torch.Tensor], form: Form, dtype: torch.dtype, as_float32: bool = False) -> torch.Tensor:
     bits, group, mode = form
     arrays = [as_array(part) for part in parts]
     if mode == "affine":
-        return as_tensor(affine.dequantize(*arrays, bits, group, wide))
-    return as_tensor(floating.dequantize(*arrays, mode, dtype_name(dtype), wide))
+        return as_tensor(affine.dequantize(*arrays, bits, group, as_float32))
+    return as_tensor(floating.dequantize(*arrays, mode, dtype_name(dtype), as_float32))
 
 
 def as_bits(tensor: torch.Tensor) -> torch.Tensor:
@@ -56,7 +56,7 @@ def assert_dequantized_as_mlx(parts: list[torch.Tensor], form: Form, dtype: torc
     expected = mx.dequantize(*theirs, group_size=group, bits=bits, mode=mode, dtype=DTYPES[dtype])
     values = torch.from_numpy(np.array(expected.view(mx.uint8))).view(dtype)
     assert torch.equal(as_bits(dequantize(parts, form, dtype)), as_bits(values))
-    assert torch.equal(as_bits(dequantize(parts, form, dtype, wide=True)), as_bits(values.float()))
+    assert torch.equal(as_bits(dequantize(parts, form, dtype, as_float32=True)), as_bits(values.float()))
 
 
 def assert_as_mlx(weight: torch.Tensor, form: Form, dtype: torch.dtype | None = None) -> None:
