@@ -21,7 +21,7 @@ def measure(folder: Path, model: Model, tokens: int, cache_limit: int, answer: i
 
     Returns a document; `passed`: within TOLERANCE. Raises UserError where MLX isn't installed or refuses the folder.
     """
-    from model_export.runtime.language import mlx_language
+    from model_export.runtime.mlx_language import mlx_language
 
     language, _ = mlx_language(folder)
     import mlx.core as mx

@@ -75,7 +75,7 @@ def load(folder: Path, vision: str = "auto", llm: str = "auto", resolution: int 
     """The folder's model. `vision`, `llm` and `resolution` as in `model_export.runtime.load`; a checkpoint of FastVLM
     runs in PyTorch in float32 whatever they say. Raises UserError for what cannot be loaded."""
     from model_export import runtime
-    from model_export.runtime import language
+    from model_export.runtime import language, mlx_language
 
     what, use_mlx = kind(folder), llm == "mlx" or (llm == "auto" and sys.platform == "darwin")
     if what == "artefact":
@@ -88,7 +88,7 @@ def load(folder: Path, vision: str = "auto", llm: str = "auto", resolution: int 
         from fastvlm.checkpoint import layouts
 
         document = language.read_config(folder)
-        speaker: Language = (language.mlx_language if use_mlx else language.torch_language)(folder)[0]
+        speaker: Language = (mlx_language.mlx_language if use_mlx else language.torch_language)(folder)[0]
         return TextModel(layouts.load_tokenizer(folder, document["image_token_index"]), speaker)
     tokenizer = _tokenizer(folder)
     return TextModel(tokenizer, _mlx(folder, tokenizer) if use_mlx else _torch(folder, tokenizer))
@@ -202,7 +202,7 @@ def _mlx(folder: Path, tokenizer: Any) -> "Language":
         raise UserError(f"MLX is not usable here ({error}): use --llm torch") from None
     from fastvlm.common.limits import positions
     from fastvlm.data.prompt import eos_ids
-    from model_export.runtime.language import MlxLanguage
+    from model_export.runtime.mlx_language import MlxLanguage
 
     class MlxText(MlxLanguage):
         """Its embeddings are the token ids themselves, (1, T): what every model of mlx-lm takes."""

@@ -110,7 +110,7 @@ def _of_package(args: argparse.Namespace) -> tuple[dict[str, Any], list["Range"]
     with progress("import PyTorch"):
         from fastvlm.data.preprocessing import Preprocessor, read_preprocessor
         from model_export import mil
-        from model_export.encoder import ranges
+        from model_export.encoder import package_ranges
     try:
         with progress(f"load {package}"):
             executor = mil.load(package, compute="float32", function_name=args.function)
@@ -120,7 +120,7 @@ def _of_package(args: argparse.Namespace) -> tuple[dict[str, Any], list["Range"]
         preprocessor = replace(read_preprocessor(args.model), image_size=size) if package == artefact else plain
         pictures, count, pixels = _pictures(args, preprocessor)
         with progress("ranges (pictures)", count) as advance:
-            found = ranges.measure_package(executor, pixels, advance)
+            found = package_ranges.measure_package(executor, pixels, advance)
     except mil.MILError as error:
         raise UserError(str(error)) from error
     name = executor.function.name

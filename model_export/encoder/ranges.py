@@ -21,16 +21,11 @@ from torch import fx, nn
 
 from fastvlm.checkpoint.checkpoint import Checkpoint
 from fastvlm.common.errors import UserError
-from model_export import mil
 from model_export.encoder import fp16
 from model_export.encoder.channel_first import Encoder, channel_first
 from model_export.encoder.fp16 import LARGEST, SMALLEST_NORMAL
 from model_export.encoder.graph import folded_encoder, graph
-from model_export.mil import registry
 from model_export.mil.allocator import give_back
-from model_export.mil.blob import WeightFile
-from model_export.mil.dtypes import NUMPY
-from model_export.mil.program import BlobRef, Constant, Operation
 
 _TILE = 1 << 18  # elements looked at a time for subnormals: they and their magnitudes stay in the cache
 _TWO_WORDS = ("final_conv", "pos_emb", "reparam_conv", "token_mixer")  # parts of timm's names with a "_" of their own
@@ -77,7 +72,7 @@ class Range:
 
 
 @dataclass
-class _Tally:
+class Tally:
     """One operation's figures, gathered picture by picture."""
 
     name: str
@@ -157,15 +152,15 @@ def measure_modules(encoder: nn.Module, pixels: Iterable[np.ndarray]) -> dict[st
 
     Raises UserError for values that are not finite in float32, and for no pixels at all.
     """
-    tallies: dict[str, _Tally] = {}
+    tallies: dict[str, Tally] = {}
     # The tensor seen last, kept no longer than the encoder keeps it; its version (of in-place changes); its figure.
     last: tuple[Callable[[], torch.Tensor | None], int, float] = (lambda: None, 0, 0.0)
 
-    def see(name: str, module: nn.Module, values: torch.Tensor) -> _Tally:
+    def see(name: str, module: nn.Module, values: torch.Tensor) -> Tally:
         nonlocal last
         if values is not last[0]() or values._version != last[1]:  # a container puts out what its last child did
             last = weakref.ref(values), values._version, largest(values, name)
-        tally = tallies.setdefault(name, _Tally(name, type(module).__name__, name.partition(":")[0]))
+        tally = tallies.setdefault(name, Tally(name, type(module).__name__, name.partition(":")[0]))
         tally.largest = max(tally.largest, last[2])
         return tally
 
@@ -203,7 +198,7 @@ def measure_modules(encoder: nn.Module, pixels: Iterable[np.ndarray]) -> dict[st
     finally:
         for handle in handles:
             handle.remove()
-    return {tally.name: tally for tally in _finished(tallies)}
+    return {tally.name: tally for tally in finished(tallies)}
 
 
 def _axes(norm: nn.LayerNorm) -> tuple[int, ...]:
@@ -211,7 +206,7 @@ def _axes(norm: nn.LayerNorm) -> tuple[int, ...]:
     return (1,) if isinstance(norm, LayerNorm2d) else tuple(range(-len(norm.normalized_shape), 0))
 
 
-def _finished(tallies: Mapping[str, _Tally]) -> list[Range]:
+def finished(tallies: Mapping[str, Tally]) -> list[Range]:
     if not tallies:
         raise UserError("no picture to measure the encoder's values on: expected one or more")
     return [tally.range() for tally in tallies.values()]
@@ -271,7 +266,7 @@ def measure_graph(
         for array in pixels:
             watched.run(torch.from_numpy(array))
             advance()
-    return _finished(watched.tallies)
+    return finished(watched.tallies)
 
 
 class _Watched(fx.Interpreter):
@@ -279,7 +274,7 @@ class _Watched(fx.Interpreter):
 
     def __init__(self, program: torch.export.ExportedProgram) -> None:
         super().__init__(program.module(check_guards=False))
-        self.tallies: dict[str, _Tally] = {}
+        self.tallies: dict[str, Tally] = {}
         self._norms: dict[str, list[fx.Node]] = {}  # the elementary operations of a LayerNorm, by module
         for node in self.module.graph.nodes:  # type: ignore[union-attr]
             if (found := module_of(node))[1].endswith("ChannelNorm"):
@@ -298,7 +293,7 @@ class _Watched(fx.Interpreter):
             scale = n.kwargs.get("scale") or q.shape[-1] ** -0.5
             self._tally(n, ":scores", "matmul").see(q * scale @ k.transpose(-2, -1))
         result = super().run_node(n)
-        values = [value for value in _several(result) if isinstance(value, torch.Tensor) and value.is_floating_point()]
+        values = [value for value in several(result) if isinstance(value, torch.Tensor) and value.is_floating_point()]
         if not values or n in norm[:-1]:
             return result
         tally = self._tally(n, "", "layer_norm" if norm else kind)
@@ -312,16 +307,16 @@ class _Watched(fx.Interpreter):
             tally.see_norm(self._norm_input, axes)
         return result
 
-    def _tally(self, node: fx.Node, suffix: str, kind: str) -> _Tally:
+    def _tally(self, node: fx.Node, suffix: str, kind: str) -> Tally:
         name = node.name + suffix
         if name not in self.tallies:
             constants = [self.fetch_attr(str(other.target)) for other in node.all_input_nodes if other.op == "get_attr"]
             layer = layer_name(module_of(node)[0])
-            self.tallies[name] = _Tally(name, kind, layer, weight_subnormal=subnormal_share(_weights(constants)))
+            self.tallies[name] = Tally(name, kind, layer, weight_subnormal=subnormal_share(weights(constants)))
         return self.tallies[name]
 
 
-def _several(value: Any) -> tuple[Any, ...]:
+def several(value: Any) -> tuple[Any, ...]:
     return tuple(value) if isinstance(value, (tuple, list)) else (value,)
 
 
@@ -336,7 +331,7 @@ def kind_of(node: fx.Node) -> str:
     return str(node.target).removeprefix("aten.").partition(".")[0]
 
 
-def _weights(values: Iterable[Any]) -> list[torch.Tensor]:
+def weights(values: Iterable[Any]) -> list[torch.Tensor]:
     """The tensors of floats among an operation's constants; not its scalars, which are parameters."""
     return [v for v in values if isinstance(v, torch.Tensor) and v.is_floating_point() and v.dim()]
 
@@ -353,93 +348,3 @@ def layer_name(text: str) -> str | None:
     for words in _TWO_WORDS:
         path = path.replace(words.replace("_", "."), words)
     return path
-
-
-# A package: by operation of the saved program
-
-
-def measure_package(
-    executor: mil.MILExecutor, pixels: Iterable[np.ndarray], advance: Advance = lambda: None
-) -> list[Range]:
-    """Every operation of a package's function that gives floats, in order of execution.
-
-    executor: loaded with compute="float32". pixels: arrays of its one input's shape, cast to its type. `advance()`
-    after each. Raises UserError as `measure_modules`, MILError as the executor.
-    """
-    ((input_name, input_type),) = executor.inputs.items()
-    constants = _Constants(executor)
-    tallies: dict[str, _Tally] = {}
-    norms = {op.name: constants.norm(op) for op in executor.operations if op.type == "layer_norm"}
-    sources = {source for source, _ in norms.values()}
-    kept: dict[str, torch.Tensor] = {}  # what a LayerNorm reads
-
-    def watch(operation: Operation, outputs: Mapping[str, torch.Tensor]) -> None:
-        kept.update({name: value for name, value in outputs.items() if name in sources})
-        floats = [value for value in outputs.values() if value.is_floating_point()]
-        if floats and operation.name not in tallies:
-            tallies[operation.name] = constants.tally(operation)
-        for value in floats:
-            tallies[operation.name].see(value)
-        if operation.name in norms:
-            source, axes = norms[operation.name]
-            tallies[operation.name].see_norm(kept[source], axes)
-
-    for array in pixels:
-        array = array.astype(NUMPY[input_type.dtype])
-        kept[input_name] = torch.from_numpy(array)
-        executor.run({input_name: array}, watch=watch)
-        kept.clear()
-        advance()
-    return _finished(tallies)
-
-
-class _Constants:
-    """The constants of a function's operations: weights, whatever form they are stored in, and parameters."""
-
-    def __init__(self, executor: mil.MILExecutor) -> None:
-        self._executor = executor
-        self._makers = {
-            output.name: operation
-            for operation in executor.function.block.operations
-            if operation.type == "const" or operation.type.startswith("constexpr_")
-            for output in operation.outputs
-        }
-        self._types = {output.name: output.type for maker in self._makers.values() for output in maker.outputs}
-
-    def norm(self, operation: Operation) -> tuple[str, tuple[int, ...]]:
-        """A layer_norm's input, and the axes that it normalizes (default: all)."""
-        node, source = self._node(operation), operation.inputs["x"][0]
-        rank = len(operation.outputs[0].type.shape) if operation.outputs[0].type else 0
-        return str(source), tuple(node.const("axes", list(range(rank))))
-
-    def tally(self, operation: Operation) -> _Tally:
-        """An empty tally; its layer is that of the first weight whose name says so."""
-        names = [item for items in operation.inputs.values() for item in items if isinstance(item, str)]
-        constants = [self._get(name) for name in names]
-        layers = (layer_name(name) for name in names if name in self._makers)
-        type = operation.outputs[0].type
-        return _Tally(
-            operation.name,
-            operation.type,
-            next((layer for layer in layers if layer), None),
-            weight_subnormal=subnormal_share(_weights(constants)),
-            dtype=type.dtype if type else "",
-        )
-
-    def _node(self, operation: Operation) -> registry.Node:
-        return registry.Node(operation, dict(self._types), self._get, self._load, self._executor.policy)
-
-    def _get(self, name: str) -> Any:
-        maker = self._makers.get(name)
-        if maker is None:
-            return None
-        if maker.type == "const":
-            return self._load(maker.attributes["val"])
-        builder = registry.lookup(maker.type, self._executor.function.opset)
-        assert builder is not None  # or the executor would have refused the program
-        return _several(builder(self._node(maker)).run())[[output.name for output in maker.outputs].index(name)]
-
-    def _load(self, constant: Constant) -> Any:
-        if not isinstance(constant.data, BlobRef):
-            return constant.data
-        return WeightFile(constant.data.file).read(constant.data.offset, constant.type)

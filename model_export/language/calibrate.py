@@ -15,8 +15,8 @@ from fastvlm.data.conversations import Sample
 from fastvlm.data.preprocessing import Preprocessor
 from fastvlm.model.surface import Vision
 from model_export.language.llm import ELSEWHERE_OF, weight_shapes
-from quantization.calibration.calibrate import calibrated
 from quantization.calibration.data import collect
+from quantization.calibration.methods import calibrated
 from quantization.recipe import Recipe
 
 _DEMO, _DRAWN = 256, 64  # built-in questions; each of the latter costs an answer of the model's own

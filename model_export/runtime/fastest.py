@@ -24,7 +24,7 @@ from fastvlm.common.cli import log
 from fastvlm.common.documents import load
 from fastvlm.common.staging import write_file
 from model_export.mil import onednn
-from model_export.runtime.linear import ROWS
+from model_export.runtime.fast_linear import ROWS
 
 DTYPES = ("float32", "bfloat16")
 _ROUNDS = 7

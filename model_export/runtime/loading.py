@@ -17,7 +17,7 @@ from model_export import contract, mil
 from model_export.config import COMPUTE_UNITS, COMPUTES, LLM_RUNNERS, VISION_RUNNERS
 from model_export.encoder.coreml import coremltools
 from model_export.mil import int8
-from model_export.runtime import fastest, language
+from model_export.runtime import fastest, language, mlx_language
 
 
 def load(
@@ -78,7 +78,7 @@ def load(
     how: tuple[Any, ...] = ("float32" if compute == "float32" else "as-stored",)
     if stages:
         how = (stages.prefill, stages.decode, compute == "int8")
-    speaker, projector = language.mlx_language(folder) if use_mlx else language.torch_language(folder, *how)
+    speaker, projector = mlx_language.mlx_language(folder) if use_mlx else language.torch_language(folder, *how)
     image_token, preprocessor = config["image_token_index"], read_preprocessor(folder)
     tokenizer = layouts.load_tokenizer(folder, image_token)
     speaker.eos_ids = frozenset(eos_ids(tokenizer, [*speaker.eos_ids]))

@@ -29,6 +29,7 @@ from model_export.audit.ranges_report import add_ranges, summary, times
 from model_export.encoder import vision
 from model_export.encoder.channel_first import Encoder, channel_first
 from model_export.encoder.coreml import coremltools, quiet_conversion
+from model_export.encoder.package_ranges import measure_package
 from model_export.encoder.ranges import (
     Range,
     largest,
@@ -36,7 +37,6 @@ from model_export.encoder.ranges import (
     layer_name,
     measure_graph,
     measure_modules,
-    measure_package,
     subnormal_share,
 )
 

@@ -1,4 +1,4 @@
-"""What a recipe needs calibration for: choices within a budget, and the methods AWQ, GPTQ and DWQ."""
+"""A recipe's calibration: choices within a budget, then the method AWQ, GPTQ or DWQ."""
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
