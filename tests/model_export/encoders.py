@@ -1,5 +1,6 @@
 """Small FastViTs with random, non-trivial weights, hot ones, and plain figures, for the tests of an export."""
 
+import hashlib
 import re
 import shutil
 from collections import Counter
@@ -92,6 +93,12 @@ def outputs_of(model: nn.Module, pixels: Tensor) -> dict[str, Tensor]:
     for hook in hooks:
         hook.remove()
     return seen
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """sha256 of every file below a folder, by its relative path."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def relative(actual: Tensor, expected: Tensor) -> float:

@@ -1,7 +1,6 @@
 """Interrupted exports: what was finished is taken over, by the same command alone, and the bytes are the same."""
 
 import dataclasses
-import hashlib
 import io
 import multiprocessing
 import os
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from encoders import hashes
 
 from fastvlm.common import cli
 from fastvlm.common.errors import UserError
@@ -45,10 +45,6 @@ def whole(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> di
 def exported(checkpoint: Path, target: Path, quant: str = "int4") -> dict[str, str]:
     export(plan(ExportConfig(checkpoint, target, quant=quant), ("llm",)))
     return hashes(target)
-
-
-def hashes(folder: Path) -> dict[str, str]:
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
 
 
 def resumable(folder: Path) -> list[str]:

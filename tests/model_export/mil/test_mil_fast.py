@@ -7,15 +7,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mil_packages import snr
 
 from model_export import mil
 from model_export.mil import int8, onednn, plan
 
 needs_int8 = pytest.mark.skipif(not int8.AVAILABLE, reason="this processor or PyTorch has no 8-bit products (VNNI)")
-
-
-def snr_db(expected: np.ndarray, actual: np.ndarray) -> float:
-    return float(10 * np.log10((expected**2).sum() / ((expected - actual) ** 2).sum()))
 
 
 def gelu(x: np.ndarray) -> np.ndarray:
@@ -69,9 +66,9 @@ def test_a_pair_is_two_layers_with_an_activation_between(side: int) -> None:
     expected = (gelu(rows @ first.T) @ second.T).reshape(1, side, side, 16).transpose(0, 3, 1, 2)
     result = int8.pair(*layers, "gelu")(x)
     assert result.shape == shape and result.is_contiguous(memory_format=torch.channels_last)
-    assert snr_db(expected, result.double().numpy()) > 25
+    assert snr(expected, result.double().numpy()) > 25
     without = (rows @ first.T @ second.T).reshape(1, side, side, 16).transpose(0, 3, 1, 2)
-    assert snr_db(without, result.double().numpy()) < 10
+    assert snr(without, result.double().numpy()) < 10
 
 
 @pytest.fixture(scope="module")
@@ -112,10 +109,10 @@ def test_a_saved_encoder_keeps_its_features(
     exact = mil.load(package, "float32").predict({"images": pixels})["image_features"]
     fast = mil.load(package, compute)
     found = fast.predict({"images": pixels})["image_features"]
-    assert found.dtype == np.float32 and least < snr_db(exact, found) < 60
+    assert found.dtype == np.float32 and least < snr(exact, found) < 60
     np.testing.assert_array_equal(found, fast.predict({"images": pixels})["image_features"])
     other = mil.load(package, compute).predict({"images": pixels[..., ::-1].copy()})["image_features"]
-    assert snr_db(exact, other) < 15
+    assert snr(exact, other) < 15
 
 
 @needs_int8
@@ -157,4 +154,4 @@ def test_only_plain_1_x_1_convolutions_have_8_bit_operands(
     x = {"x": rng.standard_normal((1, 8, 6, 6)).astype(np.float32)}
     exact = mil.load(tmp_path / "m.mlpackage", "float32").predict(x)["y"]
     found = mil.load(tmp_path / "m.mlpackage", "int8").predict(x)["y"]
-    assert bool(made) == (not change) and snr_db(exact, found) > 30
+    assert bool(made) == (not change) and snr(exact, found) > 30

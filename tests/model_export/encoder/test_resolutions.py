@@ -1,6 +1,5 @@
 """Several resolutions in one package: each function is the single-resolution package, weights are stored once."""
 
-import hashlib
 import json
 import shutil
 import sys
@@ -9,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from encoders import compared_operations, counts_of, largest_rank
+from encoders import compared_operations, counts_of, hashes, largest_rank
 from PIL import Image
 
 from benchmarks import __main__ as benchmarks
@@ -46,11 +45,6 @@ def pixels_of(size: int, seed: int = 0) -> np.ndarray:
 
 def encode(package: Path, pixels: np.ndarray, function: str | None = None) -> np.ndarray:
     return mil.load(package, function_name=function).predict({contract.INPUT: pixels})[contract.OUTPUT]
-
-
-def hashes(folder: Path) -> dict[str, str]:
-    files = (path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 # --- the package
@@ -147,24 +141,6 @@ def test_command_writes_the_same_bytes_and_says_that_the_target_is_newer(
     assert [path.name for path in tmp_path.iterdir()] == ["again"]
 
 
-def test_one_resolution_keeps_the_older_target(tiny_artefact: Path) -> None:
-    document = read_manifest(tiny_artefact)
-    assert document["config"]["minimum_deployment_target"] == "iOS17" and "newer_target" not in document["config"]
-    assert document["vision"]["resolutions"] == [128] and document["vision"]["functions"] == ["main"]
-
-
-@pytest.mark.parametrize("target", ["iOS15", "iOS16", "iOS17"])
-def test_older_target_is_refused_with_the_flag(tmp_path: Path, target: str) -> None:
-    with pytest.raises(UserError) as error:
-        ExportConfig(tmp_path / "in", tmp_path / "out", resolutions=(64,), minimum_deployment_target=target)
-    assert str(error.value) == (
-        f"--minimum-deployment-target {target}: too old for several functions in one package, new in iOS18: ask for"
-        " iOS18, or leave the flag out"
-    )
-    stated = ExportConfig(tmp_path / "in", tmp_path / "out", resolutions=(64,), minimum_deployment_target="iOS18")
-    assert stated.deployment_target == "iOS18"
-
-
 # --- running one of them
 
 
@@ -255,42 +231,6 @@ def test_parity_looks_at_that_function(several: Path, tiny_checkpoint: Path, tmp
         found = compared_operations(tiny_checkpoint, copied, pixels_of(size), resolution)
         broken[resolution] = min(float(error["snr_db"]) for error in found["layers"]) < 40
     assert broken == {64: True, 192: False, None: False}
-
-
-# --- refusals
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--resolutions", "100"], "--resolutions: got 100, expected a multiple of 64 from 64 to 2048"),
-        (["--resolutions", "64", "0"], "--resolutions: got 0, expected a multiple of 64 from 64 to 2048"),
-        (["--resolutions", "4096"], "--resolutions: got 4096, expected"),
-        (["--resolutions", "-64"], "--resolutions"),
-        (["--resolutions", "large"], "--resolutions"),
-        (["--resolutions"], "--resolutions"),
-        (["--resolutions", "64", "--minimum-deployment-target", "iOS17"], "too old for several functions"),
-    ],
-)
-def test_refusals_are_one_line(
-    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], message: str
-) -> None:
-    command = ["vision", "--checkpoint", str(tiny_checkpoint), "--output-dir", str(tmp_path / "made"), *flags]
-    try:
-        code = run(build_parser, command)
-    except SystemExit as stopped:
-        code = int(str(stopped.code))
-    (line,) = capsys.readouterr().err.splitlines()
-    assert code == 2 and line.startswith("error: ") and message in line
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_artefact_of_an_older_version_is_refused(tiny_artefact: Path, tmp_path: Path) -> None:
-    """Its encoder is another graph, and its manifest doesn't name what parity needs."""
-    older = shutil.copytree(tiny_artefact, tmp_path / "older")
-    manifests.write_manifest(older, read_manifest(older) | {"format_version": 1})
-    with pytest.raises(UserError, match="format version 1, expected 3: export again"):
-        runtime.load(older, "executor", "torch")
 
 
 def test_disk_for_all_parts_is_asked_for(

@@ -414,36 +414,6 @@ def test_more_than_float16_keeps_is_refused_before_measuring(tiny_checkpoint: Pa
     assert "sensitivity" not in log and list(tmp_path.iterdir()) == []
 
 
-def test_target_without_compressed_weights_is_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    flags = ("--output-dir", tmp_path / "x", "--min-snr", 30, "--minimum-deployment-target", "iOS15")
-    code, log = call("vision", "--checkpoint", tiny_checkpoint, *flags)
-    assert code == 2 and "iOS15" in log.splitlines()[-1] and "ask for iOS16" in log.splitlines()[-1]
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize(
-    ("flags", "expected"),
-    [
-        (["--min-snr", "30", "--vision-quant", "int8"], "--vision-quant and --min-snr: "),
-        (["--min-snr", "30", "--compute-precision", "float32", "--compute-units", "ALL"], "--min-snr with "),
-        (
-            ["--vision-quant", "int8", "--compute-precision", "float32", "--compute-units", "ALL"],
-            "--vision-quant with ",
-        ),
-        (["--min-snr", "0"], "got 0, expected decibels between 0 and 100"),
-        (["--min-snr", "100"], "got 100, expected"),
-        (["--min-snr", "nan"], "got nan, expected"),
-        (["--min-snr", "30", "--resolutions", "64", "--minimum-deployment-target", "iOS17"], "too old for several"),
-    ],
-)
-def test_contradictions_are_one_line_and_exit_2(
-    flags: list[str], expected: str, tiny_checkpoint: Path, tmp_path: Path
-) -> None:
-    code, log = call("vision", "--checkpoint", tiny_checkpoint, "--output-dir", tmp_path / "x", *flags)
-    assert code == 2 and log.count("\n") == 1 and log.startswith("error: ") and expected in log, log
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_weights_beyond_float16_are_named(fastvit: nn.Module, tiny_checkpoint: Path, tmp_path: Path) -> None:
     fastvit.get_submodule("final_conv.se.fc1").weight.data[0, 0] = 1e6  # type: ignore[index, union-attr]
     config = ExportConfig(tiny_checkpoint, tmp_path / "x", min_snr=30.0)
