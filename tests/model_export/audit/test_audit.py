@@ -15,6 +15,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from mil_packages import save_program
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -34,32 +35,11 @@ from coremltools.converters.mil import Builder as mb  # noqa: E402
 from coremltools.converters.mil.mil import types  # noqa: E402
 
 Shape = tuple[int, ...]
-_TYPES = {"fp16": types.fp16, "fp32": types.fp32, "int32": types.int32}
 
 
-def save(
-    path: Path,
-    build: Callable[[Any], Any],
-    shape: Shape,
-    dtype: str = "fp16",
-    target: Any = ct.target.iOS17,
-    function: str = "main",
-) -> Path:
+def save(path: Path, build: Callable[[Any], Any], shape: Shape, dtype: str = "float16", target: str = "iOS17") -> Path:
     """Save `build(x)` as it stands, with no graph passes, as a package whose input x has this shape."""
-
-    @mb.program(input_specs=[mb.TensorSpec(shape, dtype=_TYPES[dtype])], opset_version=target, function_name=function)
-    def program(x: Any) -> Any:
-        return build(x)
-
-    model = ct.convert(
-        program,
-        convert_to="mlprogram",
-        minimum_deployment_target=target,
-        compute_precision=ct.precision.FLOAT32,  # as typed
-        pass_pipeline=ct.PassPipeline.EMPTY,
-        skip_model_load=True,
-    )
-    model.save(str(path))
+    save_program(path, lambda x: build(x), {"x": np.zeros(shape, dtype)}, target)
     return path
 
 
@@ -123,7 +103,7 @@ def found(document: Mapping[str, Any]) -> dict[str, int]:
 
 @pytest.mark.parametrize("size", [256, 512, 768, 1024])
 def test_the_graph_that_the_guidance_asks_for_has_no_finding(tmp_path: Path, size: int) -> None:
-    document = audit(save(tmp_path / "a.mlpackage", encoder, (1, 3, size, size), dtype="fp32"))
+    document = audit(save(tmp_path / "a.mlpackage", encoder, (1, 3, size, size), dtype="float32"))
     assert document["functions"]["main"]["findings"] == [] and document["passed"] is True
     main = document["functions"]["main"]
     assert main["data_movement"] == {
@@ -311,7 +291,7 @@ def palettized(tmp_path_factory: pytest.TempPathFactory) -> Path:
         return mb.conv(x=x, weight=weight, pad_type="valid")
 
     path = tmp_path_factory.mktemp("palettized") / "a.mlpackage"
-    return save(path, build, (1, 64, 16, 32), target=ct.target.iOS18)
+    return save(path, build, (1, 64, 16, 32), target="iOS18")
 
 
 def test_compressed_weights_below_their_opset(palettized: Path) -> None:
@@ -412,7 +392,7 @@ def test_multiply_accumulates_of_einsum_and_attention(tmp_path: Path) -> None:
     def attention(x: Any) -> Any:
         return mb.scaled_dot_product_attention(query=x, key=half(1, 2, 9, 8), value=half(1, 2, 9, 6))
 
-    path = save(tmp_path / "b.mlpackage", attention, (1, 2, 5, 8), target=ct.target.iOS18)
+    path = save(tmp_path / "b.mlpackage", attention, (1, 2, 5, 8), target="iOS18")
     assert audit(path)["functions"]["main"]["macs"] == 2 * 5 * 9 * (8 + 6)
 
 
@@ -433,7 +413,7 @@ def test_functions_share_their_weights(tmp_path: Path) -> None:
             tmp_path / f"{size}.mlpackage",
             lambda x: mb.conv(x=x, weight=weight),
             (1, 64, size, size),
-            target=ct.target.iOS18,
+            target="iOS18",
         )
         descriptor.add_function(str(path), "main", f"encode_{size}")
     descriptor.default_function_name = "encode_64"

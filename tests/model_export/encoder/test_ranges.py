@@ -5,19 +5,18 @@ import copy
 import json
 import os
 import re
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from encoders import heated as heated_checkpoint
+from encoders import outputs_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from PIL import Image
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 from fastvlm.checkpoint.checkpoint import open_checkpoint
@@ -39,8 +38,6 @@ from model_export.encoder.ranges import (
     measure_modules,
     subnormal_share,
 )
-
-VISION = "model.vision_tower.timm_model."
 
 
 @pytest.fixture(scope="module")
@@ -73,22 +70,8 @@ def truth(fastvit: nn.Module, pixels: list[np.ndarray]) -> dict[str, np.ndarray]
 
 def values_of(model: nn.Module, pixels: list[np.ndarray]) -> dict[str, np.ndarray]:
     """Every module's own values by name, outputs and (as `NAME<`) inputs, over the pictures (first axis)."""
-    seen: dict[str, list[np.ndarray]] = {}
-
-    def keep(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
-            for key, value in ((name, output), (f"{name}<", inputs[0])):
-                seen.setdefault(key, []).append(value.numpy().copy())
-
-        return hook
-
-    for name, module in model.named_modules():
-        if name and not isinstance(module, nn.Dropout):  # one of them is called twice
-            module.register_forward_hook(keep(name))
-    with torch.no_grad():
-        for array in pixels:
-            model.forward_features(torch.from_numpy(array))
-    return {name: np.stack(values) for name, values in seen.items()}
+    seen = [outputs_of(model, torch.from_numpy(array)) for array in pixels]
+    return {name: np.stack([one[name].numpy() for one in seen]) for name in seen[0]}
 
 
 def square_of(x: np.ndarray) -> float:
@@ -445,21 +428,8 @@ def listing(folder: Path) -> list[tuple[str, int, int]]:
 
 @pytest.fixture(scope="module")
 def hot_checkpoint(tiny_fast_vlm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Stage 4's stream 60,000 times as large, the function as it was: layer scales, the start and the consumers."""
-    folder = shutil.copytree(tiny_fast_vlm, tmp_path_factory.mktemp("hot") / "model")
-    tensors, factor = load_file(folder / "model.safetensors"), 60_000.0
-    louder = r"stages\.4\.(pos_emb\.reparam_conv\.(weight|bias)|blocks\.\d+\.layer_scale_[12]\.gamma)"
-    softer = r"(stages\.4\.blocks\.\d+\.mlp\.conv\.conv|final_conv\.reparam_conv)\.weight"
-    changed = 0
-    for name in tensors:
-        inner = name.removeprefix(VISION)
-        for pattern, gain in ((louder, factor), (softer, 1 / factor)):
-            if re.fullmatch(pattern, inner):
-                tensors[name] = tensors[name] * gain
-                changed += 1
-    assert changed == 6
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
+    """Stage 4's stream 60,000 times as large, the function as it was."""
+    return heated_checkpoint(tiny_fast_vlm, tmp_path_factory.mktemp("hot") / "model", {4: 60_000.0})
 
 
 def test_verb_on_a_hot_checkpoint(capsys: pytest.CaptureFixture[str], hot_checkpoint: Path, tmp_path: Path) -> None:
