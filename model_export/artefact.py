@@ -185,8 +185,8 @@ def read(artefact: Path) -> dict[str, Any]:
 
     Nothing of an artefact made elsewhere is opened. UserError for a folder that is no artefact.
     """
-    found = None if (artefact / contract.MANIFEST).exists() else recognise(artefact)
-    return read_manifest(artefact) if found is None else elsewhere.listed(artefact, found, _OF_A_HUB)
+    exported = None if (artefact / contract.MANIFEST).exists() else recognise(artefact)
+    return read_manifest(artefact) if exported is None else elsewhere.listed(artefact, exported, _OF_A_HUB)
 
 
 def is_ours(document: Mapping[str, Any]) -> bool:

@@ -56,7 +56,7 @@ class ExportConfig:
         object.__setattr__(self, "checkpoint", Path(self.checkpoint))
         object.__setattr__(self, "output_dir", Path(self.output_dir))
         object.__setattr__(self, "resolutions", tuple(self.resolutions or ()))
-        faults = [*self._unknown_values(), *self._contradictions(), *self._paths()]
+        faults = [*self._unknown_values(), *self._precision_faults(), *self._compression_faults(), *self._paths()]
         if not faults:
             faults = self._target_faults()
         if faults:
@@ -90,14 +90,14 @@ class ExportConfig:
 
     def document(self) -> dict[str, Any]:
         """The settings that decide the artefact's bytes, for its manifest: no paths, nothing of the machine."""
-        kept = asdict(self)
+        document = asdict(self)
         for key in ("checkpoint", "output_dir", "overwrite", "calibration_data"):
-            del kept[key]
-        kept["quant"] = Path(self.quant).name  # a recipe of the user's may be a file anywhere
+            del document[key]
+        document["quant"] = Path(self.quant).name  # a recipe of the user's may be a file anywhere
         if self.vision_quant not in compress.FORMS or (self.vision_quant == compress.NONE and self.compression.rules):
-            kept["vision_quant"] = self.compression.to_json()
-        kept |= {"minimum_deployment_target": self.deployment_target, "resolutions": list(self.resolutions)}
-        return kept | ({"newer_target": self.newer_target} if self.newer_target else {})
+            document["vision_quant"] = self.compression.to_json()
+        document |= {"minimum_deployment_target": self.deployment_target, "resolutions": list(self.resolutions)}
+        return document | ({"newer_target": self.newer_target} if self.newer_target else {})
 
     def _unknown_values(self) -> list[str]:
         legal = {
@@ -125,18 +125,15 @@ class ExportConfig:
             if self._stated_before(needed)
         ]
 
-    def _contradictions(self) -> list[str]:
-        return [*self._precision_faults(), *self._compression_faults()]
-
     def _compression_faults(self) -> list[str]:
-        asked = {"--vision-quant": self.vision_quant != compress.NONE, "--min-snr": self.min_snr is not None}
+        given = {"--vision-quant": self.vision_quant != compress.NONE, "--min-snr": self.min_snr is not None}
         faults = []
-        if all(asked.values()):
+        if all(given.values()):
             faults.append("--vision-quant and --min-snr: one says the form of each layer, the other looks for it")
-        if self.compute_precision == "float32" and any(asked.values()):
-            flag = next(flag for flag, given in asked.items() if given)
+        if self.compute_precision == "float32" and any(given.values()):
+            flag = next(flag for flag, present in given.items() if present)
             faults.append(f"{flag} with --compute-precision float32: compressed weights are float16; use float16")
-        if asked["--min-snr"] and self.minimum_deployment_target == "iOS15":
+        if given["--min-snr"] and self.minimum_deployment_target == "iOS15":
             faults.append(
                 "--min-snr with --minimum-deployment-target iOS15, which has no compressed weights: ask for iOS16"
             )
@@ -144,8 +141,8 @@ class ExportConfig:
             faults.append(f"--min-snr: got {self.min_snr:g}, expected decibels between 0 and 100")
         try:
             compress.load(self.vision_quant)
-            if compress.of_recipe(self.quant).rules and any(asked.values()):
-                flag = next(flag for flag, given in asked.items() if given)
+            if compress.of_recipe(self.quant).rules and any(given.values()):
+                flag = next(flag for flag, present in given.items() if present)
                 faults.append(f"{flag} and --quant {self.quant}: the recipe has rules for the encoder: leave one out")
         except UserError as error:
             faults.append(str(error))

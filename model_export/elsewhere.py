@@ -18,7 +18,7 @@ UNKNOWN = ("the checkpoint it was made from", "the recipe", "the proof against t
 _BUILT_WITH = {6: "iOS15", 7: "iOS16", 8: "iOS17", 9: "iOS18", 10: "iOS26"}  # specification -> deployment target
 
 
-def listed(folder: Path, found: Exported, ignored: Iterable[str]) -> dict[str, Any]:
+def listed(folder: Path, exported: Exported, ignored: Iterable[str]) -> dict[str, Any]:
     """Which files there are (`ignored` ones aside, and hidden ones), halves and layout; nothing is opened.
 
     UserError for links that leave the folder, but into the hub cache's own blobs.
@@ -38,9 +38,9 @@ def listed(folder: Path, found: Exported, ignored: Iterable[str]) -> dict[str, A
         raise UserError(f"{folder}: links out of the folder: {', '.join(outside)}: put the files there instead")
     weights = [name for name in files if name.endswith(".safetensors")]
     return {
-        "parts": list(found.parts),
-        "config": {"layout": found.layout},
-        "llm": {"layout": found.layout, "files": weights},
+        "parts": list(exported.parts),
+        "config": {"layout": exported.layout},
+        "llm": {"layout": exported.layout, "files": weights},
         "files": files,
         "unknown": list(UNKNOWN),
     }

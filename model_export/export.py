@@ -284,12 +284,12 @@ def _calibration(config: ExportConfig, recipe: Recipe, parts: tuple[str, ...]) -
     if "vision" not in parts and not recipe.calibrates:
         raise UserError(f"--calibration-data: recipe {recipe.name} has nothing to calibrate: leave it out")
     try:
-        found = conversations.load(config.calibration_data)
+        samples = conversations.load(config.calibration_data)
     except UserError as error:
         raise UserError(f"--calibration-data: {error}") from None
-    used = found[:: -(-len(found) // CALIBRATION_SAMPLES)]
-    if len(used) < len(found):
-        log(f"--calibration-data: {len(used)} of {len(found)} questions are used")
+    used = samples[:: -(-len(samples) // CALIBRATION_SAMPLES)]
+    if len(used) < len(samples):
+        log(f"--calibration-data: {len(used)} of {len(samples)} questions are used")
     return used
 
 
@@ -323,8 +323,8 @@ def _stage(name: str, seconds: dict[str, float], size: float | None = None) -> I
 def _signature(checkpoint: Checkpoint) -> list[tuple[str, int, int, int]]:
     """Names, sizes and times (of the content, and of any change) of the folder's files: enough to see that someone
     writes to it, or has since."""
-    found = ((path.name, path.stat()) for path in sorted(checkpoint.path.iterdir()) if path.is_file())
-    return [(name, status.st_size, status.st_mtime_ns, status.st_ctime_ns) for name, status in found]
+    statuses = ((path.name, path.stat()) for path in sorted(checkpoint.path.iterdir()) if path.is_file())
+    return [(name, status.st_size, status.st_mtime_ns, status.st_ctime_ns) for name, status in statuses]
 
 
 def _check_space(target: Path, sizes: Mapping[str, int], copies: int) -> None:

@@ -29,13 +29,13 @@ BESIDE: dict[str, Any] = {  # below `vision`
 def faults(document: Mapping[str, Any], complete: bool = False) -> list[str]:
     """One line for each value that isn't as the forms say."""
     held = [key for key in FORM if key in document]
-    found = [fault for key in held for fault in _faults(document[key], FORM[key], key, complete)]
+    wrong_values = [fault for key in held for fault in _faults(document[key], FORM[key], key, complete)]
     vision = document.get("vision")
     beside = vision if isinstance(vision, dict) else {}
     for key, form in BESIDE.items():
         if beside.get(key) is not None:
-            found += _faults(beside[key], form, f"vision.{key}", complete)
-    return found
+            wrong_values += _faults(beside[key], form, f"vision.{key}", complete)
+    return wrong_values
 
 
 def _faults(value: Any, form: Any, where: str, complete: bool) -> list[str]:

@@ -118,7 +118,7 @@ def describe(recipe: Recipe) -> dict[str, Any]:
 
 def weight_shapes(shape: "Shape") -> dict[str, tuple[int, ...]]:
     """The artefact's weights (without an encoder) of a model of this shape: name -> shape."""
-    found = language_shapes(
+    canonical = language_shapes(
         hidden=shape.hidden,
         inner=shape.intermediate,
         heads=shape.heads,
@@ -130,7 +130,7 @@ def weight_shapes(shape: "Shape") -> dict[str, tuple[int, ...]]:
         bias=True,
     )
     stored = {
-        naming.to_artefact(name): size for name, size in found.items() if name != naming.LM_HEAD or not shape.tied
+        naming.to_artefact(name): size for name, size in canonical.items() if name != naming.LM_HEAD or not shape.tied
     }
     return {name: size for name, size in stored.items() if name is not None}
 

@@ -150,7 +150,7 @@ class Recipe:
         Raises UserError with every rule that matches nothing, and every weight that has no rule or that no choice can
         store.
         """
-        count, found = layer_count(shapes), {}
+        count, fitting_schemes = layer_count(shapes), {}
         faults = [
             f"rule {number} matches no weight: {rule.pattern!r}"
             for number, rule in enumerate(self.rules, 1)
@@ -164,10 +164,10 @@ class Recipe:
                 faults.append(f'{name}: no rule matches (end the recipe with a rule for "*")')
             elif not fitting:
                 faults.append(f"{name} {list(shape)}: {schemes[-1].fault(shape)}")
-            found[name] = fitting
+            fitting_schemes[name] = fitting
         if faults:
             raise UserError(f"recipe {self.name} does not fit this model: {_listed(faults)}")
-        return found
+        return fitting_schemes
 
     def decided(self, chosen: Mapping[str, Scheme]) -> "Recipe":
         """The recipe with the choices made: a rule for each of these weights, and no budget."""
@@ -177,7 +177,7 @@ class Recipe:
 
 def layer_count(names: Mapping[str, Any]) -> int:
     """The number of decoder layers among these weights' names."""
-    return max((int(found[1]) + 1 for name in names if (found := _LAYER_NUMBER.search(name))), default=0)
+    return max((int(match[1]) + 1 for name in names if (match := _LAYER_NUMBER.search(name))), default=0)
 
 
 def _method_faults(method: str, plan: Mapping[str, Scheme]) -> list[str]:
@@ -224,12 +224,12 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
 def _budget_of(text: str, size: str, recipe: Recipe) -> Budget:
     if not any(len(rule.choices) > 1 for rule in recipe.rules):
         raise UserError(f"recipe {text!r}: {recipe.name} takes no size: its rules leave nothing to choose")
-    found = _SIZE.fullmatch(size)
-    if not found or not float(found[1]):
+    match = _SIZE.fullmatch(size)
+    if not match or not float(match[1]):
         raise UserError(
             f"recipe {text!r}: size {size!r}: expected one such as 400MB, 1.2GB or 4.5bpw (bits per weight)"
         )
-    number, unit = float(found[1]), found[2]
+    number, unit = float(match[1]), match[2]
     return Budget(bits_per_weight=number) if unit == "bpw" else Budget(bytes=int(number * {"MB": 1e6, "GB": 1e9}[unit]))
 
 
@@ -305,8 +305,8 @@ def _choices(document: dict[str, Any], where: str, faults: list[str]) -> tuple[S
         if not isinstance(schemes, list) or len(schemes) < 2:
             faults.append(f"{where}: choices: expected a list of at least two schemes, got {schemes!r}")
             return ()
-    found = [_scheme(scheme, where, faults) for scheme in schemes]
-    return tuple(scheme for scheme in found if scheme)
+    schemes_read = [_scheme(scheme, where, faults) for scheme in schemes]
+    return tuple(scheme for scheme in schemes_read if scheme)
 
 
 def _layers(document: Any, where: str, faults: list[str]) -> Layers | None:

@@ -89,7 +89,7 @@ def _forms(graph: Graph) -> dict[str, int]:
 def _scaled_activations(graph: Graph) -> dict[str, int]:
     """The number of activations that take x / 2^k by type (see `model_export.encoder.scaled`): a clip, multiplied back,
     feeds them."""
-    found: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     for operation in graph.operations:
         if operation.type not in ("gelu", "sigmoid", "softmax"):
             continue
@@ -100,8 +100,8 @@ def _scaled_activations(graph: Graph) -> dict[str, int]:
                 break
             multiplied = True
         if multiplied and source.type == "clip":
-            found[operation.type] += 1
-    return dict(sorted(found.items()))
+            counts[operation.type] += 1
+    return dict(sorted(counts.items()))
 
 
 def _totals(graph: Graph, costs: list[Cost]) -> dict[str, Any]:

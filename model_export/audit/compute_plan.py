@@ -74,14 +74,14 @@ def operations_of(plan: Any, function: str | None = None) -> list[dict[str, Any]
         raise ValueError("the compute plan holds no ML program")
     if function is not None and function not in program.functions:
         raise ValueError(f"the compute plan has the functions {', '.join(program.functions)}, not {function}")
-    found = []
+    placed = []
     for name, item in program.functions.items():
         for operation in item.block.operations if function in (None, name) else ():
             usage = plan.get_compute_device_usage_for_mlprogram_operation(operation)
             if usage is None:
                 continue
             cost = plan.get_estimated_cost_for_mlprogram_operation(operation)
-            found.append(
+            placed.append(
                 {
                     "function": name,
                     "operation": operation.outputs[0].name if operation.outputs else "",
@@ -91,7 +91,7 @@ def operations_of(plan: Any, function: str | None = None) -> list[dict[str, Any]
                     "cost": None if cost is None else float(cost.weight),
                 }
             )
-    return found
+    return placed
 
 
 def _device(device: Any) -> str:

@@ -87,8 +87,8 @@ def compare(
             pixels = np.random.default_rng(0).random(shape, dtype=np.float32)
             expected = executor.predict({contract.INPUT: pixels})[contract.OUTPUT]
             for unit in units:
-                found = _judge(expected, lambda: predict(function, unit, pixels))  # noqa: B023
-                checks.append({"function": function, "unit": unit, **found})
+                outcome = _judge(expected, lambda: predict(function, unit, pixels))  # noqa: B023
+                checks.append({"function": function, "unit": unit, **outcome})
                 advance()
     return checks
 

@@ -203,14 +203,14 @@ def _islands(graph: Graph, threshold: Mapping[str, Any]) -> Iterator[_Hit]:
 
 def _norm_transposes(graph: Graph) -> dict[int, tuple[Operation, list[Operation]]]:
     """layer_norm operations between two transposes: id -> the operation and those transposes."""
-    found = {}
+    wrapped = {}
     for operation in graph.operations:
         if operation.type == "layer_norm":
             before = graph.reached(operation, frozenset({"cast"}), forward=False).get("transpose", [])
             after = graph.reached(operation, frozenset({"cast"}), forward=True).get("transpose", [])
             if before and after:
-                found[id(operation)] = operation, before + after
-    return found
+                wrapped[id(operation)] = operation, before + after
+    return wrapped
 
 
 @_check("transpose")

@@ -144,14 +144,14 @@ def size_of(shapes: Mapping[str, tuple[int, ...]], forms: Mapping[str, Compressi
 
 def compressed(fastvit: "nn.Module", forms: Mapping[str, Compression]) -> dict[str, Compressed]:
     """Each layer's weight in its form. Raises CheckFailed with every one that float16 cannot hold."""
-    found = {name: _half(fastvit.get_submodule(name)) for name in forms}
-    check_finite(found)
-    return {name: compress(found[name], form) for name, form in forms.items()}
+    halves = {name: _half(fastvit.get_submodule(name)) for name in forms}
+    check_finite(halves)
+    return {name: compress(halves[name], form) for name, form in forms.items()}
 
 
-def check_finite(found: Mapping[str, np.ndarray]) -> None:
+def check_finite(tensors: Mapping[str, np.ndarray]) -> None:
     """Raise CheckFailed with every layer whose weights overflowed float16."""
-    if infinite := [name for name, weight in found.items() if not np.isfinite(weight).all()]:
+    if infinite := [name for name, weight in tensors.items() if not np.isfinite(weight).all()]:
         raise CheckFailed(f"weights do not fit float16, compressed or not: {', '.join(infinite)}")
 
 
@@ -168,12 +168,12 @@ def store(program: Any, stored: Mapping[str, Compressed], target: str) -> None:
 
     block = program.functions["main"]
     consts = {operation.name: operation for operation in block.operations if operation.op_type == "const"}
-    found = {name: consts[constant_name(name)] for name in stored if constant_name(name) in consts}
-    if missing := [name for name in stored if name not in found]:
+    constants = {name: consts[constant_name(name)] for name in stored if constant_name(name) in consts}
+    if missing := [name for name in stored if name not in constants]:
         raise CheckFailed(f"compressed weights with no place in the program: {', '.join(missing)}")
     with block:
         for name, weight in stored.items():
-            old = found[name]
+            old = constants[name]
             # coremltools asks every operation where in the source it came from: where the weight did.
             origin = [ScopeInfo(source=source, data=data[:1]) for source, data in old.scopes.items()]
             with Builder.scope(*origin):

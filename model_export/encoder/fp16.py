@@ -108,10 +108,10 @@ class Flow:
     def layer_exponents(self) -> dict[str, int | list[int]]:
         """e by layer, where it is not 0: the exported layer computes 2^e times its output. An attention's `qkv` has one
         for the queries, the keys and the values each."""
-        found: dict[str, list[int]] = {}
+        exponents: dict[str, list[int]] = {}
         for link in self.links:
-            found.setdefault(link.layer, []).append(-link.exponent)
-        return {name: e[0] if len(e) == 1 else e for name, e in found.items() if any(e)}
+            exponents.setdefault(link.layer, []).append(-link.exponent)
+        return {name: e[0] if len(e) == 1 else e for name, e in exponents.items() if any(e)}
 
     def exponents(self) -> dict[str, int]:
         """k by place: the exported encoder holds x / 2^k there."""
@@ -202,12 +202,12 @@ def choose(fastvit: nn.Module, ranges: Mapping[str, Measured], headroom: float =
     `fastvit` is folded and channel-first, `ranges` are those of the unscaled encoder in float32, by module name.
     KeyError when a module was not measured, TypeError for another architecture.
     """
-    found, bound = flow(fastvit), LARGEST / headroom
-    for value in found.values:
+    chosen, bound = flow(fastvit), LARGEST / headroom
+    for value in chosen.values:
         needs = [_exponent(ranges[name].largest / bound) for name in value.places]
         needs += [math.ceil(_exponent(_square(ranges[name]) / bound) / 2) for name in value.norms]
         value.exponent = max(0, *needs)
-    for link in found.links:  # in order: the exponent of a link's source is final
+    for link in chosen.links:  # in order: the exponent of a link's source is final
         layer: Any = fastvit.get_submodule(link.layer)
         least = _exponent(_largest(layer.weight, link.rows) * 2.0**link.source.exponent / LARGEST)
         if layer.bias is not None:
@@ -220,36 +220,36 @@ def choose(fastvit: nn.Module, ranges: Mapping[str, Measured], headroom: float =
             link.exponent -= _lift(weight, ranges[link.layer].largest * 2.0**-link.exponent, bound)
         if link.inner:
             link.target.exponent = link.exponent
-    for scores, queries, keys in found.scores:
+    for scores, queries, keys in chosen.scores:
         missing = max(0, scores.exponent - queries.exponent - keys.exponent)
         queries.exponent += missing // 2
         keys.exponent += missing - missing // 2
         scores.exponent = queries.exponent + keys.exponent
-        for link in found.links:
+        for link in chosen.links:
             if link.target in (queries, keys):
                 link.exponent = link.target.exponent
-    return found
+    return chosen
 
 
 @torch.no_grad()
-def rescale(fastvit: nn.Module, found: Flow) -> nn.Module:
+def rescale(fastvit: nn.Module, exponents: Flow) -> nn.Module:
     """Let a folded, channel-first FastViT carry these exponents, in place, and return it.
 
-    Its feature map is 2^-found.features.exponent times what it was, in float32 bit for bit but for subnormals and where
-    an activation takes its scaled form (float64: 1e-12).
+    Its feature map is 2^-exponents.features.exponent times what it was, in float32 bit for bit but for subnormals and
+    where an activation takes its scaled form (float64: 1e-12).
     """
-    for link in found.links:
+    for link in exponents.links:
         layer: Any = fastvit.get_submodule(link.layer)
         layer.weight[link.rows].mul_(2.0 ** (link.source.exponent - link.exponent))
         if layer.bias is not None:
             layer.bias[link.rows].mul_(2.0**-link.exponent)
         if link.scale is not None and link.exponent != link.target.exponent:
             fastvit.set_submodule(link.scale, Gain(link.exponent - link.target.exponent))
-    for value in found.values:
+    for value in exponents.values:
         for name in value.norms:
             norm: Any = fastvit.get_submodule(name)
             norm.eps *= 4.0**-value.exponent
-    for name, exponent in found.activation_exponents().items():
+    for name, exponent in exponents.activation_exponents().items():
         fastvit.set_submodule(name, SCALED[type(fastvit.get_submodule(name)).__name__](exponent))
     return fastvit
 

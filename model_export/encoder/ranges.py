@@ -225,10 +225,10 @@ def measure_checkpoint(
     Raises UserError as `measure_modules`.
     """
     fastvit = channel_first(folded_encoder(checkpoint)[0])
-    found = measure_graph(graph(Encoder(fastvit), image_size), pixels, advance)
-    places = _places(found)
-    exponents = fp16.choose(fastvit, _at_places(places, found)).exponents()
-    return [replace(one, exponent=exponents.get(place, 0)) for place, one in zip(places, found)]
+    operations = measure_graph(graph(Encoder(fastvit), image_size), pixels, advance)
+    places = _places(operations)
+    exponents = fp16.choose(fastvit, _at_places(places, operations)).exponents()
+    return [replace(one, exponent=exponents.get(place, 0)) for place, one in zip(places, operations)]
 
 
 def _places(ranges: Iterable[Range]) -> list[str]:
@@ -246,12 +246,12 @@ def _places(ranges: Iterable[Range]) -> list[str]:
 
 def _at_places(places: Iterable[str], ranges: Iterable[Range]) -> dict[str, Range]:
     """Ranges by place, the largest of each. An attention block's two additions are both its stream."""
-    found: dict[str, Range] = {}
+    by_place: dict[str, Range] = {}
     for place, one in zip(places, ranges):
-        before = found.get(place, one)
-        found[place] = replace(one, largest=max(before.largest, one.largest), square=max(before.square, one.square))
-    blocks = {place: one for place, one in found.items() if f"{place}.mlp.fc2" in found}
-    return found | {f"{place}.mlp:input": one for place, one in blocks.items()}
+        before = by_place.get(place, one)
+        by_place[place] = replace(one, largest=max(before.largest, one.largest), square=max(before.square, one.square))
+    blocks = {place: one for place, one in by_place.items() if f"{place}.mlp.fc2" in by_place}
+    return by_place | {f"{place}.mlp:input": one for place, one in blocks.items()}
 
 
 def measure_graph(

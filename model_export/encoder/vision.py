@@ -94,8 +94,7 @@ def export_vision(
 
     with _temporary_folder(target.parent) as folder:
         if config.min_snr is not None:
-            assignment, found = sensitivity.search(encoder, config, pictures, write_native, folder)
-            facts["sensitivity"] = found
+            assignment, facts["sensitivity"] = sensitivity.search(encoder, config, pictures, write_native, folder)
         written = _write(encoder, config, sizes, assignment.forms, folder / target.name, notes)
         (folder / target.name).rename(target)
     if assignment.forms or assignment.uncompressed:
@@ -174,7 +173,7 @@ def _added(program: torch.export.ExportedProgram) -> set[str]:
     """Names of the operations of scaled activations, Gains and of the features' own factor, but for the activations
     themselves, which the unscaled encoder has, too."""
     owners = {one.__name__ for one in (*SCALED.values(), fp16.Gain)}
-    found = {
+    added = {
         node.name
         for node in program.graph.nodes
         if node.op == "call_function"
@@ -182,7 +181,7 @@ def _added(program: torch.export.ExportedProgram) -> set[str]:
         and ranges.kind_of(node) not in ("gelu", "sigmoid", "softmax")
     }
     last = next(node for node in program.graph.nodes if node.name == _last_operation(program))
-    return found | ({last.name} if ranges.kind_of(last) == "mul" else set())
+    return added | ({last.name} if ranges.kind_of(last) == "mul" else set())
 
 
 def _cost_of(added: Collection[str], package: Path) -> dict[str, Any]:
@@ -192,10 +191,10 @@ def _cost_of(added: Collection[str], package: Path) -> dict[str, Any]:
     multiply-accumulates.
     """
     program = read_package(package)
-    found = Graph(program.functions[program.default_function])
+    saved = Graph(program.functions[program.default_function])
     new, moved = [], 0
-    for one in found.operations:
-        size = cost_of(found, one).bytes
+    for one in saved.operations:
+        size = cost_of(saved, one).bytes
         moved += size
         # coremltools has a name of its own for what a clamp becomes; FastViT has no other
         if one.type == "clip" or one.name.removesuffix("_cast_fp16") in added:

@@ -261,12 +261,12 @@ def _stream(
             output.write(name, rows, start)
         return weight, weight.source_bytes(stop - start), largest
 
-    found: dict[str, tuple[Weight, list[float]]] = {}
+    magnitudes_of: dict[str, tuple[Weight, list[float]]] = {}
     for weight, size, largest in pool.map(convert, _pieces(weights)):
-        found.setdefault(weight.name, (weight, []))[1].append(largest)
+        magnitudes_of.setdefault(weight.name, (weight, []))[1].append(largest)
         if advance:
             advance(size)
-    return [fault for weight, magnitudes in found.values() if (fault := _fault(weight, magnitudes))]
+    return [fault for weight, magnitudes in magnitudes_of.values() if (fault := _fault(weight, magnitudes))]
 
 
 def _pieces(weights: list[Weight]) -> Iterator[tuple[Weight, int, int]]:

@@ -132,12 +132,12 @@ def _name(timm_name: str) -> str:
 
 
 def _refuse_other_towers(folded: Mapping[str, tuple[int, ...]]) -> None:
-    found: dict[int, int] = {}
+    depths: dict[int, int] = {}
     for name in folded:
         if block := _BLOCK.match(name):
-            found[int(block[1])] = max(found.get(int(block[1]), 0), int(block[2]) + 1)
-    blocks = tuple(found[stage] for stage in sorted(found))
-    widths = tuple(folded[f"stages.{stage}.blocks.0.mlp.fc1.weight"][1] for stage in sorted(found))
+            depths[int(block[1])] = max(depths.get(int(block[1]), 0), int(block[2]) + 1)
+    blocks = tuple(depths[stage] for stage in sorted(depths))
+    widths = tuple(folded[f"stages.{stage}.blocks.0.mlp.fc1.weight"][1] for stage in sorted(depths))
     if (blocks, widths) != (_BLOCKS, _WIDTHS):
         raise UserError(
             f"layout mlx-vlm: mlx-vlm runs only FastViTHD with {_BLOCKS} blocks of {_WIDTHS} channels, "

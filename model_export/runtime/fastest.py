@@ -140,6 +140,6 @@ def _kept(path: Path, machine: dict[str, Any]) -> Stages | None:
 def _line(stages: Stages, times: dict[str, dict[str, float]] | None = None) -> str:
     parts = []
     for stage, dtype in asdict(stages).items():
-        found = ", ".join(f"{name} {1e3 * spent:.2f} ms" for name, spent in (times or {}).get(stage, {}).items())
-        parts.append(f"{stage} in {dtype}{f' ({found})' if found else ''}")
+        measured = ", ".join(f"{name} {1e3 * spent:.2f} ms" for name, spent in (times or {}).get(stage, {}).items())
+        parts.append(f"{stage} in {dtype}{f' ({measured})' if measured else ''}")
     return ", ".join(parts)

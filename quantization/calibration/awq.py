@@ -35,8 +35,8 @@ def quantize(
     """
     stored = {}
     for number, layer, calls in decoder.layers(model, batches):
-        found = _searched(layer, calls, scheme)
-        for name, value in found.state_dict().items():
+        searched = _searched(layer, calls, scheme)
+        for name, value in searched.state_dict().items():
             matrix = name.removesuffix(".weight") in decoder.MATRICES
             stored[f"model.layers.{number}.{name}"] = encode(scheme if matrix else Cast(scheme.dtype), value)
         if advance is not None:
@@ -45,19 +45,19 @@ def quantize(
 
 
 def _searched(layer: Any, calls: Sequence[decoder.Call], scheme: Affine) -> Any:
-    """A layer that computes the same and whose matrices lose less by rounding; this one if none was found."""
-    found = copy.deepcopy(layer)
+    """A layer that computes the same and whose matrices lose less by rounding; this one if there is none."""
+    searched = copy.deepcopy(layer)
     inputs: dict[str, list[Tensor]] = {}
-    decoder.inputs_of(found, calls, lambda name, x: inputs.setdefault(name, []).append(x))
+    decoder.inputs_of(searched, calls, lambda name, x: inputs.setdefault(name, []).append(x))
     features = {name: torch.cat(parts) for name, parts in inputs.items()}
     for source in _SCALED:
-        _scale(found, source, calls, features, scheme)
+        _scale(searched, source, calls, features, scheme)
     for name in decoder.MATRICES:
         if not name.endswith(_NOT_CLIPPED):
-            matrix = found.get_submodule(name)
+            matrix = searched.get_submodule(name)
             matrix.weight.copy_(best_clip(matrix.weight, features[name], scheme))
     expected = [call.run(layer) for call in calls]
-    return found if _loss(found, expected, calls, scheme) < _loss(layer, expected, calls, scheme) else layer
+    return searched if _loss(searched, expected, calls, scheme) < _loss(layer, expected, calls, scheme) else layer
 
 
 def _loss(layer: Any, expected: Sequence[Tensor], calls: Sequence[decoder.Call], scheme: Affine) -> float:

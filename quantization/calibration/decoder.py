@@ -67,10 +67,10 @@ class _Stop(Exception):
 
 def _first_call(model: Any, embeds: Tensor) -> Call:
     """The model's own arguments for its first layer: positions and mask come from it, not from us."""
-    found: list[Call] = []
+    calls: list[Call] = []
 
     def catch(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
-        found.append(Call(args[0], kwargs))
+        calls.append(Call(args[0], kwargs))
         raise _Stop
 
     hook = model.model.layers[0].register_forward_pre_hook(catch, with_kwargs=True)
@@ -80,7 +80,7 @@ def _first_call(model: Any, embeds: Tensor) -> Call:
         pass
     finally:
         hook.remove()
-    return found[0]
+    return calls[0]
 
 
 def inputs_of(layer: nn.Module, calls: Sequence[Call], seen: Callable[[str, Tensor], None]) -> None:

@@ -30,7 +30,7 @@ def calibrated(
     """Make the recipe's choices and run its method over Transformers' `model` (which may change in its course).
 
     shapes: the artefact's weights. `progress(what, total)` gives `advance(n=1)`. Returns the recipe without choices,
-    and the parts of the weights (by the artefact's names) that the method has found; all others are rounded as they
+    and the parts of the weights (by the artefact's names) that the method has quantized; all others are rounded as they
     are.
     """
     if recipe.budget is not None:
@@ -41,8 +41,8 @@ def calibrated(
         recipe = budget.decide(recipe, shapes, {PREFIX + name: costs for name, costs in nats.items()}, elsewhere)
     plan = recipe.plan(shapes, elsewhere)
     schemes = {name.removeprefix(PREFIX): scheme for name, scheme in plan.items() if name.startswith(PREFIX)}
-    found = _run(recipe.method, model, schemes, calibration, progress)
-    return recipe, {PREFIX + name: parts for name, parts in found.items()}
+    quantized = _run(recipe.method, model, schemes, calibration, progress)
+    return recipe, {PREFIX + name: parts for name, parts in quantized.items()}
 
 
 def _run(
