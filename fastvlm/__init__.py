@@ -3,6 +3,7 @@
 from typing import Any
 
 __all__ = ["load"]
+__version__ = "0.1.0"
 
 
 def load(path: Any, dtype: str = "float32") -> Any:

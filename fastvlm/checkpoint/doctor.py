@@ -1,7 +1,6 @@
 """`python -m fastvlm doctor PATH`: what a checkpoint is, all that is wrong with it, and how it can be exported."""
 
 import argparse
-import json
 import os
 import shlex
 from collections.abc import Callable
@@ -197,8 +196,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if not args.json:
         print(report.text())
     if report.faults:
-        if args.json:
-            print(json.dumps(report.document()), flush=True)
         more = f" (and {len(report.faults) - 1} more faults, listed above)" if len(report.faults) > 1 else ""
-        raise UserError(f"cannot use checkpoint {args.path}: {report.faults[0]}{more}")
+        raise UserError(f"cannot use checkpoint {args.path}: {report.faults[0]}{more}", report.document())
     return report.document()

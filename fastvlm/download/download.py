@@ -86,9 +86,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     document = {"checkpoints": results}
     failed = [f"{result['name']}: {result['error']}" for result in results if result["status"] == "failed"]
     if failed:
-        if args.json:
-            print(json.dumps(document), flush=True)
-        raise UserError(f"{len(failed)} of {len(results)} downloads failed: {'; '.join(failed)}")
+        raise UserError(f"{len(failed)} of {len(results)} downloads failed: {'; '.join(failed)}", document)
     return document
 
 

@@ -25,6 +25,7 @@ import pytest
 
 from app_bridge.publishing import publish
 from fastvlm.common import cli
+from fastvlm.common.arguments import Parser
 from model_export import artefact as exported
 
 TOKEN = "hf_test"
@@ -344,7 +345,7 @@ def make(folder: Path, of: Path, content: dict[str, bytes] = CONTENT, **changed:
 
 def command(folder: Path, *argv: str | Path, repo: str = REPO) -> int:
     def build() -> argparse.ArgumentParser:
-        parser = cli.Parser()
+        parser = Parser()
         publish.add_parser(parser.add_subparsers(required=True))
         return parser
 

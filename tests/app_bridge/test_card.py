@@ -17,6 +17,7 @@ from markdown_it import MarkdownIt
 
 from app_bridge.publishing import card
 from fastvlm.common import cli
+from fastvlm.common.arguments import Parser
 from model_export import artefact as exported
 
 RESEARCH = "Disclaimer: This Apple Machine Learning Research Model is for scientific research.\n"
@@ -67,7 +68,7 @@ def made(app_artefact: Path, tmp_path: Path) -> Callable[..., Path]:
 
 def command(*argv: str | Path) -> int:
     def build() -> argparse.ArgumentParser:
-        parser = cli.Parser()
+        parser = Parser()
         card.add_parser(parser.add_subparsers(required=True))
         return parser
 

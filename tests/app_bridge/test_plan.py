@@ -15,7 +15,8 @@ from app_bridge.memory import plan, report
 from app_bridge.memory.model import MIB
 from app_bridge.memory.plan import FITS, NOT, TIGHT, Limit
 from benchmarks.estimate.estimate import devices, estimate, facts
-from fastvlm.common.cli import Parser, run
+from fastvlm.common.arguments import Parser
+from fastvlm.common.cli import run
 from fastvlm.common.errors import UserError
 from fastvlm.synthetic.checkpoint import SHAPES
 from quantization.recipe import load_recipe

@@ -11,6 +11,7 @@ from benchmarks.measure import Measured
 from benchmarks.quality import evaluate, text_model
 from benchmarks.quality.evaluate import Job
 from fastvlm.common import cli
+from fastvlm.common.arguments import Parser
 from fastvlm.common.errors import CheckFailed, UserError
 from fastvlm.data import scenes
 
@@ -22,8 +23,8 @@ def run(*argv):
     """The exit code of the verb."""
 
     def build():
-        parser = cli.Parser(prog="quantization")
-        verbs = parser.add_subparsers(required=True, parser_class=cli.Parser)
+        parser = Parser(prog="quantization")
+        verbs = parser.add_subparsers(required=True, parser_class=Parser)
         evaluate.add_evaluate(verbs)
         cli.add_common(verbs.choices["evaluate"])
         return parser

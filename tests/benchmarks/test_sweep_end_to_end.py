@@ -10,7 +10,8 @@ from PIL import Image
 
 from benchmarks.quality import sweep, sweep_point
 from fastvlm.common import threads
-from fastvlm.common.cli import Parser, add_common, run
+from fastvlm.common.arguments import Parser
+from fastvlm.common.cli import add_common, run
 from fastvlm.data.conversations import Sample
 from model_export import artefact, contract, export
 from model_export.config import ExportConfig

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fastvlm.checkpoint import doctor
-from fastvlm.common.cli import Parser, run
+from fastvlm.common.arguments import Parser
+from fastvlm.common.cli import run
 from fastvlm.synthetic.checkpoint import write_checkpoint
 
 

@@ -370,7 +370,7 @@ def test_verify_and_inspect(tiny_artefact: Path, tmp_path: Path, capsys: pytest.
 # The command, which the system ends, as by SIGKILL, when it has worked on the step argv[1] for a moment.
 KILLED = """
 import runpy, signal, sys
-from fastvlm import cli
+from fastvlm.common import cli
 begin, name = cli._display.begin, sys.argv.pop(1)
 def begin_and_die(step):
     begin(step)

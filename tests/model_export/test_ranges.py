@@ -21,7 +21,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from fastvlm.checkpoint.checkpoint import open_checkpoint
-from fastvlm.common.cli import Parser, add_common, run
+from fastvlm.common.arguments import Parser
+from fastvlm.common.cli import add_common, run
 from fastvlm.common.errors import UserError
 from model_export import mil
 from model_export.audit.ranges_plot import write_plot

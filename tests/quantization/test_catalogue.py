@@ -10,7 +10,8 @@ import pytest
 from mlx_lm.convert import QUANT_RECIPES, mixed_quant_predicate_builder
 
 from fastvlm.checkpoint.checkpoint import open_checkpoint
-from fastvlm.common.cli import Parser, add_common, run
+from fastvlm.common.arguments import Parser
+from fastvlm.common.cli import add_common, run
 from fastvlm.synthetic.checkpoint import SHAPES
 from model_export.language.llm import _sources, planned_bytes
 from quantization.catalogue import LOADERS, PUBLISHED_APP, SIZES, add_recipes, describe, human, weight_shapes
