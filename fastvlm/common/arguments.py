@@ -1,14 +1,13 @@
 """The parser of every verb's command line: it reports all faults at once, and names the nearest known word.
 
-Flags take argparse types that check one value: `Whole`, `Number`, `share`, `size`, `Path` for what is read and
-`files.Output` for what is written. `Parser.check` adds a check that looks at several flags together.
+Flags take argparse types that check one value: `whole_number`, `number`, `positive`, `share`, `size`, `Path` for a path
+that is read and `files.Output` for one that is written. `Parser.check` adds a check of several flags together.
 """
 
 import argparse
 import math
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -35,61 +34,49 @@ _UNITS = {"kb": 10**3, "mb": 10**6, "gb": 10**9}
 Check = Callable[[argparse.Namespace], Iterable[str]]
 
 
-@dataclass(frozen=True)
-class Whole:
-    """The type of a whole number from `least` to `most` that `multiple` divides."""
+def whole_number(least: int | None = 1, multiple: int = 1, most: int | None = None) -> Callable[[str], int]:
+    """The type of a whole number from `least` to `most` that is a multiple of `multiple`."""
+    kind = "a whole number" if multiple == 1 else f"a multiple of {multiple}"
 
-    least: int | None = None
-    most: int | None = None
-    multiple: int = 1
-
-    def __call__(self, text: str) -> int:
+    def convert(text: str) -> int:
         try:
             value = int(text)
         except ValueError:
-            raise self._refused(text) from None
-        low, high = self.least is not None and value < self.least, self.most is not None and value > self.most
-        if low or high or value % self.multiple:
-            raise self._refused(text)
+            value = None
+        if value is None or value % multiple or not _within(value, least, most):
+            raise argparse.ArgumentTypeError(f"got {text}, expected {kind}{_span(least, most)}")
         return value
 
-    def _refused(self, text: str) -> argparse.ArgumentTypeError:
-        kind = "a whole number" if self.multiple == 1 else f"a multiple of {self.multiple}"
-        return argparse.ArgumentTypeError(f"got {text}, expected {kind}{_span(self.least, self.most)}")
+    return convert
 
 
-@dataclass(frozen=True)
-class Number:
-    """The type of a finite number from `least` to `most`; with `above`, of one that is larger than that."""
+def number(least: float | None = None, most: float | None = None) -> Callable[[str], float]:
+    """The type of a finite number from `least` to `most`."""
 
-    least: float | None = None
-    most: float | None = None
-    above: float | None = None
-
-    def __call__(self, text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        low = (self.least is not None and value < self.least) or (self.above is not None and value <= self.above)
-        if not math.isfinite(value) or low or (self.most is not None and value > self.most):
-            above = "" if self.above is None else f" above {self.above:g}"
-            raise argparse.ArgumentTypeError(
-                f"got {text}, expected a number{above}{_span(self.least, self.most, 'and ' if above else '')}"
-            )
+    def convert(text: str) -> float:
+        value = _finite(text)
+        if value is None or not _within(value, least, most):
+            raise argparse.ArgumentTypeError(f"got {text}, expected a number{_span(least, most)}")
         return value
+
+    return convert
+
+
+def positive(text: str) -> float:
+    """The type of a finite number above 0."""
+    value = _finite(text)
+    if value is None or value <= 0:
+        raise argparse.ArgumentTypeError(f"got {text}, expected a number above 0")
+    return value
 
 
 def share(text: str) -> float:
     """The type of a share, written as 0.99 or 99%; returns it from 0 to 1."""
-    number, _, rest = text.partition("%")
-    try:
-        value = float(number) / (100 if "%" in text else 1)
-    except ValueError:
-        value = math.nan
-    if rest or not 0 <= value <= 1:
+    digits, percent, rest = text.partition("%")
+    value = _finite(digits)
+    if rest or value is None or not 0 <= value <= (100 if percent else 1):
         raise argparse.ArgumentTypeError(f"got {text}, expected a share from 0 to 1, such as 0.99 or 99%")
-    return value
+    return value / 100 if percent else value
 
 
 def size(text: str) -> int:
@@ -127,8 +114,8 @@ class Parser(argparse.ArgumentParser):
         kwargs.setdefault("allow_abbrev", False)
         super().__init__(*args, **kwargs)
         self.register("type", Path, some_path)
-        self.register("type", int, Whole())
-        self.register("type", float, Number())
+        self.register("type", int, whole_number(None))
+        self.register("type", float, number())
         self.register("action", None, _Store)
         self.register("action", "store", _Store)
         self.given: set[str] = set()
@@ -177,13 +164,17 @@ class Parser(argparse.ArgumentParser):
         return nearest(word.partition("=")[0], flags) if word.startswith("-") else ""
 
     def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
+        if not arg_strings and action.default is argparse.SUPPRESS and not action.option_strings:
+            return argparse.SUPPRESS  # argparse would make a Path of it
         try:
             return super()._get_values(action, arg_strings)  # type: ignore[misc]
         except argparse.ArgumentError as error:
             if isinstance(action, argparse._SubParsersAction):
                 raise
             self._faults.append(str(error).removeprefix("argument "))
-            return argparse.SUPPRESS  # which argparse doesn't store
+        except UserError as error:
+            self._faults.append(f"{'/'.join(action.option_strings) or action.metavar}: {error}")
+        return argparse.SUPPRESS  # which argparse doesn't store
 
     def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
         lowered = arg_string.lower()
@@ -205,7 +196,17 @@ def _absent(parsed: argparse.Namespace, flag: str) -> bool:
     return getattr(parsed, flag.lstrip("-").replace("-", "_"), None) is None
 
 
-def _span(least: float | None, most: float | None, joint: str = "") -> str:
-    if least is not None:
-        return f" from {least:g} to {most:g}" if most is not None else f" of {least:g} or more"
-    return f" {joint}of {most:g} at most" if most is not None else ""
+def _finite(text: str) -> float | None:
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None
+
+
+def _within(value: float, least: float | None, most: float | None) -> bool:
+    return (least is None or value >= least) and (most is None or value <= most)
+
+
+def _span(least: float | None, most: float | None) -> str:
+    return "".join(f" {word} {end:g}" for word, end in (("from", least), ("to", most)) if end is not None)

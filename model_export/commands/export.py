@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastvlm.common.arguments import Parser, Whole
+from fastvlm.common.arguments import Parser, whole_number
 from fastvlm.common.cli import progress
 from fastvlm.common.files import Output
 from model_export import config as configuration
@@ -36,7 +36,7 @@ def add_all(verbs: Any, prove: Prove) -> None:
     text = "Export both halves, prove them against the checkpoint, publish the artefact."
     parser = verbs.add_parser("all", description=text)
     _add_export(parser, ("vision", "llm"), prove)
-    parser.add_argument("--parity-limit", type=Whole(1), metavar="N", help="compare on N demo questions")
+    parser.add_argument("--parity-limit", type=whole_number(), metavar="N", help="compare on N demo questions")
     parser.add_argument("--parity-report", type=Output(), metavar="FILE", help="write parity's HTML page, too")
 
 

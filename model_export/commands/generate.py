@@ -4,7 +4,7 @@ import argparse
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from fastvlm.common.arguments import Number, Whole
+from fastvlm.common.arguments import number, whole_number
 from fastvlm.common.cli import log, progress, shown
 from model_export import config as configuration
 
@@ -22,12 +22,12 @@ def add_generate(verbs: Any) -> None:
         nargs="+",
         help="several are asked one after the other: each after the first costs only its own tokens",
     )
-    parser.add_argument("--max-new-tokens", type=Whole(1), default=256, metavar="N")
+    parser.add_argument("--max-new-tokens", type=whole_number(), default=256, metavar="N")
     parser.add_argument(
         "--resolution", type=int, metavar="PIXELS", help="one that was exported (default: the native one)"
     )
-    parser.add_argument("--temperature", type=Number(0), default=0.0, help="0 is greedy (default)")
-    parser.add_argument("--top_p", "--top-p", type=Number(above=0, most=1), default=None, metavar="P")
+    parser.add_argument("--temperature", type=number(0), default=0.0, help="0 is greedy (default)")
+    parser.add_argument("--top_p", "--top-p", type=number(0, 1), default=None, metavar="P")
     parser.add_argument("--seed", type=int, default=None, help="for --temperature above 0")
     parser.add_argument(
         "--vision", default="auto", metavar="RUNNER", help=f"{', '.join(configuration.VISION_RUNNERS)} (default: auto)"

@@ -202,7 +202,7 @@ def test_memory_chooses_among_the_sizes_sold(command: Run) -> None:
         (("--shape", "0.5b", "--device", "m1", "--recipe", "int7"), "unknown recipe 'int7'"),
         (("--shape", "0.5b", "--device", "m1", "--recipe", "fit"), "say how large"),
         (("--shape", "0.5b", "--device", "m1", "--prompt-length", "-1"), "expected 0 to 2048"),
-        (("--shape", "0.5b", "--device", "m1", "--prompt-length", "many"), "invalid int"),
+        (("--shape", "0.5b", "--device", "m1", "--prompt-length", "many"), "got many, expected a whole number"),
         (("--shape", "0.5b", "--measure"), "--measure: expected with an ARTEFACT"),
         (("x", "--measure", "--device", "m1"), "it runs on this machine"),
         (("--table", "--device", "m1"), "leave out device"),
