@@ -2,8 +2,10 @@
 
 from typing import Any
 
+from fastvlm.common.version import VERSION
+
 __all__ = ["load"]
-__version__ = "0.1.0"
+__version__ = VERSION
 
 
 def load(path: Any, dtype: str = "float32") -> Any:

@@ -10,37 +10,38 @@ from rich.table import Table
 
 from benchmarks import environment
 from benchmarks.parity.pictures import LIMIT
+from fastvlm.common.arguments import whole_number
 from fastvlm.common.cli import log, progress
 from fastvlm.common.files import Output
 from fastvlm.common.terminal import Console
 from model_export.config import LLM_RUNNERS, VISION_RUNNERS
 
 
-def add_parity(subparsers: Any) -> None:
-    parser = subparsers.add_parser(
+def add_parity(verbs: Any) -> None:
+    """Add `parity`."""
+    parser = verbs.add_parser(
         "parity",
-        help="compare an artefact with the checkpoint it was made from",
         description="Compare an artefact with its checkpoint stage by stage, from the bytes of both, and write a page."
         " Exit 1 when a tolerance is broken.",
     )
     parser.add_argument(
-        "--reference", required=True, metavar="CHECKPOINT", help="a checkpoint folder; PyTorch runs it in float32"
+        "--reference",
+        required=True,
+        type=Path,
+        metavar="CHECKPOINT",
+        help="a checkpoint folder; PyTorch runs it in float32",
     )
-    parser.add_argument("--candidate", required=True, metavar="ARTEFACT", help="an artefact folder")
+    parser.add_argument("--candidate", required=True, type=Path, metavar="ARTEFACT", help="an artefact folder")
     parser.add_argument("--images", metavar="FOLDER", help="pictures of yours, besides the demo set")
     parser.add_argument(
         "--limit",
-        type=int,
+        type=whole_number(),
         default=LIMIT,
         metavar="N",
         help="demo questions, and pictures of yours, at most (default: %(default)s; the demo set has 500)",
     )
     parser.add_argument(
-        "--output-dir",
-        type=Output(files=("index.html",)),
-        default="build/parity",
-        metavar="DIR",
-        help="where the page goes (default: %(default)s)",
+        "--output", type=Output(file=True), metavar="PAGE.html", help="the page (default: ARTEFACT-parity.html)"
     )
     parser.add_argument(
         "--vision",
@@ -65,7 +66,7 @@ def run_parity(args: argparse.Namespace) -> dict[str, Any]:
     with progress("import PyTorch"):
         from benchmarks.parity import compare
 
-    page = Path(args.output_dir) / "index.html"
+    page = args.output or args.candidate.resolve().with_name(f"{args.candidate.resolve().name}-parity.html")
     command = shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]])
     result = compare.compare(
         args.reference, args.candidate, args.images, args.limit,

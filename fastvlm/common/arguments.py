@@ -25,6 +25,8 @@ ALIASES = {
     "--prompt": ("-p",),
     "--quant": ("-q", "--recipe"),
     "--recipe": ("--quant", "-q"),
+    "--candidate": ("--model",),
+    "--reference": ("--checkpoint",),
     "--resolution": ("--resolutions",),
     "--resolutions": ("--resolution",),
     "--temperature": ("--temp",),  # mlx_lm.generate

@@ -27,7 +27,6 @@ EXIT_CHECK_FAILED = 1
 LINE_EVERY = 10.0  # seconds between the lines that say how far a step is, where stderr is no terminal
 LONG = 2.0  # seconds from which on a step is worth a line: one then, and one at its end
 TICK = 1.0  # seconds between looks whether a line is due
-DISTRIBUTION = "fastvlm-on-device"
 ROOMS = ("fastvlm", "quantization", "model_export", "benchmarks", "app_bridge")
 EXTRAS = {  # packages that only an extra of pyproject.toml brings: module -> extra
     "dask": "cluster",
@@ -95,7 +94,9 @@ def _missing(error: BaseException) -> str:
     if not name or name in ROOMS:
         return ""
     extra = EXTRAS.get(name)
-    return f"{name}: isn't installed in {sys.prefix}: pip install '{DISTRIBUTION}{f'[{extra}]' if extra else ''}'"
+    return (
+        f"{name}: isn't installed in {sys.prefix}: run `pip install '.{f'[{extra}]' if extra else ''}'` in the project"
+    )
 
 
 def main(build_parser: Callable[[], argparse.ArgumentParser]) -> NoReturn:

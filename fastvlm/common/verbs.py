@@ -10,9 +10,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fastvlm import __version__
 from fastvlm.common.arguments import Parser
 from fastvlm.common.cli import add_common
+from fastvlm.common.version import VERSION
 
 _COLUMN = 22  # where the text beside a verb begins in the help
 
@@ -78,7 +78,7 @@ class CommandLine(Parser):
     def __init__(self, prog: str, description: str, verbs: Mapping[str, Verb]) -> None:
         super().__init__(prog=prog, description=description, usage=f"{prog} VERB [--help] ...")
         self._verbs = verbs
-        self.add_argument("--version", action="version", version=f"{prog.split()[-1]} {__version__}")
+        self.add_argument("--version", action="version", version=f"{prog.split()[-1]} {VERSION}")
         action: Any = self.add_subparsers(dest="verb", required=True, metavar="VERB")
         action._name_parser_map = action.choices = _Parsers(prog, verbs)
 

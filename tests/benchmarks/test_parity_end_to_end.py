@@ -129,7 +129,7 @@ def test_the_reference_runs_at_the_artefacts_resolution(checkpoint):
 
 def test_the_command(checkpoint, artefact, tmp_path, capsys, monkeypatch):
     arguments = ["parity", "--reference", str(checkpoint), "--candidate", str(artefact), "--limit", "1"]
-    arguments += ["--output-dir", str(tmp_path / "out")]
+    arguments += ["--output", str(tmp_path / "out" / "index.html")]
     monkeypatch.setattr(sys, "argv", ["benchmarks", *arguments])
     assert run(command_line.build_parser, arguments) == 0
     printed = capsys.readouterr().out
@@ -152,8 +152,12 @@ def test_the_command(checkpoint, artefact, tmp_path, capsys, monkeypatch):
     ],
 )
 def test_unusable_input_is_one_line_and_exit_2(checkpoint, artefact, tmp_path, capsys, change, message):
-    options = {"--reference": str(checkpoint), "--candidate": str(artefact), "--output-dir": str(tmp_path)} | change
+    options = {
+        "--reference": str(checkpoint),
+        "--candidate": str(artefact),
+        "--output": str(tmp_path / "page.html"),
+    } | change
     assert run(command_line.build_parser, ["parity", *(word for pair in options.items() for word in pair)]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: ") and message in error
-    assert not (tmp_path / "index.html").exists()
+    assert not (tmp_path / "page.html").exists()
