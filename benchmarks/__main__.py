@@ -62,6 +62,13 @@ VERBS = (
         "Benchmarks with bars",
         front="bench-quantization",
     ),
+    Verb(
+        "document",
+        "benchmarks.suites.document:add_document",
+        "write saved runs of these benchmarks into docs/BENCHMARKS.md",
+        "Benchmarks with bars",
+        front="bench-document",
+    ),
 )
 
 

@@ -6,6 +6,7 @@ if __name__ == "__main__":
     start.begin()
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -45,9 +46,14 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line of all rooms."""
     called = Path(sys.argv[0]).name
     prog = COMMAND if called == COMMAND else "python -m fastvlm"
-    return CommandLine(
+    parser = CommandLine(
         prog, "A FastVLM checkpoint to Apple devices, with the proof that what arrives is the same model.", VERBS
     )
+    if "_ARGCOMPLETE" in os.environ:  # a shell asks for what may come next
+        import argcomplete
+
+        argcomplete.autocomplete(parser)
+    return parser
 
 
 if __name__ == "__main__":

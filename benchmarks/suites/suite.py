@@ -88,6 +88,7 @@ def run(suite: Suite, args: argparse.Namespace) -> dict[str, Any]:
     figures = {key: judge(bar, measured[key]) for key, bar in suite.bars.items() if key in measured}
     known = environment.describe() | {"torch_threads": threads.count()}
     document = {
+        "suite": suite.name,
         "passed": all(figure["passed"] is not False for figure in figures.values()),
         "figures": figures,
         "environment": known,
