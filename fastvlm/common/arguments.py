@@ -33,12 +33,13 @@ ALIASES = {
 }
 _SIZE = re.compile(r"(\d+(?:\.\d+)?) ?(kB|MB|GB)", re.IGNORECASE)
 _UNITS = {"kb": 10**3, "mb": 10**6, "gb": 10**9}
+_REFUSED = object()  # stands for a value that a type refused
 Check = Callable[[argparse.Namespace], Iterable[str]]
 
 
 def whole_number(least: int | None = 1, multiple: int = 1, most: int | None = None) -> Callable[[str], int]:
     """The type of a whole number from `least` to `most` that is a multiple of `multiple`."""
-    kind = "a whole number" if multiple == 1 else f"a multiple of {multiple}"
+    expected = f"a whole number{_span(least, most)}" + (f", a multiple of {multiple}" if multiple > 1 else "")
 
     def convert(text: str) -> int:
         try:
@@ -46,7 +47,7 @@ def whole_number(least: int | None = 1, multiple: int = 1, most: int | None = No
         except ValueError:
             value = None
         if value is None or value % multiple or not _within(value, least, most):
-            raise argparse.ArgumentTypeError(f"got {text}, expected {kind}{_span(least, most)}")
+            raise argparse.ArgumentTypeError(f"got {text}, expected {expected}")
         return value
 
     return convert
@@ -99,9 +100,12 @@ class _Store(argparse.Action):
     """argparse's own "store"; but a flag that takes several values and is given again gets more of them."""
 
     def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
-        if isinstance(values, list) and option_string and self.dest in parser.given:
+        before = parser.given.get(self.dest)
+        if before not in (None, self):
+            raise argparse.ArgumentError(None, f"{self.metavar}: given twice, by its flag and without")
+        if isinstance(values, list) and option_string and before:
             values = [*getattr(namespace, self.dest), *values]
-        parser.given.add(self.dest)
+        parser.given[self.dest] = self
         setattr(namespace, self.dest, values)
 
 
@@ -120,7 +124,7 @@ class Parser(argparse.ArgumentParser):
         self.register("type", float, number())
         self.register("action", None, _Store)
         self.register("action", "store", _Store)
-        self.given: set[str] = set()
+        self.given: dict[str, argparse.Action] = {}
         self._checks: list[Check] = []
         self._places: list[tuple[str, str, bool]] = []
         self._faults: list[str] = []
@@ -138,7 +142,7 @@ class Parser(argparse.ArgumentParser):
         self._checks.append(check)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        self._faults, self._broken, self.given = [], False, set()
+        self._faults, self._broken, self.given = [], False, {}
         for flag, aliases in ALIASES.items():
             if action := self._option_string_actions.get(flag):
                 for alias in aliases:
@@ -168,30 +172,31 @@ class Parser(argparse.ArgumentParser):
     def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
         if not arg_strings and action.default is argparse.SUPPRESS and not action.option_strings:
             return argparse.SUPPRESS  # argparse would make a Path of it
-        try:
-            return super()._get_values(action, arg_strings)  # type: ignore[misc]
-        except argparse.ArgumentError as error:
-            if isinstance(action, argparse._SubParsersAction):
-                raise
-            self._faults.append(str(error).removeprefix("argument "))
-        except UserError as error:
-            self._faults.append(f"{'/'.join(action.option_strings) or action.metavar}: {error}")
-        return argparse.SUPPRESS  # which argparse doesn't store
+        values = super()._get_values(action, arg_strings)  # type: ignore[misc]
+        refused = _REFUSED in values if isinstance(values, list) else values is _REFUSED
+        return argparse.SUPPRESS if refused else values  # which argparse doesn't store
 
     def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
         lowered = arg_string.lower()
         if action.choices is not None and arg_string not in action.choices and lowered in action.choices:
             arg_string = lowered
-        return super()._get_value(action, arg_string)  # type: ignore[misc]
+        try:
+            return super()._get_value(action, arg_string)  # type: ignore[misc]
+        except argparse.ArgumentError as error:
+            self._faults.append(str(error).removeprefix("argument "))
+        except UserError as error:
+            self._faults.append(f"{'/'.join(action.option_strings) or action.metavar}: {error}")
+        return _REFUSED
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
-        if action.choices is None or value in action.choices:
+        if action.choices is None or value is _REFUSED or value in action.choices:
             return
         words = [str(choice) for choice in action.choices]
         known, meant = ", ".join(words), nearest(str(value), words)
         if isinstance(action, argparse._SubParsersAction):
             raise argparse.ArgumentError(None, f"{value}: unknown verb{meant or f', expected one of {known}'}")
-        raise argparse.ArgumentError(action, f"got {value}, expected one of {known}{meant}")
+        name = "/".join(action.option_strings) or action.metavar
+        self._faults.append(f"{name}: got {value}, expected one of {known}{meant}")
 
 
 def _absent(parsed: argparse.Namespace, flag: str) -> bool:

@@ -13,6 +13,7 @@ from fastvlm.__main__ import VERBS, build_parser
 from fastvlm.common import arguments, cli
 from fastvlm.common.arguments import Parser
 from fastvlm.common.errors import CheckFailed, UserError
+from fastvlm.common.files import Output
 
 ROOT = Path(__file__).parents[3]
 HEAVY = ("torch", "transformers", "coremltools", "matplotlib", "scipy", "numba", "timm", "mlx", "huggingface_hub")
@@ -58,6 +59,27 @@ def test_all_faults_are_one_error_that_names_the_help_of_the_verb():
     assert said.endswith("(see `tool --help`)") and said.count("`tool --help`") == 1
 
 
+def test_every_value_of_a_list_and_every_kind_of_refusal_is_told(tmp_path):
+    def recipe(text):
+        raise UserError(f"{text}: no such recipe")
+
+    made = Parser(prog="tool")
+    made.add_argument("--side", type=arguments.whole_number(64, multiple=64), nargs="+")
+    made.add_argument("--quant", type=recipe)
+    made.add_argument("--output", type=Output(file=True))
+    made.add_argument("--level", type=arguments.whole_number(), choices=(1, 2))
+    with pytest.raises(UserError) as caught:
+        made.parse_args(["--side", "100", "64", "1", "--quant", "int9", "--output", str(tmp_path), "--level", "3"])
+    assert str(caught.value).removesuffix(" (see `tool --help`)").split("; ") == [
+        "--side: got 100, expected a whole number from 64, a multiple of 64",
+        "--side: got 1, expected a whole number from 64, a multiple of 64",
+        "--quant: int9: no such recipe",
+        f"--output: {tmp_path} is a folder, expected the name of a file",
+        "--level: got 3, expected one of 1, 2",
+    ]
+    assert made.parse_args(["--level", "2"]).level == 2
+
+
 def test_a_missing_value_is_one_fault_among_others():
     with pytest.raises(UserError, match=r"--temperature: got -1.*--quant: expected one argument"):
         parser().parse_args(["m", "--temperature", "-1", "--quant"])
@@ -89,6 +111,11 @@ def test_words_of_other_tools(words, expected):
     made.parse_args(["x", "--image-file", "before"])
     parsed = made.parse_args(words.split())
     assert expected.items() <= vars(parsed).items()
+
+
+def test_a_model_is_named_once():
+    with pytest.raises(UserError, match="MODEL: given twice"):
+        parser().parse_args(["a", "--model", "b"])
 
 
 def test_an_alias_gives_way_to_a_flag_of_that_name():
