@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # torch is imported where a verb needs it
     from quantization.schemes import Scheme
 
 SIZES = {"0.5b": "0.5B", "1.5b": "1.5B", "7b": "7B"}  # fastvlm.synthetic.checkpoint.SHAPES -> as Apple calls them
-ENCODER = "the Core ML encoder adds 245 MB in float16, 123 in int8, 62 in palette4-g16"  # of 125M weights, README
+ENCODER = "the Core ML encoder adds 245 MB in float16, 123 in int8, 62 in palette4-g16"  # of 125M weights
 
 
 @dataclass(frozen=True)
