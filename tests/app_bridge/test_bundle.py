@@ -102,8 +102,8 @@ def test_nothing_changed_is_said_and_nothing_written(app: Path, new: Path, capsy
     (model(app) / ".DS_Store").write_bytes(b"Finder was here")
     before, inode = snapshot(model(app)), model(app).stat().st_ino
     assert call("bundle", new, "--app", app, "--json") == 0
-    out = capsys.readouterr().out
-    assert "nothing changed" in out and json.loads(out.splitlines()[-1])["changed"] is False
+    out, err = capsys.readouterr()
+    assert "nothing changed" in err and json.loads(out.splitlines()[-1])["changed"] is False
     assert snapshot(model(app)) == before and model(app).stat().st_ino == inode and not previous(app).exists()
 
 
