@@ -110,7 +110,7 @@ def text(store: Path, work: Path) -> Figures:
     """Calibration of a trained text model; see `benchmarks.suites.quantization_quality`."""
     folder = os.environ.get(TEXT_MODEL)
     if not folder:
-        log(f"trained text model: skipped, no bar judged: set {TEXT_MODEL} to a Transformers folder (docs/BENCHMARKS.md)")
+        log(f"trained text model: skipped, no bar judged: {TEXT_MODEL} is not set (docs/BENCHMARKS.md)")
         return {}
     command = [sys.executable, "-m", "benchmarks.suites.quantization_quality", folder]
     return result("quantizing a trained text model nine ways", command)

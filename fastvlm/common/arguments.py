@@ -177,6 +177,8 @@ class Parser(argparse.ArgumentParser):
         return argparse.SUPPRESS if refused else values  # which argparse doesn't store
 
     def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        if isinstance(action, argparse._SubParsersAction):  # all words behind the verb, which are its own
+            return arg_string
         lowered = arg_string.lower()
         if action.choices is not None and arg_string not in action.choices and lowered in action.choices:
             arg_string = lowered

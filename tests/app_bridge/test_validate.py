@@ -344,8 +344,8 @@ def test_an_apps_own_sources_are_read_and_compared_with_the_table(
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["facts"] == str(app)
     broken.in_text("FastVLM/Viewing.swift", lambda text: text.replace(b"tokens = 256", b"tokens = 16"))(app)
     assert run(command.build_parser, command_line) == 1
-    *text, last = capsys.readouterr().out.splitlines()
-    document = json.loads(last)
+    last, err = capsys.readouterr()
+    text, document = err.splitlines(), json.loads(last)
     assert [one["rule"] for one in document["findings"] if one["severity"] == "error"] == ["output-shape"]
     (difference,) = (line for line in document["differences"] if "output_shape" in line)
     assert f"where the app differs from our table: {difference}" in text
@@ -355,15 +355,16 @@ def test_the_command_prints_findings_and_a_document(
     app_artefact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(command.build_parser, ["validate", str(app_artefact), "--json"]) == 0
-    *text, last = capsys.readouterr().out.splitlines()
-    document = json.loads(last)
+    last, err = capsys.readouterr()
+    text, document = err.splitlines(), json.loads(last)
     assert document["passed"] is True and document["facts"] == "table" and document["differences"] == []
     assert any("config.json" in line for line in document["checked"])
     assert text[-1].startswith("passed: 0 errors")
     folder = broken.linked(app_artefact, tmp_path / "broken")
     in_json("config.json", lambda c: c.pop("hidden_size"))(folder)
     assert run(command.build_parser, ["validate", str(folder), "--json"]) == 1
-    *text, last = capsys.readouterr().out.splitlines()
+    last, err = capsys.readouterr()
+    text = err.splitlines()
     findings = [one for one in json.loads(last)["findings"] if one["severity"] == "error"]
     assert [one["rule"] for one in findings] == ["key-missing"]
     assert text[1:4] == [

@@ -139,6 +139,10 @@ def test_an_unknown_verb_is_answered_with_the_nearest(call):
     assert (code, out) == (2, "") and "did you mean export?" in err and err.count("\n") == 1
 
 
+def test_words_behind_a_verb_are_not_taken_for_verbs(call):
+    assert "got EXPORT, expected" in call("plan", "--prompt-length", "EXPORT")[2]
+
+
 def test_every_fault_with_json_is_a_document_on_stdout(call, tmp_path):
     for words in (["exprt"], ["export", "--quant"], ["doctor", str(tmp_path)], ["inspect", str(tmp_path / "none")]):
         code, out, err = call(*words, "--json")
