@@ -32,10 +32,10 @@ VERBS = (
     Verb(
         "restore", "app_bridge.install.bundle:add_parsers", "bring back the model that bundle replaced", "Into an app"
     ),
-    Verb("card", "app_bridge.publishing.card:add_parser", "write a model card from the manifest", "Into an app"),
+    Verb("card", "app_bridge.publishing.verbs:add_parsers", "write a model card from the manifest", "Into an app"),
     Verb(
         "publish",
-        "app_bridge.publishing.publish:add_parser",
+        "app_bridge.publishing.verbs:add_parsers",
         "upload an artefact to the hub; a dry run unless --upload",
         "Into an app",
     ),

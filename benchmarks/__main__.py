@@ -37,7 +37,7 @@ VERBS = (
     ),
     Verb(
         "peers",
-        "benchmarks.peers.peers:add_parser",
+        "benchmarks.peers.command:add_parser",
         "count parameters, visual tokens and MACs beside the paper's competitors",
         "Time",
     ),

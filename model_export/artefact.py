@@ -5,7 +5,6 @@ import json
 import os
 import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from fnmatch import fnmatchcase
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 from fastvlm.checkpoint import folder_kind
 from fastvlm.checkpoint.exported import recognise
 from fastvlm.common.cli import progress
+from fastvlm.common.documents import Unreadable, load
 from fastvlm.common.errors import UserError
-from fastvlm.common.files import BESIDE_WEIGHTS, leaving, read_small, stays_inside
+from fastvlm.common.files import is_macs, leaving, read_small, small_files, stays_inside
 from model_export import contract, elsewhere, manifest_form
 
 if TYPE_CHECKING:  # torch, which verify and the app's verbs need not wait for
@@ -60,8 +60,7 @@ def check_target(target: Path, overwrite: bool) -> None:
         listed = _listed_files(read_manifest(target, older=True))
     except UserError as error:
         raise UserError(f"--output-dir {target}: what it holds is unknown, remove it yourself: {error}") from error
-    extra = [name for name in _extra(target, listed) if Path(name).name != ".DS_Store"]
-    if extra:
+    if extra := _extra(target, listed):
         raise UserError(
             f"--output-dir {target}: replacing it would delete what no export wrote; move that away first:"
             f" {', '.join(extra)}"
@@ -73,9 +72,7 @@ def sources(checkpoint: "Checkpoint", advance: Callable[[int], Any] | None = Non
 
     `advance(n)` after every n bytes. Names only, no paths: the same checkpoint elsewhere is the same source.
     """
-    beside = (
-        p for p in checkpoint.path.iterdir() if p.is_file() and any(fnmatchcase(p.name, one) for one in BESIDE_WEIGHTS)
-    )
+    beside = (path for path in small_files(checkpoint.path) if path.is_file())
     files = hash_files(checkpoint.path, {path.name for path in (*checkpoint.files, *beside)}, advance)
     whole = hashlib.sha256("".join(f"{entry['sha256']}  {name}\n" for name, entry in files.items()).encode())
     return {
@@ -131,8 +128,8 @@ def hash_files(
 
 
 def files_in(folder: Path) -> list[str]:
-    """Every file below `folder` except the manifest, relative, with forward slashes, sorted."""
-    paths = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+    """Every file below `folder` but the manifest and what macOS adds, relative, with forward slashes, sorted."""
+    paths = (path for path in folder.rglob("*") if (path.is_symlink() or not path.is_dir()) and not is_macs(path.name))
     return sorted(name for path in paths if (name := path.relative_to(folder).as_posix()) != contract.MANIFEST)
 
 
@@ -161,16 +158,15 @@ def read_manifest(artefact: Path, older: bool = False) -> dict[str, Any]:
         what = "is a file" if artefact.is_file() else "no such folder"
         raise UserError(f"{artefact}: {what}: expected an exported artefact's folder")
     try:
-        document = json.loads(read_small(path))
-        _canonical(document)  # half a surrogate pair is JSON, but no text
-    except FileNotFoundError:
+        document = load(path)
+    except Unreadable as error:
+        if error.rule != "file-missing":
+            raise UserError(f"{error.finding(str(path))}: export again") from None
         made = "it was exported elsewhere" if recognise(artefact) else "is no artefact"
         raise UserError(
             f"{artefact}: {made}: it has no {contract.MANIFEST}, the record of sources and sha256 that this needs:"
             " export the checkpoint with `model_export all`"
         ) from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: is not JSON ({error}): export again") from None
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise UserError(f"{path}: is not the manifest of an artefact (no format {FORMAT!r})")
     got = document.get("format_version")
@@ -277,9 +273,9 @@ def _missing_or_resized(artefact: Path, files: Mapping[str, Mapping[str, Any]]) 
 
 
 def _extra(artefact: Path, listed: set[str]) -> list[str]:
-    """Files and folders that the manifest does not have."""
+    """Files and folders that the manifest does not have, but for what macOS adds."""
     folders = {parent.as_posix() for name in listed for parent in Path(name).parents}
-    found = [path.relative_to(artefact).as_posix() for path in sorted(artefact.rglob("*"))]
+    found = [path.relative_to(artefact).as_posix() for path in sorted(artefact.rglob("*")) if not is_macs(path.name)]
     return [name for name in found if name not in listed and name not in folders]
 
 

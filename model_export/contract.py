@@ -7,6 +7,10 @@ Anything that differs from this is a crash in the app at run time.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fastvlm.common.image_tokens import APP_OUTPUT_SHAPE as APP_OUTPUT_SHAPE
+from fastvlm.common.image_tokens import PATCH_SIZE as PATCH_SIZE
+from fastvlm.common.image_tokens import tokens_per_image as tokens_per_image
+
 # Files of an artefact. Xcode names the model's Swift class after the package, and the app uses a class `fastvithd`.
 PACKAGE = "fastvithd.mlpackage"
 MANIFEST = "export.json"
@@ -24,9 +28,6 @@ INPUT = "images"
 OUTPUT = "image_features"
 IO_DTYPE = "float32"
 
-# Pixels per side that become one image token: 4 in the stem, times 2 in each of the four later stages.
-PATCH_SIZE = 64
-
 # `register(modelFactory:)` in the app: the strings that it looks up in config.json and preprocessor_config.json.
 MODEL_TYPE = "llava_qwen2"
 PROCESSOR_CLASS = "LlavaProcessor"
@@ -39,9 +40,6 @@ LANGUAGE_PREFIX = "language_model."
 PROJECTOR_PREFIX = "multi_modal_projector."
 PROJECTOR_LAYERS = ("linear_0", "linear_2")
 PROJECTOR_KEYS = tuple(f"{PROJECTOR_PREFIX}{layer}.{part}" for layer in PROJECTOR_LAYERS for part in ("weight", "bias"))
-
-# What the app hard-codes: `precondition(output.image_features.shape == [1, 256, 3072])`.
-APP_OUTPUT_SHAPE = (1, 256, 3072)
 
 # config.json: keys that the app's decoder throws without, with their JSON types.
 CONFIG_REQUIRED: dict[str, type] = {
@@ -88,11 +86,6 @@ def function_name(image_size: int) -> str:
 def functions(native: int, resolutions: Sequence[int] = ()) -> dict[str, int]:
     """Function -> side of its pictures in pixels: `main` alone, or `main` at the native one and one a resolution."""
     return {MAIN: native} | {function_name(size): size for size in sorted({*resolutions, native}) if resolutions}
-
-
-def tokens_per_image(image_size: int) -> int:
-    """Image tokens N = (S / 64)^2 of a picture of S x S pixels."""
-    return (image_size // PATCH_SIZE) ** 2
 
 
 def input_shape(image_size: int) -> tuple[int, int, int, int]:

@@ -5,18 +5,17 @@ whole files on the disk ever get there; `key.json` says what they were made from
 run lives, which keeps a second export from the same target, and removed once the artefact is published or refused.
 """
 
-import fcntl
 import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from fastvlm.common.cli import log
 from fastvlm.common.errors import CheckFailed, UserError
-from fastvlm.common.staging import MARKER, empty, is_ours, own, remove, write_file
+from fastvlm.common.staging import MARKER, empty, held, is_ours, remove, write_file
 from model_export.artefact import hash_file
 
 _KEY = "key.json"
@@ -63,14 +62,13 @@ def kept(target: Path, key: Mapping[str, Any]) -> Iterator[Kept]:
     Raises UserError while another run writes to `target`.
     """
     target = target.expanduser().resolve()
-    folder, lock = _locked(target)
-    going_on = False
-    try:
-        wanted = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest().encode()
-        if not (folder / _KEY).is_file() or (folder / _KEY).read_bytes() != wanted:
-            empty(folder)
-            write_file(folder / _KEY, wanted)
+    folder, going_on = _folder(target), False
+    with held(folder, f"--output-dir {target}: another export is writing it: wait for its end"):
         try:
+            wanted = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest().encode()
+            if not (folder / _KEY).is_file() or (folder / _KEY).read_bytes() != wanted:
+                empty(folder)
+                write_file(folder / _KEY, wanted)
             yield Kept(folder)
         except (UserError, CheckFailed):
             raise
@@ -79,10 +77,9 @@ def kept(target: Path, key: Mapping[str, Any]) -> Iterator[Kept]:
             if going_on := bool(files):
                 log(f"{len(files)} finished files wait in {folder}: the same command goes on from there")
             raise
-    finally:
-        if not going_on:
-            remove(folder)
-        os.close(lock)
+        finally:
+            if not going_on:
+                remove(folder)
 
 
 def waiting(target: Path) -> int:
@@ -93,25 +90,3 @@ def waiting(target: Path) -> int:
 
 def _folder(target: Path) -> Path:
     return target.with_name(f".{target.name}.resume")
-
-
-def _locked(target: Path) -> tuple[Path, int]:
-    """The folder and the descriptor that holds its lock."""
-    folder = _folder(target)
-    while True:
-        try:
-            own(folder)
-            descriptor = os.open(folder, os.O_RDONLY | os.O_NOFOLLOW)
-        except FileNotFoundError:  # the run before has just removed it
-            continue
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(descriptor)
-            raise UserError(f"--output-dir {target}: another export is writing it: wait for its end") from None
-        except OSError:
-            pass  # no locks on this file system
-        with suppress(FileNotFoundError):  # the run before has just removed it
-            if os.path.samestat(folder.stat(), os.fstat(descriptor)):
-                return folder, descriptor
-        os.close(descriptor)

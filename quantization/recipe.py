@@ -16,8 +16,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from fastvlm.common.documents import Unreadable, load
 from fastvlm.common.errors import UserError
-from fastvlm.common.files import load_json
 from quantization.schemes import MODES, Affine, CoreML, Scheme, legal_combinations
 
 VERSION = 2  # of the recipe format; a reader refuses the others
@@ -235,18 +235,10 @@ def _budget_of(text: str, size: str, recipe: Recipe) -> Budget:
 
 def _read(path: Path) -> Recipe:
     try:
-        document = load_json(path, object_pairs_hook=refuse_repeats)
-    except (OSError, ValueError) as error:
+        document = load(path)
+    except Unreadable as error:
         raise UserError(f"recipe {path}: not readable as JSON ({error})") from None
     return recipe_from_json(document, where=f"recipe {path}")
-
-
-def refuse_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """For `json.loads(object_pairs_hook=...)`: raise ValueError for a key given twice."""
-    repeated = {key for key, _ in pairs if sum(key == other for other, _ in pairs) > 1}
-    if repeated:
-        raise ValueError(f"key {', '.join(sorted(repeated))} given twice")
-    return dict(pairs)
 
 
 def recipe_from_json(document: Any, where: str = "recipe") -> Recipe:

@@ -6,12 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from app_bridge import findings, kept
+from app_bridge import findings, licence
 from app_bridge.app import packages, resources
 from app_bridge.app.facts import AppFacts, table
 from app_bridge.findings import Finding
 from app_bridge.subject import AGAIN, Encoder, Subject, listed
-from app_bridge.validation import licence
 from fastvlm.common.cli import add_common, log, progress
 from fastvlm.common.errors import UserError
 from model_export import artefact as exported
@@ -45,7 +44,7 @@ def run_validate(args: argparse.Namespace) -> dict[str, Any]:
         differences = sources.differences(facts, ours)
     subject = _examine(args.artefact, facts)
     if args.app is not None:
-        model = kept.Place(kept.real(args.app), facts.model_folder).model
+        model = resources.model_path(args.app, facts.model_folder)
         subject.findings = resources.collisions(subject.bundled, model, model.parent) + subject.findings
     document = {
         "passed": not findings.errors(subject.findings),

@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import IO, Any
 
-from benchmarks.measure import ROOT
+from fastvlm.common.children import ROOT
 
 _READ = 32 << 20  # bytes at the end of an output that are looked at
 _TAIL = 4000  # characters of it that are kept

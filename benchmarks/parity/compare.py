@@ -21,8 +21,8 @@ from benchmarks.parity.encoders import Encoded, encode, encode_first
 from benchmarks.parity.language import Reading
 from benchmarks.parity.pictures import LIMIT, Picture
 from fastvlm.common.cli import progress
+from fastvlm.common.documents import load_object
 from fastvlm.common.errors import CheckFailed, UserError
-from fastvlm.common.files import load_json
 from fastvlm.model import streamed
 from fastvlm.model.surface import FastVLM, Language, TorchLanguage, load_checkpoint
 from model_export import contract
@@ -245,7 +245,7 @@ def weight_family(artefact: Path) -> str:
     """The coarsest of `tolerances.FAMILIES` among the artefact's weights, by its config.json and tensors."""
     from safetensors import safe_open
 
-    config = load_json(artefact / contract.CONFIG)
+    config = load_object(artefact / contract.CONFIG)
     quantization = config.get("quantization")
     if quantization:
         entries = [quantization, *(value for value in quantization.values() if isinstance(value, dict))]

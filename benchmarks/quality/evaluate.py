@@ -18,9 +18,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from benchmarks import environment
-from benchmarks.measure import measure
 from benchmarks.quality import text_model
-from fastvlm.common.cli import log, one_line, progress, quiet_libraries
+from fastvlm.common import children
+from fastvlm.common.cli import log, progress, quiet_libraries
 from fastvlm.common.errors import CheckFailed, UserError
 from fastvlm.common.terminal import Console
 from fastvlm.data import conversations
@@ -111,14 +111,8 @@ def evaluate(job: Job) -> dict[str, Any]:
 def measured(job: Job) -> dict[str, Any]:
     """`evaluate` in a process of its own; its timings have `peak_gb`, too. Raises what that raised."""
     command = [sys.executable, "-m", "benchmarks.quality.evaluate", json.dumps(asdict(job))]
-    done = measure(command, log)
-    lines = done.stdout.splitlines()
-    if done.returncode or not lines:
-        said = json.loads(lines[-1]) if lines else {}
-        if "unusable" in said:
-            raise UserError(said["unusable"])
-        raise CheckFailed(said.get("failed", f"{job.model}: its evaluation ended with exit code {done.returncode}"))
-    result: dict[str, Any] = json.loads(lines[-1])
+    done = children.run(command, log)
+    result = done.document(f"{job.model}: its evaluation")
     result["timings"]["peak_gb"] = float(f"{done.peak_gb:.4g}")
     return result
 
@@ -374,15 +368,7 @@ def _flat(text: str) -> str:
 
 def _main(job: str) -> int:
     quiet_libraries()
-    try:
-        print(json.dumps(evaluate(Job(**json.loads(job))), allow_nan=False))
-    except CheckFailed as error:
-        print(json.dumps({"failed": one_line(error)}))
-        return 1
-    except (UserError, OSError, MemoryError) as error:
-        print(json.dumps({"unusable": one_line(error)}))
-        return 2
-    return 0
+    return children.answer(lambda: evaluate(Job(**json.loads(job))))
 
 
 if __name__ == "__main__":

@@ -1,14 +1,13 @@
 """What is measured of a sweep's point: an encoder and a language model, each exported once for all points that share
 it, put together as `model_export all` would, and held against what the checkpoint says (`quality`)."""
 
-import fcntl
 import hashlib
 import json
 import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from io import BytesIO
@@ -19,8 +18,8 @@ import numpy as np
 
 from benchmarks import environment
 from benchmarks.quality import evaluate
-from benchmarks.ttft.runner import STAGES, one_round, totals
-from fastvlm.common.staging import write_file
+from benchmarks.ttft.runner import STAGES, one_round, stages_of, totals
+from fastvlm.common.staging import once, replaced, write_file
 from fastvlm.data.conversations import Sample
 from model_export import contract
 from model_export.config import ExportConfig
@@ -100,7 +99,7 @@ def first_token(model: Any, samples: Sequence[Sample]) -> dict[str, float]:
     if asked is None or asked.image is None:
         return {}
     question = {"prompt": asked.question, "question": asked.question, "tokens": 0}
-    stages = ModelRunner(model, asked.image(), question, {}).stages()[: STAGES.index("prefill") + 1]
+    stages = stages_of(ModelRunner(model, asked.image(), question, {}))[: STAGES.index("prefill") + 1]
     rounds: list[dict[str, float]] = []
     start = time.perf_counter()
     while len(rounds) <= TIMED or (len(rounds) <= TIMED_MOST and time.perf_counter() - start < TIMED_SECONDS):
@@ -115,24 +114,13 @@ def identity() -> dict[str, Any]:
     return {"sources": engine.sources_sha256(), "packages": environment.versions()}
 
 
-def once(target: Path, make: Callable[[Path], None]) -> Path:
-    """A file or folder that several points need: the first makes it, `make` whole or not at all; the others wait."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with target.with_name(f".{target.name}.lock").open("a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not target.exists():
-            make(target)
-    return target
-
-
 def _ask_reference(settings: Mapping[str, Any], target: Path) -> None:
-    partial_file = target.with_name(f".{target.name}.partial")
-    job = evaluate.Job(
-        model=settings["checkpoint"], results=str(partial_file), is_reference=True, samples=settings["samples"],
-        count=settings["count"], text=settings["text"],
-    )  # fmt: skip
-    apart(evaluate.evaluate, job)
-    os.replace(partial_file, target)
+    with replaced(target) as partial_file:
+        job = evaluate.Job(
+            model=settings["checkpoint"], results=str(partial_file), is_reference=True, samples=settings["samples"],
+            count=settings["count"], text=settings["text"],
+        )  # fmt: skip
+        apart(evaluate.evaluate, job)
 
 
 def put_together(point: engine.Point, settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:

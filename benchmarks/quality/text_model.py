@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastvlm.checkpoint.exported import recognise
+from fastvlm.common.documents import Unreadable, load_object
 from fastvlm.common.errors import UserError
-from fastvlm.common.files import beside_faults, load_json
+from fastvlm.common.files import check_small_files
 from model_export import contract
 
 if TYPE_CHECKING:  # they import torch
@@ -60,14 +61,11 @@ def config(folder: Path) -> dict[str, Any]:
     """The folder's config.json; UserError if it isn't there or is no JSON object."""
     path = folder / contract.CONFIG
     try:
-        document = load_json(path)
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise UserError(f"{path}: not readable as JSON ({reason}): expected a model's folder") from None
-    if not isinstance(document, dict):
-        raise UserError(f"{path}: expected a JSON object")
-    if faults := beside_faults(folder):
-        raise UserError(f"{folder}: {'; '.join(faults)}")
+        document = load_object(path)
+    except Unreadable as error:
+        raise UserError(f"{error.finding(str(path))}: expected a model's folder") from None
+    if findings := list(check_small_files(folder)):
+        raise UserError(f"{folder}: {'; '.join(map(str, findings))}")
     return document
 
 

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import environment
+from fastvlm.common import documents
 from fastvlm.common.errors import UserError
-from fastvlm.common.files import Output, load_json, read_text
+from fastvlm.common.files import Output, read_text
 from fastvlm.common.staging import write_file
 
 PAGE = Path("docs/BENCHMARKS.md")
@@ -37,7 +38,7 @@ def run_document(args: argparse.Namespace) -> dict[str, Any]:
     page, suites = read_text(args.output), []
     for path in args.runs:
         try:
-            document = load_json(path)
+            document = documents.load(path)
             suites.append(document["suite"])
             page = with_section(page, document["suite"], section(document))
         except (ValueError, KeyError, TypeError) as error:

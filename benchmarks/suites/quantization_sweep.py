@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import ROOT
 from benchmarks.suites.suite import DEMO, Bar, Figures, result, run_step
+from fastvlm.common.children import ROOT
 from fastvlm.common.cli import log
 from fastvlm.common.errors import CheckFailed
 

@@ -15,8 +15,8 @@ from typing import Any
 from rich.table import Table
 
 from benchmarks import environment
-from benchmarks.measure import ROOT, Measured, measure
-from fastvlm.common import threads
+from fastvlm.common import children, threads
+from fastvlm.common.children import ROOT
 from fastvlm.common.cli import add_common, log, progress
 from fastvlm.common.errors import CheckFailed
 from fastvlm.common.files import Output
@@ -134,10 +134,10 @@ def print_table(title: str, document: dict[str, Any]) -> None:
 # Steps
 
 
-def run_step(description: str, command: Sequence[str], check: bool = True) -> Measured:
+def run_step(description: str, command: Sequence[str], check: bool = True) -> children.Finished:
     """Run a command in a process of its own. Raises CheckFailed when it fails, unless `check` is False."""
     with progress(description):
-        done = measure(command, log)
+        done = children.run(command, log)
     if done.returncode and check:
         raise CheckFailed(f"{description}: exit {done.returncode}: {' '.join(command)}")
     return done
@@ -145,10 +145,9 @@ def run_step(description: str, command: Sequence[str], check: bool = True) -> Me
 
 def result(description: str, command: Sequence[str]) -> dict[str, Any]:
     """What a step printed as its last line; logged, too, so that an interrupted run has told what it found."""
-    printed = run_step(description, command).stdout.splitlines()[-1]
-    log(f"{description}: {printed}")
-    found: dict[str, Any] = json.loads(printed)
-    return found
+    document = run_step(description, command).document(description)
+    log(f"{description}: {json.dumps(document)}")
+    return document
 
 
 def export(verb: str, checkpoint: Path, target: Path, *flags: str) -> list[str]:

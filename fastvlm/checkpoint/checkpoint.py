@@ -4,7 +4,7 @@
 """
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -13,13 +13,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastvlm.checkpoint import folder_kind, layouts, naming
-from fastvlm.checkpoint.configuration import ModelConfig, checked_by_transformers, configuration_of, hf_config_of
+from fastvlm.checkpoint.configuration import (
+    ModelConfig,
+    checked_by_transformers,
+    configuration_of,
+    hf_config_of,
+    reason_of,
+)
 from fastvlm.checkpoint.shapes import shapes
 from fastvlm.checkpoint.weights import TensorInfo, Weights, scan
-from fastvlm.common.documents import Fault, read_json
+from fastvlm.common.documents import Unreadable, load_object
 from fastvlm.common.dtypes import DTYPES, Array
 from fastvlm.common.errors import UserError
-from fastvlm.common.files import beside_faults
+from fastvlm.common.files import check_small_files
+from fastvlm.common.findings import Finding, Steps, collect, errors
 from fastvlm.data.preprocessing import Preprocessor, preprocessor_of, read_image_processor
 
 if TYPE_CHECKING:
@@ -91,8 +98,8 @@ class Checkpoint:
     def _tokenizer(self) -> "PreTrainedTokenizerBase":
         return layouts.load_tokenizer(self.path, self.image_token_id)
 
-    def nonfinite(self, advance: Callable[..., Any] | None = None) -> list[str]:
-        """Read every weight and return the tensors that hold NaN or infinity; `advance()` after each tensor."""
+    def check_finite(self, advance: Callable[..., Any] | None = None) -> Iterator[Finding]:
+        """Read every weight and yield a finding where tensors hold NaN or infinity; `advance()` after each tensor."""
         bad = []
         for name in self.tensors:
             count = sum(int((~chunk.isfinite()).sum()) for chunk in self.read(name).flatten().split(1 << 24))
@@ -100,30 +107,30 @@ class Checkpoint:
                 bad.append(f"{name} ({count} of {self.tensors[name].size})")
             if advance is not None:
                 advance()
-        return bad
-
-    def check_finite(self, advance: Callable[..., Any] | None = None) -> None:
-        """UserError naming every tensor that `nonfinite` finds."""
-        bad = self.nonfinite(advance)
         if bad:
-            raise UserError(f"cannot use checkpoint {self.path}: {nonfinite_fault(bad)}")
-
-
-def nonfinite_fault(bad: list[str]) -> Fault:
-    """The fault for tensors that hold NaN or infinity."""
-    return Fault(f"NaN or infinite weights in {len(bad)} tensors", tuple(bad))
+            got = f"NaN or infinite values in {len(bad)} tensors"
+            yield Finding("weights-not-finite", str(self.path), got, "finite weights", details=tuple(bad))
 
 
 @dataclass
 class Examination:
-    """What `examine` found: a checkpoint if there is no fault; `kind` when the folder is something else altogether."""
+    """What `examine` found: a checkpoint if there is no error; `kind` when the folder is something else altogether."""
 
     path: Path
     kind: folder_kind.FolderKind | None = None
     layout: str | None = None
     checkpoint: Checkpoint | None = None
-    faults: list[Fault] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
+
+    @property
+    def faults(self) -> list[Finding]:
+        """The findings that keep the checkpoint from being used."""
+        return errors(self.findings)
+
+    @property
+    def warnings(self) -> list[Finding]:
+        """The others."""
+        return [finding for finding in self.findings if finding.severity == "warning"]
 
 
 def open_checkpoint(path: str | os.PathLike[str], image_strategy: str | None = None) -> Checkpoint:
@@ -133,75 +140,86 @@ def open_checkpoint(path: str | os.PathLike[str], image_strategy: str | None = N
     """
     examination = examine(path, image_strategy)
     if examination.checkpoint is None:
-        faults = "; ".join(map(str, examination.faults))
-        raise UserError(f"cannot use checkpoint {path}: {faults}")
+        raise UserError(
+            f"cannot use checkpoint {folder_kind.as_typed(path)}: {'; '.join(map(str, examination.faults))}"
+        )
     return examination.checkpoint
 
 
 def examine(path: str | os.PathLike[str], image_strategy: str | None = None) -> Examination:
-    """Check the folder at `path`, collecting every fault and warning instead of stopping at the first."""
-    found = Examination(Path(path))
-    if not _is_folder(path, found.faults) or _is_other(found):
-        return found
-    config = _read_config(found.path, found.faults)
-    if _is_other(found, config):
-        return found
-    layout = layouts.layout_of(config, found.faults) if config is not None else None
-    found.layout = layout
-    if config is None or layout is None:
-        return found
-    config = layouts.read_config(config, layout, found.faults)
-    sound = not found.faults  # else what the weights should be isn't known
-    weights = scan(found.path)
-    if _is_other(found, config, weights.tensors):
-        return found
-    found.faults += [Fault(fault) for fault in beside_faults(found.path)]
-    found.faults += weights.faults
-    found.warnings += weights.warnings
-    tensors, unknown = _canonical(weights, layout, found.warnings)
-    form = _form(tensors, bool(weights.faults), found)
-    vocabulary = layouts.read_vocabulary(found.path, found.faults)
-    complete = not weights.faults  # with a shard missing, what the others hold is no news
-    processor = read_image_processor(found.path, found.faults)
-    preprocessor = preprocessor_of(config, processor, found.faults, found.warnings, image_strategy)
-    layouts.check_config(config, layout, form if complete else None, found.faults, found.warnings)
-    if not sound:
-        return found
-    tied = _resolve_tie(weights, tensors, config, layout, found.warnings if complete else [])
-    model = checked_by_transformers(configuration_of(config, layout, form, tied), found.faults)
+    """Check the folder at `path`, collecting every finding instead of stopping at the first."""
+    examination = Examination(Path(path))
+    if not examination.path.is_dir():
+        examination.findings = [folder_kind.not_a_folder(path)]
+        return examination
+    try:
+        steps = _steps(examination, image_strategy)
+        examination.checkpoint, examination.findings = collect(steps)
+    except _OtherKind as other:
+        examination.kind, examination.findings = other.kind, [other.kind.finding()]
+    if examination.faults or examination.checkpoint is None:
+        examination.checkpoint = None
+    else:
+        examination.checkpoint = replace(examination.checkpoint, warnings=tuple(map(str, examination.warnings)))
+    return examination
+
+
+class _OtherKind(Exception):
+    """The folder is something else than a checkpoint: then that alone is the finding."""
+
+    def __init__(self, kind: folder_kind.FolderKind) -> None:
+        self.kind = kind
+
+
+def _refuse_other(path: Path, config: Any = None, tensors: Collection[str] = ()) -> None:
+    """Raise _OtherKind for what the folder is by what is known so far."""
+    if (kind := folder_kind.identify(path, config, tensors)) is not None:
+        raise _OtherKind(kind)
+
+
+def _steps(examination: Examination, image_strategy: str | None) -> Steps[Checkpoint | None]:
+    path = examination.path
+    _refuse_other(path)
+    document = yield from _read_config(path)
+    _refuse_other(path, document)
+    layout = None if document is None else (yield from layouts.layout_of(document))
+    examination.layout = layout
+    if document is None or layout is None:
+        return None
+    config, config_findings = collect(layouts.read_config(document, layout))
+    weights, weight_findings = collect(scan(path))
+    _refuse_other(path, config, weights.tensors)
+    yield from (*config_findings, *check_small_files(path), *weight_findings)
+    complete = not errors(weight_findings)  # with a shard missing, what the others hold is no news
+    tensors, unknown = yield from _canonical(weights, layout)
+    form, form_findings = collect(_form(tensors, complete))
+    yield from form_findings
+    vocabulary, vocabulary_findings = collect(layouts.read_vocabulary(path))
+    yield from vocabulary_findings
+    processor = yield from read_image_processor(path)
+    preprocessor = yield from preprocessor_of(config, processor, image_strategy)
+    yield from layouts.check_config(config, layout, form if complete else None)
+    if config_findings:  # what the weights should be isn't known
+        return None
+    tied, tie_findings = collect(_resolve_tie(weights, tensors, config, layout))
+    yield from tie_findings if complete else ()
+    model = yield from checked_by_transformers(configuration_of(config, layout, form, tied))
     if model is None:
-        return found
-    _compare(tensors, unknown, model, tied, complete, found.faults)
-    dtype = _dtype(tensors, config, complete, found)
+        return None
+    yield from _compare(tensors, unknown, model, tied, complete)
+    dtype = yield from _dtype(tensors, config, complete)
     rows = model.text.vocab_size
-    token = layouts.image_token(config, layout, vocabulary, rows, found.faults, found.warnings)
-    if not found.faults and preprocessor is not None:
-        if tied:
-            tensors.pop(naming.LM_HEAD, None)
-        if token == rows:
-            _add_row(tensors, rows + 1)
-            model = replace(model, text=replace(model.text, vocab_size=rows + 1))
-        found.checkpoint = Checkpoint(
-            found.path, layout, form, config, dtype, preprocessor, token, tied, model, tensors,
-            tuple(weights.files), tuple(found.warnings), weights,
-        )  # fmt: skip
-    return found
-
-
-def _is_folder(path: str | os.PathLike[str], faults: list[Fault]) -> bool:
-    where = Path(path)
-    if not where.is_dir():
-        faults.append(Fault(folder_kind.of_file(where) if where.exists() else folder_kind.absent(path)))
-    return not faults
-
-
-def _is_other(found: Examination, config: Any = None, tensors: Mapping[str, Any] | None = None) -> bool:
-    """Whether the folder is something else by what is known so far; then that alone is the fault."""
-    found.kind = folder_kind.identify(found.path, config, tensors or ())
-    if found.kind is None:
-        return False
-    found.faults[:], found.warnings[:] = [Fault(found.kind.line())], []
-    return True
+    token = yield from layouts.image_token(config, layout, vocabulary, rows)
+    if preprocessor is None:
+        return None
+    if tied:
+        tensors.pop(naming.LM_HEAD, None)
+    if token == rows:
+        _add_row(tensors, rows + 1)
+        model = replace(model, text=replace(model.text, vocab_size=rows + 1))
+    return Checkpoint(
+        path, layout, form, config, dtype, preprocessor, token, tied, model, tensors, tuple(weights.files), (), weights
+    )
 
 
 def _add_row(tensors: dict[str, TensorInfo], rows: int) -> None:
@@ -213,68 +231,66 @@ def _add_row(tensors: dict[str, TensorInfo], rows: int) -> None:
         tensors[name] = replace(tensors[name], shape=(rows, *tensors[name].shape[1:]), extended=True)
 
 
-def _read_config(path: Path, faults: list[Fault]) -> dict[str, Any] | None:
+def _read_config(path: Path) -> Steps[dict[str, Any] | None]:
     file = path / "config.json"
     if not file.is_file():
         inner = sorted(child.parent.name for child in path.glob("*/config.json"))
-        hint = f"; did you mean its folder {inner[0]}?" if inner else ""
-        faults.append(Fault(f"not a checkpoint: {path} has no config.json{hint}"))
+        remedy = f"did you mean its folder {inner[0]}?" if inner else ""
+        yield Finding("config-missing", str(path), "a folder without config.json", "a checkpoint", remedy)
         return None
-    config = read_json(file, faults)
-    if config is not None and not isinstance(config, dict):
-        faults.append(Fault("config.json: expected a JSON object"))
+    try:
+        return load_object(file)
+    except Unreadable as error:
+        yield error.finding(file.name)
         return None
-    return config
 
 
-def _canonical(weights: Weights, layout: str, warnings: list[str]) -> tuple[dict[str, TensorInfo], list[str]]:
+def _canonical(weights: Weights, layout: str) -> Steps[tuple[dict[str, TensorInfo], list[str]]]:
+    """The tensors by canonical name, and the source names of those that have none."""
     rename = naming.from_llava if layout == "llava_qwen2" else naming.from_transformers
     tensors, unknown = {}, []
     prefix = naming.wrapper_prefix(weights.tensors)
     if prefix:
-        warnings.append(f"every tensor name begins with {prefix}, which a training wrapper added: read without it")
+        got, expected = f"{prefix} in front of every name", "names without it, as they are read: a wrapper added it"
+        yield Finding("tensor-prefix", "weights", got, expected, severity="warning")
     for source, info in weights.tensors.items():
         name = rename(source.removeprefix(prefix))
         if naming.is_ignored(source):
             if source.endswith(naming.IMAGE_NEWLINE):
-                warnings.append(f"{source} is not used: it ends the rows of tiles, and a picture is one square here")
-            continue
-        if name is None or name in tensors:
+                got = "a tensor that is not used: it ends the rows of tiles, and a picture is one square here"
+                yield Finding("tensor-ignored", source, got, severity="warning")
+        elif name is None or name in tensors:
             unknown.append(source)
         else:
             tensors[name] = info
     return tensors, unknown
 
 
-def _form(tensors: Mapping[str, TensorInfo], incomplete: bool, found: Examination) -> str:
+def _form(tensors: Mapping[str, TensorInfo], complete: bool) -> Steps[str]:
     """`training` or `folded`, from the names of the vision tensors."""
     vision = [name for name in tensors if name.startswith(naming.VISION)]
     training = [name for name in vision if any(part in name for part in _TRAINING_PARTS)]
     folded = [name for name in vision if ".reparam_conv." in name]
     if training and folded:
-        line = "the vision tower is partly folded: fold all branches or none; these are already folded"
-        found.faults.append(Fault(line, tuple(folded)))
-    elif not vision and not incomplete:
-        found.faults.append(Fault("no vision tower among the weights: expected a whole FastVLM, not a part of one"))
+        expected, remedy = "all branches folded or none", "these are already folded"
+        yield Finding("tower-partly-folded", "vision tower", "both forms", expected, remedy, details=tuple(folded))
+    elif not vision and complete:
+        yield Finding("tower-missing", "weights", "no vision tower", "a whole FastVLM, not a part of one")
     return "training" if training else "folded"
 
 
-def _reason(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
-
-
 def _resolve_tie(
-    weights: Weights, tensors: Mapping[str, TensorInfo], config: dict[str, Any], layout: str, warnings: list[str]
-) -> bool:
+    weights: Weights, tensors: Mapping[str, TensorInfo], config: dict[str, Any], layout: str
+) -> Steps[bool]:
     """Whether lm_head is the embeddings: the weights decide, the config is only compared."""
-    said = layouts.says_tied(config, layout)
+    stated = layouts.says_tied(config, layout)
     head, embeddings = tensors.get(naming.LM_HEAD), tensors.get(naming.EMBEDDINGS)
     tied = head is None or (embeddings is not None and _identical(weights, head, embeddings))
-    if said is not None and said != tied:
-        why = "lm_head.weight is absent" if head is None else "lm_head.weight repeats the embeddings"
-        why = why if tied else "lm_head.weight differs from the embeddings"
-        used = "tied" if tied else "untied"
-        warnings.append(f"config.json says tie_word_embeddings {str(said).lower()}, but {why}: {used} used")
+    if stated is not None and stated != tied:
+        why = "is absent" if head is None else "repeats the embeddings" if tied else "differs from the embeddings"
+        expected = f"{str(tied).lower()}, which is used: lm_head.weight {why}"
+        where = "config.json: tie_word_embeddings"
+        yield Finding("config-ignored", where, str(stated).lower(), expected, severity="warning")
     return tied
 
 
@@ -289,54 +305,46 @@ def _identical(weights: Weights, a: TensorInfo, b: TensorInfo) -> bool:
 
 
 def _compare(
-    tensors: Mapping[str, TensorInfo],
-    unknown: list[str],
-    model: ModelConfig,
-    tied: bool,
-    complete: bool,
-    faults: list[Fault],
-) -> None:
+    tensors: Mapping[str, TensorInfo], unknown: list[str], model: ModelConfig, tied: bool, complete: bool
+) -> Iterator[Finding]:
     """Names and shapes against those of Transformers' own class."""
     try:
         expected = shapes(model)
     except Exception as error:  # timm builds the tower, and raises anything for widths that don't go together
-        faults.append(Fault(f"config.json: no model can be built of these sizes ({_reason(error)})"))
+        yield Finding("config-unusable", "config.json", reason_of(error), "sizes of which a model can be built")
         return
     if tied and naming.LM_HEAD not in tensors:
         expected.pop(naming.LM_HEAD)
-    missing = sorted(set(expected) - set(tensors))
+    missing = sorted(set(expected) - set(tensors)) if complete else []
     unexpected = sorted([tensors[name].source for name in set(tensors) - set(expected)] + unknown)
     misshapen = [
         f"{name} {list(tensors[name].shape)}, expected {list(shape)}"
         for name, shape in expected.items()
         if name in tensors and tensors[name].shape != shape
     ]
-    if missing and complete:
-        faults.append(Fault(f"{len(missing)} missing tensors", tuple(missing)))
-    if unexpected:
-        faults.append(Fault(f"{len(unexpected)} unexpected tensors", tuple(unexpected)))
-    if misshapen:
-        faults.append(Fault(f"{len(misshapen)} tensors of the wrong shape", tuple(misshapen)))
+    kinds = {"missing": missing, "unexpected": unexpected, "misshapen": misshapen}
+    for kind, names in kinds.items():
+        if names:
+            yield Finding(f"tensors-{kind}", "weights", f"{len(names)} {kind} tensors", details=tuple(names))
 
 
-def _dtype(tensors: Mapping[str, TensorInfo], config: dict[str, Any], complete: bool, found: Examination) -> str:
+def _dtype(tensors: Mapping[str, TensorInfo], config: dict[str, Any], complete: bool) -> Steps[str]:
+    """The type of most weights."""
     sizes: dict[str, int] = {}
     for info in tensors.values():
         sizes[info.dtype] = sizes.get(info.dtype, 0) + info.size
-    other = sorted(name for name in sizes if name not in DTYPES)
-    if other:
+    if other := sorted(name for name in sizes if name not in DTYPES):
         names = tuple(info.source for info in tensors.values() if info.dtype in other)
-        line = (
-            f"weights of type {', '.join(other)}, expected {', '.join(DTYPES)} (give the weights before quantization)"
-        )
-        found.faults.append(Fault(line, names))
+        expected, remedy = ", ".join(DTYPES), "give the weights before quantization"
+        yield Finding("dtype-unsupported", "weights", ", ".join(other), expected, remedy, details=names)
     main = max(sizes, key=lambda name: sizes[name], default="float32")
     if not complete:
         return main
     if len(sizes) > 1:
         parts = ", ".join(f"{name} {count:,}" for name, count in sorted(sizes.items()))
-        found.warnings.append(f"mixed weight types ({parts} parameters): read as {main}")
-    said = config.get("dtype", config.get("torch_dtype"))
-    if isinstance(said, str) and said.removeprefix("torch.") != main:
-        found.warnings.append(f"config.json says dtype {said}, but most weights are {main}")
+        yield Finding("dtype-mixed", "weights", f"{parts} parameters", f"one: read as {main}", severity="warning")
+    stated = config.get("dtype", config.get("torch_dtype"))
+    if isinstance(stated, str) and stated.removeprefix("torch.") != main:
+        expected = f"{main}, as most weights are"
+        yield Finding("config-ignored", "config.json: dtype", stated, expected, severity="warning")
     return main

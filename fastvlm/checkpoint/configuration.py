@@ -4,13 +4,14 @@ Transformers itself is asked only for what needs its word, a scaled rotary posit
 """
 
 import copy
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from fastvlm.checkpoint import layouts
-from fastvlm.common.documents import Fault
-from fastvlm.data.preprocessing import STRIDE, size_in_config
+from fastvlm.common.findings import Finding, Steps
+from fastvlm.common.image_tokens import tokens_per_image
+from fastvlm.data.preprocessing import size_in_config
 
 if TYPE_CHECKING:
     from transformers import FastVlmConfig
@@ -84,7 +85,7 @@ def configuration_of(config: dict[str, Any], layout: str, form: str, tied: bool)
         vision_args=args | {"inference_mode": form == "folded"},
         vision_width=2 * layouts.widths_of(config, layout)[-1],
         image_token_index=config.get("image_token_index", config.get("image_token_id", layouts.TRANSFORMERS_IMAGE_ID)),
-        image_seq_length=(pixels // STRIDE) ** 2 if pixels else config.get("image_seq_length", 256),
+        image_seq_length=tokens_per_image(pixels) if pixels else config.get("image_seq_length", 256),
         projector_hidden_act=config.get("projector_hidden_act", "gelu"),
         multimodal_projector_bias=config.get("multimodal_projector_bias", True),
         tied=tied,
@@ -127,8 +128,8 @@ def hf_config_of(model: ModelConfig) -> "FastVlmConfig":
     )
 
 
-def checked_by_transformers(model: ModelConfig, faults: list[Fault]) -> ModelConfig | None:
-    """The model with a scaled rotary position encoding as Transformers completes it; None and a fault if it can't.
+def checked_by_transformers(model: ModelConfig) -> Steps[ModelConfig | None]:
+    """The model with a scaled rotary position encoding as Transformers completes it; None after a finding if it can't.
 
     What else a config.json can say has been checked by settings.json, as strictly.
     """
@@ -137,16 +138,19 @@ def checked_by_transformers(model: ModelConfig, faults: list[Fault]) -> ModelCon
     try:
         config = hf_config_of(model)
     except Exception as error:  # Transformers validates with many exception types; all mean an unusable config
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        faults.append(Fault(f"config.json doesn't describe a FastVLM ({reason})"))
+        yield Finding("config-unusable", "config.json", reason_of(error), "the description of a FastVLM")
         return None
     text: Any = config.text_config
-    if (fault := _rope_fault(text)) is not None:
-        faults.append(fault)
+    yield from _rope_findings(text)
     return replace(model, text=replace(model.text, rope_parameters=copy.deepcopy(text.rope_parameters)))
 
 
-def _rope_fault(text: Any) -> Fault | None:
+def reason_of(error: Exception) -> str:
+    """An exception of a library on one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+
+
+def _rope_findings(text: Any) -> Iterator[Finding]:
     """Why Transformers can't compute the rotary position encoding that config.json asks for, if so."""
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -157,9 +161,8 @@ def _rope_fault(text: Any) -> Fault | None:
             if not (frequencies * factor).isfinite().all():
                 raise ValueError("its frequencies are not finite")
     except Exception as error:  # a parameter that is missing, or that the formula can't take
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        return Fault(f"config.json: rope_scaling: no rotary position encoding of type {kind} can be made ({reason})")
-    return None
+        expected = f"parameters of a rotary position encoding of type {kind}"
+        yield Finding("rope-unusable", "config.json: rope_scaling", reason_of(error), expected)
 
 
 def loader_faults(model: ModelConfig, rope_types: Container[str] = ("default",)) -> list[str]:

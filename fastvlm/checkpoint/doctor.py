@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from fastvlm.common.cli import add_common, progress
 from fastvlm.common.errors import UserError
+from fastvlm.common.findings import Finding
+from fastvlm.common.image_tokens import APP_OUTPUT_SHAPE, tokens_per_image
 from fastvlm.data.chat_template import TemplateFault, render
 
 if TYPE_CHECKING:
     from fastvlm.checkpoint.checkpoint import Checkpoint
     from fastvlm.checkpoint.folder_kind import FolderKind
-    from fastvlm.common.documents import Fault
-
-_APP_FEATURES = (256, 3072)  # image tokens and channels that apple/ml-fastvlm's app is compiled for
 
 
 @dataclass
@@ -38,7 +37,7 @@ class Report:
     facts: dict[str, Any] = field(default_factory=dict)
     parts: dict[str, Part] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
-    faults: list["Fault"] = field(default_factory=list)
+    faults: list[Finding] = field(default_factory=list)
     export: dict[str, Any] = field(default_factory=dict)
 
     def document(self) -> dict[str, Any]:
@@ -51,7 +50,9 @@ class Report:
             **self.facts,
             "parts": {name: vars(part) for name, part in self.parts.items()},
             "warnings": self.warnings,
-            "faults": [{"fault": fault.line, "details": list(fault.details)} for fault in self.faults],
+            "faults": [
+                {"fault": fault.message, **fault.document(), "details": list(fault.details)} for fault in self.faults
+            ],
             "export": self.export,
         }
 
@@ -67,7 +68,7 @@ class Report:
         ]
         lines += [f"warning: {warning}" for warning in self.warnings]
         for fault in self.faults:
-            lines += [f"fault: {fault.line}", *(f"    {detail}" for detail in fault.details)]
+            lines += [f"fault: {fault.message}", *(f"    {detail}" for detail in fault.details)]
         lines += [f"{name.replace('_', ' '):<16}{value}" for name, value in self.export.items()]
         return "\n".join(lines)
 
@@ -77,19 +78,19 @@ def diagnose(path: str | os.PathLike[str], deep: bool = True, advance: Callable[
 
     `advance()` is called after each tensor read. Unusable input is in the report's faults, not an exception.
     """
-    from fastvlm.checkpoint.checkpoint import examine, nonfinite_fault
+    from fastvlm.checkpoint.checkpoint import examine
 
     found = examine(path)
-    report = Report(found.path, found.layout, found.kind, warnings=list(found.warnings), faults=list(found.faults))
+    warnings = [str(finding) for finding in found.warnings]
+    report = Report(found.path, found.layout, found.kind, warnings=warnings, faults=found.faults)
     checkpoint = found.checkpoint
     if checkpoint is None:
         return report
     report.facts = _facts(checkpoint)
     report.parts = _parts(checkpoint)
     _look_at_tokenizer(checkpoint, report)
-    bad = checkpoint.nonfinite(advance) if deep else []
-    if bad:
-        report.faults.append(nonfinite_fault(bad))
+    bad = list(checkpoint.check_finite(advance)) if deep else []
+    report.faults += bad
     report.facts["weights"] = "not read" if not deep else "not finite" if bad else "all finite"
     if not report.faults:
         report.export = _export(checkpoint)
@@ -97,13 +98,12 @@ def diagnose(path: str | os.PathLike[str], deep: bool = True, advance: Callable[
 
 
 def _facts(checkpoint: "Checkpoint") -> dict[str, Any]:
-    tokens = (checkpoint.image_size // 64) ** 2
     return {
         "form": checkpoint.form,
         "dtype": checkpoint.dtype,
         "files": len(checkpoint.files),
         "image_size": checkpoint.image_size,
-        "image_tokens": tokens,
+        "image_tokens": tokens_per_image(checkpoint.image_size),
         "image_strategy": checkpoint.image_strategy,
         "tied": checkpoint.tied,
     }
@@ -129,12 +129,10 @@ def _parts(checkpoint: "Checkpoint") -> dict[str, Part]:
 
 
 def _look_at_tokenizer(checkpoint: "Checkpoint", report: Report) -> None:
-    from fastvlm.common.documents import Fault
-
     try:
         tokenizer = checkpoint.tokenizer()
     except UserError as error:
-        report.faults.append(Fault(str(error)))
+        report.faults.append(Finding("tokenizer-invalid", str(report.path), str(error)))
         return
     report.facts |= {
         "tokenizer": f"{len(tokenizer)} tokens for {checkpoint.model_config.text.vocab_size} rows",
@@ -149,7 +147,7 @@ def _look_at_tokenizer(checkpoint: "Checkpoint", report: Report) -> None:
         question = [{"role": "user", "content": "hello"}]
         rendered = render(tokenizer.chat_template, question, tokenizer.special_tokens_map)
     except TemplateFault as error:
-        report.faults.append(Fault(f"the chat template fails ({error})"))
+        report.faults.append(Finding("chat-template-fails", "chat template", str(error)))
         return
     known = "<|im_start|>user\nhello<|im_end|>" in rendered
     report.facts["chat_template"] = "Qwen's" if known else "present"
@@ -163,7 +161,7 @@ def _look_at_tokenizer(checkpoint: "Checkpoint", report: Report) -> None:
 def _export(checkpoint: "Checkpoint") -> dict[str, Any]:
     from fastvlm.checkpoint.configuration import loader_faults
 
-    tokens, channels = (checkpoint.image_size // 64) ** 2, checkpoint.model_config.vision_width
+    features = (1, tokens_per_image(checkpoint.image_size), checkpoint.model_config.vision_width)
     source, target = shlex.quote(str(checkpoint.path)), shlex.quote(checkpoint.path.resolve().name + "-artefact")
     fold = (
         "branches and BatchNorms are folded first" if checkpoint.form == "training" else "BatchNorms are folded first"
@@ -172,11 +170,11 @@ def _export(checkpoint: "Checkpoint") -> dict[str, Any]:
     if faults:
         reason = f"no: the demo app or the MLX loaders don't run it: {'; '.join(faults)}"
         return {"export": reason, "demo_app": "no"}
-    app = f"no: it takes {_APP_FEATURES[0]} x {_APP_FEATURES[1]} features, these are {tokens} x {channels}"
+    app = f"no: it takes features of shape {list(APP_OUTPUT_SHAPE)}, these have {list(features)}"
     return {
         "export": f"yes ({fold})",
         "command": f"python -m model_export all --checkpoint {source} --output-dir {target}",
-        "demo_app": "yes" if (tokens, channels) == _APP_FEATURES else app,
+        "demo_app": "yes" if features == APP_OUTPUT_SHAPE else app,
     }
 
 
@@ -196,6 +194,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if not args.json:
         print(report.text())
     if report.faults:
-        more = f" (and {len(report.faults) - 1} more faults, listed above)" if len(report.faults) > 1 else ""
-        raise UserError(f"cannot use checkpoint {args.path}: {report.faults[0]}{more}", report.document())
+        listed = "; ".join(map(str, report.faults)) if args.json else f"{len(report.faults)} faults, listed above"
+        raise UserError(f"cannot use checkpoint {args.path}: {listed}", report.document())
     return report.document()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from fastvlm.common.files import read_json
+from fastvlm.common.documents import object_or_empty
 
 MANIFEST = "export.json"
 _PACKAGE = "fastvithd.mlpackage"
@@ -49,7 +49,7 @@ def recognise(folder: str | os.PathLike[str]) -> Exported | None:
     path = Path(folder)
     if (path / MANIFEST).is_file():
         return Exported(True, "app", ("vision", "llm"))
-    known = read_json(path / "config.json").get("model_type") == _MODEL_TYPE
+    known = object_or_empty(path / "config.json").get("model_type") == _MODEL_TYPE
     names = _weight_names(path)
     llm = any(name.startswith(_DECODER) for name in names) and known
     vision = (path / _PACKAGE).is_dir() or (known and any(path.glob("*.mlpackage")))
@@ -63,7 +63,7 @@ def recognise(folder: str | os.PathLike[str]) -> Exported | None:
 
 def _weight_names(folder: Path) -> Set[str]:
     """The names of all tensors, by the index or else by each file's header; what can't be read names none."""
-    listed = read_json(folder / "model.safetensors.index.json").get("weight_map")
+    listed = object_or_empty(folder / "model.safetensors.index.json").get("weight_map")
     if isinstance(listed, dict):
         return listed.keys()
     names: set[str] = set()

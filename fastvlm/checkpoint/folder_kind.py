@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from fastvlm.checkpoint.exported import recognise
-from fastvlm.common.files import load_json
+from fastvlm.common.documents import Unreadable, load
+from fastvlm.common.files import is_macs
+from fastvlm.common.findings import Finding
 
 CHECKPOINT, ARTEFACT = "a checkpoint", "an artefact"  # what may be asked for
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)  # a hub id
@@ -50,9 +52,10 @@ class FolderKind:
     remedy: str
     base: str | None = None
 
-    def line(self, asked: str = CHECKPOINT) -> str:
-        """One line for someone who was asked for a checkpoint, or an artefact."""
-        return f"{self.what}, not {asked}: {self.path} has {self.evidence}; {self.remedy}"
+    def finding(self, expected: str = CHECKPOINT) -> Finding:
+        """For someone who was asked for a checkpoint, or an artefact."""
+        got = f"{self.what} (it has {self.evidence})"
+        return Finding(f"folder-is-{self.name}", str(self.path), got, expected, self.remedy)
 
 
 @cache
@@ -100,7 +103,7 @@ def _first(names: Collection[str], patterns: Collection[str]) -> str:
 
 def _names(path: Path) -> frozenset[str]:
     try:
-        return frozenset(os.listdir(path))
+        return frozenset(name for name in os.listdir(path) if not is_macs(name))
     except OSError:  # whoever reads the folder says so
         return frozenset()
 
@@ -129,8 +132,8 @@ def _base(path: Path) -> str | None:
 def _small_json(file: Path) -> Any:
     """A JSON document of ordinary size, None for whatever else is there."""
     try:
-        return load_json(file, _JSON_LIMIT)
-    except (OSError, ValueError):
+        return load(file, _JSON_LIMIT)
+    except Unreadable:
         return None
 
 
@@ -169,29 +172,43 @@ def _download(name: str) -> str:
     return f"`python -m fastvlm download {name}` downloads it to checkpoints/{name.partition('@')[0]}"
 
 
-def instead_of_artefact(path: Path) -> str | None:
-    """What to say of a path that was given as an artefact and is none, None if nothing is known of it."""
+def instead_of_artefact(path: Path) -> Finding | None:
+    """The finding about a path that was given as an artefact and is none, None if nothing is known of it."""
     if not path.exists():
         return hub_name(path)
     config = _small_json(path / "config.json")
     kind = identify(path, config)
     if kind is not None:
-        return kind.line(ARTEFACT)
+        return kind.finding(ARTEFACT)
     if isinstance(config, dict) and _first(_names(path), _rules()["weights"]):
         export = f"python -m model_export all --checkpoint {shlex.quote(str(path))} --output-dir OUT"
-        return f"{CHECKPOINT}, not {ARTEFACT}: {path} has no export.json; export it: `{export}`"
+        got = f"{CHECKPOINT}, without export.json"
+        return Finding("folder-is-checkpoint", str(path), got, ARTEFACT, f"export it: `{export}`")
     return None
 
 
-def absent(path: str | os.PathLike[str]) -> str:
-    """What to say of a path that isn't there and was given as a checkpoint."""
-    return hub_name(path) or f"path not there: {os.fspath(path)} doesn't exist"
+def not_a_folder(path: str | os.PathLike[str]) -> Finding:
+    """The finding about a path that was given as a checkpoint and is no folder."""
+    where, expected = as_typed(path), "a checkpoint's folder"
+    if Path(path).exists():
+        got, _, remedy = _FILES.get(Path(path).suffix.lower(), "a file; give the folder that it is in").partition("; ")
+        return Finding("path-is-file", where, got, expected, remedy)
+    if (named := hub_name(path)) is not None:
+        return named
+    if re.match(r"https?://", where):
+        return Finding("path-is-address", where, "an address", expected, "download it first")
+    return Finding("path-missing", where, "nothing there", expected)
 
 
-def hub_name(path: str | os.PathLike[str]) -> str | None:
-    """What to say of a hub id, or a published checkpoint's name, that was given as a path; None for a mere path."""
-    said = _HUB_URL.sub("", os.fspath(path))
-    name, _, revision = said.partition("@")
+def as_typed(path: str | os.PathLike[str]) -> str:
+    """A path as text, and an address that became a `Path`, which has one slash of two, as it was typed."""
+    return re.sub(r"^(https?):/+", r"\1://", os.fspath(path))
+
+
+def hub_name(path: str | os.PathLike[str]) -> Finding | None:
+    """The finding about a hub id, or a published checkpoint's name, that was given as a path; None for a mere path."""
+    typed = as_typed(path)
+    name, _, revision = (repository := _HUB_URL.sub("", typed)).partition("@")
     published = json.loads(Path(__file__).with_name("zoo.json").read_text(encoding="utf-8"))["checkpoints"]
     if name in published and not revision:
         what = "a published checkpoint's name"
@@ -203,12 +220,5 @@ def hub_name(path: str | os.PathLike[str]) -> str | None:
 
     cached = snapshot(Path(constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}", revision or "main")
     here = next((str(one) for one in (Path("checkpoints") / name, cached) if one is not None and one.is_dir()), None)
-    if here:
-        return f"{what}, not a folder: {said}; it is on this machine: give {here}"
-    return f"no such folder: {said}; if it is {what}, {_download(said)}"
-
-
-def of_file(path: Path) -> str:
-    """What to say of a file where a folder is asked for."""
-    what = _FILES.get(path.suffix.lower(), "a file; give the folder that it is in")
-    return f"not a folder: {path} is {what}"
+    remedy = f"it is on this machine: give {here}" if here else f"if it is {what}, {_download(repository)}"
+    return Finding("path-is-hub-id", typed, what if here else "no such folder", "a folder", remedy)

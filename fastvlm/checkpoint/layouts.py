@@ -1,12 +1,15 @@
 """What the small files of the two layouts say: configuration, resolution, image strategy, vocabulary, image token."""
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastvlm.common.documents import Fault, checked, read_json, read_settings, shown
+from fastvlm.common.documents import Unreadable, load, shown
 from fastvlm.common.errors import UserError
-from fastvlm.data.prompt import prompt_fault
+from fastvlm.common.findings import Finding, Steps, collect
+from fastvlm.common.settings import checked, read_settings
+from fastvlm.data.prompt import prompt_findings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -22,97 +25,94 @@ FASTVITHD_WIDTHS = (96, 192, 384, 768, 1536)
 _QWEN2_REQUIRED = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
 # What published checkpoints say: known without Transformers, whose activations are PyTorch's.
 _ACTIVATIONS = ("silu", "gelu")
+_PROJECTOR_ACT = "projector_hidden_act"
 
 
-def layout_of(config: dict[str, Any], faults: list[Fault]) -> str | None:
-    """The layout that config.json's model_type names, or None and a fault for another model."""
-    said = config.get("model_type")
-    if said in LAYOUTS:
-        return str(said)
-    faults.append(Fault(f"another model: config.json says model_type {said!r}, expected {' or '.join(LAYOUTS)}"))
+def layout_of(config: dict[str, Any]) -> Steps[str | None]:
+    """The layout that config.json's model_type names, or None after a finding about another model."""
+    model_type = config.get("model_type")
+    if model_type in LAYOUTS:
+        return str(model_type)
+    yield Finding("model-other", "config.json: model_type", shown(model_type), " or ".join(LAYOUTS))
     return None
 
 
-def read_config(config: dict[str, Any], layout: str, faults: list[Fault]) -> dict[str, Any]:
-    """config.json's settings, each checked, and against each other; with a fault, no model can be built."""
-    config = checked(config, "config.json", faults)
+def read_config(config: dict[str, Any], layout: str) -> Steps[dict[str, Any]]:
+    """config.json's settings, each checked, and against each other; after a finding, no model can be built."""
+    config, findings = collect(checked(config, "config.json"))
+    yield from findings
     text = text_of(config, layout)
     absent = tuple(key for key in _QWEN2_REQUIRED if key not in text)
-    if absent and layout == "llava_qwen2" and not faults:
-        faults.append(Fault("config.json: missing", absent))
-    faults += [Fault(f"config.json: {line}") for line in _contradictions(text)]
-    activations = {"hidden_act": text.get("hidden_act"), "projector_hidden_act": config.get("projector_hidden_act")}
-    faults += [Fault(line) for key, name in activations.items() if name and (line := _unknown_activation(key, name))]
+    if absent and layout == "llava_qwen2" and not findings:
+        yield Finding("setting-missing", "config.json", f"no {', '.join(absent)}", "all sizes of the language model")
+    yield from _contradictions(text)
+    for key, name in (("hidden_act", text.get("hidden_act")), (_PROJECTOR_ACT, config.get(_PROJECTOR_ACT))):
+        if name and not is_activation(name):
+            yield Finding("activation-unknown", f"config.json: {key}", shown(name), "an activation of Transformers")
     return config
 
 
-def _contradictions(text: dict[str, Any]) -> list[str]:
+def _contradictions(text: dict[str, Any]) -> Iterator[Finding]:
     """What the language model's settings say against each other."""
-    lines = []
     hidden, heads, layers = (text.get(key) for key in ("hidden_size", "num_attention_heads", "num_hidden_layers"))
     groups, kinds = text.get("num_key_value_heads", heads), text.get("layer_types")
-    if hidden and heads and (head := text.get("head_dim") or hidden / heads) % 2:
-        lines.append(
-            f"a head is {head:g} wide (head_dim, or hidden_size / num_attention_heads), expected an even width"
-        )
-    if heads and heads % groups:
-        lines.append(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {groups}")
-    if kinds is not None and layers and len(kinds) != layers:
-        lines.append(f"layer_types has {len(kinds)} entries for num_hidden_layers {layers}")
-    if "sliding_attention" in (kinds or ()) and not text.get("use_sliding_window"):
-        lines.append("layer_types has sliding_attention, but use_sliding_window is not true")
     rope = text.get("rope_scaling") or text.get("rope_parameters") or {}
+    pairs: list[tuple[str, Any, str]] = []
+    if hidden and heads and (head := text.get("head_dim") or hidden / heads) % 2:
+        pairs.append(("head_dim", f"{head:g}", "an even width (head_dim, or hidden_size / num_attention_heads)"))
+    if heads and heads % groups:
+        pairs.append(("num_attention_heads", heads, f"a multiple of num_key_value_heads, {groups}"))
+    if kinds is not None and layers and len(kinds) != layers:
+        pairs.append(("layer_types", f"{len(kinds)} entries", f"num_hidden_layers, {layers}"))
+    if "sliding_attention" in (kinds or ()) and not text.get("use_sliding_window"):
+        pairs.append(("layer_types", "sliding_attention", "use_sliding_window true with it"))
     if rope.get("type", rope.get("rope_type")) != rope.get("rope_type", rope.get("type")):
-        lines.append(f"rope_scaling has type {rope['type']} and rope_type {rope['rope_type']}")
-    return lines
+        pairs.append(("rope_scaling", f"type {rope['type']} and rope_type {rope['rope_type']}", "one of them"))
+    for key, got, expected in pairs:
+        yield Finding("config-contradictory", f"config.json: {key}", str(got), expected)
 
 
-def _unknown_activation(key: str, name: str) -> str | None:
+def is_activation(name: str) -> bool:
+    """Whether Transformers has an activation of this name."""
     if name in _ACTIVATIONS:
-        return None
+        return True
     from transformers.activations import ACT2FN
 
     try:
-        ACT2FN[name]
+        return ACT2FN[name] is not None
     except Exception:  # a KeyError, or whatever the activation asks for that a name can't give
-        return f"config.json: {key} is {shown(name)}, which is no activation that Transformers has"
-    return None
+        return False
 
 
-def check_config(
-    config: dict[str, Any], layout: str, form: str | None, faults: list[Fault], warnings: list[str]
-) -> None:
-    """What config.json says that this project can't honour (faults) or that the weights contradict (warnings).
+def check_config(config: dict[str, Any], layout: str, form: str | None) -> Iterator[Finding]:
+    """What config.json says that this project can't honour (errors) or that the weights contradict (warnings).
 
     `form` is the weights', None where they couldn't all be read.
     """
     if "quantization_config" in config or "quantization" in config:
-        faults.append(Fault("a quantized checkpoint: config.json has a quantization entry; give the original weights"))
-    if fault := prompt_fault(config):
-        faults.append(Fault(f"config.json: {fault}"))
+        yield Finding("checkpoint-quantized", "config.json", "a quantization entry", "the weights before quantization")
+    yield from prompt_findings(config)
     if layout == "llava_qwen2":
         projector = config.get("mm_projector_type", "mlp2x_gelu")
         if projector != "mlp2x_gelu":
-            faults.append(Fault(f"config.json: projector {shown(projector)}, expected mlp2x_gelu"))
-        width = 2 * widths_of(config, layout)[-1]
-        if config.get("mm_hidden_size", width) != width:
-            warnings.append(
-                f"config.json says mm_hidden_size {config['mm_hidden_size']}, but the encoder gives {width}"
-            )
+            yield Finding("projector-unknown", "config.json: mm_projector_type", shown(projector), "mlp2x_gelu")
+        given, width = config.get("mm_hidden_size"), 2 * widths_of(config, layout)[-1]
+        if given not in (None, width):
+            expected = f"{width}, what the encoder gives"
+            yield Finding("config-ignored", "config.json: mm_hidden_size", str(given), expected, severity="warning")
         return
     vision = config.get("vision_config", {})
     architecture = vision.get("architecture", "fastvit_mci3")
     wrapped = vision.get("model_type", "timm_wrapper") == "timm_wrapper"
     if not wrapped or not re.fullmatch(r"fastvit_mci3(\.\w+)?", architecture):
-        faults.append(Fault(f"another model: vision tower {shown(architecture)}, expected timm's fastvit_mci3"))
+        yield Finding("model-other", "config.json: vision_config", shown(architecture), "timm's fastvit_mci3")
     text = config.get("text_config", {}).get("model_type", "qwen2")
     if text != "qwen2":
-        faults.append(Fault(f"another model: language model {shown(text)}, expected qwen2"))
-    said = model_args(config, layout).get("inference_mode", False)
-    if form is not None and said != (form == "folded"):
-        warnings.append(
-            f"config.json says inference_mode {str(said).lower()}, but the tensors are in {form} form: {form} used"
-        )
+        yield Finding("model-other", "config.json: text_config", shown(text), "qwen2")
+    folded = model_args(config, layout).get("inference_mode", False)
+    if form is not None and folded != (form == "folded"):
+        where, got = "config.json: inference_mode", str(folded).lower()
+        yield Finding("config-ignored", where, got, f"what the tensors have, the {form} form", severity="warning")
 
 
 def text_of(config: dict[str, Any], layout: str) -> dict[str, Any]:
@@ -141,49 +141,63 @@ def says_tied(config: dict[str, Any], layout: str) -> bool | None:
     return any(known) if known else None
 
 
-def read_vocabulary(path: Path, faults: list[Fault]) -> dict[str, int]:
-    """Every token and its id, from tokenizer.json or else vocab.json, and the added tokens of the other files."""
-    own: list[Fault] = []
+def read_vocabulary(path: Path) -> Steps[dict[str, int]]:
+    """Every token and its id, from tokenizer.json or else vocab.json, and the added tokens of the other files; {} after
+    a finding."""
+    vocabulary, findings = collect(_read_vocabulary(path))
+    yield from findings
+    return {} if findings else vocabulary
+
+
+def _read_vocabulary(path: Path) -> Steps[dict[str, int]]:
     ids: dict[str, int] = {}
     if (path / "tokenizer.json").is_file():
-        document = read_json(path / "tokenizer.json", own)
+        document = yield from _document(path / "tokenizer.json")
         model = document.get("model") if isinstance(document, dict) else None
         if isinstance(model, dict):
-            ids |= _ids("tokenizer.json: model.vocab", model.get("vocab"), own)
-            ids |= _ids("tokenizer.json: added_tokens", document.get("added_tokens") or [], own)
-        elif not own:
-            own.append(Fault("tokenizer.json: no model, expected an object with a vocab"))
+            ids |= yield from _ids("tokenizer.json: model.vocab", model.get("vocab"))
+            ids |= yield from _ids("tokenizer.json: added_tokens", document.get("added_tokens") or [])
+        elif document is not None:
+            yield Finding("tokenizer-invalid", "tokenizer.json", "no model", "an object with a vocab")
     elif (path / "vocab.json").is_file():
-        ids |= _ids("vocab.json", read_json(path / "vocab.json", own), own)
+        ids |= yield from _ids("vocab.json", (yield from _document(path / "vocab.json")))
         if not (path / "merges.txt").is_file():
-            own.append(Fault("tokenizer: vocab.json is there, merges.txt isn't"))
+            yield Finding("tokenizer-missing", "merges.txt", "no such file", "it beside vocab.json")
     else:
-        own.append(Fault(f"no tokenizer: {path} has neither tokenizer.json nor vocab.json with merges.txt"))
+        expected = "tokenizer.json, or vocab.json with merges.txt"
+        yield Finding("tokenizer-missing", str(path), "no tokenizer", expected)
     if (path / "added_tokens.json").is_file():
-        ids |= _ids("added_tokens.json", read_json(path / "added_tokens.json", own), own)
-    settings = read_settings(path / "tokenizer_config.json", own)
+        ids |= yield from _ids("added_tokens.json", (yield from _document(path / "added_tokens.json")))
+    settings = yield from read_settings(path / "tokenizer_config.json")
     decoder = settings.get("added_tokens_decoder", {})
     entries = [{"content": _content(entry), "id": _number(key)} for key, entry in decoder.items()]
-    ids |= _ids("tokenizer_config.json: added_tokens_decoder", entries, own)
-    faults += own
-    return {} if own else ids
+    ids |= yield from _ids("tokenizer_config.json: added_tokens_decoder", entries)
+    return ids
 
 
-def _ids(where: str, tokens: Any, faults: list[Fault]) -> dict[str, int]:
-    """Token -> id from an object of both, or from a list of {"content": token, "id": id}; a fault for anything else."""
+def _document(path: Path) -> Steps[Any]:
+    try:
+        return load(path)
+    except Unreadable as error:
+        yield error.finding(path.name)
+        return None
+
+
+def _ids(where: str, tokens: Any) -> Steps[dict[str, int]]:
+    """Token -> id from an object of both, or from a list of {"content": token, "id": id}."""
     pairs: Any = tokens.items() if isinstance(tokens, dict) else None
     if isinstance(tokens, list) and all(isinstance(entry, dict) for entry in tokens):
         pairs = [(entry.get("content"), entry.get("id")) for entry in tokens]
     if pairs is None:
-        if not faults:
-            faults.append(Fault(f"{where} is {shown(tokens)}, expected tokens and their ids"))
+        yield Finding("tokenizer-invalid", where, shown(tokens), "tokens and their ids")
         return {}
     wrong = [
         pair for pair in pairs if not isinstance(pair[0], str) or type(pair[1]) is not int or not 0 <= pair[1] < _IDS
     ]
     if wrong:
         details = tuple(f"{shown(token)} has id {shown(number)}" for token, number in wrong)
-        faults.append(Fault(f"{where}: {len(wrong)} entries are not text with a whole number as its id", details))
+        expected = "text with a whole number as its id"
+        yield Finding("tokenizer-invalid", where, f"{len(wrong)} other entries", expected, details=details)
         return {}
     return dict(pairs)
 
@@ -196,9 +210,7 @@ def _number(key: str) -> int | str:
     return int(key) if re.fullmatch("[0-9]{1,10}", key) else key
 
 
-def image_token(
-    config: dict[str, Any], layout: str, ids: dict[str, int], rows: int, faults: list[Fault], warnings: list[str]
-) -> int:
+def image_token(config: dict[str, Any], layout: str, ids: dict[str, int], rows: int) -> Steps[int]:
     """The id that stands for the image: the one place that decides, and that compares tokenizer and embedding sizes.
 
     LLaVA layout: the tokenizer's <image> if it has one, else its greatest id + 1, as Apple's export does (LLaVA code
@@ -211,26 +223,30 @@ def image_token(
     top = max((number for token, number in ids.items() if token != IMAGE_TOKEN), default=0)
     spare, last = rows - (top + 1), top if own is None else max(top, own)
     if spare < 0:
-        faults.append(Fault(f"wrong tokenizer size: its ids go up to {top}, the embeddings have {rows} rows"))
+        got, expected = f"ids up to {top}", f"no more than the {rows} rows of the embeddings"
+        yield Finding("tokenizer-size", "tokenizer", got, expected)
     elif spare > max(1024, rows // 20):  # published checkpoints pad by 65 to 417 rows
-        warnings.append(f"the tokenizer has {last + 1} ids for {rows} rows of embeddings: the other rows are not used")
-    said = config.get("image_token_index", config.get("image_token_id"))
+        got, expected = f"{last + 1} ids", f"{rows}, the rows of the embeddings: the others are not used"
+        yield Finding("tokenizer-size", "tokenizer", got, expected, severity="warning")
+    given = config.get("image_token_index", config.get("image_token_id"))
+    where = "config.json: image_token_index"
     if layout == "llava_qwen2":
         chosen = top + 1 if own is None else own
-        if said not in (None, chosen, LLAVA_IMAGE_INDEX):
-            warnings.append(f"config.json says image_token_index {said}, the tokenizer means {chosen}: {chosen} used")
+        if given not in (None, chosen, LLAVA_IMAGE_INDEX):
+            expected = f"{chosen}, the tokenizer's, which is used"
+            yield Finding("config-ignored", where, str(given), expected, severity="warning")
     else:
-        chosen = TRANSFORMERS_IMAGE_ID if said is None else said
+        chosen = TRANSFORMERS_IMAGE_ID if given is None else given
         if own is not None and own != chosen:
-            faults.append(Fault(f"image token: config.json says {chosen}, the tokenizer has {IMAGE_TOKEN} at {own}"))
+            yield Finding("image-token", where, str(chosen), f"{own}, where the tokenizer has {IMAGE_TOKEN}")
         elif own is None and chosen != top + 1:
-            faults.append(Fault(f"image token: config.json says {chosen}, the tokenizer has none and ends at {top}"))
+            expected = f"{top + 1}: the tokenizer has no {IMAGE_TOKEN} and ends at {top}"
+            yield Finding("image-token", where, str(chosen), expected)
     if chosen > rows:
-        faults.append(Fault(f"image token: id {chosen} has no row in the embeddings ({rows} rows)"))
+        yield Finding("image-token", "embeddings", f"{rows} rows", f"one for {IMAGE_TOKEN}, id {chosen}")
     elif chosen == rows:
-        warnings.append(
-            f"the embeddings have no row for {IMAGE_TOKEN} (id {chosen}): one is added, here and in an export"
-        )
+        got, expected = f"no row for {IMAGE_TOKEN} (id {chosen})", "one: it is added, here and in an export"
+        yield Finding("image-token", "embeddings", got, expected, severity="warning")
     return chosen
 
 

@@ -1,46 +1,76 @@
-"""The small JSON files: read, and every value that is used checked once for its type and range (settings.json).
+"""JSON files, which may come from anybody: read strictly, with one exception for all that can be wrong with them."""
 
-A value that its row does not allow is a fault with the names of the file and the key, and then not there for whoever
-reads on; so is `null`, which is the same as no value, but no fault.
-"""
-
-import functools
 import json
-import math
-from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from fastvlm.common.files import read_text
+from fastvlm.common.files import SMALL, read_small
+from fastvlm.common.findings import Finding
 
 LFS_MAGIC = b"version https://git-lfs.github.com/spec/"
 _SHOWN = 60  # characters of a wrong value
 
 
-@dataclass(frozen=True)
-class Fault:
-    """Something that makes the input unusable: one line, and where it applies the whole list of names.
+class Unreadable(ValueError):
+    """A file that is not there, can't be read, or is no JSON document; the message is a reason on one line.
 
-    Names in it come from files: what a terminal would not print as it is, is escaped here.
+    `rule` is "file-missing", "file-unreadable", "git-lfs-pointer", "duplicate-key" or "not-json".
     """
 
-    line: str
-    details: tuple[str, ...] = ()
+    def __init__(self, rule: str, got: str, expected: str = "JSON in UTF-8", remedy: str = "") -> None:
+        super().__init__(" ".join(got.split()))
+        self.rule, self.got, self.expected, self.remedy = rule, str(self), expected, remedy
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "line", _printable(self.line))
-        object.__setattr__(self, "details", tuple(map(_printable, self.details)))
-
-    def __str__(self) -> str:
-        if not self.details:
-            return self.line
-        shown, rest = ", ".join(self.details[:20]), len(self.details) - 20
-        more = f" and {rest} more (`python -m fastvlm doctor` lists all)" if rest > 0 else ""
-        return f"{self.line}: {shown}{more}"
+    def finding(self, where: str) -> Finding:
+        """The exception as a finding about the file `where`."""
+        return Finding(self.rule, where, self.got, self.expected, self.remedy)
 
 
-def _printable(text: str) -> str:
-    return text if text.isprintable() else text.encode("unicode_escape").decode("ascii")
+def loads(raw: str | bytes) -> Any:
+    """The document in `raw`, where `json.loads` is lenient: no key twice, no NaN or infinity, no half of a surrogate
+    pair (nothing can print or write it), no nesting beyond Python's stack. Raises Unreadable."""
+    try:
+        text = raw.decode() if isinstance(raw, bytes) else raw
+        document = json.loads(text, object_pairs_hook=_once, parse_constant=_refuse)
+        if "\\ud" in text.lower():
+            json.dumps(document, ensure_ascii=False).encode()
+    except Unreadable:
+        raise
+    except RecursionError:
+        raise Unreadable("not-json", "a document nested too deeply") from None
+    except ValueError as error:
+        raise Unreadable("not-json", f"no JSON ({error})") from None
+    return document
+
+
+def load(path: str | PathLike[str], limit: int = SMALL) -> Any:
+    """The document in a file of at most `limit` bytes. Raises Unreadable."""
+    try:
+        raw = read_small(path, limit)
+    except FileNotFoundError as error:
+        raise Unreadable("file-missing", error.strerror or "no such file", "a file") from None
+    except OSError as error:
+        raise Unreadable("file-unreadable", error.strerror or str(error), "a plain file") from None
+    if raw.startswith(LFS_MAGIC):
+        raise lfs_pointer(path)
+    return loads(raw)
+
+
+def load_object(path: str | PathLike[str]) -> dict[str, Any]:
+    """The JSON object in a file. Raises Unreadable, also for another kind of document."""
+    document = load(path)
+    if not isinstance(document, dict):
+        raise Unreadable("not-json", shown(document), "a JSON object")
+    return document
+
+
+def object_or_empty(path: str | PathLike[str]) -> dict[str, Any]:
+    """The JSON object in a file; {} where there is none, whatever the reason."""
+    try:
+        return load_object(path)
+    except Unreadable:
+        return {}
 
 
 def is_lfs_pointer(path: Path) -> bool:
@@ -52,48 +82,10 @@ def is_lfs_pointer(path: Path) -> bool:
         return False
 
 
-def lfs_fault(path: Path) -> Fault:
-    """The fault for a pointer file."""
-    return Fault(f"Git-LFS pointer: {path.name} is a pointer, not the file; run `git lfs pull` in {path.parent}")
-
-
-def parse_json(text: str, **hooks: Any) -> Any:
-    """`json.loads`, which lets halves of surrogate pairs pass: they are no characters, nothing can print or write them.
-
-    Raises ValueError for them, too, and RecursionError for what is nested too deeply.
-    """
-    document = json.loads(text, **hooks)
-    if "\\ud" in text.lower():
-        json.dumps(document, ensure_ascii=False).encode("utf-8")
-    return document
-
-
-def read_json(path: Path, faults: list[Fault]) -> Any:
-    """The JSON document in `path`, or None and a fault."""
-    if is_lfs_pointer(path):
-        faults.append(lfs_fault(path))
-        return None
-    try:
-        return parse_json(read_text(path))
-    except OSError as error:
-        faults.append(Fault(f"{path.name}: cannot be read: {error.strerror or error}"))
-    except (ValueError, RecursionError) as error:
-        faults.append(Fault(f"{path.name}: not JSON ({error})"))
-    return None
-
-
-def read_settings(path: Path, faults: list[Fault]) -> dict[str, Any]:
-    """The usable settings of a file that has a table in settings.json; {} if it is not there or not an object."""
-    document = read_json(path, faults) if path.is_file() else None
-    return {} if document is None else checked(document, path.name, faults)
-
-
-def checked(document: Any, file: str, faults: list[Fault], table: str | None = None) -> dict[str, Any]:
-    """The settings of a document that `table` (default: `file`'s) knows and allows, with a fault for each other one."""
-    lines: list[str] = []
-    found = _object(document, {"table": table or file}, "", lines)
-    faults += [Fault(f"{file}: {line}") for line in lines]
-    return found
+def lfs_pointer(path: str | PathLike[str]) -> Unreadable:
+    """The exception for a pointer file."""
+    remedy = f"run `git lfs pull` in {Path(path).parent}"
+    return Unreadable("git-lfs-pointer", "a Git-LFS pointer", "the file that it stands for", remedy)
 
 
 def shown(value: Any) -> str:
@@ -102,66 +94,14 @@ def shown(value: Any) -> str:
     return text if len(text) <= _SHOWN else text[:_SHOWN] + " ..."
 
 
-@functools.cache
-def _tables() -> dict[str, Any]:
-    """settings.json: by file or part, its keys' rows. A `closed` one allows no others, an
-    `open` one any others unchecked, `with` adds another's keys, and
-    a row that is a `table` is an object with that one's."""
-    tables: dict[str, Any] = json.loads(Path(__file__).with_name("settings.json").read_text(encoding="utf-8"))
-    for table in tables.values():
-        table["keys"] |= tables[table["with"]]["keys"] if "with" in table else {}
-    return tables
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    document = dict(pairs)
+    if len(document) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = ", ".join(sorted({shown(key) for key in keys if keys.count(key) > 1}))
+        raise Unreadable("duplicate-key", f"the key {twice} twice", "each key once", "remove one of them")
+    return document
 
 
-def _object(document: Any, row: dict[str, Any], where: str, lines: list[str]) -> dict[str, Any]:
-    rule = _tables()[row["table"]] if "table" in row else row
-    if not isinstance(document, dict):
-        lines.append(f"{where[:-1] or 'the document'} is {shown(document)}, expected a JSON object")
-        return {}
-    keys = rule["keys"]
-    unknown = sorted(set(document) - set(keys)) if rule.get("closed") else []
-    if unknown:
-        lines.append(f"unknown in {where[:-1]}: {shown(unknown)}, expected only {', '.join(sorted(keys))}")
-    found = dict(document) if rule.get("open") else {}
-    for key, row in keys.items():
-        value = document.get(key)
-        if value is None:
-            continue
-        if "table" in row or ("keys" in row and (isinstance(value, dict) or "or" not in row)):
-            found[key] = _object(value, row, f"{where}{key}.", lines)
-        elif _allows(row, value):
-            found[key] = value
-        else:
-            lines.append(f"{where}{key} is {shown(value)}, expected {_words(row)}")
-    return found
-
-
-def _allows(row: dict[str, Any], value: Any) -> bool:
-    if "or" in row and _allows(row["or"], value):
-        return True
-    kind = row.get("is")
-    if kind in (None, "anything"):
-        return kind is not None
-    if kind == "flag":
-        return isinstance(value, bool)
-    if kind == "text":
-        return isinstance(value, str) and value in row.get("of", [value])
-    if kind == "list":
-        length = row.get("length", len(value) if isinstance(value, list) else 0)
-        return isinstance(value, list) and len(value) == length and all(_allows(row["of"], item) for item in value)
-    if kind == "integer":
-        return type(value) is int and bool(row["from"] <= value <= row["to"])
-    return type(value) in (int, float) and math.isfinite(value) and bool(row["from"] <= value <= row["to"])
-
-
-def _words(row: dict[str, Any]) -> str:
-    kind = row.get("is", "object")
-    if kind in ("integer", "number"):
-        words = f"a {'whole number' if kind == 'integer' else 'number'} from {row['from']:,} to {row['to']:,}"
-    elif kind == "list":
-        words = f"a list of {row.get('length', '')} values, each {_words(row['of'])}".replace("of  values", "of values")
-    elif kind == "text" and "of" in row:
-        words = "one of " + ", ".join(row["of"])
-    else:
-        words = {"flag": "true or false", "text": "text", "object": "a JSON object", "anything": "anything"}[kind]
-    return words + (f", or {_words(row['or'])}" if "or" in row else "")
+def _refuse(constant: str) -> Any:
+    raise ValueError(f"{constant} is no number of JSON's")

@@ -7,14 +7,14 @@ mistake: never what the same command reads.
 
 import argparse
 import errno
-import json
 import os
 import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+
+from fastvlm.common.findings import Finding
 
 SMALL = 64 << 20  # bytes; the largest small file of a checkpoint, Qwen2's tokenizer.json, has 11 MB
 # A checkpoint's files beside its weights that decide what it is. Other libraries open some: we look at them before.
@@ -45,34 +45,28 @@ def read_text(path: str | os.PathLike[str], limit: int = SMALL, encoding: str = 
     return read_small(path, limit).decode(encoding)
 
 
-def load_json(path: str | os.PathLike[str], limit: int = SMALL, **options: Any) -> Any:
-    """The JSON document in a small file; ValueError for what is none, as `json.loads` says it. `options` are its."""
-    try:
-        return json.loads(read_text(path, limit), **options)
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
+def is_macs(name: str) -> bool:
+    """Whether macOS put a file of this name there: Finder's view settings, or another file's resource fork."""
+    return name == ".DS_Store" or name.startswith("._")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`; {} when there is none or it is broken."""
-    try:
-        document = load_json(path)
-    except (FileNotFoundError, NotADirectoryError, ValueError):
-        return {}
-    return document if isinstance(document, dict) else {}
+def small_files(folder: Path) -> list[Path]:
+    """The files of a checkpoint beside its weights that decide what it is, sorted."""
+    return [
+        path
+        for path in sorted(folder.iterdir())
+        if any(fnmatchcase(path.name, one) for one in BESIDE_WEIGHTS) and not is_macs(path.name) and not path.is_dir()
+    ]
 
 
-def beside_faults(folder: Path) -> list[str]:
-    """What is wrong with the kinds of a checkpoint's small files, by name: pipes, devices, too large, links that leave
-    it. (What they hold is in the artefact in the end, and with that on a hub.)"""
-    faults = []
-    for path in sorted(folder.iterdir()):
-        if any(fnmatchcase(path.name, one) for one in BESIDE_WEIGHTS) and not path.is_dir():
-            if path.is_symlink() and not stays_inside(path):
-                faults.append(f"{path.name}: {leaving(path)}")
-            elif os.path.exists(path) and (why := _not_small(path.stat(), SMALL)):
-                faults.append(f"{path.name}: {why}")
-    return faults
+def check_small_files(folder: Path) -> Iterator[Finding]:
+    """Yield what is wrong with `small_files`: pipes, devices, too large, links that leave the folder. (What they hold
+    is in the artefact in the end, and with that on a hub.)"""
+    for path in small_files(folder):
+        if path.is_symlink() and not stays_inside(path):
+            yield Finding("link-leaves-folder", path.name, leaving(path))
+        elif path.exists() and (why := _not_small(path.stat(), SMALL)):
+            yield Finding("file-unreadable", path.name, why)
 
 
 def stays_inside(path: Path) -> bool:

@@ -17,7 +17,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -83,15 +83,51 @@ def remove(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def write_file(target: Path, content: bytes) -> None:
-    """Write a file whole or not at all; makes its folder."""
+@contextmanager
+def held(folder: Path, busy: str) -> Iterator[None]:
+    """Make one of our folders, or take it over, and hold its lock. UserError `busy` while another process holds it."""
+    while True:
+        own(folder)
+        try:
+            descriptor = os.open(folder, os.O_RDONLY | os.O_NOFOLLOW)
+        except FileNotFoundError:  # the run before has just removed it
+            continue
+        try:
+            if not _flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB):
+                raise UserError(busy)
+            if _is_at(folder, descriptor):
+                yield
+                return
+        finally:
+            os.close(descriptor)
+
+
+def once(target: Path, make: Callable[[Path], object]) -> Path:
+    """A file or folder that several processes need: the first has `make` make it, whole or not at all; others wait."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with target.with_name(f".{target.name}.lock").open("a") as lock:
+        _flock(lock.fileno(), fcntl.LOCK_EX)
+        if not target.exists():
+            make(target)
+    return target
+
+
+@contextmanager
+def replaced(target: Path) -> Iterator[Path]:
+    """Yield a path beside `target`: what is written there becomes `target` when the block ends well."""
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
-        partial.write_bytes(content)
+        yield partial
         os.replace(partial, target)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_file(target: Path, content: bytes) -> None:
+    """Write a file whole or not at all; makes its folder."""
+    with replaced(target) as partial:
+        partial.write_bytes(content)
 
 
 def clean(target: Path) -> None:
@@ -150,12 +186,30 @@ def _locked_folder(target: Path) -> tuple[Path, int]:
         folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.staging-", dir=target.parent))
         with suppress(FileNotFoundError):  # another run took it for abandoned before it was locked
             descriptor = os.open(folder, os.O_RDONLY)
-            with suppress(OSError):  # no locks on this file system
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            _flock(descriptor, fcntl.LOCK_EX)
             if folder.exists():
                 own(folder)
                 return folder, descriptor
             os.close(descriptor)
+
+
+def _is_at(folder: Path, descriptor: int) -> bool:
+    """Whether the open folder is still there by this name."""
+    try:
+        return os.path.samestat(folder.stat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
+def _flock(descriptor: int, operation: int) -> bool:
+    """Whether nobody else holds the lock now: it is ours, or this file system has none."""
+    try:
+        fcntl.flock(descriptor, operation)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True
 
 
 def _lock(folder: Path) -> int | None:

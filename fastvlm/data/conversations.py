@@ -10,6 +10,7 @@ from typing import Any
 
 from PIL import Image
 
+from fastvlm.common.documents import Unreadable, loads
 from fastvlm.common.errors import UserError
 from fastvlm.common.files import read_text
 from fastvlm.data import pictures, scenes
@@ -119,8 +120,8 @@ def _records(path: Path) -> Iterator[tuple[str, Any]]:
                 yield f"line {number}", _parsed(line)
         return
     records = _parsed(text)
-    if isinstance(records, ValueError):
-        raise UserError(f"{path}: {records}")
+    if isinstance(records, Unreadable):
+        raise UserError(str(records.finding(str(path))))
     if not isinstance(records, list):
         raise UserError(f"{path}: got {_kind(records)}, expected a list of LLaVA-format records")
     for number, record in enumerate(records, 1):
@@ -129,9 +130,9 @@ def _records(path: Path) -> Iterator[tuple[str, Any]]:
 
 def _parsed(text: str) -> Any:
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        return ValueError(f"not JSON ({error})")
+        return loads(text)
+    except Unreadable as error:
+        return error
 
 
 def _sample(record: Any, where: str, folder: Path) -> Sample:

@@ -20,6 +20,7 @@ import logging
 import math
 import os
 import re
+import shlex
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,8 +31,11 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from fastvlm.common.documents import Fault, read_settings, shown
+from fastvlm.common.documents import LFS_MAGIC, shown
 from fastvlm.common.errors import UserError
+from fastvlm.common.findings import Finding, Steps, collect, errors
+from fastvlm.common.image_tokens import PATCH_SIZE
+from fastvlm.common.settings import read_settings
 
 STRATEGIES = ("pad", "center_crop")
 
@@ -50,7 +54,6 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM
 _HEIC_BRANDS = (b"heic", b"heix", b"hevc", b"mif1", b"msf1")
 
 _JPEG, _SEGMENT = b"\xff\xd8", re.compile(rb"\xff+([\x01-\xcf\xd9-\xfe])", re.DOTALL)
-STRIDE = 64  # pixels per image token, along each side
 # The fourth stage attends over (S / 32)^2 positions, so its memory grows with S^4: 2048 needs 16 times that of 1024.
 MAX_IMAGE_SIZE = 2048
 
@@ -109,11 +112,14 @@ def open_image(path: str | os.PathLike[str]) -> Image.Image:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     with stream, _quiet():
+        head = stream.read(32)
+        stream.seek(0)
+        if _is_heic(head):
+            _register_heic(path)
         try:
-            image = Image.open(stream, formats=FORMATS)
+            image = Image.open(stream, formats=("HEIF",) if _is_heic(head) else FORMATS)
         except UnidentifiedImageError as error:
-            stream.seek(0)
-            raise UserError(f"{path}: {_what_is_it(stream.read(32))}") from error
+            raise UserError(f"{path}: {_what_is_it(head)}") from error
         except Image.DecompressionBombError as error:
             raise UserError(f"{path}: more than {MAX_PIXELS:,} pixels, the limit: scale the picture down") from error
         except MemoryError:
@@ -238,12 +244,26 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
+def _is_heic(head: bytes) -> bool:
+    return head[4:8] == b"ftyp" and head[8:12] in _HEIC_BRANDS
+
+
+def _register_heic(path: Path) -> None:
+    """Let Pillow read HEIC, which iPhones write; UserError where the package for it is not installed."""
+    try:
+        from pillow_heif import register_heif_opener
+    except ImportError:
+        convert = f"`sips -s format jpeg {shlex.quote(path.name)} --out a.jpg`"
+        raise UserError(
+            f"{path}: an HEIC picture: `pip install pillow-heif` to read it, or convert it to JPEG (on a Mac {convert})"
+        ) from None
+    register_heif_opener()
+
+
 def _what_is_it(head: bytes) -> str:
     if not head:
         return "an empty file, expected a picture"
-    if head[4:8] == b"ftyp" and head[8:12] in _HEIC_BRANDS:
-        return "an HEIC picture: convert it to JPEG or PNG"
-    if head.startswith(b"version https://git-lfs"):
+    if head.startswith(LFS_MAGIC[: len(head)]):
         return "a Git-LFS pointer in place of the picture: run `git lfs pull`"
     return f"not a picture, or a damaged one: expected {', '.join(FORMATS)}"
 
@@ -255,45 +275,40 @@ def _reason(error: Exception) -> str:
 def read_preprocessor(folder: str | os.PathLike[str], image_strategy: str | None = None) -> Preprocessor:
     """The preprocessing that a checkpoint's or an artefact's own files ask for; `image_strategy` overrides theirs.
 
-    Raises UserError, all faults in one line, for what `preprocessor_of` refuses and for files that can't be read.
+    Raises UserError, all findings in one line, for what `preprocessor_of` refuses and for files that can't be read.
     """
-    folder, faults = Path(folder), list[Fault]()
-    config = read_settings(folder / "config.json", faults)
-    found = preprocessor_of(config, read_image_processor(folder, faults), faults, [], image_strategy)
-    if faults or found is None:
-        raise UserError(f"{folder}: preprocessing: {'; '.join(map(str, faults))}")
-    return found
+
+    def steps() -> Steps[Preprocessor | None]:
+        config = yield from read_settings(Path(folder) / "config.json")
+        processor = yield from read_image_processor(Path(folder))
+        return (yield from preprocessor_of(config, processor, image_strategy))
+
+    preprocessor, findings = collect(steps())
+    if preprocessor is None or errors(findings):
+        raise UserError(f"{folder}: {'; '.join(map(str, errors(findings)))}")
+    return preprocessor
 
 
-def read_image_processor(folder: Path, faults: list[Fault]) -> dict[str, Any]:
+def read_image_processor(folder: Path) -> Steps[dict[str, Any]]:
     """preprocessor_config.json's settings, or those in processor_config.json, where Transformers 5 nests them."""
-    own = read_settings(folder / "preprocessor_config.json", faults)
-    return own or read_settings(folder / "processor_config.json", faults).get("image_processor", {})
+    own = yield from read_settings(folder / "preprocessor_config.json")
+    nested = {} if own else (yield from read_settings(folder / "processor_config.json"))
+    return own or nested.get("image_processor", {})
 
 
 def preprocessor_of(
-    config: dict[str, Any],
-    processor: dict[str, Any],
-    faults: list[Fault],
-    warnings: list[str],
-    image_strategy: str | None = None,
-) -> Preprocessor | None:
+    config: dict[str, Any], processor: dict[str, Any], image_strategy: str | None = None
+) -> Steps[Preprocessor | None]:
     """What config.json's and the image processor's checked settings ask for: the one place that decides.
 
     Strategy: `image_strategy`, given or the processor's (this project's key); else, in the LLaVA layout, config.json's
     `image_aspect_ratio` ("pad"; "square" or nothing is a crop); else `do_pad` or a crop. Size: mm_vision_tower's suffix
     in the LLaVA layout; else `crop_size`, `size`, or 64 * sqrt(image_seq_length). Mean 0 and standard deviation 1
-    unless given. None and faults for what is missing, contradictory or something else than these two strategies.
+    unless given. None after a finding about what is missing, contradictory or something else than these strategies.
     """
-    lines = [
-        f"{key} is {shown(value)}, expected {shown(expected)}"
-        for key, expected in _EXPECTED.items()
-        if (value := processor.get(key)) is not None and not math.isclose(value, expected, rel_tol=1e-6)
-    ]
-    size = _image_size(config, processor, lines, warnings)
-    strategy = image_strategy or _strategy(config, processor, lines)
-    faults += map(Fault, lines)
-    if lines or size is None:
+    (size, strategy), findings = collect(_size_and_strategy(config, processor, image_strategy))
+    yield from findings
+    if errors(findings):
         return None
     plain = not processor.get("do_normalize", True)
     mean, std = (0.0,) * _CHANNELS, (1.0,) * _CHANNELS
@@ -307,6 +322,18 @@ def preprocessor_of(
 
 # What a CLIPImageProcessor may say without being another preprocessing than ours (3: bicubic).
 _EXPECTED = {"do_resize": True, "do_rescale": True, "rescale_factor": 1 / 255, "resample": 3}
+_PROCESSOR = "preprocessor_config.json"
+
+
+def _size_and_strategy(
+    config: dict[str, Any], processor: dict[str, Any], image_strategy: str | None
+) -> Steps[tuple[int, str]]:
+    for key, expected in _EXPECTED.items():
+        value = processor.get(key)
+        if value is not None and not math.isclose(value, expected, rel_tol=1e-6):
+            yield Finding("preprocessing-unsupported", f"{_PROCESSOR}: {key}", shown(value), shown(expected))
+    size = yield from _image_size(config, processor)
+    return size, image_strategy or (yield from _strategy(config, processor))
 
 
 def size_in_config(config: dict[str, Any]) -> int | None:
@@ -316,52 +343,56 @@ def size_in_config(config: dict[str, Any]) -> int | None:
         return int(tower.group(1)) if tower else None
     tokens = config.get("image_seq_length", 0)
     side = math.isqrt(tokens)
-    return side * STRIDE if side and side * side == tokens else None
+    return side * PATCH_SIZE if side and side * side == tokens else None
 
 
-def _image_size(config: dict[str, Any], processor: dict[str, Any], lines: list[str], warnings: list[str]) -> int | None:
-    """Side in pixels; what contradicts or is missing goes to `lines`."""
-    crop, size, said = processor.get("crop_size"), processor.get("size"), size_in_config(config)
-    found: dict[str, Any] = {}
-    if config.get("model_type") == _LLAVA and said is None:
+def _image_size(config: dict[str, Any], processor: dict[str, Any]) -> Steps[int]:
+    """Side in pixels; 0 after an error."""
+    crop, size, implied = processor.get("crop_size"), processor.get("size"), size_in_config(config)
+    sides: dict[str, Any] = {}
+    if config.get("model_type") == _LLAVA and implied is None:
         tower = shown(config.get("mm_vision_tower"))
-        lines.append(f"no resolution: mm_vision_tower is {tower}, expected mobileclip_l_<pixels>")
-        return None
-    if "mm_vision_tower" in config and said is not None:
-        found["mm_vision_tower"] = said
+        yield Finding("resolution-missing", "config.json: mm_vision_tower", tower, "mobileclip_l_<pixels>")
+        return 0
+    if "mm_vision_tower" in config and implied is not None:
+        sides["mm_vision_tower"] = implied
     if crop is not None:
-        sides = {crop.get("height"), crop.get("width")} if isinstance(crop, dict) else {crop}
-        found["crop_size"] = sides.pop() if len(sides) == 1 else crop
+        both = {crop.get("height"), crop.get("width")} if isinstance(crop, dict) else {crop}
+        sides["crop_size"] = both.pop() if len(both) == 1 else crop
     if size is not None:
-        found["size"] = size.get("shortest_edge", size) if isinstance(size, dict) else size
-    if not found and said is not None:
-        found["image_seq_length"] = said
-    if not found:
-        lines.append("no resolution: neither preprocessor_config.json's crop_size nor config.json's image_seq_length")
-        return None
-    first = next(iter(found.values()))
-    if any(type(side) is not int or side != first for side in found.values()):
-        listed = ", ".join(f"{key} {shown(value)}" for key, value in found.items())
-        lines.append(f"expected one resolution in pixels (square, by the shortest edge), got {listed}")
-        return None
-    pixels = int(first)
-    if pixels % STRIDE or not STRIDE <= pixels <= MAX_IMAGE_SIZE:
-        lines.append(f"resolution {pixels}: expected a multiple of {STRIDE} pixels, at most {MAX_IMAGE_SIZE}")
-    elif said not in (None, pixels):
-        warnings.append(f"image_seq_length means {said} pixels, the image processor says {pixels}: {pixels} used")
-    return pixels
+        sides["size"] = size.get("shortest_edge", size) if isinstance(size, dict) else size
+    if not sides and implied is not None:
+        sides["image_seq_length"] = implied
+    if not sides:
+        expected = "preprocessor_config.json's crop_size or config.json's image_seq_length"
+        yield Finding("resolution-missing", _PROCESSOR, "no resolution", expected)
+        return 0
+    first = next(iter(sides.values()))
+    if any(type(side) is not int or side != first for side in sides.values()):
+        listed = ", ".join(f"{key} {shown(value)}" for key, value in sides.items())
+        expected = "one resolution in pixels (square, by the shortest edge)"
+        yield Finding("resolution-contradictory", _PROCESSOR, listed, expected)
+        return 0
+    if first % PATCH_SIZE or not PATCH_SIZE <= first <= MAX_IMAGE_SIZE:
+        expected = f"a multiple of {PATCH_SIZE} pixels, at most {MAX_IMAGE_SIZE}"
+        yield Finding("resolution-unsupported", next(iter(sides)), str(first), expected)
+    elif implied not in (None, first):
+        got, used = f"{implied} pixels", f"{first}, the image processor's, which is used"
+        yield Finding("resolution-contradictory", "config.json: image_seq_length", got, used, severity="warning")
+    return int(first)
 
 
-def _strategy(config: dict[str, Any], processor: dict[str, Any], lines: list[str]) -> str:
+def _strategy(config: dict[str, Any], processor: dict[str, Any]) -> Steps[str]:
     if "image_strategy" in processor:
         return str(processor["image_strategy"])
     if config.get("model_type") == _LLAVA:
         aspect = config.get("image_aspect_ratio", "square")
         if aspect not in ("pad", "square"):
-            lines.append(f'image_aspect_ratio is {shown(aspect)}, expected "pad" or "square": {_CHOOSE}')
+            expected = '"pad" or "square"'
+            yield Finding("image-strategy-unknown", "config.json: image_aspect_ratio", shown(aspect), expected, _CHOOSE)
         return "pad" if aspect == "pad" else "center_crop"
     if processor.get("do_pad"):
         return "pad"
     if processor.get("do_center_crop") is False:
-        lines.append(f"neither do_pad nor do_center_crop: {_CHOOSE}")
+        yield Finding("image-strategy-unknown", _PROCESSOR, "neither", "do_pad or do_center_crop", _CHOOSE)
     return "center_crop"

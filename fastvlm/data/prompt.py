@@ -1,11 +1,12 @@
 """From a question to token ids: Qwen2's chat template with the image tokens in front of the question."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from fastvlm.common.errors import UserError
+from fastvlm.common.findings import Finding
 
 IMAGE = "<image>"
 SYSTEM = "You are a helpful assistant."
@@ -25,18 +26,16 @@ CHAT_TEMPLATE = (
 )
 
 
-def prompt_fault(config: Mapping[str, Any]) -> str | None:
-    """What a config.json asks of prompts that nobody here builds, the demo app least of all; None for nothing.
+def prompt_findings(config: Mapping[str, Any]) -> Iterator[Finding]:
+    """What a config.json asks of prompts that nobody here builds, the demo app least of all.
 
     `mm_use_im_start_end` is the one setting by which Apple's predict.py builds another prompt: `mm_use_im_patch_token`
     adds a token that no prompt has, `tune_mm_mlp_adapter` is for training, and the template is a flag's choice.
     """
-    if not config.get("mm_use_im_start_end"):
-        return None
-    return (
-        "mm_use_im_start_end: prompts with <im_start> and <im_end> around the picture, which the app doesn't build:"
-        " fine-tune without it, or set it to false in a copy if the model was trained without these tokens"
-    )
+    if config.get("mm_use_im_start_end"):
+        got = "true: prompts with <im_start> and <im_end> around the picture"
+        remedy = "fine-tune without it, or set it to false in a copy if the model was trained without these tokens"
+        yield Finding("prompt-unsupported", "config.json: mm_use_im_start_end", got, "false, as the app builds", remedy)
 
 
 def render_prompt(prompt: str, images: int = 1, conv_mode: str = "qwen_2") -> str:

@@ -19,6 +19,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AddedToken, FastVlmConfig, FastVlmForConditionalGeneration, Qwen2Tokenizer
 
 from fastvlm.common.cli import log
+from fastvlm.common.image_tokens import PATCH_SIZE, tokens_per_image
 from fastvlm.common.staging import staged
 from fastvlm.data import scenes as demo
 from fastvlm.data.prompt import CHAT_TEMPLATE, encode_prompt
@@ -72,7 +73,7 @@ WAKE, WOKEN = (
 SHARE, WAKE_RATE = 0.5, 5e-4
 STEPS = PHASES[-1].until
 LEARNING_RATE, WEIGHT_DECAY, WARM_UP = 1.5e-3, 0.05, 200
-GRID = demo.SIZE // 64  # image tokens a side
+GRID = demo.SIZE // PATCH_SIZE  # image tokens a side
 IGNORED = -100  # the label that the loss skips
 
 
@@ -133,7 +134,7 @@ def make_model(tokenizer: Qwen2Tokenizer) -> FastVlmForConditionalGeneration:
         },
         text_config={**TEXT, "vocab_size": -(-len(tokenizer) // 64) * 64, "eos_token_id": tokenizer.eos_token_id},
         image_token_index=image_token_of(tokenizer),
-        image_seq_length=(demo.SIZE // 64) ** 2,
+        image_seq_length=tokens_per_image(demo.SIZE),
         tie_word_embeddings=True,
     )
     config.pad_token_id, config.eos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id
@@ -189,7 +190,7 @@ class Batches:
         }
 
     def _encode(self, question: str, answer: str) -> tuple[list[int], int]:
-        prompt = encode_prompt(self.tokenizer, question, self.image_token, (demo.SIZE // 64) ** 2)[0].tolist()
+        prompt = encode_prompt(self.tokenizer, question, self.image_token, tokens_per_image(demo.SIZE))[0].tolist()
         reply = self.tokenizer(answer, add_special_tokens=False)["input_ids"]
         return [*prompt, *reply, self.tokenizer.eos_token_id], len(prompt)
 

@@ -6,15 +6,15 @@ its own because the framework ends the whole process, uncatchable, where it shou
 
 import argparse
 import json
-import os
-import signal
-import subprocess
 import sys
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from fastvlm.common import children
+from fastvlm.common.errors import CheckFailed, UserError
 
 ESTABLISHES = (
     "for each operation which of the CPU, the GPU and the Neural Engine could run it, which one the system would"
@@ -46,24 +46,13 @@ def read(
     if command is None:
         command = [sys.executable, "-m", "model_export.audit.compute_plan", str(package.resolve())]
         command += ["--function", function] if function else []
-    root = Path(__file__).parents[2]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH"))))}
     try:
-        process = subprocess.run(command, capture_output=True, timeout=timeout, env=environment, check=False)
-    except subprocess.TimeoutExpired:
-        return _failed(f"the process gave no plan within {timeout:g} s and was stopped")
-    except OSError as error:
-        return _failed(f"the process did not start: {error.strerror}")
-    if process.returncode:
-        last = _last_line(process.stderr)
-        return _failed(f"the process {_how_it_ended(process.returncode)}" + (f": {last}" if last else ""))
-    # The compiler's own output, buffered in C, may come behind ours.
-    printed = [line for line in process.stdout.decode(errors="replace").splitlines() if line.startswith("{")]
-    try:
-        operations = json.loads(printed[-1])["operations"]
+        operations = children.run(command, timeout=timeout).document("the process")["operations"]
         devices = Counter(str(operation["preferred"]) for operation in operations)
-    except (ValueError, KeyError, TypeError, IndexError):
-        return _failed(f"the process printed no plan, but {_last_line(process.stdout)[:80]!r}")
+    except (UserError, CheckFailed) as error:
+        return _failed(str(error))
+    except (KeyError, TypeError):
+        return _failed("the process printed no plan")
     if not operations:
         return _failed("it places no operation")
     return {"status": "read", "operations": operations, "devices": dict(sorted(devices.items()))}
@@ -71,20 +60,6 @@ def read(
 
 def _failed(reason: str) -> dict[str, Any]:
     return {"status": "failed", "reason": reason}
-
-
-def _last_line(output: bytes) -> str:
-    lines = [line.strip() for line in output.decode(errors="replace").splitlines() if line.strip()]
-    return lines[-1] if lines else ""
-
-
-def _how_it_ended(code: int) -> str:
-    if code >= 0:
-        return f"ended with exit code {code}"
-    try:
-        return f"was ended by {signal.Signals(-code).name}"
-    except ValueError:
-        return f"was ended by signal {-code}"
 
 
 def operations_of(plan: Any, function: str | None = None) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ from typing import Any
 
 from fastvlm.common.arguments import number, whole_number
 from fastvlm.common.cli import log, progress, shown
+from fastvlm.data import scenes
 from model_export import config as configuration
 
 
@@ -61,6 +62,8 @@ def run_generate(args: argparse.Namespace) -> dict[str, Any]:
         pictures = opened.result()
     for part, name in model.runners.items():
         log(f"{part}: {name}")
+    if images and scenes.knows_demo(args.model):
+        log(scenes.KNOWS)
     if len(images) > 1:
         log("warning: several pictures in one prompt: the model was not trained for it")
     model.check_prompts((f"--prompt {prompt[:32]!r}", prompt, len(pictures)) for prompt in args.prompt)

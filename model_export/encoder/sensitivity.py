@@ -19,8 +19,8 @@ import torch
 from torch import nn
 
 from fastvlm.common.cli import log, progress
+from fastvlm.common.documents import load
 from fastvlm.common.errors import UserError
-from fastvlm.common.files import load_json
 from fastvlm.common.staging import write_file
 from model_export import contract, mil
 from model_export.config import DEPLOYMENT_TARGETS, ExportConfig
@@ -284,7 +284,7 @@ def _read(cache: Path | None, key: str) -> Noise:
     if cache is None or not cache.is_file():
         return {}
     try:
-        document = load_json(cache)
+        document = load(cache)
         if document["key"] != key:
             log(f"{cache}: of another encoder or other pictures: measured anew")
             return {}

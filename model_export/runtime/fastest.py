@@ -21,7 +21,7 @@ import torch
 
 from fastvlm.common import threads
 from fastvlm.common.cli import log
-from fastvlm.common.files import load_json
+from fastvlm.common.documents import load
 from fastvlm.common.staging import write_file
 from model_export.mil import onednn
 from model_export.runtime.linear import ROWS
@@ -129,7 +129,7 @@ def _machine() -> dict[str, Any]:
 def _kept(path: Path, machine: dict[str, Any]) -> Stages | None:
     """What was measured on this machine; None where nothing was, or it can't be read or believed."""
     try:
-        document = load_json(path)
+        document = load(path)
         stages = Stages(**document["stages"])
         whole = document["machine"] == machine and set(asdict(stages).values()) <= set(DTYPES)
     except (OSError, ValueError, TypeError, KeyError):

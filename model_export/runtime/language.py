@@ -15,11 +15,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from fastvlm.common.documents import Unreadable, load
 from fastvlm.common.dtypes import as_array, as_tensor, dtype_name, torch_dtype
 from fastvlm.common.errors import UserError
-from fastvlm.common.files import load_json
 from fastvlm.common.limits import positions
-from fastvlm.data.prompt import prompt_fault
+from fastvlm.data.prompt import prompt_findings
 from fastvlm.model.streamed import Memory, Rows, StreamedEmbedding, StreamedLinear
 from fastvlm.model.surface import Language, TorchLanguage, TorchProjector
 from model_export import contract
@@ -165,16 +165,16 @@ def read_config(folder: Path) -> dict[str, Any]:
     """An artefact's config.json; UserError if it is not there, not JSON, or another model's."""
     path = folder / contract.CONFIG
     try:
-        config = load_json(path)
-    except (OSError, ValueError) as error:
+        config = load(path)
+    except Unreadable as error:
         raise UserError(f"{path}: not readable as JSON ({error}); expected an artefact's folder") from None
     if not isinstance(config, dict) or config.get("model_type") != contract.MODEL_TYPE:
         raise UserError(f"{path}: not an artefact's: expected an object with model_type {contract.MODEL_TYPE}")
     wrong = [key for key, kind in contract.CONFIG_REQUIRED.items() if type(config.get(key)) is not kind]
     if wrong:
         raise UserError(f"{path}: missing or of the wrong type: {', '.join(wrong)}; export again")
-    if fault := prompt_fault(config):
-        raise UserError(f"{path}: {fault}")
+    for finding in prompt_findings(config):
+        raise UserError(f"{folder}: {finding}")
     return contract.CONFIG_DEFAULTS | config
 
 

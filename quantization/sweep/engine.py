@@ -6,7 +6,6 @@ nothing is measured twice. Threads here and a Dask cluster's workers run the sam
 through the same interface, concurrent.futures'.
 """
 
-import fcntl
 import hashlib
 import itertools
 import json
@@ -21,6 +20,7 @@ from typing import Any
 
 from fastvlm.common import staging, threads
 from fastvlm.common.cli import log, one_line, progress
+from fastvlm.common.documents import Unreadable, load_object
 from fastvlm.common.errors import UserError
 from quantization.coreml.compression import COMPRESSIONS
 from quantization.recipe import Recipe, load_recipe
@@ -115,7 +115,8 @@ def run(
     """
     identity = dict(sweep.identity())
     outcome = Outcome({point["name"]: key(sweep, identity, point) for point in points})
-    with _only_sweep(sweep.work):
+    busy = f"--work-dir {sweep.work}: another sweep runs there: wait for it, or choose another"
+    with staging.held(sweep.work, busy):
         for name, digest in outcome.keys.items():
             if (result := _read(sweep.work, digest)) is not None:
                 outcome.results[name] = result
@@ -230,22 +231,10 @@ def _named(function: Callable[..., Any]) -> str:
 def _read(work: Path, digest: str) -> dict[str, Any] | None:
     """A finished point's result; None where there is none that can be read."""
     try:
-        result = json.loads(result_path(work, digest).read_bytes())
-    except (OSError, ValueError):
+        result = load_object(result_path(work, digest))
+    except Unreadable:
         return None
-    return result if isinstance(result, dict) and result.get("key") == digest else None
-
-
-@contextmanager
-def _only_sweep(work: Path) -> Iterator[None]:
-    """Hold the work folder. UserError while another sweep does."""
-    staging.own(work)
-    with (work / ".lock").open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"--work-dir {work}: another sweep runs there: wait for it, or choose another") from None
-        yield
+    return result if result.get("key") == digest else None
 
 
 @contextmanager

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from benchmarks import __main__ as benchmarks_main
-from benchmarks.measure import Measured
 from benchmarks.suites import encoder, encoder_steps, steps, suite
 from fastvlm.common import cli, threads
+from fastvlm.common.children import Finished
 from fastvlm.common.errors import CheckFailed
 from model_export import __main__ as model_export_main
 from model_export.contract import PACKAGE
@@ -20,20 +20,20 @@ from model_export.encoder import compress
 Export = Callable[..., Path]
 
 
-def in_process(command: Sequence[str], say: Callable[[str], None] = print) -> Measured:
+def in_process(command: Sequence[str], say: Callable[[str], None] = print) -> Finished:
     """Run a step's command here, which spares the imports of a process of its own."""
     python, dash, module, *arguments = command
     assert (python, dash) == (sys.executable, "-m")
     if module == "model_export":
-        return Measured(1.0, 1.0, cli.run(model_export_main.build_parser, arguments), "")
+        return Finished(cli.run(model_export_main.build_parser, arguments), 1.0, 1, "")
     table = {"benchmarks.suites.steps": steps.STEPS, "benchmarks.suites.encoder_steps": encoder_steps.STEPS}[module]
-    return Measured(1.0, 1.0, 0, json.dumps(table[arguments[0]](*arguments[1:])) + "\n")
+    return Finished(0, 1.0, 1, json.dumps(table[arguments[0]](*arguments[1:])) + "\n")
 
 
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_fast_vlm: Path) -> Path:
     """The suite over the tiny checkpoint at 64 and 128 pixels; the store."""
-    monkeypatch.setattr(suite, "measure", in_process)
+    monkeypatch.setattr(suite.children, "run", in_process)
     monkeypatch.setattr(encoder, "synthetic", lambda store: tiny_fast_vlm)
     monkeypatch.setattr(encoder, "SIZES", (64, 128))
     monkeypatch.setattr(encoder, "PEAKS", ("3e5",))

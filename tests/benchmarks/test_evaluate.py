@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.measure import Measured
 from benchmarks.quality import evaluate, text_model
 from benchmarks.quality.evaluate import Job
 from fastvlm.common import cli
 from fastvlm.common.arguments import Parser
+from fastvlm.common.children import Finished
 from fastvlm.common.errors import CheckFailed, UserError
 from fastvlm.data import scenes
 
@@ -178,15 +178,16 @@ def test_pictures_that_do_not_open_are_refused(capsys, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("returncode", "stdout", "error", "message"),
+    ("returncode", "last", "error", "message"),
     [
-        (2, 'noise\n{"unusable": "this text"}\n', UserError, "this text"),
-        (1, '{"failed": "not finite"}\n', CheckFailed, "not finite"),
-        (137, "", CheckFailed, "exit code 137"),
+        (2, "error: this text", UserError, "this text"),
+        (1, "error: not finite", CheckFailed, "not finite"),
+        (-9, "", CheckFailed, "SIGKILL"),
     ],
 )
-def test_what_the_process_raised_is_raised(monkeypatch, returncode, stdout, error, message):
-    monkeypatch.setattr(evaluate, "measure", lambda command, say: Measured(1.0, 1.0, returncode, stdout))
+def test_what_the_process_raised_is_raised(monkeypatch, returncode, last, error, message):
+    done = Finished(returncode, 1.0, 1, "", last)
+    monkeypatch.setattr(evaluate.children, "run", lambda command, say: done)
     with pytest.raises(error, match=message):
         evaluate.measured(Job("model", "results"))
 
@@ -194,7 +195,7 @@ def test_what_the_process_raised_is_raised(monkeypatch, returncode, stdout, erro
 def test_its_own_process_says_what_it_raised(capsys, tmp_path):
     job = {"model": str(tmp_path / "gone"), "results": "r"}
     assert evaluate._main(json.dumps(job)) == 2
-    assert "no such folder" in json.loads(capsys.readouterr().out)["unusable"]
+    assert "no such folder" in capsys.readouterr().err
 
 
 def test_sizes_by_part(tmp_path):

@@ -1,55 +1,13 @@
 """The measuring of processes, the bars and their table, and the sections of `benchmarks export`."""
 
 import math
-import sys
-import tempfile
-from pathlib import Path
 
 import psutil
 import pytest
 
 from benchmarks import environment
-from benchmarks.measure import measure
 from benchmarks.suites import export, steps, suite
-
-
-def test_memory_and_time_are_the_child_processs():
-    ballast = bytearray(300 << 20)  # of this process: must not count
-    ballast[::4096] = b"x" * len(ballast[::4096])
-    small = measure([sys.executable, "-c", "print('hello')"], print)
-    large = measure([sys.executable, "-c", "import time; x = b'x' * (200 << 20); time.sleep(0.3)"], print)
-    assert small.stdout == "hello\n" and small.returncode == 0
-    assert small.peak_gb < 0.1
-    assert 0.2 < large.peak_gb < 0.3
-    assert large.seconds > 0.3
-
-
-@pytest.mark.parametrize(
-    ("code", "expected"),
-    [("import sys; sys.exit(3)", 3), ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", 137)],
-)
-def test_exit_codes_come_through(code, expected):
-    assert measure([sys.executable, "-c", code], print).returncode == expected
-
-
-def test_what_a_child_says_is_said_as_it_comes():
-    """A bar is what is seen of it last; the child goes on only after its first line was said."""
-    said = []
-
-    def say(line: str) -> None:
-        said.append(line)
-        if line == "first":
-            Path(go).touch()
-
-    with tempfile.TemporaryDirectory() as folder:
-        go = f"{folder}/go"
-        code = (
-            "import os, sys, time\nprint('first', file=sys.stderr, flush=True)\n"
-            f"while not os.path.exists({go!r}): time.sleep(0.01)\n"
-            "sys.stderr.write('10 %\\r100 %\\n'); print('result'); sys.stderr.write('x' * 100_000)"
-        )
-        done = measure([sys.executable, "-c", code], say)
-    assert said == ["first", "100 %", "x" * 100_000] and done.stdout == "result\n"
+from fastvlm.common.children import Finished
 
 
 @pytest.mark.parametrize(
@@ -89,7 +47,7 @@ def test_every_section_reports_bars_and_every_step_exists(tmp_path, monkeypatch)
             assert command[3] in steps.STEPS
         if "--output-dir" in command:
             (export.Path(command[command.index("--output-dir") + 1]) / "x.mlpackage").mkdir(parents=True)
-        return type("Done", (), {"seconds": 2.0, "peak_gb": 1.0, "returncode": 0, "stdout": "{}\n"})()
+        return Finished(0, 2.0, 10**9, "{}\n")
 
     monkeypatch.setattr(export, "run_step", run)
     monkeypatch.setattr(suite, "run_step", run)

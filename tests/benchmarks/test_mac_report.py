@@ -18,7 +18,7 @@ from benchmarks.__main__ import build_parser
 from benchmarks.mac import check as mac_check
 from benchmarks.mac import report as mac_report
 from benchmarks.mac.check import Check, Done
-from benchmarks.measure import ROOT
+from fastvlm.common.children import ROOT
 from fastvlm.common.cli import run
 from fastvlm.common.errors import UserError
 from quantization.recipe import load_recipe

@@ -10,6 +10,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from benchmarks.suites import quantization, quantization_steps, quantization_sweep, suite
+from fastvlm.common.children import Finished
 from fastvlm.common.errors import CheckFailed
 from model_export.language.llm import export_llm
 from quantization.recipe import load_recipe
@@ -29,7 +30,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
             if flag in command:
                 Path(command[command.index(flag) + 1]).mkdir(parents=True)
         seconds = 1.0 if "model_export" in command else 4.0
-        return type("Done", (), {"seconds": seconds, "peak_gb": 2.0, "returncode": 0, "stdout": "{}\n"})()
+        return Finished(0, seconds, 2 * 10**9, "{}\n")
 
     monkeypatch.setattr(quantization, "run_step", run)
     monkeypatch.setattr(suite, "run_step", run)

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import sweep_fakes as fakes
 
-from fastvlm.common import threads
+from fastvlm.common import staging, threads
 from fastvlm.common.errors import CheckFailed, UserError
 from quantization.sweep import cluster as sweep_cluster
 from quantization.sweep import engine, server
@@ -188,7 +188,7 @@ def test_points_run_together_as_far_as_memory_allows(tmp_path, points, jobs, mem
 
 
 def test_a_second_sweep_on_the_folder_is_refused(tmp_path, points):
-    with engine._only_sweep(tmp_path), pytest.raises(UserError, match="another sweep runs there"):
+    with staging.held(tmp_path, ""), pytest.raises(UserError, match="another sweep runs there"):
         engine.run(fakes.sweep_of(tmp_path), points)
     assert len(engine.run(fakes.sweep_of(tmp_path), points[:1]).results) == 1, "the lock is gone with its holder"
 
