@@ -7,7 +7,7 @@ if __name__ == "__main__":
 
 import argparse
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -179,7 +179,8 @@ def _export(plan: "Plan", args: argparse.Namespace, sources: "Sources") -> dict[
     size = sum(entry["size"] for entry in document["files"].values())
     print(f"{config.output_dir}: {', '.join(parts)}, {len(document['files'])} files, {_size(size)}")
     if parity is not None:
-        print(f"parity: {document['parity'].get('verdict', 'passed')}")
+        for line in _parity_lines(document["parity"]):
+            print(f"parity: {line}")
         if args.parity_report is not None:
             print(f"page: {args.parity_report}")
     return document
@@ -187,10 +188,10 @@ def _export(plan: "Plan", args: argparse.Namespace, sources: "Sources") -> dict[
 
 def _parity(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """benchmarks.parity.compare over the staged artefact; what the manifest keeps of it."""
-    from benchmarks.parity import compare as parity
+    from benchmarks.parity import compare, verdict
 
     options = {} if args.parity_limit is None else {"limit": args.parity_limit}
-    result = parity.compare(
+    result = compare.compare(
         args.checkpoint,
         folder,
         report=args.parity_report,
@@ -198,9 +199,15 @@ def _parity(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         name=args.output_dir.name,
         **options,
     )
-    for line in parity.broken_lines(result):
+    for line in verdict.broken_lines(result):
         log(f"parity: {line}")
-    return parity.summary(result)
+    return verdict.summary(result)
+
+
+def _parity_lines(parity: Mapping[str, Any]) -> list[str]:
+    """The verdicts that a manifest has: on the export, and on its recipe."""
+    recipe = parity.get("recipe") or {}
+    return [line for line in (parity.get("verdict"), recipe.get("sentence")) if line]
 
 
 def run_inspect(args: argparse.Namespace) -> dict[str, Any]:
@@ -233,8 +240,8 @@ def run_inspect(args: argparse.Namespace) -> dict[str, Any]:
         print(f"llm: {stored}, {language['bits_per_weight']} bits a weight{decisions}")
     for key, value in document.get("package", {}).items():
         print(f"package {key}: {_flat(value)}")
-    if "parity" in document:
-        print(f"parity: {document['parity'].get('verdict')}")
+    for line in _parity_lines(document.get("parity", {})):
+        print(f"parity: {line}")
     return document
 
 
@@ -320,9 +327,9 @@ def _size(size: int) -> str:
 
 
 def _flat(value: Any) -> str:
-    """A dictionary or list on one line."""
+    """A dictionary or list on one line, without what is not set."""
     if isinstance(value, dict):
-        return ", ".join(f"{key} {_flat(item)}" for key, item in value.items())
+        return ", ".join(f"{key} {_flat(item)}" for key, item in value.items() if item is not None)
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(map(str, value)) + "]"
     return str(value)

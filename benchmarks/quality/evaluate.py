@@ -9,20 +9,17 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-
-from rich.markup import escape
-from rich.table import Table
 
 from benchmarks import environment
 from benchmarks.quality import text_model
 from fastvlm.common import children
 from fastvlm.common.cli import log, progress, quiet_libraries
 from fastvlm.common.errors import CheckFailed, UserError
-from fastvlm.common.terminal import Console
+from fastvlm.common.terminal import print_table
 from fastvlm.data import conversations
 from fastvlm.data.scenes import knows_demo
 from model_export import contract
@@ -320,38 +317,37 @@ def _tokens(folder: Path) -> dict[str, int] | None:
 
 
 def _print(document: dict[str, Any]) -> None:
-    """Figures by candidate, then where they part from the reference most, then what ran it all."""
-    console, reference = Console(highlight=False), document["reference"]
+    """Figures by candidate, then where they differ from the reference most, then what ran it all."""
+    reference = document["reference"]
     candidates = [one for one in document["candidates"] if "failed" not in one]
     if not candidates:
         return
-    table = Table(title="evaluate", title_justify="left")
-    table.add_column("figure", overflow="fold")
-    for one in (reference, *candidates):
-        table.add_column(escape(one["name"]), justify="right", overflow="fold")
+    names = [one["name"] for one in (reference, *candidates)]
     columns = [one["figures"] | one["timings"] for one in (reference, *candidates)]
+    rows: list[Sequence[str] | None] = []
     for key, label in LABELS.items():
         if any(key in column for column in columns[1:]):
-            table.add_row(label, *(_cell(key, column.get(key)) for column in columns))
+            rows.append((label, *(_cell(key, column.get(key)) for column in columns)))
             if key in ("questions", "bytes"):
-                table.add_section()
-    console.print(table)
+                rows.append(None)
+    print_table("evaluate", ("figure", *names), rows, names)
     for one in candidates:
-        parted = sorted((answer for answer in one["answers"] if not answer["same"]), key=lambda answer: -answer["kl"])
-        if parted:
-            many = f"{len(parted)} of {len(one['answers'])} answers differ from the reference's, by KL"
-            console.print(f"{one['name']}: {many}:", markup=False)
-        for answer in parted[:_SHOWN]:
+        differing = sorted((answer for answer in one["answers"] if not answer["same"]), key=lambda one: -one["kl"])
+        if differing:
+            print(
+                f"{one['name']}: {len(differing)} of {len(one['answers'])} answers differ from the reference's, by KL:"
+            )
+        for answer in differing[:_SHOWN]:
             expected = "" if answer["expected"] is None else f" (expected: {_flat(answer['expected'])})"
-            console.print(f"  {_flat(answer['question'])}{expected}", markup=False)
-            console.print(f"    reference: {_flat(answer['reference'])}", markup=False)
-            console.print(f"    candidate: {_flat(answer['candidate'])}", markup=False)
+            print(f"  {_flat(answer['question'])}{expected}")
+            print(f"    reference: {_flat(answer['reference'])}")
+            print(f"    candidate: {_flat(answer['candidate'])}")
     about = candidates[0]["about"]
-    kept = f"; KL over {about['rows_kept']} of {about['rows']} rows" if about["rows_kept"] < about["rows"] else ""
-    console.print(f"perplexity of {about['text']}{kept}", markup=False)
+    part = f"; KL over {about['rows_kept']} of {about['rows']} rows" if about["rows_kept"] < about["rows"] else ""
+    print(f"perplexity of {about['text']}{part}")
     for one in (reference, *candidates):
-        console.print(f"{one['name']}: {', '.join(sorted({*one['about']['runners'].values()}))}", markup=False)
-    console.print(environment.machine_line(document["environment"]), markup=False)
+        print(f"{one['name']}: {', '.join(sorted({*one['about']['runners'].values()}))}")
+    print(environment.machine_line(document["environment"]))
 
 
 def _cell(key: str, value: float | None) -> str:

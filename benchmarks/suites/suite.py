@@ -3,7 +3,6 @@
 import argparse
 import json
 import math
-import platform
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -12,15 +11,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
 from benchmarks import environment
 from fastvlm.common import children, threads
 from fastvlm.common.children import ROOT
 from fastvlm.common.cli import add_common, log, progress
 from fastvlm.common.errors import CheckFailed
 from fastvlm.common.files import Output
-from fastvlm.common.terminal import Console
+from fastvlm.common.terminal import mark, print_table
 
 DEMO = ROOT / "fastvlm" / "demo_checkpoint"
 _SIGNS = {"<=": "≤", ">=": "≥", "<": "<"}
@@ -95,7 +92,7 @@ def run(suite: Suite, args: argparse.Namespace) -> dict[str, Any]:
         "load_after": environment.load(),
     }
     if not args.json:
-        print_table(suite.name, document)
+        print_document(suite.name, document)
     return document
 
 
@@ -109,25 +106,18 @@ def judge(bar: Bar, value: float) -> dict[str, Any]:
     return {**asdict(bar), "value": float(f"{value:.{digits}g}") if math.isfinite(value) else None, "passed": passed}
 
 
-def print_table(title: str, document: dict[str, Any]) -> None:
+def print_document(title: str, document: dict[str, Any]) -> None:
     """Figure, value, bar and mark, then the machine."""
-    table = Table(title=title, title_justify="left")
-    for column, justify in (("figure", "left"), ("measured", "right"), ("bar", "right"), ("", "left")):
-        table.add_column(column, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    rows = []
     for figure in document["figures"].values():
         bar = "" if figure["bound"] is None else f"{_SIGNS[figure['sense']]} {figure['bound']:g} {figure['unit']}"
-        mark = {True: "[green]✓[/]", False: "[red]✗[/]"}.get(figure["passed"], "")
         value = "not finite" if figure["value"] is None else f"{figure['value']:.8g} {figure['unit']}"
-        table.add_row(figure["figure"].replace("[", "\\["), value, bar, mark)
-    console = Console(highlight=False)
-    console.print(table)
-    load = document["load_before"]["1min"]
-    console.print(environment.machine_line(document["environment"]) + f", load before {load:.1f}", markup=False)
-    console.print(
-        f"{platform.python_implementation()} {document['environment']['python']}, "
-        + ", ".join(f"{k} {v}" for k, v in document["environment"]["packages"].items()),
-        markup=False,
-    )
+        outcome = "" if figure["passed"] is None else mark(figure["passed"])
+        rows.append((figure["figure"], value, bar, outcome))
+    print_table(title, ("figure", "measured", "bar", ""), rows, numbers=("measured", "bar"))
+    known = document["environment"]
+    print(f"{environment.machine_line(known)}, load before {document['load_before']['1min']:.1f}")
+    print(f"Python {known['python']}, {', '.join(f'{name} {version}' for name, version in known['packages'].items())}")
 
 
 # Steps

@@ -7,7 +7,7 @@ from typing import Any
 
 from benchmarks import environment
 from benchmarks.ttft.runner import STAGES, totals
-from fastvlm.common.page import templates
+from fastvlm.common import page
 from fastvlm.common.staging import write_file
 from fastvlm.common.terminal import Console
 
@@ -29,6 +29,7 @@ _LEGEND = (
     " same picture; tok/s: decoding; GB: peak memory; dB: the encoder's features against Transformers' in float32,"
     " signal to noise (–: not compared)."
 )
+TEMPLATE = Path(__file__).parent / "templates" / "ttft.html.j2"
 BARS = STAGES[:5]  # of a stacked bar; together the app's total
 TABLES = (tuple(LABELS), STAGES)  # the page's, by columns
 
@@ -242,13 +243,16 @@ def write(path: Path, document: Mapping[str, Any]) -> None:
 
 def render(document: Mapping[str, Any]) -> str:
     """The page as text. Names and errors are data: all of them are escaped."""
-
-    pages = templates(Path(__file__).with_name("templates"))
-    pages.filters |= {"shown": lambda value, key: shown(key, value), "settings": settings_of}
-    return pages.get_template("ttft.html.j2").render(
-        document=document, points=[_panel(document, point) for point in document["points"]], labels=LABELS, bars=BARS,
-        notes=notes(document), delayed=delayed(document), verdict=verdict(document), ratios=ratios(document),
+    filters = {"shown": lambda value, key: shown(key, value), "settings": settings_of, "label": label}
+    return page.render(
+        TEMPLATE, filters, document=document, points=[_panel(document, point) for point in document["points"]],
+        bars=BARS, notes=notes(document), delayed=delayed(document), verdict=verdict(document), ratios=ratios(document),
     )  # fmt: skip
+
+
+def label(key: str) -> str:
+    """A column's heading."""
+    return LABELS.get(key, key)
 
 
 def _panel(document: Mapping[str, Any], point: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from benchmarks.parity import compare, pictures, tolerances
+from benchmarks.parity import compare, pictures, tolerances, verdict
 from benchmarks.parity.language import Reading
 from fastvlm.common.errors import CheckFailed, UserError
 from fastvlm.data import scenes
@@ -18,7 +18,7 @@ def judge(reference, candidate, shown, operations, sides, compared):
 
     def run(family="fp16"):
         rows = compared(reference, candidate, shown)
-        return compare.document(rows, operations, family, sides)
+        return verdict.document(rows, operations, family, sides)
 
     return run
 
@@ -30,7 +30,7 @@ def test_the_same_model_passes_exactly(judge):
     assert result["metrics"]["prefill_kl"]["value"] == 0
     assert all(row["divergence"] is None and row["reference"] == row["candidate"] for row in result["rows"])
     assert result["pictures"] == {"demo": 4}
-    assert list(result["metrics"]) == list(compare.LABELS)
+    assert list(result["metrics"]) == list(verdict.LABELS)
 
 
 def test_the_document_is_json_and_the_same_twice(judge):
@@ -73,7 +73,7 @@ def test_one_perturbed_weight_fails_and_names_the_stage(judge, candidate, pertur
     result = judge()
     assert not result["passed"]
     assert result["broken"][0] == first
-    assert compare.LABELS[first] in result["verdict"]
+    assert verdict.LABELS[first] in result["verdict"]
 
 
 @pytest.mark.parametrize(
@@ -95,24 +95,24 @@ def test_what_is_not_finite_ends_the_comparison_where_it_begins(judge, candidate
 
 
 # For each figure a value just out of its tolerance; encoder ones come in through the first row, or the operations.
-@pytest.mark.parametrize("metric", [name for name in compare.LABELS if name not in ("operation_snr", "layer_snr")])
+@pytest.mark.parametrize("metric", [name for name in verdict.LABELS if name not in ("operation_snr", "layer_snr")])
 def test_each_figure_fails_alone(reference, candidate, shown, operations, sides, metric, compared):
     rows = compared(reference, candidate, shown)
     limits = tolerances.for_encoder("float16") | tolerances.for_language("fp16")
     worse = -1e-3 if limits[metric].sense == ">=" else 1e-3
     for row in rows:
         row.figures[metric] = limits[metric].bound + worse
-    result = compare.document(rows, operations, "fp16", sides)
+    result = verdict.document(rows, operations, "fp16", sides)
     assert result["broken"] == [metric] and not result["passed"]
     for row in rows:
         row.figures[metric] = math.nan
-    assert compare.document(rows, operations, "fp16", sides)["broken"] == [metric]
+    assert verdict.document(rows, operations, "fp16", sides)["broken"] == [metric]
 
 
 def test_the_worst_picture_counts(reference, candidate, shown, operations, sides, compared):
     rows = compared(reference, candidate, shown)
     rows[2].figures["encoder_snr"] = 20.0
-    figure = compare.document(rows, operations, "fp16", sides)["metrics"]["encoder_snr"]
+    figure = verdict.document(rows, operations, "fp16", sides)["metrics"]["encoder_snr"]
     assert figure["value"] == 20 and figure["worst_row"] == 2 and figure["passed"] is False
 
 
@@ -136,10 +136,10 @@ def test_layers_that_could_not_be_matched_fail(judge, operations):
 
 def test_nothing_compared_never_passes(operations, sides, reference, candidate, shown, compared):
     with pytest.raises(CheckFailed, match="nothing was compared"):
-        compare.document([], operations, "fp16", sides)
+        verdict.document([], operations, "fp16", sides)
     rows = compared(reference, candidate, shown[:1])
     with pytest.raises(CheckFailed, match="nothing was compared"):
-        compare.document(rows, operations | {"rounding": []}, "fp16", sides)
+        verdict.document(rows, operations | {"rounding": []}, "fp16", sides)
 
 
 def test_shapes_that_differ_are_named(reference, candidate, shown, compared):
@@ -208,8 +208,8 @@ def test_models_that_cannot_be_compared_are_refused_at_once(reference, candidate
 
 
 def test_summary_keeps_figures_and_runners_only(judge):
-    summary = compare.summary(judge())
-    assert summary["passed"] and set(summary["metrics"]) == set(compare.LABELS)
+    summary = verdict.summary(judge())
+    assert summary["passed"] and set(summary["metrics"]) == set(verdict.LABELS)
     assert "rows" not in summary and "operations" not in summary
     assert summary["runners"]["candidate"]["vision"] == "fake vision"
 
@@ -234,10 +234,10 @@ def test_a_stranger_gets_drawn_pictures_and_the_users_own(tmp_path, folder):
 
 def test_the_demo_checkpoint_gets_its_questions(monkeypatch):
     monkeypatch.setattr(scenes, "knows_demo", lambda checkpoint: True)
-    chosen = list(pictures.opened(pictures.choose(pictures.demo.CHECKPOINT, None, 6)))
+    chosen = list(pictures.opened(pictures.choose(scenes.CHECKPOINT, None, 6)))
     assert [one.source for one in chosen] == ["demo"] * 6
     assert all(one.truth for one in chosen)
-    again = list(pictures.opened(pictures.choose(pictures.demo.CHECKPOINT, None, 6)))
+    again = list(pictures.opened(pictures.choose(scenes.CHECKPOINT, None, 6)))
     assert [(a.question, a.image.tobytes()) for a in chosen] == [(b.question, b.image.tobytes()) for b in again]
 
 

@@ -5,7 +5,7 @@ import re
 import pytest
 from html_page import Page
 
-from benchmarks.parity import compare, report
+from benchmarks.parity import compare, report, verdict
 
 HOSTILE = '"><script>alert(1)</script><img src=http://evil.example/x onerror=alert(2)> {{ 7*7 }} & </style>'
 
@@ -16,7 +16,7 @@ def rendered(reference, candidate, shown, operations, sides, compared):
         rows = compared(reference, candidate, shown)
         if change:
             change(rows, operations, sides)
-        result = compare.document(rows, operations, "fp16", sides)
+        result = verdict.document(rows, operations, "fp16", sides)
         return report.render(result, [compare.thumbnail(picture.image) for picture in shown], command)
 
     return run
@@ -95,12 +95,12 @@ def test_the_page_is_the_same_twice(rendered):
 def test_each_row_needs_its_picture(reference, candidate, shown, operations, sides, compared):
     rows = compared(reference, candidate, shown)
     with pytest.raises(ValueError):
-        report.render(compare.document(rows, operations, "fp16", sides), [])
+        report.render(verdict.document(rows, operations, "fp16", sides), [])
 
 
 def test_writing_replaces_in_one_piece(tmp_path, monkeypatch, reference, candidate, shown, operations, sides, compared):
     rows = compared(reference, candidate, shown[:1])
-    result = compare.document(rows, operations, "fp16", sides)
+    result = verdict.document(rows, operations, "fp16", sides)
     path = tmp_path / "new" / "index.html"
     report.write(path, result, [shown[0].image])
     before = path.read_text()

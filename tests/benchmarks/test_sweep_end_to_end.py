@@ -54,17 +54,17 @@ def test_a_recipe_that_does_not_fit_the_model_is_refused_before_any_work(tiny_fa
 
 
 @pytest.mark.parametrize(
-    ("flags", "wish"),
+    ("flags", "constraints"),
     [
         ({"max_size": "500MB", "min_agreement": "99%"}, (500e6, 0.99)),
         ({"max_size": "1.2 GB", "min_agreement": "0.995"}, (1.2e9, 0.995)),
         ({"max_size": None, "min_agreement": "1"}, (None, 1.0)),
     ],
 )
-def test_wishes(flags, wish):
+def test_constraints(flags, constraints):
     faults: list[str] = []
-    found = sweep._wish(argparse.Namespace(**flags), faults)
-    assert (found.max_size, found.min_agreement) == wish and not faults
+    found = sweep._constraints(argparse.Namespace(**flags), faults)
+    assert (found.max_size, found.min_agreement) == constraints and not faults
 
 
 def test_samples_are_hashed_by_content():

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from benchmarks.parity import compare, tolerances
+from benchmarks.parity import tolerances, verdict
 
 ALL = [*map(tolerances.for_encoder, tolerances.PRECISIONS), *map(tolerances.for_language, tolerances.FAMILIES)]
 EVERY = [tolerance for column in ALL for tolerance in column.values()]
@@ -15,7 +15,7 @@ def test_every_figure_has_a_tolerance_and_every_tolerance_a_reason():
     for precision in tolerances.PRECISIONS:
         for family in tolerances.FAMILIES:
             names = {**tolerances.for_encoder(precision), **tolerances.for_language(family)}
-            assert set(names) == set(compare.LABELS)
+            assert set(names) == set(verdict.LABELS)
     for rows, columns in ((tolerances._ENCODER, tolerances.PRECISIONS), (tolerances._LANGUAGE, tolerances.FAMILIES)):
         for row in rows.values():
             assert set(row.bounds) == set(columns)

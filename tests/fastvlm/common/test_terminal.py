@@ -11,7 +11,7 @@ from rich.table import Table
 
 from fastvlm.common import cli
 from fastvlm.common.errors import UserError
-from fastvlm.common.terminal import Console, neutral, plain_streams
+from fastvlm.common.terminal import Console, neutral, plain_streams, print_table
 
 HOSTILE = "a\x1b[2J\x1b]0;title\x07b\rc\x9b31md\u202ee\x00\x7f"
 CONTROLS = [chr(number) for number in range(0xA0) if chr(number) not in "\t\n" and not chr(number).isprintable()]
@@ -85,3 +85,26 @@ def test_what_an_encoding_lacks_is_written_out(monkeypatch: pytest.MonkeyPatch):
         Console().print("b \udcff")
         sys.stdout.flush()
     assert raw.getvalue() == b"a \\ud800 \\xd7 \\u2026\nb \\udcff\n"
+
+
+ROWS = [("one [red]", "a long text that has to be wrapped somewhere, " * 3, "1.234"), None, ("two", "short", "5")]
+
+
+@pytest.mark.parametrize("columns", [None, 60, 120])
+def test_a_table_fits_what_columns_says(monkeypatch: pytest.MonkeyPatch, capsys, columns):
+    if columns:
+        monkeypatch.setenv("COLUMNS", str(columns))
+    else:
+        monkeypatch.delenv("COLUMNS", raising=False)
+    print_table("a title", ("name", "text", "number"), ROWS, numbers=("number",))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].strip() == "a title" and max(map(len, lines)) <= (columns or 80)
+    assert "[red]" in "".join(lines) and any(line.rstrip().endswith("1.234") for line in lines)
+
+
+def test_a_table_that_does_not_fit_becomes_blocks(monkeypatch: pytest.MonkeyPatch, capsys):
+    monkeypatch.setenv("COLUMNS", "40")
+    heads = [f"figure {number}" for number in range(8)]
+    print_table("wide", ("name", *heads), [("one", *("1.2345 GB" for _ in heads)), ("two", *[""] * 7, "9")], heads)
+    lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+    assert lines[:3] == ["wide", "one", "  figure 0  1.2345 GB"] and lines[-2:] == ["two", "  figure 7  9"]
