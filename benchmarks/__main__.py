@@ -7,7 +7,7 @@ if __name__ == "__main__":
 
 import argparse
 
-from benchmarks.estimate import estimate
+from benchmarks.estimate import command as estimate
 from benchmarks.mac import report as mac_report
 from benchmarks.parity import command as parity
 from benchmarks.peers import peers

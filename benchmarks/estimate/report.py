@@ -1,9 +1,8 @@
-"""What `estimate` prints: ranges, the devices, the calibration."""
+"""The tables of `estimate`: ranges and devices."""
 
 from collections.abc import Mapping
 from typing import Any
 
-from benchmarks.estimate.model import MEANINGS
 from fastvlm.common.terminal import print_table
 
 
@@ -24,19 +23,6 @@ def print_devices(document: dict[str, Any]) -> None:
     columns = ("device", "name", "Neural Engine, float16", "weights", "GPU, float32", "memory", "sizes", "points")
     print_table("devices", columns, rows)
     print("* not confirmed by a source; all sources are in benchmarks/estimate/devices.json. points: published ones.")
-
-
-def print_calibration(document: dict[str, Any]) -> None:
-    """The parameters, and every point beside its prediction."""
-    parameters = [(name, f"{value:.4g}", MEANINGS[name]) for name, value in document["parameters"].items()]
-    print_table("parameters", ("parameter", "value", "meaning"), parameters, numbers=("value",))
-    rows = []
-    for fit in document["points"]:
-        off = f"{100 * (fit['predicted'] / fit['published'] - 1):+.0f} %"
-        rows.append((fit["id"], fit["device"], _ms(fit["published"]), _ms(fit["predicted"]), off, fit["use"]))
-    numbers = ("published", "predicted", "off")
-    print_table("published points", ("point", "device", *numbers, "use"), rows, numbers)
-    _print_errors(document["held_out"])
 
 
 def print_estimate(result: dict[str, Any]) -> None:
@@ -60,20 +46,16 @@ def print_estimate(result: dict[str, Any]) -> None:
         f"{stage} {len(behind['points'])} points ({behind['of_this_chip']} in all of this chip)"
         for stage, behind in result["calibrated_on"].items()
     )
-    print(f"calibrated on: {counts}; `estimate --calibrate` lists them")
-    _print_errors(result["held_out"])
+    print(f"calibrated on: {counts}; `python -m benchmarks.estimate.fit` lists them")
+    errors = ", ".join(
+        f"{stage} {100 * error['median']:.0f} % (median of {error['points']}), {100 * error['worst']:+.0f} % (worst)"
+        for stage, error in result["held_out"].items()
+    )
+    print(f"error on points held out: {errors}")
     print(
         "An estimate, not a measurement: the model's arithmetic and others' published times"
         " (benchmarks/estimate/published.json); prefill and decode are for MLX of 2025 or later."
     )
-
-
-def _print_errors(errors: Mapping[str, Mapping[str, Any]]) -> None:
-    parts = ", ".join(
-        f"{stage} {100 * error['median']:.0f} % (median of {error['points']}), {100 * error['worst']:+.0f} % (worst)"
-        for stage, error in errors.items()
-    )
-    print(f"error on points held out: {parts}")
 
 
 def _ms(seconds: float) -> str:

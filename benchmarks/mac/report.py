@@ -163,7 +163,7 @@ def absent(args: argparse.Namespace) -> dict[str, str]:
 
 def known_device() -> str | None:
     """This Mac's key in devices.json, by its chip's name; None when it isn't there."""
-    from benchmarks.estimate.estimate import devices
+    from benchmarks.estimate.devices import devices
 
     chip = environment.describe()["cpu"].removeprefix("Apple ")
     return next((key for key, device in devices().items() if (device.kind, device.chip) == ("mac", chip)), None)

@@ -12,8 +12,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastvlm
-from benchmarks.estimate.estimate import facts
-from benchmarks.estimate.work import SPILL, LanguageModel, convnext, encoder_work, fastvit
+from benchmarks.estimate.devices import facts
+from benchmarks.estimate.work import LanguageModel, encoder_work, fastvit
 from fastvlm.synthetic.checkpoint import SHAPES
 from quantization.catalogue import weight_shapes
 
@@ -43,11 +43,11 @@ def test_fastvithd_against_pytorch(resolution: int) -> None:
         ("mci2", "fastvit_mci2", 256, {"inference_mode": True}),
         ("mci4", "fastvit_mci4", 256, {"inference_mode": True}),
         ("fastvit-sa24", "fastvit_sa24", 256, {"inference_mode": True}),
-        ("vit-l-14", "vit_large_patch14_clip_336", 336, {}),
-        ("vit-b-16", "vit_base_patch16_224", 224, {}),
-        ("siglip-so400m", "vit_so400m_patch14_siglip_384", 384, {"global_pool": "avg"}),
-        ("convnext-l", "convnext_large", 320, {}),
-        ("convnext-xxl", "convnext_xxlarge", 256, {}),
+        ("vit-l-14-336", "vit_large_patch14_clip_336", 336, {}),
+        ("vit-b-16-224", "vit_base_patch16_224", 224, {}),
+        ("siglip-so400m-384", "vit_so400m_patch14_siglip_384", 384, {"global_pool": "avg"}),
+        ("convnext-l-320", "convnext_large", 320, {}),
+        ("convnext-xxl-256", "convnext_xxlarge", 256, {}),
     ],
 )
 def test_the_measured_encoders_against_pytorch(
@@ -80,7 +80,9 @@ def test_against_the_audit_of_an_exported_package(make_checkpoint: Callable[...,
 
 def test_weights_against_the_published_tower() -> None:
     """All but norms and scales, which are 0.1 % of the tower."""
-    table = json.loads((Path(fastvlm.__file__).parent / "fastvithd.json").read_text(encoding="utf-8"))["folded"]
+    table = json.loads((Path(fastvlm.__file__).parent / "checkpoint" / "fastvithd.json").read_text(encoding="utf-8"))[
+        "folded"
+    ]
     tower = sum(math.prod(shape) for shape in table.values())
     assert encoder_work(ENCODERS["fastvithd"], 1024).weights == pytest.approx(2 * tower, rel=2e-3)
 
@@ -105,21 +107,13 @@ def test_the_published_shapes_are_the_measured_ones(name: str) -> None:
     }  # fmt: skip
 
 
-def test_spilling_begins_between_the_points_that_show_it() -> None:
-    """ConvNeXt-L at 768 has no tensor above the limit, at 1024 it has; FastViTHD not before 1024."""
-    large = {"depths": [3, 3, 27, 3], "widths": [192, 384, 768, 1536]}
-    largest = {
-        size: 2 * max(max(one.inputs, one.outputs) for one in convnext(size, **large)) for size in (768, 1024)
-    }  # fmt: skip
-    assert largest[768] < SPILL < largest[1024]
-    assert encoder_work(ENCODERS["fastvithd"], 1024).spilled == 0
-    assert encoder_work(ENCODERS["fastvithd"], 1536).spilled > 0
-
-
-def test_longest_attention() -> None:
-    assert encoder_work(ENCODERS["fastvithd"], 1024).longest_attention == 1024
-    assert encoder_work(ENCODERS["vit-l-14"], 518).longest_attention == 1369
-    assert encoder_work(ENCODERS["convnext-l"], 512).longest_attention == 0
+def test_spilling_and_attention_grow_with_the_picture() -> None:
+    """FastViTHD has no tensor above the limit at 1024, and ConvNeXt-L, counted, one from 1024 on."""
+    for resolution, spills, tokens in ((256, False, 64), (1024, False, 1024), (1536, True, 2304)):
+        work = encoder_work(ENCODERS["fastvithd"], resolution)
+        assert (work.spilled > 0, work.longest_attention) == (spills, tokens)
+    spilled = {size: encoder_work(ENCODERS[f"convnext-l-{size}"], size).spilled for size in (512, 768, 1024)}
+    assert spilled[512] == spilled[768] == 0 < spilled[1024]
 
 
 def test_an_architecture_without_a_size_is_refused() -> None:
