@@ -43,8 +43,13 @@ def fault_of(words: list[str]) -> str:
     if module == "pytest":
         known = {"--color=no", "-rs"}
         return "".join(one for one in rest if one not in known and not is_a_test(one))
-    if module == "benchmarks.suites.steps":
-        return "" if callable(getattr(importlib.import_module(module), rest[0], None)) else rest[0]
+    if module == "benchmarks.suites.step":
+        module, _, function = rest[0].partition(":")
+        return (
+            ""
+            if callable(getattr(importlib.import_module(module), function, None)) and json.loads(rest[1])
+            else rest[0]
+        )
     parser = importlib.import_module(f"{module}.__main__").build_parser()
     try:
         args = parser.parse_args(rest)

@@ -198,5 +198,7 @@ def test_units_that_nobody_measured_are_refused(capsys: pytest.CaptureFixture[st
 
 
 def test_listing_imports_no_torch() -> None:
-    code = "import sys; from benchmarks.estimate import command; command.known_devices(); sys.exit('torch' in sys.modules)"
+    code = (
+        "import sys; from benchmarks.estimate import command; command.known_devices(); sys.exit('torch' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
