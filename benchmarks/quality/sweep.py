@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import environment
-from benchmarks.quality import evaluate, sweep_point
+from benchmarks.quality import job, sweep_point
 from fastvlm.common.cli import log, progress
 from fastvlm.common.errors import UserError
 from fastvlm.common.files import Output
@@ -211,8 +211,8 @@ def _check(args: argparse.Namespace) -> dict[str, Any]:
     with noted():
         source = args.samples or ("demo" if knows_demo(args.checkpoint) else "drawn")
         found["source_name"] = Path(source).name
-        found["source"] = source if source in (evaluate.DEMO, evaluate.DRAWN) else str(Path(source).resolve())
-        found["samples"] = evaluate.choose(found["source"], args.count)
+        found["source"] = source if source in (job.DEMO, job.DRAWN) else str(Path(source).resolve())
+        found["samples"] = job.choose(found["source"], args.count)
         inputs["samples"] = samples_sha256(found["samples"])
     with noted():
         if args.text:

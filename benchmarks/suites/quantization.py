@@ -10,7 +10,7 @@ import shutil
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -132,12 +132,12 @@ def in_turns(key: str, sides: Mapping[str, Command], work: Path, rounds: int) ->
             log(f"{key} {name}: {done.seconds:.1f} s, {done.peak_gb:.2f} GB")
             costs[name].append(done)
             shutil.rmtree(target)
-    return {
-        name: Finished(
-            0, statistics.median(one.seconds for one in each), round(statistics.median(one.peak_bytes for one in each)), ""
-        )
-        for name, each in costs.items()
-    }  # fmt: skip
+    return {name: _median(each) for name, each in costs.items()}
+
+
+def _median(costs: Sequence[Finished]) -> Finished:
+    peak = statistics.median(one.peak_bytes for one in costs)
+    return Finished(0, statistics.median(one.seconds for one in costs), round(peak), "")
 
 
 def _add_ratio(

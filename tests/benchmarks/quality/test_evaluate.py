@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.quality import evaluate, text_model
-from benchmarks.quality.evaluate import Job
+from benchmarks.quality import evaluate, job, text_model
+from benchmarks.quality.job import Job
 from fastvlm.common import cli
 from fastvlm.common.children import Finished
 from fastvlm.common.errors import CheckFailed, UserError
@@ -82,10 +82,10 @@ def test_any_mlx_folder_in_pytorch_is_what_mlx_computes(quantized):
 
 
 def test_quantization_of_a_text_model_shows(llama, quantized, text_file, tmp_path):
-    common = {"results": str(tmp_path / "results.zip"), "text": str(text_file), "samples": evaluate.TEXT_ONLY}
-    reference = evaluate.evaluate(Job(str(llama), is_reference=True, llm="torch", **common))
-    same = evaluate.evaluate(Job(str(llama), llm="mlx", **common))["figures"]
-    worse = evaluate.evaluate(Job(str(quantized), llm="torch", **common))["figures"]
+    common = {"results": str(tmp_path / "results.zip"), "text": str(text_file), "samples": job.TEXT_ONLY}
+    reference = job.evaluate(Job(str(llama), is_reference=True, llm="torch", **common))
+    same = job.evaluate(Job(str(llama), llm="mlx", **common))["figures"]
+    worse = job.evaluate(Job(str(quantized), llm="torch", **common))["figures"]
     assert same["text_kl_mean"] < 1e-5 < worse["text_kl_mean"]
     assert same["text_top1"] == pytest.approx(1, abs=0.01)
     assert same["perplexity"] == pytest.approx(reference["figures"]["perplexity"], rel=1e-3)
@@ -186,14 +186,13 @@ def test_pictures_that_do_not_open_are_refused(capsys, tmp_path, monkeypatch):
 )
 def test_what_the_process_raised_is_raised(monkeypatch, returncode, last, error, message):
     done = Finished(returncode, 1.0, 1, "", last)
-    monkeypatch.setattr(evaluate.children, "run", lambda command, say: done)
+    monkeypatch.setattr(job.children, "run", lambda command, say: done)
     with pytest.raises(error, match=message):
-        evaluate.measured(Job("model", "results"))
+        job.measured(Job("model", "results"))
 
 
 def test_its_own_process_says_what_it_raised(capsys, tmp_path):
-    job = {"model": str(tmp_path / "gone"), "results": "r"}
-    assert evaluate._main(json.dumps(job)) == 2
+    assert job._main(json.dumps({"model": str(tmp_path / "gone"), "results": "r"})) == 2
     assert "no such folder" in capsys.readouterr().err
 
 
@@ -206,7 +205,7 @@ def test_sizes_by_part(tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"x" * size)
     parts = {"bytes_vision": 23, "bytes_language": 10, "bytes_projector": 5}
-    assert evaluate.sizes(tmp_path) == {"bytes": 40} | parts
+    assert job.sizes(tmp_path) == {"bytes": 40} | parts
 
 
 @pytest.fixture
