@@ -59,7 +59,7 @@ def device_key(name: str) -> str:
 
     Raises UserError that names the nearest for a device that isn't there.
     """
-    keys = {}
+    keys: dict[str, str] = {}
     for key, entry in facts("devices.json")["devices"].items():
         keys |= {_normalized(alias): key for alias in (key, *entry.get("aliases", ()))}
     wanted = _normalized(name)

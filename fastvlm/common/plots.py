@@ -38,7 +38,7 @@ def figure(width: float, height: float, salt: str) -> Iterator[Any]:
     logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # its notes on fonts are nobody's business
     import matplotlib
 
-    style: dict[str, Any] = {
+    style: Any = {
         "svg.hashsalt": salt, "svg.fonttype": "none", "font.family": ["DejaVu Sans"], "font.size": 10,
     }  # fmt: skip
     with matplotlib.rc_context(style):
@@ -119,7 +119,9 @@ def name_points(
     renderer = axes.figure.canvas.get_renderer()
     frame, scale = axes.get_window_extent(renderer), axes.figure.dpi / 72
     pixels = {name: axes.transData.transform(place) for name, place in places.items()}
-    taken = [(x - 5 * scale, y - 5 * scale, x + 5 * scale, y + 5 * scale) for x, y in pixels.values()]
+    taken: list[tuple[float, ...]] = [
+        (x - 5 * scale, y - 5 * scale, x + 5 * scale, y + 5 * scale) for x, y in pixels.values()
+    ]
     for name in sorted(texts, key=lambda name: (len(_near(pixels, name)), places[name])):
         text = axes.annotate(
             texts[name], places[name], (0, 0), textcoords="offset points", color=tints[name], fontsize=8.5, va="center",

@@ -92,7 +92,9 @@ class Console(RichConsole):
 
 def mark(passed: bool | None) -> Text:
     """The sign of a check's outcome: a green tick, a red cross, or a dash for what was not judged."""
-    return {True: Text("✓", "green"), False: Text("✗", "red")}.get(passed, Text("–"))  # type: ignore[call-overload]
+    if passed is None:
+        return Text("–")
+    return Text("✓", "green") if passed else Text("✗", "red")
 
 
 def print_table(
@@ -103,10 +105,12 @@ def print_table(
 
     Text is printed as it is, without markup; a row that is None separates sections. The columns named in `numbers` are
     aligned to the right and never wrapped. Where the table does not fit, each row becomes a block: its first cell, and
-    a line for each of the others.
+    below it the others with their columns' names.
     """
     console = console or Console(highlight=False)
-    cells = [row and [Text(cell) if isinstance(cell, str) else cell for cell in row] for row in rows]
+    cells = [
+        None if row is None else [Text(cell) if isinstance(cell, str) else cell for cell in row] for row in rows
+    ]  # fmt: skip
     table = Table(title=Text(title, "bold"), title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for column in columns:
         right = column in numbers
@@ -126,10 +130,7 @@ def print_table(
 def _print_blocks(console: Console, columns: Sequence[str], rows: Sequence[Sequence[Text]]) -> None:
     for first, *others in rows:
         console.print(first)
-        block = Table.grid(padding=(0, 2, 0, 0))
-        block.add_column(no_wrap=True)
-        block.add_column(overflow="fold")
-        for column, cell in zip(columns[1:], others):
-            if cell.plain:
-                block.add_row(Text(f"  {column}", "dim"), cell)
-        console.print(block)
+        cells = [Text.assemble((f"{column} ", "dim"), cell) for column, cell in zip(columns[1:], others) if cell.plain]
+        for line in Text(" · ").join(cells).wrap(console, max(console.width - 2, 20)):
+            line.rstrip()
+            console.print(Text("  ") + line)

@@ -190,12 +190,19 @@ def test_answers_that_part_are_both_sides_own(reference, candidate, shown, compa
     assert parted and any(row.divergence["margin"] is not None and row.divergence["margin"] > 0 for row in parted)
 
 
-def test_four_bit_answers_are_reported_not_judged(judge, candidate):
+def test_a_recipe_of_few_bits_has_a_verdict_of_its_own(judge, candidate):
+    """Faithful to its recipe is one thing, what the recipe changed another."""
+    assert judge("fp16")["recipe"] is judge("int8")["recipe"] is None
+    same = judge("int4")["recipe"]
+    assert (same["questions"], same["changed"], same["unchanged"], same["kl"], same["top1"]) == (4, 0, True, 0, 1)
     perturb_head(candidate)
     result = judge("int4")
-    assert result["passed"]
-    assert result["metrics"]["prefill_kl"]["passed"] is None
-    assert "reported" in result["verdict"]
+    assert result["passed"] and result["metrics"]["prefill_kl"]["passed"] is None
+    recipe, metrics = result["recipe"], result["metrics"]
+    assert recipe["changed"] == sum(row["reference"] != row["candidate"] for row in result["rows"]) > 0
+    assert not recipe["unchanged"] and recipe["kl"] == metrics["prefill_kl"]["value"] > 0
+    assert recipe["top1"] == metrics["prefill_top1"]["value"] < 1
+    assert verdict.summary(result)["recipe"] == recipe
 
 
 def test_models_that_cannot_be_compared_are_refused_at_once(reference, candidate):

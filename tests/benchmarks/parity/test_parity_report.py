@@ -12,11 +12,11 @@ HOSTILE = '"><script>alert(1)</script><img src=http://evil.example/x onerror=ale
 
 @pytest.fixture
 def rendered(reference, candidate, shown, operations, sides, compared):
-    def run(command="python -m benchmarks parity", change=None):
+    def run(command="python -m benchmarks parity", change=None, family="fp16"):
         rows = compared(reference, candidate, shown)
         if change:
             change(rows, operations, sides)
-        result = verdict.document(rows, operations, "fp16", sides)
+        result = verdict.document(rows, operations, family, sides)
         return report.render(result, [compare.thumbnail(picture.image) for picture in shown], command)
 
     return run
@@ -66,6 +66,22 @@ def test_the_passing_page(rendered):
     text = rendered()
     assert "parity passed" in text and "<mark>" not in text
     assert "python -m benchmarks parity" in text and "coremltools" in text
+
+
+def moods(text):
+    """The colours of a page's verdicts."""
+    return re.findall(r'<header class="verdict (\w+)">', text)
+
+
+def test_below_8_bits_the_page_has_two_verdicts(rendered, capsys):
+    def change(rows, operations, sides):
+        rows[0].candidate = "another answer"
+        rows[0].figures |= {"prefill_kl": 0.5, "prefill_top1": 0.6, "greedy_tokens": 0.0, "greedy_answers": 0.0}
+
+    assert moods(rendered()) == ["good"] and moods(rendered(family="int4")) == ["good", "good"]
+    text = rendered(change=change, family="int2")
+    assert moods(text) == ["good", "warn"] and "changed 1 of 4 answers" in text
+    assert moods(rendered(change=failing)) == ["bad"]
 
 
 def test_hostile_names_prompts_and_answers_stay_text(rendered):

@@ -1,6 +1,7 @@
 """`benchmarks encoder` on tiny checkpoints: its sections as they run for real, and each step's negative control."""
 
 import json
+import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -40,7 +41,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch, run: suite.Run, tiny_fast_vlm: Path) -
     def figures(*sections: suite.Section) -> dict[str, float]:
         for section in sections:
             section(run)
-        return {key: figure["value"] for key, figure in run.figures.items()}
+        return {key: -math.inf if figure["value"] is None else figure["value"] for key, figure in run.figures.items()}
 
     return figures
 
