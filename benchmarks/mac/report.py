@@ -17,6 +17,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from rich.text import Text
+
 from benchmarks import environment
 from benchmarks.mac import check as mac_check
 from benchmarks.mac.check import Check
@@ -32,7 +34,7 @@ from fastvlm.common.terminal import mark, print_table
 TABLE = Path(__file__).with_name("mac_checks.json")
 TEMPLATE = Path(__file__).parent / "templates" / "mac_report.html.j2"
 MAC = ("Core ML", "Metal", "Xcode", "macOS")  # of what checks need, what only a Mac has
-OUTCOMES = {"passed": mark(True), "failed": mark(False), "skipped": mark(None), "by hand": "☞"}
+OUTCOMES: dict[str, str | Text] = {"passed": mark(True), "failed": mark(False), "skipped": mark(None), "by hand": "☞"}
 _LARGEST = 1 << 20  # characters of a check's JSON document that the page keeps
 
 

@@ -132,7 +132,8 @@ def _torch(folder: Path, tokenizer: Any) -> "Language":
     try:
         settings = AutoConfig.for_model(fields.pop("model_type"), **fields)
         weights = dict(_dequantized(folder, document.get("quantization") or {}))
-        model, loaded = MODEL_FOR_CAUSAL_LM_MAPPING[type(settings)].from_pretrained(
+        kind_of_model: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(settings)]
+        model, loaded = kind_of_model.from_pretrained(
             None, config=settings, state_dict=weights, dtype=torch.float32, attn_implementation="sdpa",
             output_loading_info=True, ignore_mismatched_sizes=True,
         )  # fmt: skip

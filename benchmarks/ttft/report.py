@@ -243,7 +243,7 @@ def write(path: Path, document: Mapping[str, Any]) -> None:
 
 def render(document: Mapping[str, Any]) -> str:
     """The page as text. Names and errors are data: all of them are escaped."""
-    filters = {"shown": lambda value, key: shown(key, value), "settings": settings_of, "label": label}
+    filters: dict[str, Any] = {"shown": lambda value, key: shown(key, value), "settings": settings_of, "label": label}
     return page.render(
         TEMPLATE, filters, document=document, points=[_panel(document, point) for point in document["points"]],
         bars=BARS, notes=notes(document), delayed=delayed(document), verdict=verdict(document), ratios=ratios(document),

@@ -90,11 +90,12 @@ def show(model_path: str, count: int, seed: int, folder: Path, quiet: bool) -> d
 
 
 def _print_table(rows: list, right: int) -> None:
-    cells = [(q.kind, q.question, answer, "" if exact else q.answer, mark(exact)) for q, answer, exact in rows]
-    columns = ["kind", "question", "answer", "truth", ""]
-    if right == len(rows):  # the answers are the truth
-        columns.remove("truth")
-        cells = [(*cell[:3], cell[4]) for cell in cells]
+    wrong = right < len(rows)  # otherwise the answers are the truth
+    columns = ["kind", "question", "answer", *(["truth"] if wrong else []), ""]
+    cells = [
+        (q.kind, q.question, answer, *(["" if exact else q.answer] if wrong else []), mark(exact))
+        for q, answer, exact in rows
+    ]
     print_table(f"{right} of {len(rows)} exact", columns, cells)
 
 
