@@ -475,7 +475,7 @@ def test_verb_on_a_hot_checkpoint(capsys: pytest.CaptureFixture[str], hot_checkp
     document = json.loads(last)
     assert document["verdict"] == verdict and "overflow" in verdict and str(tmp_path) in plot
     assert "PyTorch, the folded graph in float32, 128 x 128, 1 of 2 built-in pictures" in out
-    table = [line for line in out.splitlines() if line.startswith("│")]
+    table = [line for line in out.splitlines() if line.startswith("  layer ")]
     assert len(table) == 3 and "stages.4.blocks.0.norm" in table[0] and "stages.4" in table[1]
     operations = document["operations"]
     assert operations[0]["layer"] == "stem.0.reparam_conv" and len(operations) > 80
