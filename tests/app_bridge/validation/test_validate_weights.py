@@ -6,14 +6,25 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import broken
 import numpy as np
 import pytest
 import torch
-from broken import Fault, expect_fault, gone, in_json, in_tensors, in_text, put, rules, several, without
 
 from app_bridge.app.facts import table
 from app_bridge.subject import is_finite
+from tests.app_bridge import broken
+from tests.app_bridge.broken import (
+    Fault,
+    expect_fault,
+    gone,
+    in_json,
+    in_tensors,
+    in_text,
+    put,
+    rules,
+    several,
+    without,
+)
 
 CONFIG, TOKENIZER, TOKENIZER_CONFIG = "config.json", "tokenizer.json", "tokenizer_config.json"
 PACKAGE, WEIGHTS, PROJECTOR = "fastvithd.mlpackage", "model.safetensors", "multi_modal_projector.safetensors"

@@ -7,9 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import broken
 import pytest
-from broken import gone, in_json
 
 from app_bridge import __main__ as command
 from app_bridge.app import facts as app_facts
@@ -19,6 +17,8 @@ from fastvlm.common.cli import run
 from fastvlm.common.errors import UserError
 from model_export.encoder.package import read_specification
 from quantization.recipe import named_recipes
+from tests.app_bridge import broken
+from tests.app_bridge.broken import gone, in_json
 
 # What other versions of the app use of their packages (app_bridge/packages.json), by the loader that these are.
 APIS = {
