@@ -68,7 +68,7 @@ def test_apples_app_has_the_tables_facts(monkeypatch: pytest.MonkeyPatch) -> Non
     assert sources.read(Path(folder)) == TABLE
     published["types"]["Language.Attention"]["members"]["wq"] = "another"
     (changed,) = sources.read(Path(folder)).changed
-    assert (changed.what, changed.where) == ("Language.Attention.wq", "FastVLM/FastVLM.swift:69")
+    assert (changed.what, changed.where) == ("Language.Attention.wq", "FastVLM/FastVLM.swift:67")
 
 
 def test_the_contract_and_the_table_agree() -> None:
