@@ -64,10 +64,7 @@
 ((property_declaration name: (pattern (simple_identifier) @_name) value: (_) @patch_size) (#eq? @_name "patchSize"))
 ((property_declaration name: (pattern (simple_identifier) @_name) value: (_) @additional_image_tokens)
  (#eq? @_name "numAdditionalImageTokens"))
-((dictionary_literal
-  key: (line_string_literal text: (_) @_role) value: (line_string_literal text: (_) @_system)
-  key: (line_string_literal text: (_) @_content) value: (_) @system_prompt)
- (#eq? @_role "role") (#eq? @_system "system") (#eq? @_content "content"))
+((dictionary_literal value: (line_string_literal) @_system value: (_) @system_prompt) (#eq? @_system "\"system\""))
 ((additive_expression lhs: (multiplicative_expression)) @image_tokens)
 ((line_string_literal interpolation: (_) interpolation: (_)) @turn (#match? @turn "role(.|\n)*content"))
 ((additive_expression

@@ -13,13 +13,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from app_bridge import findings, kept
+from app_bridge import kept
 from app_bridge.app import facts, resources
 from app_bridge.install import clone
 from app_bridge.kept import real
 from app_bridge.validation import licence
 from benchmarks.estimate.estimate import facts as measured
-from fastvlm.common import staging
+from fastvlm.common import findings, staging
 from fastvlm.common.cli import add_common, log, progress
 from fastvlm.common.documents import load_object, object_or_empty
 from fastvlm.common.errors import UserError

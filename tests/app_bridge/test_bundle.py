@@ -13,10 +13,10 @@ import pytest
 
 from app_bridge import kept
 from app_bridge.app import facts, packages
-from app_bridge.findings import Finding
 from app_bridge.install import bundle, clone
 from app_bridge.validation import validate
 from fastvlm.common import staging
+from fastvlm.common.findings import Finding
 from tests.app_bridge.models import call, contents, make_artefact, make_foreign, model, previous, snapshot
 
 # --- the two verbs

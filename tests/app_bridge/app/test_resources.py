@@ -8,8 +8,8 @@ import pytest
 from app_bridge.app import sources
 from app_bridge.app.facts import table
 from app_bridge.app.resources import check, collisions, group, resource
-from app_bridge.findings import errors
 from app_bridge.validation.validate import validate
+from fastvlm.common.findings import errors
 from tests.app_bridge import broken
 from tests.app_bridge.app.conftest import VIEWER
 from tests.app_bridge.models import call, contents, model

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from app_bridge.subject import is_finite
 
 from app_bridge.app.facts import table
-from app_bridge.subject import is_finite
 from tests.app_bridge import broken
 from tests.app_bridge.broken import (
     Fault,
