@@ -81,15 +81,13 @@ def differences(read: AppFacts, table: AppFacts) -> list[str]:
             ours, theirs = sorted({*ours} - {*theirs}), sorted({*theirs} - {*ours})
         here, there = _entries(name, ours), _entries(name, theirs)
         for entry in sorted({*here, *there}):
-            pair = here.get(entry), there.get(entry)
-            if all(isinstance(side, dict) for side in pair):
+            ours, theirs = here.get(entry), there.get(entry)
+            if isinstance(ours, dict) and isinstance(theirs, dict):
                 lines += [
-                    _line(f"{entry}: {key}", value, pair[1][key])
-                    for key, value in pair[0].items()
-                    if value != pair[1][key]
+                    _line(f"{entry}: {key}", value, theirs[key]) for key, value in ours.items() if value != theirs[key]
                 ]
-            elif pair[0] != pair[1]:
-                lines.append(_line(entry, *("it" if isinstance(side, dict) else side for side in pair)))
+            elif ours != theirs:
+                lines.append(_line(entry, *("it" if isinstance(side, dict) else side for side in (ours, theirs))))
     return lines + [each.line() for each in read.changed]
 
 
@@ -246,7 +244,8 @@ class Reading:
 
     def _keys(self, name: str, renamed: dict[str, str]) -> tuple[Key, ...]:
         """The keys of a file, by path; `renamed` gets the published name of each that has another one here."""
-        keys, known = {}, {key.path: key for key in getattr(self.table, name)}
+        keys: dict[str, Key] = {}
+        known: dict[str, Key] = {key.path: key for key in getattr(self.table, name)}
         declared: list[tuple[str, Member, str, str]] = []
         for full, path in self.published[name].items():
             type_name, _, member = full.rpartition(".")

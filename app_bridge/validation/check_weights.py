@@ -69,7 +69,7 @@ def check_weights(
     Returns:
         The rows of the embedding table, None where unknown.
     """
-    index = {}
+    index: dict[str, Any] | None = {}
     if (subject.folder / contract.WEIGHTS_INDEX).exists():
         index = yield from subject.read_json(contract.WEIGHTS_INDEX)
     names = (index or {}).get("weight_map")

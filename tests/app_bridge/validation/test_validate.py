@@ -342,7 +342,7 @@ def test_shards_pass_and_a_missing_one_is_one_finding(app_artefact: Path, tmp_pa
 def test_an_apps_own_sources_are_read_and_compared_with_the_table(
     app_artefact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Our own app takes the artefact; a changed value is judged, a declaration told, and one of the prompt warned of."""
+    """Our own app takes the artefact; a changed value is judged, a declaration told, of the prompt warned."""
     published = fingerprinted(VIEWER)
     monkeypatch.setattr(sources, "published", lambda: published)
     app = tmp_path / "app"
