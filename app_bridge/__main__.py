@@ -9,7 +9,7 @@ import argparse
 
 from app_bridge.install import bundle
 from app_bridge.memory import plan
-from app_bridge.publishing import card, publish
+from app_bridge.publishing import verbs as publishing
 from app_bridge.validation import validate
 from fastvlm.common.cli import Parser, main
 
@@ -24,8 +24,7 @@ def build_parser() -> argparse.ArgumentParser:
     bundle.add_parsers(verbs)
     validate.add_parser(verbs)
     plan.add_parser(verbs)
-    card.add_parser(verbs)
-    publish.add_parser(verbs)
+    publishing.add_parsers(verbs)
     return parser
 
 

@@ -17,7 +17,7 @@ from benchmarks import environment
 from benchmarks.estimate import estimate
 from benchmarks.mac import report
 from benchmarks.parity.pictures import LIMIT
-from benchmarks.peers import peers
+from benchmarks.peers import command as peers
 from benchmarks.suites import encoder, export, quantization
 from benchmarks.ttft import command as ttft
 from fastvlm.common.cli import Parser, add_common, log, main, progress

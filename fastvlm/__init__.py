@@ -1,12 +1,28 @@
-"""The PyTorch reference model and its checkpoints."""
+"""The PyTorch reference model and its checkpoints: `load` is the way in.
 
-from typing import Any
+Wings: `common` (command line, errors, files, child processes), `checkpoint` (find, check and read a folder), `data`
+(pictures, prompts, conversations), `model` (build, fold, ask), and `download`, `demo`, `synthetic`.
+"""
+
+from os import PathLike
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fastvlm.model.surface import FastVLM
 
 __all__ = ["load"]
 
 
-def load(path: Any, dtype: str = "float32") -> Any:
-    """Load a checkpoint as a `fastvlm.model.surface.FastVLM` (see there for the methods, shapes and units)."""
+def load(path: str | PathLike[str], dtype: str = "float32", device: str = "cpu") -> "FastVLM":
+    """Load a checkpoint folder, in LLaVA's or Transformers' layout, to be run by PyTorch.
+
+    Args:
+        dtype: "float32", "float16" or "bfloat16", or "auto": as the weights are stored, as far as the device can.
+        device: "cpu", "cuda" or "mps", or "auto": the first of cuda, mps and cpu that is there.
+
+    Raises:
+        UserError (`fastvlm.common.errors`): the folder is no usable checkpoint, or the device is not on this machine.
+    """
     from fastvlm.model.surface import load_checkpoint  # torch and transformers take seconds: not at import
 
-    return load_checkpoint(path, dtype=dtype)
+    return load_checkpoint(path, dtype, device)

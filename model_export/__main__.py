@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from fastvlm.common.cli import Parser, add_common, log, main, progress, shown
 from fastvlm.common.errors import UserError
 from fastvlm.common.files import Output
+from fastvlm.data import scenes
 from model_export import config as configuration
 from model_export import contract
 from model_export.audit.mac import add_mac
@@ -298,6 +299,8 @@ def run_generate(args: argparse.Namespace) -> dict[str, Any]:
         pictures = opened.result()
     for part, name in model.runners.items():
         log(f"{part}: {name}")
+    if images and scenes.knows_demo(Path(args.model)):
+        log(scenes.KNOWS)
     if len(images) > 1:
         log("warning: several pictures in one prompt: the model was not trained for it")
     model.check_prompts((f"--prompt {prompt[:32]!r}", prompt, len(pictures)) for prompt in args.prompt)

@@ -273,9 +273,9 @@ def _missing_or_resized(artefact: Path, files: Mapping[str, Mapping[str, Any]]) 
 
 
 def _extra(artefact: Path, listed: set[str]) -> list[str]:
-    """Files and folders that the manifest does not have."""
+    """Files and folders that the manifest does not have, but for what macOS adds."""
     folders = {parent.as_posix() for name in listed for parent in Path(name).parents}
-    found = [path.relative_to(artefact).as_posix() for path in sorted(artefact.rglob("*"))]
+    found = [path.relative_to(artefact).as_posix() for path in sorted(artefact.rglob("*")) if not is_macs(path.name)]
     return [name for name in found if name not in listed and name not in folders]
 
 

@@ -4,6 +4,7 @@ Two of one name fail the build ("Multiple commands produce", as two README.md do
 https://github.com/rudrankriyam/Foundation-Models-Framework-Lab/issues/33).
 """
 
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -22,6 +23,12 @@ _BUILT = {
 # What a framework's folder has besides its binary; on iOS the resources are beside these ("Placing content in a
 # bundle", developer.apple.com/documentation/bundleresources).
 _OF_FRAMEWORK = ("info.plist", "headers", "privateheaders", "modules", "_codesignature", "assets.car")
+
+
+def model_path(app: Path, folder: str) -> Path:
+    """Return the absolute path of an app's model, `folder` below the app. A model that is a link stays a link."""
+    path = app.expanduser() / folder
+    return Path(os.path.realpath(path.parent), path.name)
 
 
 def resource(name: str) -> str:

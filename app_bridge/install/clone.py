@@ -10,35 +10,29 @@ from pathlib import Path
 
 _FICLONE = 0x40049409  # linux/fs.h: _IOW(0x94, 9, int)
 _CLONE_NOFOLLOW = 1  # macOS's sys/clonefile.h
-# What a file system says that has no clones, or none from that one to this. (EPERM: a file system that forbids it.)
-_CANNOT = {
+# The errors of a file system that has no clones, or none from that one to this. (EPERM: a file system that forbids it.)
+_UNSUPPORTED = {
     errno.ENOTSUP, errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.ENOTTY, errno.ENOSYS, errno.EPERM
 }  # fmt: skip
 
 
-def place(source: Path, target: Path) -> bool:
-    """Make `target`, a new file with the bytes of `source` and times of its own; whether it is a clone. OSError."""
-    cloned = _clone(source, target)
-    if cloned:
-        os.utime(target)  # macOS clones the times, too: a build must see that the file is new
-    else:
-        shutil.copyfile(source, target)
-    return cloned
+def clone_or_copy(source: Path, target: Path) -> bool:
+    """Make `target`, a new file with the bytes of `source` and times of its own. Returns whether it is a clone.
 
-
-def _clone(source: Path, target: Path) -> bool:
+    Raises OSError.
+    """
     try:
         if sys.platform == "darwin":
             _clonefile(source, target)
-        elif sys.platform.startswith("linux"):
+        else:
             with source.open("rb") as origin, target.open("xb") as made:
                 fcntl.ioctl(made.fileno(), _FICLONE, origin.fileno())
-        else:
-            return False
     except OSError as error:
-        if error.errno in _CANNOT:
-            return False
-        raise
+        if error.errno not in _UNSUPPORTED:
+            raise
+        shutil.copyfile(source, target)
+        return False
+    os.utime(target)  # macOS clones the times, too: a build must see that the file is new
     return True
 
 

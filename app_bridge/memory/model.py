@@ -7,13 +7,11 @@ What MLX allocates follows from the graph of the app's prefill (apple/ml-fastvlm
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import accumulate
-from pathlib import Path
 from typing import Any
 
+from app_bridge.memory.limits import MIB
 from benchmarks.estimate.estimate import facts
 from benchmarks.estimate.work import LanguageModel, fastvit
-from benchmarks.ttft.runner import peak_bytes
-from fastvlm.common.cli import log
 
 CACHE_STEP = 256  # positions that a KV cache grows by: KVCacheSimple.step, mlx-swift-examples 2.21.2 and mlx-lm 0.32.2
 FLOAT = 4  # bytes of a float32
@@ -21,13 +19,8 @@ FLOAT = 4  # bytes of a float32
 # mlx 0.21.0, the app's: 12 command buffers (MAX_BUFFERS_PER_QUEUE, backend/metal/device.cpp) of 10 operations
 # (max_ops_per_buffer, utils.h).
 APP_AHEAD = 12 * 10
-# mlx 0.32.4 waits at 11 tasks (MAX_ACTIVE_TASKS, transforms.cpp), on Metal of 40 operations (max_ops_per_buffer_,
-# backend/metal/device.cpp), on the CPU of 10 dispatches (backend/cpu/encoder.h): one for a view and two for the rest.
-AHEAD = {"gpu": 11 * 40, "cpu": 11 * 10 * 2 // 3}
 # For each pixel in the app: RGBA, planar, and MLX's copy, all float32 (MediaProcessingExtensions.swift).
 PICTURE_VALUES = 4 + 3 + 3
-MIB = 1 << 20
-TOLERANCE = 0.15  # of MLX's peak, predicted beside measured: what issue 7 asks for
 _NETWORK = ("depths", "widths", "ratio", "attention", "se")  # `fastvit`'s arguments
 
 
@@ -216,50 +209,3 @@ def parts(
 def total(found: list[Part]) -> tuple[int, int]:
     """The sum of all parts, from low to high."""
     return sum(part.low for part in found), sum(part.high for part in found)
-
-
-def measure(folder: Path, model: Model, tokens: int, cache_limit: int, answer: int = 2) -> dict[str, Any]:
-    """Run an artefact's language model as the app does, over random embeddings, and compare MLX's peak with the plan's.
-
-    `passed`: within TOLERANCE. UserError where MLX isn't installed or refuses the folder.
-    """
-    from model_export.runtime.language import mlx_language
-
-    language, _ = mlx_language(folder)
-    import mlx.core as mx
-    from mlx_lm.models.cache import KVCache
-
-    on = "gpu" if mx.default_device() == mx.gpu else "cpu"
-    log(f"{language.name}: {tokens} tokens, and {answer} of an answer ...")
-    mx.set_cache_limit(cache_limit)
-    decoder, caches = language.text.model, [KVCache() for _ in language.text.model.layers]
-    head = decoder.embed_tokens.as_linear if language.text.args.tie_word_embeddings else language.text.lm_head
-
-    def step(stream: Any, mask: Any) -> Any:
-        for layer, cache in zip(decoder.layers, caches, strict=True):
-            stream = layer(stream, mask, cache)
-        token = mx.argmax(head(decoder.norm(stream))[:, -1], axis=-1)  # of all positions, as in the app
-        mx.eval(token)
-        return token[None]
-
-    width = decoder.embed_tokens(mx.zeros((1, 1), mx.int32)).dtype
-    places = mx.arange(tokens)
-    mask = ((places[:, None] < places) * mx.array(-1e9, mx.float32)).astype(width)
-    stream = mx.random.normal((1, tokens, model.sizes.hidden)).astype(width)
-    mx.eval(mask, stream)
-    weights = mx.get_active_memory() - mask.nbytes - stream.nbytes
-    mx.reset_peak_memory()
-    token = step(stream, mask)
-    for _ in range(answer):
-        token = step(decoder.embed_tokens(token), None)
-    peak = mx.get_peak_memory()
-    cache = cache_bytes(model.sizes, tokens, model.itemsize)
-    graph = prefill(model, tokens, picture=False).peak(AHEAD[on])
-    predicted = {"language model": model.language, "KV cache": cache, "prefill": graph}
-    measured = {"language model": weights, "KV cache and prefill": peak - weights}
-    off = sum(predicted.values()) / peak - 1
-    return {
-        "runner": language.name, "tokens": tokens, "predicted": predicted, "measured": measured,
-        "peak": {"predicted": sum(predicted.values()), "measured": peak, "off": off},
-        "process_peak": peak_bytes(), "passed": abs(off) <= TOLERANCE,
-    }  # fmt: skip

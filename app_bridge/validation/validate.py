@@ -7,10 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from app_bridge import kept
+from app_bridge import licence
 from app_bridge.app import packages, resources
 from app_bridge.app.facts import AppFacts, Changed, table
-from app_bridge.validation import licence
 from app_bridge.validation.check_config import check_config, check_preprocessor
 from app_bridge.validation.check_coreml import check_package
 from app_bridge.validation.check_tokenizer import check_tokenizer
@@ -58,7 +57,7 @@ def run_validate(args: argparse.Namespace) -> dict[str, Any]:
         differences = sources.differences(facts, ours)
     subject, found = _examine(args.artefact, facts)
     if args.app is not None:
-        model = kept.Place(kept.real(args.app), facts.model_folder).model
+        model = resources.model_path(args.app, facts.model_folder)
         found = resources.collisions(subject.bundled, model, model.parent) + found
     document = {
         "passed": not findings.errors(found),

@@ -20,7 +20,7 @@ import fastvlm
 from benchmarks.estimate import model
 from benchmarks.estimate.model import Device, Point, Time
 from benchmarks.estimate.work import SPILL, EncoderWork, LanguageModel, encoder_work
-from benchmarks.peers.peers import TEXT_TOKENS
+from benchmarks.peers.shapes import TEXT_TOKENS
 from fastvlm.common.cli import add_common
 from fastvlm.common.errors import UserError
 from model_export.encoder import compress

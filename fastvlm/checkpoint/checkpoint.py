@@ -140,7 +140,9 @@ def open_checkpoint(path: str | os.PathLike[str], image_strategy: str | None = N
     """
     examination = examine(path, image_strategy)
     if examination.checkpoint is None:
-        raise UserError(f"cannot use checkpoint {path}: {'; '.join(map(str, examination.faults))}")
+        raise UserError(
+            f"cannot use checkpoint {folder_kind.as_typed(path)}: {'; '.join(map(str, examination.faults))}"
+        )
     return examination.checkpoint
 
 
@@ -178,13 +180,13 @@ def _refuse_other(path: Path, config: Any = None, tensors: Collection[str] = ())
 def _steps(examination: Examination, image_strategy: str | None) -> Steps[Checkpoint | None]:
     path = examination.path
     _refuse_other(path)
-    config = yield from _read_config(path)
-    _refuse_other(path, config)
-    layout = None if config is None else (yield from layouts.layout_of(config))
+    document = yield from _read_config(path)
+    _refuse_other(path, document)
+    layout = None if document is None else (yield from layouts.layout_of(document))
     examination.layout = layout
-    if config is None or layout is None:
+    if document is None or layout is None:
         return None
-    config, config_findings = collect(layouts.read_config(config, layout))
+    config, config_findings = collect(layouts.read_config(document, layout))
     weights, weight_findings = collect(scan(path))
     _refuse_other(path, config, weights.tensors)
     yield from (*config_findings, *check_small_files(path), *weight_findings)

@@ -117,7 +117,12 @@ def run(
         )  # fmt: skip
         assert process.stderr is not None
         stopped = threading.Event()
-        timer = threading.Timer(timeout or 0, lambda: (stopped.set(), _end(process)))
+
+        def stop() -> None:
+            stopped.set()
+            _end(process)
+
+        timer = threading.Timer(timeout or 0, stop)
         try:
             if timeout is not None:
                 timer.start()
@@ -133,7 +138,7 @@ def run(
             _end(process)
             process.stderr.close()
         printed.seek(0)
-        figures = {"returncode": process.returncode, "seconds": timeout or 0.0, "peak_bytes": 0}
+        figures: dict[str, Any] = {"returncode": process.returncode, "seconds": timeout or 0.0, "peak_bytes": 0}
         with suppress(OSError, ValueError):  # none where it was stopped
             figures = json.loads(result.read_text())
         return Finished(

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 Array: TypeAlias = np.ndarray[Any, Any]
 
 DTYPES = ("float32", "float16", "bfloat16")
+DEVICES = ("auto", "cpu", "mps", "cuda")
 
 # What a float's values are held as in NumPy.
 ARRAYS: dict[str, Any] = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}
@@ -85,6 +86,19 @@ def computed_in(stored: str, device: str) -> tuple[str, str]:
         return "float32", "float32"
     language = stored if stored != "bfloat16" or has_bfloat16(device) else "float32"
     return ("float32" if language == "float16" else language), language
+
+
+def choose_device(device: str) -> str:
+    """Resolve "auto" and refuse a device that is not here."""
+    import torch
+
+    here = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if device == "auto":
+        return next(name for name in ("cuda", "mps", "cpu") if here[name])
+    if not here.get(device):
+        have = ", ".join(name for name, available in here.items() if available)
+        raise UserError(f"device: not on this machine: got {device}, expected one of {have}")
+    return device
 
 
 def has_bfloat16(device: str) -> bool:

@@ -20,6 +20,7 @@ import logging
 import math
 import os
 import re
+import shlex
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -111,11 +112,14 @@ def open_image(path: str | os.PathLike[str]) -> Image.Image:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     with stream, _quiet():
+        head = stream.read(32)
+        stream.seek(0)
+        if _is_heic(head):
+            _register_heic(path)
         try:
-            image = Image.open(stream, formats=FORMATS)
+            image = Image.open(stream, formats=("HEIF",) if _is_heic(head) else FORMATS)
         except UnidentifiedImageError as error:
-            stream.seek(0)
-            raise UserError(f"{path}: {_what_is_it(stream.read(32))}") from error
+            raise UserError(f"{path}: {_what_is_it(head)}") from error
         except Image.DecompressionBombError as error:
             raise UserError(f"{path}: more than {MAX_PIXELS:,} pixels, the limit: scale the picture down") from error
         except MemoryError:
@@ -240,11 +244,25 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
+def _is_heic(head: bytes) -> bool:
+    return head[4:8] == b"ftyp" and head[8:12] in _HEIC_BRANDS
+
+
+def _register_heic(path: Path) -> None:
+    """Let Pillow read HEIC, which iPhones write; UserError where the package for it is not installed."""
+    try:
+        from pillow_heif import register_heif_opener
+    except ImportError:
+        convert = f"`sips -s format jpeg {shlex.quote(path.name)} --out a.jpg`"
+        raise UserError(
+            f"{path}: an HEIC picture: `pip install pillow-heif` to read it, or convert it to JPEG (on a Mac {convert})"
+        ) from None
+    register_heif_opener()
+
+
 def _what_is_it(head: bytes) -> str:
     if not head:
         return "an empty file, expected a picture"
-    if head[4:8] == b"ftyp" and head[8:12] in _HEIC_BRANDS:
-        return "an HEIC picture: convert it to JPEG or PNG"
     if head.startswith(LFS_MAGIC[: len(head)]):
         return "a Git-LFS pointer in place of the picture: run `git lfs pull`"
     return f"not a picture, or a damaged one: expected {', '.join(FORMATS)}"

@@ -6,7 +6,6 @@ goes on from the byte where it stopped.
 """
 
 import argparse
-import fcntl
 import hashlib
 import json
 import os
@@ -14,6 +13,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,9 @@ from rich.filesize import decimal
 
 from fastvlm.checkpoint.folder_kind import REPOSITORY
 from fastvlm.common.cli import add_common, log, one_line, progress
-from fastvlm.common.documents import object_or_empty
+from fastvlm.common.documents import loads, object_or_empty
 from fastvlm.common.errors import UserError
-from fastvlm.common.staging import own, remove
+from fastvlm.common.staging import PARTIAL, held, remove
 from fastvlm.download.fetch import (
     CHUNK,
     MOST,
@@ -121,6 +121,7 @@ def download(
                 remove(work)
         return {**done, "status": "already complete", "path": str(target)}
     if dry_run:
+        retries = replace(retries, waits=(), timeout=min(retries.timeout, 10.0))  # nothing is lost by asking again
         size = _ask_size(source, repository, revision, work, retries)
         return {"name": name, "status": "would download", "path": str(target), "source": source, "bytes": size}
     with _locked(work):
@@ -170,12 +171,7 @@ def _changed(folder: Path, record: dict[str, Any]) -> list[str]:
 @contextmanager
 def _locked(work: Path) -> Iterator[None]:
     """Hold the working folder alone; clear it away when nothing worth going on from was put into it."""
-    own(work)
-    with open(work / "lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another download is at work in {work}; wait for it to end") from None
+    with held(work, f"another download is at work in {work}; wait for it to end"):
         try:
             yield
         finally:
@@ -303,6 +299,8 @@ def _from_hub(repository: str, revision: str, work: Path, retries: Retries) -> d
         shutil.rmtree(folder, ignore_errors=True)
         write_json(work / "revision.json", {"sha": sha})
     folder.mkdir(exist_ok=True)
+    for left in folder.glob(PARTIAL):  # of a record, by a run that was killed
+        left.unlink()
     need_disk(work, total - min(total, sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())))
     files: dict[str, Any] = {}
     with progress(repository, sized=True) as step:
@@ -349,7 +347,7 @@ def _listing(repository: str, revision: str, retries: Retries) -> tuple[dict[str
             return answer
 
     try:
-        info = json.loads(persist(ask, retries, where))
+        info = loads(persist(ask, retries, where))
         commit = re.fullmatch(r"[0-9a-f]{40}", info["sha"]) and REPOSITORY.fullmatch(info["id"])
         top = [file for file in info["siblings"] if "/" not in file["rfilename"]]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

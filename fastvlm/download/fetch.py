@@ -2,7 +2,6 @@
 
 import http.client
 import json
-import os
 import re
 import shutil
 import ssl
@@ -20,6 +19,7 @@ from rich.filesize import decimal
 from fastvlm.common.cli import log
 from fastvlm.common.documents import object_or_empty
 from fastvlm.common.errors import UserError
+from fastvlm.common.staging import write_file
 
 CHUNK = 1 << 20  # bytes
 MOST = 1 << 50  # bytes of a file; a server that announces more is lying
@@ -237,9 +237,7 @@ def need_disk(folder: Path, size: int) -> None:
 
 def write_json(path: Path, document: Any) -> None:
     """Write `document` in one piece: a reader finds the old file or the new one."""
-    staging = path.with_name(path.name + ".new")
-    staging.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    os.replace(staging, path)
+    write_file(path, (json.dumps(document, indent=1) + "\n").encode())
 
 
 def _state_path(path: Path) -> Path:

@@ -13,6 +13,7 @@ from typing import Any
 from rich.filesize import decimal
 
 from fastvlm.common.errors import UserError
+from fastvlm.common.files import is_macs
 from fastvlm.download.fetch import CHUNK, Report, need_disk, silent
 
 MAX_ENTRIES = 10_000
@@ -119,7 +120,7 @@ def _check_count(path: Path, found: int) -> None:
 def _finder_junk(entry: zipfile.ZipInfo) -> bool:
     """Whether a Mac's Finder put it there: resource forks and view settings."""
     parts = entry.filename.split("/")
-    return parts[0] == "__MACOSX" or parts[-1] == ".DS_Store" or parts[-1].startswith("._")
+    return parts[0] == "__MACOSX" or is_macs(parts[-1])
 
 
 def _extract(

@@ -152,15 +152,10 @@ def _drop(name: str, unit: nn.Module) -> None:
 def _fold_unit(name: str, unit: nn.Module) -> None:
     """Fold everything in `unit`, in place; its tensors become new float64 ones."""
     _widen(name, unit)
-    for module in list(unit.modules()):  # parents come first: RepMixer consumes the MobileOneBlocks inside it
-        if isinstance(module, RepMixer):
-            _fold_rep_mixer(module)
-        elif isinstance(module, MobileOneBlock):
-            _fold_mobile_one(module)
-        elif isinstance(module, ReparamLargeKernelConv):
-            _fold_large_kernel(module)
-        elif isinstance(module, RepConditionalPosEnc):
-            _fold_position_encoding(module)
+    for module in list(unit.modules()):  # parents come first: RepMixer folds the MobileOneBlocks inside it
+        if isinstance(module, _BRANCHED) and module.reparam_conv is None:
+            module.reparameterize()  # timm's arithmetic, on float64 tensors; the proof does not use it
+            module.eval().requires_grad_(False)
         elif isinstance(module, RepMixerBlock):
             _fold_layer_scale(module, "layer_scale", module.mlp.fc2)
         elif isinstance(module, AttentionBlock):
@@ -207,94 +202,13 @@ def _scale_shift(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     return scale, norm.bias - norm.running_mean * scale
 
 
-def _identity_kernel(channels: int, groups: int, size: int) -> Tensor:
-    """The (channels, channels / groups, size, size) kernel that returns its input."""
-    width = channels // groups
-    kernel = torch.zeros(channels, width, size, size, dtype=torch.float64)
-    index = torch.arange(channels)
-    kernel[index, index % width, size // 2, size // 2] = 1
-    return kernel
-
-
-def _conv_branch(branch: Any, size: int) -> tuple[Tensor, Tensor]:
-    """Convolution + BatchNorm as (kernel, bias), the kernel zero-padded on all sides to `size`."""
-    scale, shift = _scale_shift(branch.bn)
-    kernel = branch.conv.weight * scale.view(-1, 1, 1, 1)
-    bias = shift if branch.conv.bias is None else shift + branch.conv.bias * scale
-    return nn.functional.pad(kernel, [(size - kernel.shape[-1]) // 2] * 4), bias
-
-
-def _convolution(kernel: Tensor, bias: Tensor, stride: int, groups: int) -> nn.Conv2d:
-    channels_out, width, size, _ = kernel.shape
-    convolution = nn.Conv2d(width * groups, channels_out, size, stride, size // 2, groups=groups, device="meta")
-    convolution.weight, convolution.bias = _parameter(kernel), _parameter(bias)
-    return convolution.eval()
-
-
-def _mobile_one_kernel(block: MobileOneBlock) -> tuple[Tensor, Tensor]:
-    """All branches of a MobileOneBlock as one (kernel, bias)."""
-    if block.reparam_conv is not None:
-        return block.reparam_conv.weight, block.reparam_conv.bias
-    size = block.kernel_size
-    parts = [_conv_branch(branch, size) for branch in block.conv_kxk or ()]
-    if block.conv_scale is not None:
-        parts.append(_conv_branch(block.conv_scale, size))
-    if block.identity is not None:
-        scale, shift = _scale_shift(block.identity)
-        parts.append((_identity_kernel(block.in_chs, block.groups, size) * scale.view(-1, 1, 1, 1), shift))
-    kernels, biases = zip(*parts)
-    return torch.stack(kernels).sum(0), torch.stack(biases).sum(0)
-
-
-def _install(module: nn.Module, convolution: nn.Conv2d, *branches: str) -> None:
-    """Put `convolution` in the place of the branches, as timm's own folded form has it."""
-    module.reparam_conv = convolution
-    for name in branches:
-        if hasattr(module, name):
-            delattr(module, name)
-    module.inference_mode = True  # type: ignore[assignment]
-
-
-def _fold_mobile_one(block: MobileOneBlock) -> None:
-    if block.reparam_conv is None:
-        kernel, bias = _mobile_one_kernel(block)
-        _install(block, _convolution(kernel, bias, block.stride, block.groups), "conv_kxk", "conv_scale", "identity")
-
-
-def _fold_large_kernel(module: ReparamLargeKernelConv) -> None:
-    if module.reparam_conv is None:
-        kernel, bias = _conv_branch(module.large_conv, module.kernel_size)
-        if getattr(module, "small_conv", None) is not None:
-            small_kernel, small_bias = _conv_branch(module.small_conv, module.kernel_size)
-            kernel, bias = kernel + small_kernel, bias + small_bias
-        _install(module, _convolution(kernel, bias, module.stride, module.groups), "large_conv", "small_conv")
-
-
-def _fold_rep_mixer(mixer: RepMixer) -> None:
-    """x + scale * (mixer(x) - norm(x)) is one depthwise convolution."""
-    if mixer.reparam_conv is None:
-        kernel, bias = _mobile_one_kernel(mixer.mixer)
-        norm_kernel, norm_bias = _mobile_one_kernel(mixer.norm)
-        kernel, bias = kernel - norm_kernel, bias - norm_bias
-        if isinstance(mixer.layer_scale, LayerScale2d):
-            scale = mixer.layer_scale.gamma.flatten()
-            kernel, bias = kernel * scale.view(-1, 1, 1, 1), bias * scale
-        kernel = kernel + _identity_kernel(mixer.dim, mixer.dim, mixer.kernel_size)
-        _install(mixer, _convolution(kernel, bias, 1, mixer.dim), "mixer", "norm", "layer_scale")
-
-
-def _fold_position_encoding(module: RepConditionalPosEnc) -> None:
-    """x + conv(x) is one depthwise convolution."""
-    if module.reparam_conv is None:
-        kernel = module.pos_enc.weight + _identity_kernel(module.dim, module.groups, module.spatial_shape[0])
-        _install(module, _convolution(kernel, module.pos_enc.bias, 1, module.groups), "pos_enc")
-
-
 def _fold_conv_norm(module: ConvNormAct) -> None:
     """Convolution + BatchNorm without activation becomes the convolution, with a bias, and an identity named `bn`."""
     if isinstance(module.bn, nn.BatchNorm2d) and isinstance(getattr(module.bn, "act", nn.Identity()), nn.Identity):
-        kernel, bias = _conv_branch(module, module.conv.kernel_size[0])
-        module.conv.weight, module.conv.bias = _parameter(kernel), _parameter(bias)
+        scale, shift = _scale_shift(module.bn)
+        bias = shift if module.conv.bias is None else shift + module.conv.bias * scale
+        module.conv.weight = _parameter(module.conv.weight * scale.view(-1, 1, 1, 1))
+        module.conv.bias = _parameter(bias)
         module.bn = nn.Identity()
 
 

@@ -5,15 +5,17 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fastvlm.common.cli import add_common, log, progress, shown
+from fastvlm.common.dtypes import DEVICES, choose_device
 from fastvlm.common.errors import UserError
+from fastvlm.data import scenes
 from fastvlm.data.prompt import CONV_MODES, IMAGE
 
-DEVICES = ("auto", "cpu", "mps", "cuda")
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 _BATCH = 8  # questions a forward pass; bounds the KV cache
 
@@ -82,19 +84,6 @@ def plan(pictures: int, prompts: Sequence[str]) -> list[Job]:
     return jobs
 
 
-def choose_device(device: str) -> str:
-    """Resolve "auto" and refuse a device that is not here."""
-    import torch
-
-    here = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if device == "auto":
-        return next(name for name in ("cuda", "mps", "cpu") if here[name])
-    if not here[device]:
-        have = ", ".join(name for name, available in here.items() if available)
-        raise UserError(f"--device: not on this machine: got {device}, expected one of {have}")
-    return device
-
-
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Answer and print; returns the document with every answer."""
     _check(args)
@@ -110,6 +99,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         pictures = [open_image(path) for path in args.image_file]
         model = load_checkpoint(args.model_path, args.dtype, device, args.attn_implementation, args.image_strategy)
     pixels = f"{model.image_size} × {model.image_size} pixels, {model.preprocessor.image_strategy}"
+    if pictures and scenes.knows_demo(Path(args.model_path)):
+        log(scenes.KNOWS)
     log(f"{', '.join(dict.fromkeys(model.runners.values()))}, {pixels}; loaded in {time.monotonic() - started:.1f} s")
     if any(len(job.pictures) > 1 for job in jobs):
         log("warning: FastVLM was trained with one picture a prompt; answers about several may be poor")

@@ -4,6 +4,7 @@ A `FastVLM` is put together from three parts: what encodes the picture, what pro
 PyTorch parts; `model_export.runtime` has those of an artefact. Whatever a part computes is finite, or an error.
 """
 
+import os
 import shlex
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 
 from fastvlm.common.cli import log
-from fastvlm.common.dtypes import computed_in, dtype_name
+from fastvlm.common.dtypes import choose_device, computed_in, dtype_name
 from fastvlm.common.errors import UserError
 from fastvlm.common.image_tokens import tokens_per_image
 from fastvlm.common.limits import Part, finite, positions, stopped, warn_once
@@ -133,7 +134,7 @@ class Language(ABC):
             logits, past = self.prefill(self.embed(np.array([[token]])), past)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class FastVLM:
     """A loaded FastVLM: `preprocess`, `encode_image`, `project`, `logits`, `generate` and `stream`.
 
@@ -147,6 +148,10 @@ class FastVLM:
     vision: Vision
     projector: Projector
     language: Language
+
+    def __repr__(self) -> str:
+        runners = ", ".join(dict.fromkeys(self.runners.values()))
+        return f"FastVLM({self.image_size} x {self.image_size} pixels, {self.tokens_per_image} image tokens; {runners})"
 
     @property
     def image_size(self) -> int:
@@ -266,6 +271,8 @@ def _checked(array: np.ndarray, shape: tuple[int | None, ...], name: str) -> np.
     if len(got) != len(shape) or any(want is not None and have != want for have, want in zip(got, shape)):
         expected = ", ".join("C" if want is None else str(want) for want in shape)
         raise UserError(f"{name}: wrong shape: got {tuple(got)}, expected ({expected})")
+    if (dtype := np.asarray(array).dtype).kind != "f":
+        raise UserError(f"{name}: got {dtype}, expected float32: `preprocess` makes pixel values of a picture")
     return np.ascontiguousarray(array, dtype=np.float32)
 
 
@@ -361,7 +368,7 @@ class Sampler:
 
 
 def load_checkpoint(
-    path: str | Path,
+    path: str | os.PathLike[str],
     dtype: str = "float32",
     device: str = "cpu",
     attn_implementation: str = "sdpa",
@@ -373,7 +380,7 @@ def load_checkpoint(
     from fastvlm.checkpoint.checkpoint import open_checkpoint
     from fastvlm.model.build import build
 
-    checkpoint = open_checkpoint(path, image_strategy)
+    device, checkpoint = choose_device(device), open_checkpoint(path, image_strategy)
     vision, language = computed_in(checkpoint.dtype, device) if dtype == "auto" else (dtype, dtype)
     model = build(checkpoint, language, device, attn_implementation, vision, streamed)
     return from_model(model, checkpoint, checkpoint.preprocessor)

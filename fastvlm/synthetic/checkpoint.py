@@ -10,8 +10,6 @@ import json
 import math
 import os
 import re
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +21,7 @@ from fastvlm.checkpoint import naming
 from fastvlm.common.dtypes import ITEMSIZE, SAFETENSORS_NAMES, torch_dtype
 from fastvlm.common.errors import UserError
 from fastvlm.common.image_tokens import tokens_per_image
+from fastvlm.common.staging import staged
 from fastvlm.synthetic import tokenizer
 
 LAYOUTS = ("fast_vlm", "llava_qwen2")
@@ -106,20 +105,13 @@ def write_checkpoint(
         raise UserError(f"write_checkpoint: scales with form {form}, dtype {dtype}: expected folded, not float16")
     tied = sizes.tied if tied is None else tied
     config = _config(sizes, layout, form, dtype, tied, image_size or sizes.image_size)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
+    with staged(target) as staging:
         (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         (staging / "LICENSE").write_text(_LICENCE)
         tokenizer.write(staging, layout, sizes.published_ids, image_size or sizes.image_size)
         expected = _expected(config, layout, form, tied)
         factors = _factors(expected, stream_scale or {}, attention_scale, patch_scale)
         _write_weights(staging, expected, layout, dtype, shards, seed, factors, low_pass)
-        staging.chmod(0o755)
-        os.rename(staging, target)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
     return target
 
 

@@ -141,7 +141,7 @@ def test_live_staging_is_left_alone_and_dead_is_removed(tmp_path: Path) -> None:
 WRITER = """
 import os, shutil, signal, sys
 from pathlib import Path
-from fastvlm import staging
+from fastvlm.common import staging
 def child(moment, text):
     seen = 0
     def trace(frame, event, argument):
@@ -232,8 +232,10 @@ def test_target_is_refused_before_any_work(tmp_path: Path) -> None:
     model = make(tmp_path / "model")
     with pytest.raises(UserError, match="--overwrite"):
         check_target(model, overwrite=False)
-    (model / ".DS_Store").touch()
+    for name in (".DS_Store", "._config.json"):
+        (model / name).touch()
     check_target(model, overwrite=True)
+    assert verify(model) == []
     (model / "notes.txt").touch()
     with pytest.raises(UserError, match=r"notes\.txt"):
         check_target(model, overwrite=True)
@@ -298,9 +300,9 @@ def test_missing_extra_resized_and_linked_files_are_named(tmp_path: Path) -> Non
     ("text", "match"),
     [
         (None, "no artefact"),
-        ("{", "not JSON"),
-        ('{"format": "\\ud800"}', "not JSON"),
-        ("[" * 100_000, "not JSON"),
+        ("{", "not-json"),
+        ('{"format": "\\ud800"}', "not-json"),
+        ("[" * 100_000, "not-json"),
         ("[]", "not the manifest"),
         ('{"format": "fastvlm-artefact", "format_version": 99}', "version 99"),
         ('{"format": "fastvlm-artefact", "format_version": 3, "files": {"../x": {"sha256": "", "size": 1}}}', "inside"),

@@ -461,7 +461,7 @@ def test_older_targets_are_refused_in_one_line(tiny_checkpoint: Path, tmp_path: 
             {"*": "palette5", "a": 3, "b": ["int8"], "c": None},
             r"rule 1: scheme: form 'palette5' is not one of fp16, .*rule 2: .*rule 3: .*rule 4: ",
         ),
-        ('{"name": "a", "name": "b"}', r"key name given twice"),
+        ('{"name": "a", "name": "b"}', r"the key .name. twice"),
         ("[]", "expected an object with name, version, rules"),
         ({}, r"the recipe has no rule for the encoder: expected patterns vision_encoder\.\*"),
         ("{", "not readable as JSON"),

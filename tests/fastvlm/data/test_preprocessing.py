@@ -186,6 +186,17 @@ def refusal(image: Any) -> str:
     return message
 
 
+HEIC = "not a picture" if importlib.util.find_spec("pillow_heif") else "pip install pillow-heif"  # of a damaged one
+
+
+def test_heic_is_read_where_pillow_heif_is_installed(tmp_path: Path) -> None:
+    heif = pytest.importorskip("pillow_heif")
+    drawn = Image.linear_gradient("L").convert("RGB").resize((64, 48))
+    heif.from_pillow(drawn).save(tmp_path / "phone.heic", quality=-1)
+    opened = open_image(tmp_path / "phone.heic")
+    assert opened.size == (64, 48) and np.abs(np.asarray(opened, int) - np.asarray(drawn, int)).max() <= 4
+
+
 def test_what_is_no_picture_is_refused(tmp_path: Path) -> None:
     assert "no such file" in refusal(tmp_path / "absent.jpg")
     assert "folder, expected a picture" in refusal(tmp_path)
@@ -193,7 +204,11 @@ def test_what_is_no_picture_is_refused(tmp_path: Path) -> None:
         ("empty.jpg", b"", "an empty file"),
         ("text.png", b"hello\n" * 20, "not a picture, or a damaged one: expected JPEG"),
         ("page.eps", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "not a picture"),
-        ("phone.heic", b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "HEIC picture: convert"),
+        (
+            "phone.heic",
+            b"\0\0\0\x18ftypheic\0\0\0\0mif1heic",
+            HEIC,
+        ),
         ("pointer.jpg", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "git lfs pull"),
     ]:
         (tmp_path / name).write_bytes(content)

@@ -1,6 +1,5 @@
 """The verb `download`: its states on the disk, kills at any moment, and a real checkpoint, all from a local server."""
 
-import fcntl
 import hashlib
 import json
 import random
@@ -37,7 +36,7 @@ from safetensors.numpy import save
 
 from fastvlm.common import cli
 from fastvlm.common.errors import UserError
-from fastvlm.common.staging import own
+from fastvlm.common.staging import held
 from fastvlm.download import download
 
 pytest_plugins = ["download_server"]
@@ -102,6 +101,13 @@ def test_dry_run_writes_nothing(zoo: Server, tmp_path: Path, capsys: pytest.Capt
     result = json.loads(capsys.readouterr().out.splitlines()[-1])["checkpoints"][0]
     assert (result["status"], result["bytes"]) == ("would download", len(zoo.files[FILE]))
     assert list(tmp_path.iterdir()) == [] and [request["method"] for request in zoo.requests] == ["HEAD"]
+
+
+def test_a_dry_run_asks_a_dead_network_once(zoo: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    zoo.acts[FILE] = [Act(status=503)] * 2
+    assert command(NAME, "--output-dir", tmp_path / "new", "--dry-run") == 2
+    assert "trying again" not in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == [] and len(zoo.requests) == 1
 
 
 @pytest.mark.parametrize("argv", [[], [NAME, "--all"], ["what"], ["../x"], ["../../x/y"], ["a/b/c"], [NAME + "@main"]])
@@ -199,11 +205,8 @@ def test_a_folder_with_somebody_elses_record_is_left_alone(zoo: Server, tmp_path
 
 
 def test_one_download_at_a_time(zoo: Server, tmp_path: Path) -> None:
-    own(tmp_path / f"{NAME}.partial")
-    with open(tmp_path / f"{NAME}.partial" / "lock", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(UserError, match="another download is at work"):
-            get(tmp_path)
+    with held(tmp_path / f"{NAME}.partial", ""), pytest.raises(UserError, match="another download is at work"):
+        get(tmp_path)
     get(tmp_path)
     assert_whole(tmp_path)
 
@@ -224,7 +227,7 @@ DRIVER = """
     import os, shutil, signal, sys, types
     from pathlib import Path
     sys.path.insert(0, {root!r})
-    from fastvlm import download, fetch
+    from fastvlm.download import download, fetch
     from huggingface_hub import constants, get_token
     checkpoint = types.ModuleType("fastvlm.checkpoint.checkpoint")
     checkpoint.open_checkpoint = lambda path: types.SimpleNamespace(warnings=())

@@ -1,6 +1,7 @@
 """The fold is exact on non-trivial statistics, leaves nothing behind, and its proof notices every kind of error."""
 
 import copy
+from typing import Any
 
 import pytest
 import timm
@@ -155,27 +156,27 @@ def test_the_proof_notices_and_names_one_wrong_value(what: str) -> None:
 def test_fold_and_prove_refuses_a_wrong_fold(monkeypatch: pytest.MonkeyPatch) -> None:
     def forgetful(module: RepConditionalPosEnc) -> None:
         """What is easily forgotten: the skip connection."""
-        convolution = fold._convolution(module.pos_enc.weight, module.pos_enc.bias, 1, module.dim)
-        fold._install(module, convolution, "pos_enc")
+        module.reparam_conv = module.pos_enc
+        del module.pos_enc
 
-    monkeypatch.setattr(fold, "_fold_position_encoding", forgetful)
+    monkeypatch.setattr(RepConditionalPosEnc, "reparameterize", forgetful)
     with pytest.raises(CheckFailed, match=r"first at stages\.3\.pos_emb, relative error"):
         fold.fold_and_prove(encoder(), SMALL)
 
 
 @pytest.mark.parametrize(
-    ("function", "left"),
+    ("where", "function", "left"),
     [
-        ("_fold_position_encoding", r"stages\.3\.pos_emb \(RepConditionalPosEnc\), stages\.4\.pos_emb"),
-        ("_fold_conv_norm", r"stages\.0\.blocks\.0\.mlp\.conv\.bn \(BatchNormAct2d\)"),
-        ("_fold_large_kernel", r"stages\.1\.downsample\.proj\.0 \(ReparamLargeKernelConv\)"),
-        ("_fold_layer_scale", r"stages\.0\.blocks\.0\.layer_scale \(LayerScale2d\)"),
+        (RepConditionalPosEnc, "reparameterize", r"stages\.3\.pos_emb \(RepConditionalPosEnc\), stages\.4\.pos_emb"),
+        (fold, "_fold_conv_norm", r"stages\.0\.blocks\.0\.mlp\.conv\.bn \(BatchNormAct2d\)"),
+        (ReparamLargeKernelConv, "reparameterize", r"stages\.1\.downsample\.proj\.0 \(ReparamLargeKernelConv\)"),
+        (fold, "_fold_layer_scale", r"stages\.0\.blocks\.0\.layer_scale \(LayerScale2d\)"),
     ],
 )
 def test_a_branch_left_unfolded_is_refused_with_the_list(
-    monkeypatch: pytest.MonkeyPatch, function: str, left: str
+    monkeypatch: pytest.MonkeyPatch, where: Any, function: str, left: str
 ) -> None:
-    monkeypatch.setattr(fold, function, lambda *arguments: None)
+    monkeypatch.setattr(where, function, lambda *arguments: None)
     with pytest.raises(CheckFailed, match=left):
         fold.fold(encoder())
     with pytest.raises(CheckFailed, match=left):

@@ -7,13 +7,15 @@ from typing import Any
 
 import pytest
 
-from app_bridge.memory import model as memory_model
-from app_bridge.memory import plan
-from app_bridge.memory.model import MIB, Model, Tape, cache_bytes, logits_bytes, parts, prefill
+from app_bridge.memory import fit, measure
+from app_bridge.memory import model as memory
+from app_bridge.memory.limits import MIB
+from app_bridge.memory.model import Model, Part, Tape, cache_bytes, logits_bytes, prefill
 from benchmarks.estimate.work import LanguageModel
 
 SMALL = LanguageModel(24, 896, 14, 2, 64, 4864, 151936)  # Qwen2 0.5B
 TINY = LanguageModel(layers=2, hidden=8, heads=2, kv_heads=1, head=4, inner=16, vocab=32)
+MODEL = Model(SMALL, 3072, language=988_000_000, projector=7_000_000, encoder=245_000_000)
 OVERHEADS = {
     "encoder": {"part": [1, 1], "how": "x"},
     "encoder_computing": {"pairs": [1, 2], "how": "x"},
@@ -21,8 +23,12 @@ OVERHEADS = {
 }
 
 
-def model(**changes: object) -> Model:
-    return replace(Model(SMALL, 3072, language=988_000_000, projector=7_000_000, encoder=245_000_000), **changes)  # type: ignore[arg-type]
+def parts(model: Model = MODEL, prompt: int = 18) -> dict[str, Part]:
+    return {part.name: part for part in memory.parts(model, prompt, 240, 20 * MIB, OVERHEADS)}
+
+
+def allocated(tape: Tape) -> int:
+    return sum(size for size, _, _ in tape.buffers)
 
 
 @pytest.mark.parametrize(
@@ -45,35 +51,26 @@ def test_the_cache_is_as_large_as_mlx_makes_it() -> None:
     assert cache_bytes(TINY, 514, 2) == 2 * one_layer
 
 
-def test_logits_are_of_every_position() -> None:
-    assert logits_bytes(SMALL, 274, 2) == 274 * 151_936 * 2 == 83_260_928
-
-
 def test_a_tape_counts_what_exists_at_once() -> None:
     tape = Tape()
     first = tape.run(100)
     second = tape.run(30, first)
     tape.run(5, second)
     assert tape.peak(0) == 130  # the first and the second, while the second is made
-    assert tape.peak(1) == 135  # the third is made before the second has run
-    assert tape.peak(1000) == 135
-
-
-def test_a_buffer_that_is_taken_over_costs_nothing() -> None:
+    assert tape.peak(1) == tape.peak(1000) == 135  # the third is made before the second has run
     tape = Tape()
     one = tape.run(100)
-    assert tape.run(0, into=one) == one
+    assert tape.run(0, into=one) == one  # a buffer that is taken over costs nothing
     tape.views(3)
     tape.run(1, one)
     assert tape.peak(0) == tape.peak(50) == 101
 
 
 def test_allocating_ahead_costs_more_and_at_most_everything() -> None:
-    tape = prefill(model(), 274)
+    tape = prefill(MODEL, 274)
     peaks = [tape.peak(ahead) for ahead in (0, 10, 120, 10_000)]
-    assert peaks == sorted(set(peaks))
-    assert peaks[-1] <= sum(size for size, _, _ in tape.buffers)
-    assert peaks[0] >= logits_bytes(SMALL, 274, 2)
+    assert peaks == sorted(set(peaks)) and peaks[-1] <= allocated(tape)
+    assert peaks[0] >= logits_bytes(SMALL, 274, 2) == 274 * 151_936 * 2
 
 
 def test_a_prefill_by_hand() -> None:
@@ -89,34 +86,30 @@ def test_a_prefill_by_hand() -> None:
 
 
 def test_a_projector_stored_in_half_is_widened_and_a_quantized_one_is_not() -> None:
-    plain, quantized = (prefill(model(quantized=flag), 274) for flag in (False, True))
-    widened = sum(size for size, _, _ in plain.buffers) - sum(size for size, _, _ in quantized.buffers)
-    assert widened == (3072 * 896 + 896 * 896) * 4
+    plain, quantized = (prefill(replace(MODEL, quantized=flag), 274) for flag in (False, True))
+    assert allocated(plain) - allocated(quantized) == (3072 * 896 + 896 * 896) * 4
 
 
 def test_parts_are_exact_where_they_are_known() -> None:
-    found = {part.name: (part.low, part.high) for part in parts(model(), 18, 240, 20 * MIB, OVERHEADS)}
-    assert found["language model"] == (988_000_000, 988_000_000)
-    assert found["KV cache"] == (9_437_184, 9_437_184)  # 768 positions
-    assert found["logits"] == (83_260_928, 83_260_928)
-    assert found["pictures"] == (40 * 1024 * 1024, 40 * 1024 * 1024)
-    assert found["MLX's cache"] == (0, 20 * MIB)
-    assert found["encoder"] == (0, 245_000_000)
-    assert found["encoder's activations"] == (0, 4 * 96 * 512 * 512 * 2)  # GELU of the stem: in and out, twice
-    assert found["app"] == (10 * MIB, 20 * MIB)
-    assert all(low <= high for low, high in found.values())
-
-
-def test_a_float32_encoder_is_the_apps() -> None:
-    found = {part.name: part for part in parts(model(encoder_itemsize=4), 18, 240, 0, OVERHEADS)}
-    assert found["encoder"].low == 245_000_000
-    assert found["encoder's activations"].low == 2 * 96 * 512 * 512 * 4
-
-
-def test_longer_prompts_need_more() -> None:
-    short, long = (memory_model.total(parts(model(), prompt, 240, 0, OVERHEADS)) for prompt in (18, 1000))
-    assert long[0] > short[0] + 982 * 151_936 * 2
-    assert long[1] > short[1]
+    found = {name: (part.low, part.high) for name, part in parts().items()}
+    prefilled = found.pop("prefill")
+    assert 0 < prefilled[0] < prefilled[1]
+    assert found == {
+        "language model": (988_000_000, 988_000_000),
+        "projector": (7_000_000, 7_000_000),
+        "encoder": (0, 245_000_000),
+        "encoder's activations": (0, 4 * 96 * 512 * 512 * 2),  # GELU of the stem: in and out, twice
+        "KV cache": (9_437_184, 9_437_184),  # 768 positions
+        "logits": (83_260_928, 83_260_928),
+        "MLX's cache": (0, 20 * MIB),
+        "pictures": (40 * 1024 * 1024, 40 * 1024 * 1024),
+        "app": (10 * MIB, 20 * MIB),
+    }
+    float32 = parts(replace(MODEL, encoder_itemsize=4))  # the Neural Engine does not run it: the app holds it
+    assert float32["encoder"].low == 245_000_000
+    assert float32["encoder's activations"].low == 2 * 96 * 512 * 512 * 4
+    short, long = (memory.total([*parts(prompt=prompt).values()]) for prompt in (18, 1000))
+    assert long[0] > short[0] + 982 * 151_936 * 2 and long[1] > short[1]
 
 
 def test_mlx_peaks_between_the_bounds(app_artefact: Path) -> None:
@@ -126,13 +119,13 @@ def test_mlx_peaks_between_the_bounds(app_artefact: Path) -> None:
     """
     pytest.importorskip("mlx.core")
     gc.collect()  # MLX counts what another test holds, too
-    stored, _ = plan.stored(app_artefact)
-    found = memory_model.measure(app_artefact, stored, 274, 20 * MIB)
+    stored, _ = fit.stored(app_artefact)
+    found = measure.measure(app_artefact, stored, 274, 20 * MIB)
     tape = prefill(stored, 274, picture=False)
     cache = cache_bytes(stored.sizes, 276, 2)
     beside = found["measured"]["KV cache and prefill"]
     assert abs(found["measured"]["language model"] - stored.language) < 16_000  # the file's header
     assert 0.9 * (tape.peak(0) + cache) < beside < 1.1 * (tape.peak(10_000) + cache)
     assert found["peak"]["measured"] > found["measured"]["language model"]
-    wrong = memory_model.measure(app_artefact, replace(stored, language=2 * stored.language), 8, 20 * MIB)
+    wrong = measure.measure(app_artefact, replace(stored, language=2 * stored.language), 8, 20 * MIB)
     assert not wrong["passed"]

@@ -1,6 +1,6 @@
 """Runs `app_bridge` commands and stops each at a chosen step. A process of its own, small enough to fork for each.
 
-    python -m tests.app_bridge.stopper   <- {"arguments", "step", "how", "two_steps"}, one JSON a line
+    python -m tests.app_bridge.install.stopper   <- {"arguments", "step", "how", "two_steps"}, one JSON a line
                                          -> "stopped" or "ended", one word a line
 
 A step is a system call that writes, as Python's audit hooks announce it, or the middle of a copied file.
