@@ -10,7 +10,7 @@ import argparse
 from benchmarks.estimate import command as estimate
 from benchmarks.mac import report as mac_report
 from benchmarks.parity import command as parity
-from benchmarks.peers import peers
+from benchmarks.peers import command as peers
 from benchmarks.suites import encoder, export, quantization
 from benchmarks.ttft import command as ttft
 from fastvlm.common.cli import Parser, main

@@ -1,42 +1,22 @@
-"""What a figure was obtained on: machine, processor, memory, system and versions."""
+"""The machine and the software that a figure was measured on."""
 
 import os
 import platform
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from fastvlm.common import threads
 
-PACKAGES = (
-    "torch",
-    "timm",
-    "transformers",
-    "coremltools",
-    "mlx",
-    "mlx-lm",
-    "numpy",
-    "pillow",
-    "safetensors",
-    "tokenizers",
-)
+_PACKAGES = "torch timm transformers coremltools mlx mlx-lm numpy pillow safetensors tokenizers"
 # Processor features that change how fast (and in which precision) PyTorch's kernels run.
-_FLAGS = (
-    "avx2",
-    "avx512f",
-    "avx512_vnni",
-    "avx512_bf16",
-    "avx512_fp16",
-    "amx_tile",
-    "amx_bf16",
-    "amx_int8",
-    "asimd",
-    "bf16",
-    "i8mm",
-)
+_FLAGS = "avx2 avx512f avx512_vnni avx512_bf16 avx512_fp16 amx_tile amx_bf16 amx_int8 asimd bf16 i8mm"
 
 
 def describe() -> dict[str, Any]:
@@ -48,10 +28,10 @@ def describe() -> dict[str, Any]:
     return {
         "machine": platform.machine(),
         "cpu": _cpu_model(),
-        "cpu_features": _cpu_flags(),
+        "cpu_features": [flag for flag in _FLAGS.split() if flag in _cpu_info("flags", "Features").split()],
         "cores": threads.cores(),
         "torch_threads": torch.get_num_threads() if torch else None,
-        "memory_gib": _memory_gib(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "system": _system(),
         "python": platform.python_version(),
         "packages": versions(),
@@ -59,20 +39,17 @@ def describe() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Installed version of each package that has a part in a figure."""
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+    """The installed version of each package that has a part in a figure."""
+    installed = {}
+    for name in _PACKAGES.split():
+        with suppress(metadata.PackageNotFoundError):
+            installed[name] = metadata.version(name)
+    return installed
 
 
-def load() -> dict[str, float | None]:
-    """How busy the machine is now: mean number of runnable processes over 1, 5 and 15 minutes."""
-    average = os.getloadavg() if hasattr(os, "getloadavg") else (None, None, None)
-    return dict(zip(("1min", "5min", "15min"), average))
+def load() -> dict[str, float]:
+    """The mean number of runnable processes over the last 1, 5 and 15 minutes."""
+    return dict(zip(("1min", "5min", "15min"), os.getloadavg()))
 
 
 def machine_line(environment: Mapping[str, Any] | None = None) -> str:
@@ -112,17 +89,6 @@ def _cpu_model() -> str:
     if sys.platform == "darwin":
         return _sysctl("machdep.cpu.brand_string") or platform.machine()
     return _cpu_info("model name") or platform.processor() or platform.machine()
-
-
-def _cpu_flags() -> list[str]:
-    flags = _cpu_info("flags", "Features").split()
-    return [flag for flag in _FLAGS if flag in flags]
-
-
-def _memory_gib() -> float:
-    if sys.platform == "darwin":
-        return round(int(_sysctl("hw.memsize") or 0) / 2**30, 1)
-    return round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1)
 
 
 def _system() -> str:

@@ -13,7 +13,7 @@ from app_bridge.memory.model import Model, Part
 from benchmarks.estimate.estimate import devices, language_model, stored_bytes
 from benchmarks.estimate.estimate import facts as published
 from benchmarks.estimate.work import EncoderWork, encoder_work
-from benchmarks.peers.peers import TEXT_TOKENS
+from benchmarks.peers.shapes import TEXT_TOKENS
 from fastvlm.common.dtypes import ITEMSIZE
 from fastvlm.common.errors import UserError
 from model_export import artefact as exported

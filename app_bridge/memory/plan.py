@@ -10,7 +10,7 @@ from app_bridge.app.facts import table as app_facts
 from app_bridge.memory import fit, measure, report
 from app_bridge.memory.limits import MIB, measured_limits, reported_limits
 from benchmarks.estimate.estimate import devices
-from benchmarks.peers.peers import TEXT_TOKENS
+from benchmarks.peers.shapes import TEXT_TOKENS
 from fastvlm.common.cli import add_common, progress
 from fastvlm.common.errors import UserError
 from quantization.catalogue import SIZES

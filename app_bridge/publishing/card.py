@@ -101,8 +101,7 @@ def _render(
 ) -> str:
     vision, llm, parity = manifest["vision"], manifest["llm"], manifest.get("parity")
     shape = contract.output_shape(vision["image_size"], vision["channels"])
-    faults: list[str] = []
-    block = check_quantization.parse_block(llm.get("quantization"), faults)
+    block, faults = check_quantization.parse_block(llm.get("quantization"))
     if faults:
         raise TypeError(f"quantization: {'; '.join(faults)}")
     settings = block.settings() if block else set()

@@ -14,7 +14,7 @@ from benchmarks.estimate import model
 from benchmarks.estimate.devices import Device, device_key, devices, facts
 from benchmarks.estimate.model import STAGES, Time
 from benchmarks.estimate.work import SPILL, EncoderWork, LanguageModel, encoder_work
-from benchmarks.peers.peers import TEXT_TOKENS
+from benchmarks.peers.shapes import TEXT_TOKENS
 from fastvlm.common.errors import UserError
 from model_export.encoder import compress
 from quantization.catalogue import SIZES

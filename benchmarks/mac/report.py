@@ -224,7 +224,7 @@ def _row(check: Check, outcome: str, reason: str) -> dict[str, Any]:
 
 def times(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Medians of every runner of every `ttft` check: stages, totals and rates by `ttft_report.figures`' keys."""
-    from benchmarks.ttft.report import figures, ranked
+    from benchmarks.ttft.figures import figures, ranked
 
     found = []
     for row in rows:

@@ -18,7 +18,7 @@ import numpy as np
 
 from benchmarks import environment
 from benchmarks.quality import job
-from benchmarks.ttft.runner import STAGES, one_round, totals
+from benchmarks.ttft.runner import STAGES, one_round, stages_of, totals
 from fastvlm.common.staging import once, replaced, write_file
 from fastvlm.data.conversations import Sample
 from model_export import contract
@@ -99,7 +99,7 @@ def first_token(model: Any, samples: Sequence[Sample]) -> dict[str, float]:
     if asked is None or asked.image is None:
         return {}
     question = {"prompt": asked.question, "question": asked.question, "tokens": 0}
-    stages = ModelRunner(model, asked.image(), question, {}).stages()[: STAGES.index("prefill") + 1]
+    stages = stages_of(ModelRunner(model, asked.image(), question, {}))[: STAGES.index("prefill") + 1]
     rounds: list[dict[str, float]] = []
     start = time.perf_counter()
     while len(rounds) <= TIMED or (len(rounds) <= TIMED_MOST and time.perf_counter() - start < TIMED_SECONDS):

@@ -139,7 +139,7 @@ def _executor(package: str, policy: str) -> Callable[[Any], Any]:
     import numpy as np
 
     from model_export import mil
-    from model_export.mil.dtypes import NUMPY
+    from model_export.mil.types import NUMPY
 
     executor = mil.load(package, compute=policy)
     ((name, kind),) = executor.inputs.items()

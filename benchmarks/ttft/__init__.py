@@ -1,4 +1,5 @@
-"""Time to first token, stage by stage, of every runner.
+"""Time to first token, stage by stage, of every runner, and the comparison of two runs.
 
-Imports `benchmarks.metrics`, `measure` and `environment`.
+Imports `benchmarks.peers`, and of `benchmarks.quality` the cache of exports. `runner` (the clock, the stages), `models`
+and `figures` may be imported from elsewhere.
 """

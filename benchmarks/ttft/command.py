@@ -1,30 +1,27 @@
-"""`python -m benchmarks ttft`: time to first token of a checkpoint and of what was exported, side by side.
-
-`ttft_plan` says what is measured, `ttft_run` has the processes, `ttft_runner` the clock, `ttft_search` Transformers'
-best setting, `ttft_document` reads a saved run, `ttft_report` makes the tables and the page, `ttft_diff` says what
-changed between two runs, `ttft_repeat` whether that is so.
-"""
+"""`python -m benchmarks ttft`: time to first token of a checkpoint and of what was exported, side by side."""
 
 import argparse
 import json
-import math
 import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from benchmarks.peers.command import peer
 from benchmarks.suites.suite import DEMO, synthetic
-from benchmarks.ttft import diff, plan, report
+from benchmarks.ttft import diff, plan, repeat, report
 from benchmarks.ttft.document import load_document
 from benchmarks.ttft.run import Effort
-from benchmarks.ttft.runner import DELAY, parse_delays
+from benchmarks.ttft.runner import DELAY, STAGES
+from benchmarks.ttft.runners import Request
+from fastvlm.common.arguments import positive, whole_number
 from fastvlm.common.cli import add_common, log, progress
 from fastvlm.common.errors import UserError
-from fastvlm.common.files import Output
+from fastvlm.common.files import Output, some_path
 from fastvlm.common.staging import write_file
+from fastvlm.data import pictures
 from quantization.catalogue import SIZES
-
-_DEFAULT = Effort()
+from quantization.recipe import load_recipe
 
 
 def add_parser(subparsers: Any) -> None:
@@ -36,66 +33,50 @@ def add_parser(subparsers: Any) -> None:
         " the same picture, for each runner in its own process, in interleaved rounds. Without --artefact it exports"
         " one for each --quant.",
     )
+    add = parser.add_argument
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--checkpoint", type=Path, default=DEMO, metavar="FOLDER", help="default: the demo checkpoint")
     source.add_argument(
         "--shape", choices=tuple(SIZES), help="a checkpoint of this real shape with random weights, written once"
     )
-    add_effort(parser)
-    parser.add_argument(
+    _add_effort(parser, Effort())
+    exported = parser.add_mutually_exclusive_group()
+    exported.add_argument(
         "--artefact", type=Path, nargs="+", default=[], metavar="FOLDER", help="made from the checkpoint"
     )
-    parser.add_argument("--quant", nargs="+", metavar="RECIPE", help="what to export (default: fp16)")
-    parser.add_argument("--resolution", type=int, nargs="+", default=[], metavar="PX", help="default: the native one")
-    parser.add_argument(
-        "--prompt-length", type=int, nargs="+", default=[], metavar="N", help="text tokens, template included"
-    )
-    parser.add_argument(
-        "--runner", nargs="+", default=[], metavar="NAME", help="only these: names or patterns, 'executor-*'"
-    )
-    parser.add_argument(
-        "--against", nargs="+", default=[], metavar="PEER", help="models that the paper compares with, too"
-    )
-    parser.add_argument("--image-file", type=Path, metavar="FILE", help="the picture (default: a drawn one)")
-    parser.add_argument("--threads", type=int, metavar="N", help="of each runner (default: PyTorch's own choice)")
-    parser.add_argument(
-        "--no-search", action="store_true", help="don't look for Transformers' best setting; its default only"
-    )
-    parser.add_argument("--compile", action="store_true", help="try torch.compile in the search, too")
-    parser.add_argument("--output", type=Output(), metavar="PAGE.html", help="write the page")
-    parser.add_argument("--save", type=Output(), metavar="RUN.json", help="write the run, for `show` and `diff`")
-    parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
-    add_common(parser)
+    exported.add_argument("--quant", type=_recipe, nargs="+", metavar="RECIPE", help="what to export (default: fp16)")
+    pixels, count = whole_number(64, multiple=64), whole_number()
+    add("--resolution", type=pixels, nargs="+", default=[], metavar="PX", help="default: the native one")
+    add("--prompt-length", type=count, nargs="+", default=[], metavar="N", help="text tokens, template included")
+    add("--runner", nargs="+", default=[], metavar="NAME", help="only these: names or patterns, 'executor-*'")
+    add("--against", type=peer, nargs="+", default=[], metavar="PEER", help="models that the paper compares with, too")
+    add("--image-file", type=_picture, metavar="FILE", help="the picture (default: a drawn one)")
+    add("--threads", type=count, metavar="N", help="of each runner (default: PyTorch's own choice)")
+    add("--no-search", action="store_true", help="don't look for Transformers' best setting; its default only")
+    add("--compile", action="store_true", help="try torch.compile in the search, too")
+    add("--save", type=Output(file=True), metavar="RUN.json", help="write the run, for `show` and `diff`")
+    _add_shown(parser)
     parser.set_defaults(run=run)
     verbs = parser.add_subparsers(metavar="show | diff | repeatability")
     _add_show(verbs)
-    diff.add_parser(verbs)
-    from benchmarks.ttft import repeat
-
-    repeat.add_parser(verbs)
+    _add_diff(verbs)
+    _add_repeatability(verbs)
 
 
-def add_effort(parser: argparse.ArgumentParser, effort: Effort = _DEFAULT) -> None:
-    """Add the flags that say how much is measured, and where things are kept."""
-    parser.add_argument(
-        "--launches",
-        type=int,
-        default=effort.launches,
-        metavar="N",
-        help="processes of each runner (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--rounds", type=int, default=effort.rounds, metavar="N", help="in each, after a warm-up (default: %(default)s)"
-    )
-    parser.add_argument(
+def _add_effort(parser: argparse.ArgumentParser, effort: Effort) -> None:
+    add = parser.add_argument
+    launches, rounds = effort.launches, effort.rounds
+    add("--launches", type=whole_number(), default=launches, metavar="N", help="processes of each runner (%(default)s)")
+    add("--rounds", type=whole_number(), default=rounds, metavar="N", help="in each, after a warm-up (%(default)s)")
+    add(
         "--budget",
-        type=float,
+        type=positive,
         default=effort.budget,
         metavar="S",
         help="seconds for a runner's rounds at a point, and for its first, cold pass: a slow one gets fewer rounds, one"
         " that isn't through by then is stopped, and the table says so (default: %(default)g)",
     )
-    parser.add_argument(
+    add(
         "--work-dir",
         type=Output(),
         default=Path("build/benchmarks"),
@@ -104,30 +85,64 @@ def add_effort(parser: argparse.ArgumentParser, effort: Effort = _DEFAULT) -> No
     )
 
 
-def effort_faults(args: argparse.Namespace) -> list[str]:
-    """Numbers that measure nothing, and a delay that isn't one."""
-    given = {name: getattr(args, name) for name in ("launches", "rounds", "budget")}
-    bad = [f"--{name} {value}" for name, value in given.items() if not 0 < value < math.inf]
-    faults = [f"{', '.join(bad)}: expected more than 0"] if bad else []
-    try:
-        parse_delays(os.environ.get(DELAY, ""))
-    except ValueError as error:
-        faults.append(str(error))
-    return faults
+def _add_shown(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--output", type=Output(file=True), metavar="PAGE.html", help="write the page")
+    parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
+    add_common(parser)
 
 
 def _add_show(verbs: Any) -> None:
     parser = verbs.add_parser("show", help="a saved run again: table, page, Markdown")
     parser.add_argument("saved", type=Path, metavar="RUN.json")
-    parser.add_argument("--output", type=Output(), metavar="PAGE.html", help="write the page")
-    parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
-    add_common(parser)
+    _add_shown(parser)
     parser.set_defaults(run=show)
 
 
+def _add_diff(verbs: Any) -> None:
+    parser = verbs.add_parser(
+        "diff",
+        help="what changed between two saved runs by more than their noise",
+        description="Compare two runs of the same benchmark, each runner, point and stage.",
+    )
+    parser.add_argument("old", type=Path, metavar="OLD.json")
+    parser.add_argument("new", type=Path, metavar="NEW.json")
+    parser.add_argument("--fail-on-slower", action="store_true", help="exit 1 when a stage became slower")
+    add_common(parser)
+    parser.set_defaults(run=compare)
+
+
+def _add_repeatability(verbs: Any) -> None:
+    parser = verbs.add_parser(
+        "repeatability",
+        help="whether `diff` calls nothing between equal runs, and names a stage slowed by 15 %%",
+        description="Measure the demo checkpoint again and again: pairs of equal runs, and as many with a stage slowed"
+        " by 15 %. Exit 1 when more than one pair in 20 is called different, or a slowdown isn't named.",
+    )
+    parser.add_argument(
+        "--pairs", type=whole_number(), default=20, metavar="N", help="of each kind (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--stage", nargs="+", choices=STAGES, default=list(STAGES), help="slowed in turn (default: all)"
+    )
+    _add_effort(parser, repeat.EFFORT)
+    add_common(parser)
+    parser.set_defaults(run=repeatability)
+
+
+def _picture(text: str) -> Path:
+    path = some_path(text)
+    pictures.check([path])
+    return path
+
+
+def _recipe(text: str) -> str:
+    load_recipe(text)
+    return text
+
+
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Measure; print, write and save what was asked for."""
-    asked = plan.Asked(
+    """Measure; print, write and save the run. Returns its document."""
+    request = Request(
         checkpoint=args.checkpoint, artefacts=tuple(args.artefact),
         recipes=tuple(dict.fromkeys(args.quant or ["fp16"])),
         resolutions=tuple(dict.fromkeys(args.resolution)), prompt_lengths=tuple(dict.fromkeys(args.prompt_length)),
@@ -135,64 +150,58 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         effort=Effort(args.launches, args.rounds, args.budget), search=not args.no_search, compiled=args.compile,
         work=args.work_dir,
     )  # fmt: skip
-    if faults := [*effort_faults(args), *_number_faults(args), *_target_faults(args), *plan.check(asked)]:
-        raise UserError("; ".join(faults))
+    plan.check(request)
     if args.shape:
-        asked = replace(asked, checkpoint=synthetic(args.work_dir.resolve(), args.shape))
+        request = replace(request, checkpoint=synthetic(args.work_dir.resolve(), args.shape))
     with progress("ttft"):
-        document = plan.measure(asked)
-    document["ratios"] = report.ratios(document)
+        document = plan.measure(request)
     if args.save:
-        save(args.save, document)
-    _tell(args, document)
+        write_file(args.save, (json.dumps(document, indent=1, allow_nan=False) + "\n").encode())
+        log(f"saved: {args.save}")
+    _show(args, document)
     return document
-
-
-def _number_faults(args: argparse.Namespace) -> list[str]:
-    bad = [
-        f"--{name.replace('_', '-')} {value}"
-        for name in ("resolution", "prompt_length")
-        for value in getattr(args, name)
-        if value < 1
-    ]
-    if args.threads is not None and args.threads < 1:
-        bad.append(f"--threads {args.threads}")
-    bad += [f"--resolution {value} (a multiple of 64)" for value in args.resolution if value > 0 and value % 64]
-    faults = [f"{', '.join(bad)}: expected whole numbers from 1, pictures' sides multiples of 64"] if bad else []
-    if args.artefact and args.quant:
-        faults.append("--quant beside --artefact: the artefact has its recipe, expected one of the two")
-    return faults
-
-
-def _target_faults(args: argparse.Namespace) -> list[str]:
-    targets = {name: getattr(args, name, None) for name in ("save", "output")}
-    return [
-        f"--{name} {path}: is a folder, expected the name of a file"
-        for name, path in targets.items()
-        if path is not None and path.is_dir()
-    ]
-
-
-def save(path: Path, document: dict[str, Any]) -> None:
-    """Write the run, whole or not at all."""
-    write_file(path, (json.dumps(document, indent=1, allow_nan=False) + "\n").encode())
-    log(f"saved: {path}")
 
 
 def show(args: argparse.Namespace) -> dict[str, Any]:
-    """A saved run, as `run` shows it."""
-    if faults := _target_faults(args):
-        raise UserError("; ".join(faults))
+    """Show a saved run as `run` does."""
     document = load_document(args.saved)
-    _tell(args, document)
+    _show(args, document)
     return document
 
 
-def _tell(args: argparse.Namespace, document: dict[str, Any]) -> None:
+def _show(args: argparse.Namespace, document: dict[str, Any]) -> None:
     if args.output:
-        report.write(args.output, document)
+        write_file(args.output, report.render(document).encode())
         log(f"page: {args.output}")
     if args.markdown:
         print(report.markdown(document))
     elif not args.json:
         report.print_document(document)
+
+
+def compare(args: argparse.Namespace) -> dict[str, Any]:
+    """Compare two saved runs, and print what changed."""
+    comparison = diff.compare(load_document(args.old), load_document(args.new))
+    if not args.json:
+        report.print_changes(comparison)
+    slower = any(row["called"] == "slower" for row in comparison["changes"])
+    return comparison | ({"passed": not slower} if args.fail_on_slower else {})
+
+
+def repeatability(args: argparse.Namespace) -> dict[str, Any]:
+    """Measure how often `compare` is right, and print it."""
+    if delay := os.environ.get(DELAY):
+        raise UserError(f"{DELAY} is set to {delay}: expected none, unset it")
+    effort = Effort(args.launches, args.rounds, args.budget)
+    request = Request(DEMO, patterns=repeat.RUNNERS, search=False, effort=effort, work=args.work_dir)
+    with progress("runs", 2 * args.pairs + 1) as advance:
+
+        def measure() -> dict[str, Any]:
+            document = plan.measure(request, say=lambda line: None)
+            advance()
+            return document
+
+        result = repeat.repeat(measure, args.pairs, args.stage)
+    if not args.json:
+        report.print_repeated(result)
+    return result

@@ -1,4 +1,4 @@
-"""A saved run of `benchmarks ttft`, read and checked: whoever shows or compares it finds what it needs."""
+"""Reading a saved run of `benchmarks ttft`, with a check of every value that is shown or compared."""
 
 from pathlib import Path
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 from fastvlm.common.documents import Unreadable, load
 from fastvlm.common.errors import UserError
 
-FORMAT = 1
+FORMAT = 2
 _NAMED = 5  # faults at most in the message
 _ANY = object()
 # What a value must be: an object with these keys (`str`: whatever keys), a list of such that isn't empty, a tuple for
@@ -16,7 +16,7 @@ _FAILED: dict[Any, Any] = {"name": _ANY, "kind": _ANY, "error": _ANY}
 _RUNNER: dict[Any, Any] = {
     "name": _ANY, "kind": _ANY, "settings": {}, "peak_bytes": float,
     "cold": {"dropped": _ANY, "load_s": float, "round": {"stages": _STAGES}},
-    "launches": [{"load_s": _ANY, "rounds": [{"stages": _STAGES, "yardstick": _ANY}]}],
+    "launches": [{"load_s": _ANY, "rounds": [{"stages": _STAGES, "waited": _STAGES, "yardstick_s": _ANY}]}],
 }  # fmt: skip
 _RUN = {
     "date": _ANY, "command": _ANY, "commit": _ANY, "delay": _ANY, "picture": _ANY, "tokens": float, "threads": _ANY,
@@ -44,7 +44,7 @@ def load_document(path: Path) -> dict[str, Any]:
 
 
 def _faults(value: Any, form: Any, where: str) -> list[str]:
-    """What of `value` isn't as its form says, by its place."""
+    """The places in `value` that differ from its form."""
     if isinstance(form, dict):
         if not isinstance(value, dict):
             return [f"{where} is no object"]

@@ -14,7 +14,7 @@ from mlx_vlm.models import cache
 from mlx_vlm.utils import load
 from PIL import Image
 
-from benchmarks.ttft.runner import Stage
+from benchmarks.ttft.runner import State
 from fastvlm.common.errors import CheckFailed
 
 _PLACEHOLDER = "<image>"
@@ -27,83 +27,77 @@ def open_runner(specification: Mapping[str, Any]) -> "MlxVlm":
 
 
 class MlxVlm:
-    """mlx-vlm asked about one picture, stage by stage."""
+    """mlx-vlm asked about one picture; the methods named as `runner.STAGES` are the stages."""
 
     name = "mlx-vlm"
 
-    def __init__(self, asked: Mapping[str, Any]) -> None:
-        self.model, self.processor = load(asked["artefact"])
+    def __init__(self, spec: Mapping[str, Any]) -> None:
+        self.model, self.processor = load(spec["artefact"])
+        self.language = self.model.language_model
         mx.eval(self.model.parameters())
-        with Image.open(asked["picture"]) as picture:
+        with Image.open(spec["picture"]) as picture:
             self.picture = picture.convert("RGB")
-        self.prompt, self.question, self.tokens = asked["rendered_prompt"], asked["rendered_question"], asked["tokens"]
-        self.resolution = asked["resolution"]
+        self.prompt, self.question, self.tokens = spec["rendered_prompt"], spec["rendered_question"], spec["tokens"]
+        self.resolution = spec["resolution"]
         weight = self.model.vision_tower.vision_model.patch_embed.blocks[0].reparam_conv.weight
         self.dtype = weight.dtype
         device = "GPU" if mx.default_device() == mx.gpu else "CPU"
         self.settings = {"device": device, "dtype": str(self.dtype).removeprefix("mlx.core."), "mlx": version("mlx")}
-        self.settings["recipe"] = asked["recipe"]
+        self.settings["recipe"] = spec["recipe"]
 
-    def stages(self) -> list[Stage]:
-        """Every stage that there is."""
-        model, language = self.model, self.model.language_model
+    def preprocess(self, state: State) -> None:
+        side = self.resolution
+        pixels = self.processor.image_processor(
+            self.picture,
+            size={"shortest_edge": side},
+            crop_size={"height": side, "width": side},
+            return_tensors="np",
+        )["pixel_values"]
+        state["pixels"] = mx.array(np.asarray(pixels))
+        mx.eval(state["pixels"])
 
-        def preprocess(state: dict[str, Any]) -> None:
-            processor = self.processor.image_processor
-            pixels = processor(
-                self.picture,
-                size={"shortest_edge": self.resolution},
-                crop_size={"height": self.resolution, "width": self.resolution},
-                return_tensors="np",
-            )["pixel_values"]
-            state["pixels"] = mx.array(np.asarray(pixels))
-            mx.eval(state["pixels"])
+    def encode(self, state: State) -> None:
+        _, features, _ = self.model.vision_tower(state["pixels"].astype(self.dtype).transpose(0, 2, 3, 1))
+        state["encoded"] = features.reshape(1, -1, features.shape[-1])
+        mx.eval(state["encoded"])
 
-        def encode(state: dict[str, Any]) -> None:
-            _, features, _ = model.vision_tower(state["pixels"].astype(self.dtype).transpose(0, 2, 3, 1))
-            state["encoded"] = features.reshape(1, -1, features.shape[-1])
-            mx.eval(state["encoded"])
+    def project(self, state: State) -> None:
+        state["projected"] = self.model.mm_projector(state["encoded"])
+        mx.eval(state["projected"])
 
-        def project(state: dict[str, Any]) -> None:
-            state["projected"] = model.mm_projector(state["encoded"])
-            mx.eval(state["projected"])
+    def prefill(self, state: State) -> None:
+        ids = mx.array([self._ids(self.prompt)])
+        embeds = self.model.prepare_inputs_for_multimodal(state["projected"], ids, None)
+        state["past"] = cache.make_prompt_cache(self.language)
+        state["last"] = self._extend(embeds, state["past"])
 
-        def prefill(state: dict[str, Any]) -> None:
-            ids = mx.array([self._ids(self.prompt)])
-            embeds = model.prepare_inputs_for_multimodal(state["projected"], ids, None)
-            state["past"] = cache.make_prompt_cache(language)
-            state["last"] = self._extend(embeds, state["past"])
+    def first_token(self, state: State) -> None:
+        state["answer"] = [int(mx.argmax(state["last"]))]
+        self.processor.tokenizer.decode(state["answer"])
+        state["features"], state["logits"] = (state[one].astype(mx.float32) for one in ("encoded", "last"))
+        if bad := [one for one in ("features", "logits") if not mx.isfinite(state[one]).all().item()]:
+            raise CheckFailed(f"mlx-vlm ({self.dtype}): {' and '.join(bad)} that are NaN or infinite")
 
-        def first_token(state: dict[str, Any]) -> None:
-            state["answer"] = [int(mx.argmax(state["last"]))]
-            self.processor.tokenizer.decode(state["answer"])
-            state["features"], state["logits"] = (state[one].astype(mx.float32) for one in ("encoded", "last"))
-            if bad := [one for one in ("features", "logits") if not mx.isfinite(state[one]).all().item()]:
-                raise CheckFailed(f"mlx-vlm ({self.dtype}): {' and '.join(bad)} that are NaN or infinite")
+    def decode(self, state: State) -> None:
+        for _ in range(self.tokens):
+            logits = self.language(mx.array([state["answer"][-1:]]), cache=state["past"]).logits[0, -1]
+            state["answer"].append(int(mx.argmax(logits)))
 
-        def decode(state: dict[str, Any]) -> None:
-            for _ in range(self.tokens):
-                logits = language(mx.array([state["answer"][-1:]]), cache=state["past"]).logits[0, -1]
-                state["answer"].append(int(mx.argmax(logits)))
-
-        def next_question(state: dict[str, Any]) -> None:
-            ids = self._ids(self.question)
-            place = ids.index(model.config.image_token_index)
-            kept = place + state["projected"].shape[1]
-            for layer in state["past"]:
-                layer.trim(layer.offset - kept)
-            rest = model.language_model.model.embed_tokens(mx.array([ids[place + 1 :]]))
-            self.processor.tokenizer.decode([int(mx.argmax(self._extend(rest, state["past"])))])
-
-        acts = (preprocess, encode, project, prefill, first_token, decode, next_question)
-        return [(act.__name__, act) for act in acts]
+    def next_question(self, state: State) -> None:
+        ids = self._ids(self.question)
+        place = ids.index(self.model.config.image_token_index)
+        known = place + state["projected"].shape[1]
+        for layer in state["past"]:
+            layer.trim(layer.offset - known)
+        rest = self.language.model.embed_tokens(mx.array([ids[place + 1 :]]))
+        self.processor.tokenizer.decode([int(mx.argmax(self._extend(rest, state["past"])))])
 
     def _extend(self, embeds: mx.array, past: Any) -> mx.array:
         """The last position's logits (V,)."""
         if embeds.shape[1] > 1:
-            self.model.language_model(None, inputs_embeds=embeds[:, :-1], cache=past)
+            self.language(None, inputs_embeds=embeds[:, :-1], cache=past)
             mx.eval([layer.state for layer in past])
-        logits = self.model.language_model(None, inputs_embeds=embeds[:, -1:], cache=past).logits[0, -1]
+        logits = self.language(None, inputs_embeds=embeds[:, -1:], cache=past).logits[0, -1]
         mx.eval(logits)
         return logits
 

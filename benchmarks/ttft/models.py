@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from benchmarks.ttft.runner import Stage
+from benchmarks.ttft.runner import State
 from fastvlm.model import surface
 
 CHECKPOINT_SETTINGS = {"dtype": "float32", "device": "cpu", "memory_format": "contiguous", "attention": "sdpa"}
@@ -36,82 +36,82 @@ def open_runner(specification: Mapping[str, Any]) -> "ModelRunner":
     """Open "checkpoint" (with `CHECKPOINT_SETTINGS` and "compile") or "artefact" (with "vision", "llm", "compute",
     "units"), for the specification's "picture", "prompt", "question", "resolution" and "tokens"."""
     model, settings = (_checkpoint if specification["kind"] == "checkpoint" else _artefact)(specification)
+    settings["threads"] = torch.get_num_threads()
+    if specification.get("keep_buffers"):
+        settings["kept_buffers"] = True
     with Image.open(specification["picture"]) as picture:
-        return ModelRunner(model, picture.convert("RGB"), specification, settings | _threads(specification))
+        return ModelRunner(model, picture.convert("RGB"), specification, settings)
 
 
 class ModelRunner:
-    """A `FastVLM` asked about one picture, stage by stage."""
+    """A `FastVLM` asked about one picture; the methods named as `runner.STAGES` are the stages.
+
+    `spec` has "prompt", "question" and "tokens", how many are decoded.
+    """
 
     def __init__(
-        self, model: surface.FastVLM, picture: Image.Image, asked: Mapping[str, Any], settings: dict[str, Any]
+        self, model: surface.FastVLM, picture: Image.Image, spec: Mapping[str, Any], settings: dict[str, Any]
     ) -> None:
-        self.model, self.picture, self.settings = model, picture, settings
-        self.prompt, self.question, self.tokens = asked["prompt"], asked["question"], asked["tokens"]
+        self.model, self.language, self.picture, self.settings = model, model.language, picture, settings
+        self.text, self.question, self.tokens = spec["prompt"], spec["question"], spec["tokens"]
         self.name = model.vision.name
 
-    def stages(self) -> list[Stage]:
-        """Every stage that there is."""
-        model, language = self.model, self.model.language
+    def preprocess(self, state: State) -> None:
+        state["pixels"] = self.model.preprocess(self.picture)
 
-        def preprocess(state: dict[str, Any]) -> None:
-            state["pixels"] = model.preprocess(self.picture)
+    def encode(self, state: State) -> None:
+        state["features"] = self.model.encode_image(state["pixels"])
 
-        def encode(state: dict[str, Any]) -> None:
-            state["features"] = model.encode_image(state["pixels"])
+    def project(self, state: State) -> None:
+        state["projected"] = self.model.project(state["features"])
 
-        def project(state: dict[str, Any]) -> None:
-            state["projected"] = model.project(state["features"])
+    def prefill(self, state: State) -> None:
+        embeds = self.model.merge(self.text, [state["projected"]])
+        state["logits"], state["past"] = self.language.prefill(embeds)
 
-        def prefill(state: dict[str, Any]) -> None:
-            state["logits"], state["past"] = language.prefill(model.merge(self.prompt, [state["projected"]]))
+    def first_token(self, state: State) -> None:
+        state["answer"] = [self._text(state["logits"])]
 
-        def first_token(state: dict[str, Any]) -> None:
-            state["answer"] = [int(np.argmax(state["logits"]))]
-            "".join(model.decode(iter(state["answer"])))
+    def decode(self, state: State) -> None:  # a fixed number of tokens, whatever they are
+        for _ in range(self.tokens):
+            last = self.language.embed(np.array([state["answer"][-1:]]))
+            logits, state["past"] = self.language.prefill(last, state["past"])
+            state["answer"].append(int(np.argmax(logits)))
 
-        def decode(state: dict[str, Any]) -> None:  # a fixed number of tokens, whatever they are
-            for _ in range(self.tokens):
-                last = language.embed(np.array([state["answer"][-1:]]))
-                logits, state["past"] = language.prefill(last, state["past"])
-                state["answer"].append(int(np.argmax(logits)))
+    def next_question(self, state: State) -> None:
+        ids = self.model.tokenize(self.question)
+        known = int(np.flatnonzero(ids[0] == self.model.image_token_id)[-1]) + 1
+        past = self.language.rewind(state["past"], known)
+        logits, _ = self.language.prefill(self.language.embed(ids[:, known:]), past)
+        self._text(logits)
 
-        def next_question(state: dict[str, Any]) -> None:
-            ids = model.tokenize(self.question)
-            kept = int(np.flatnonzero(ids[0] == model.image_token_id)[-1]) + 1
-            past = language.rewind(state["past"], kept)
-            logits, _ = language.prefill(language.embed(ids[:, kept:]), past)
-            "".join(model.decode(iter([int(np.argmax(logits))])))
-
-        acts = (preprocess, encode, project, prefill, first_token, decode, next_question)
-        return [(act.__name__, act) for act in acts]
+    def _text(self, logits: np.ndarray) -> int:
+        """The likeliest token, which is also made text."""
+        token = int(np.argmax(logits))
+        "".join(self.model.decode(iter([token])))
+        return token
 
 
-def _checkpoint(asked: Mapping[str, Any]) -> tuple[surface.FastVLM, dict[str, Any]]:
-    settings = CHECKPOINT_SETTINGS | {key: asked[key] for key in CHECKPOINT_SETTINGS if key in asked}
+def _checkpoint(spec: Mapping[str, Any]) -> tuple[surface.FastVLM, dict[str, Any]]:
+    settings = CHECKPOINT_SETTINGS | {key: spec[key] for key in CHECKPOINT_SETTINGS if key in spec}
     model = surface.load_checkpoint(
-        asked["checkpoint"], settings["dtype"], settings["device"], attn_implementation=settings["attention"]
+        spec["checkpoint"], settings["dtype"], settings["device"], attn_implementation=settings["attention"]
     )
     vision: Any = model.vision
     if settings["memory_format"] == "channels_last":
         vision.encoder.to(memory_format=torch.channels_last)
-    if asked.get("compile"):
+    if spec.get("compile"):
         from torch._inductor import config
 
         settings["compile"] = config.freezing = True
         vision.encoder.forward_features = torch.compile(vision.encoder.forward_features)
-    model = replace(model, preprocessor=replace(model.preprocessor, image_size=asked["resolution"]))
+    model = replace(model, preprocessor=replace(model.preprocessor, image_size=spec["resolution"]))
     return model, settings
 
 
-def _artefact(asked: Mapping[str, Any]) -> tuple[surface.FastVLM, dict[str, Any]]:
+def _artefact(spec: Mapping[str, Any]) -> tuple[surface.FastVLM, dict[str, Any]]:
     from model_export import runtime
 
-    options = {key: asked[key] for key in ("vision", "llm", "compute", "units") if asked.get(key)}
-    model = runtime.load(asked["artefact"], resolution=asked["resolution"], **options)
+    options = {key: spec[key] for key in ("vision", "llm", "compute", "units") if spec.get(key)}
+    model = runtime.load(spec["artefact"], resolution=spec["resolution"], **options)
     return model, options | model.runners
-
-
-def _threads(asked: Mapping[str, Any]) -> dict[str, Any]:
-    kept = {"kept_buffers": True} if asked.get("keep_buffers") else {}
-    return {"threads": torch.get_num_threads()} | kept

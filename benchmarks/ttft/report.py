@@ -1,13 +1,20 @@
-"""What a run of `benchmarks ttft` found, for people: figures, terminal table, Markdown, one self-contained page."""
+"""A run of `benchmarks ttft` as terminal tables, Markdown, and one self-contained page; comparisons of runs."""
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rich import box
+from rich.table import Table
+
 from benchmarks import environment
-from benchmarks.ttft.runner import STAGES, totals
+from benchmarks.peers.report import print_peers
+from benchmarks.ttft.figures import busy, fastest, figures, medians, ranked, ratios, title
+from benchmarks.ttft.repeat import SLOWDOWN
+from benchmarks.ttft.runner import STAGES
 from fastvlm.common import page
+from fastvlm.common.cli import wide_console
 from fastvlm.common.staging import write_file
 from fastvlm.common.terminal import Console
 
@@ -22,7 +29,7 @@ LABELS = {
     "answer_cold": "first answer, cold",
     "peak_bytes": "peak memory",
 }
-_WIDTH = 110  # characters of the table where no terminal says
+_WIDTH = 110  # characters of the table where no terminal says another width
 _HEADS = ("runner", "TTFT", "10–90 %", "app", "encode", "prefill", "next", "tok/s", "GB", "dB")  # of the short table
 _LEGEND = (
     "TTFT: encode + project + prefill; app: preprocessing and the token's text, too; next: a second question on the"
@@ -32,40 +39,6 @@ _LEGEND = (
 TEMPLATE = Path(__file__).parent / "templates" / "ttft.html.j2"
 BARS = STAGES[:5]  # of a stacked bar; together the app's total
 TABLES = (tuple(LABELS), STAGES)  # the page's, by columns
-
-
-def figures(runner: Mapping[str, Any], tokens: int) -> dict[str, dict[str, float]]:
-    """Stage, total or `LABELS` key -> {"median", "p10", "p90", "rounds"} over all rounds of all launches.
-
-    Seconds; "decode_rate" in tokens/s; "peak_bytes" the largest of all launches. Loads are without the libraries'
-    import.
-    """
-    if "error" in runner:
-        return {}
-    rounds = [one["stages"] for launch in runner["launches"] for one in launch["rounds"]]
-    columns: dict[str, list[float]] = {}
-    for one in rounds:
-        rate = {"decode_rate": tokens / one["decode"]} if one.get("decode") else {}
-        for name, value in {**one, **totals(one), **rate}.items():
-            columns.setdefault(name, []).append(value)
-    loads = [launch["load_s"] for launch in runner["launches"] if launch["load_s"] is not None]
-    cold = runner["cold"]
-    if loads:
-        columns["load"] = loads
-    if cold["dropped"]:
-        columns["load_cold"] = [cold["load_s"]]
-        app = totals(cold["round"]["stages"]).get("ttft_app")
-        columns |= {"answer_cold": [cold["load_s"] + app]} if app is not None else {}
-    columns["peak_bytes"] = [runner["peak_bytes"]]
-    return {name: _spread(values) for name, values in columns.items()}
-
-
-def _spread(values: Sequence[float]) -> dict[str, float]:
-    low, high = (values[0], values[0])
-    if len(values) > 1:
-        tenths = statistics.quantiles(values, n=10, method="inclusive")
-        low, high = tenths[0], tenths[-1]
-    return {"median": statistics.median(values), "p10": low, "p90": high, "rounds": len(values)}
 
 
 def shown(key: str, value: float) -> str:
@@ -82,14 +55,8 @@ def settings_of(runner: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in runner.get("settings", {}).items())
 
 
-def title(document: Mapping[str, Any], point: Mapping[str, Any]) -> str:
-    """What a point is."""
-    text = f"{point['text_tokens']} text tokens" if point["text_tokens"] else f"“{point['prompt']}”"
-    return f"{document['checkpoint']['name']}, {point['resolution']} × {point['resolution']} pixels, {text}"
-
-
 def notes(document: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """How the figures were obtained, as (word, sentence)."""
+    """The origin of the figures, as (word, sentence)."""
     effort, points = document["effort"], document["points"]
     runners = [one for point in points for one in point["runners"] if one["kind"] != "peer"]  # these have no files
     cold = [runner["cold"]["dropped"] for runner in runners if "cold" in runner]
@@ -102,7 +69,7 @@ def notes(document: Mapping[str, Any]) -> list[tuple[str, str]]:
          + (" the runners in turns, each started anew for each block of rounds: together they don't fit into memory;"
             if turns else " runners interleaved in an order that changes from round to round;")
          + " median and 10 % to 90 % of all rounds"),
-        ("asked", f"{document['picture']}, the same for all; {document['tokens']} tokens decoded;"
+        ("input", f"{document['picture']}, the same for all; {document['tokens']} tokens decoded;"
          f" weights {document['checkpoint']['sha256'][:12]}…, random where the checkpoint is synthetic"),
         ("cold", "the model's files were dropped from the page cache before a new process" if all(cold) and cold
          else "the page cache could not be emptied for every runner here: their cold loads are left out"),
@@ -115,29 +82,32 @@ def notes(document: Mapping[str, Any]) -> list[tuple[str, str]]:
     return lines
 
 
-def delayed(document: Mapping[str, Any]) -> str | None:
-    """The warning on a run whose stages were held up on purpose."""
-    return f"SLOWED ON PURPOSE: {document['delay']}" if document["delay"] else None
+def warnings(document: Mapping[str, Any]) -> list[str]:
+    """The lines that nobody may miss: stages that were held up on purpose, and a machine that was busy."""
+    lines = [f"SLOWED ON PURPOSE: {document['delay']}"] if document["delay"] else []
+    if busy(document):
+        load, cores = document["load_before"]["1min"], document["environment"]["cores"]
+        lines.append(
+            f"BUSY MACHINE: load {load:.1f} on {cores} cores when the run began, so times are longer and less certain"
+            " than on an idle one"
+        )
+    return lines
 
 
 # Terminal
 
 
 def print_document(document: Mapping[str, Any]) -> None:
-    """All points as tables on stdout."""
-    from rich import box
-    from rich.table import Table
-
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = _WIDTH
+    """Print all points as tables on stdout."""
+    console = wide_console(_WIDTH)
+    for line in warnings(document):
+        console.print(line, style="red", markup=False)
     for point in document["points"]:
         unit, scale = _unit(point, document["tokens"])
         name = f"{title(document, point)}, in {unit}"
         table = Table(title=name, title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0))
         for head in _HEADS:
-            left = head == "runner"
-            table.add_column(head, justify="left" if left else "right", no_wrap=True)
+            table.add_column(head, justify="left" if head == "runner" else "right", no_wrap=True)
         for runner in ranked(point, document["tokens"]):
             if "error" not in runner:
                 table.add_row(runner["name"], *_row(runner, document["tokens"], scale))
@@ -145,61 +115,38 @@ def print_document(document: Mapping[str, Any]) -> None:
         for runner in point["runners"]:
             if line := runner.get("error") or runner.get("note"):
                 console.print(f"{runner['name']}: {line}", markup=False)
-    console.print(_LEGEND, markup=False)
-    for line in (verdict(document), *(f"{label}: {value:g}" for label, value in ratios(document).items())):
+    lines = [_LEGEND, verdict(document), *(f"{label}: {value:g}" for label, value in ratios(document).items())]
+    lines += [*searched(document), *(f"{name}: {line}" for name, line in notes(document))]
+    for line in lines:
         console.print(line, markup=False)
-    for line in searched(document):
-        console.print(line, markup=False)
-    for name, line in notes(document):
-        console.print(f"{name}: {line}", markup=False)
-    if document.get("peers"):
-        from benchmarks.peers.peers import print_comparison
-
-        for comparison in document["peers"]:
-            print_comparison(comparison)
-    if warning := delayed(document):
-        console.print(warning, style="red", markup=False)
+    for comparison in document.get("peers", []):
+        print_peers(comparison)
 
 
 def _row(runner: Mapping[str, Any], tokens: int, scale: float) -> list[str]:
-    """What stands behind a runner's name under `_HEADS`: seconds times `scale`, and the rest."""
-    found = figures(runner, tokens)
+    """The cells behind a runner's name under `_HEADS`: seconds times `scale`, and the rest."""
+    spreads = figures(runner, tokens)
 
-    def cell(key: str, which: str = "median") -> str:
-        return f"{found[key][which] * scale:.3g}" if key in found else "–"
+    def cell(key: str, which: str = "median", scale: float = scale) -> str:
+        return f"{spreads[key][which] * scale:.3g}" if key in spreads else "–"
 
     spread = f"{cell('ttft_paper', 'p10')}–{cell('ttft_paper', 'p90')}"
     times = [cell(key) for key in ("ttft_app", "encode", "prefill", "next_question")]
-    rate = f"{found['decode_rate']['median']:.3g}" if "decode_rate" in found else "–"
-    memory = f"{found['peak_bytes']['median'] / 1e9:.2f}"
-    return [cell("ttft_paper"), spread, *times, rate, memory, _parity(runner)]
-
-
-def _parity(runner: Mapping[str, Any]) -> str:
-    """How far the features are from Transformers' in float32, in dB."""
+    memory = f"{spreads['peak_bytes']['median'] / 1e9:.2f}"
     features = runner.get("snr_db", {}).get("features", ...)
-    return "–" if features is ... else "exact" if features is None else f"{features:.1f}"
+    parity = "–" if features is ... else "exact" if features is None else f"{features:.1f}"
+    return [cell("ttft_paper"), spread, *times, cell("decode_rate", scale=1), memory, parity]
 
 
 def _unit(point: Mapping[str, Any], tokens: int) -> tuple[str, float]:
     """The unit of a point's table, and how many of it a second has: ms where most totals are shorter than a second."""
-    known = [figures(runner, tokens) for runner in point["runners"]]
-    known_totals = [found["ttft_paper"]["median"] for found in known if "ttft_paper" in found]
-    return ("s", 1.0) if known_totals and statistics.median(known_totals) >= 1 else ("ms", 1e3)
-
-
-def ranked(point: Mapping[str, Any], tokens: int) -> list[Mapping[str, Any]]:
-    """The fastest first, then those without a total, the failed last."""
-
-    def place(runner: Mapping[str, Any]) -> tuple[bool, float]:
-        total = figures(runner, tokens).get("ttft_paper")
-        return "error" in runner, total["median"] if total else float("inf")
-
-    return sorted(point["runners"], key=place)
+    known = [medians(one, tokens) for one in point["runners"]]
+    totals = [times["ttft_paper"] for times in known if "ttft_paper" in times]
+    return ("s", 1.0) if totals and statistics.median(totals) >= 1 else ("ms", 1e3)
 
 
 def searched(document: Mapping[str, Any]) -> list[str]:
-    """What the search for Transformers' best setting tried, a line a device."""
+    """The trials of the search for Transformers' best setting, a line for each device."""
     lines = []
     for search in document["search"]:
         tried = []
@@ -228,8 +175,7 @@ def markdown(document: Mapping[str, Any]) -> str:
     lines += [_LEGEND, ""]
     machine = environment.machine_line(document["environment"])
     lines.append(f"{machine}, load {document['load_before']['1min']:.1f}, {document['date'][:10]}.")
-    if warning := delayed(document):
-        lines.append(f"**{warning}**")
+    lines += [f"**{warning}**" for warning in warnings(document)]
     return "\n".join(lines) + "\n"
 
 
@@ -246,7 +192,8 @@ def render(document: Mapping[str, Any]) -> str:
     filters: dict[str, Any] = {"shown": lambda value, key: shown(key, value), "settings": settings_of, "label": label}
     return page.render(
         TEMPLATE, filters, document=document, points=[_panel(document, point) for point in document["points"]],
-        bars=BARS, notes=notes(document), delayed=delayed(document), verdict=verdict(document), ratios=ratios(document),
+        bars=BARS, notes=notes(document), warnings=warnings(document), verdict=verdict(document),
+        ratios=ratios(document),
     )  # fmt: skip
 
 
@@ -259,47 +206,68 @@ def _panel(document: Mapping[str, Any], point: Mapping[str, Any]) -> dict[str, A
     """A point for the template: its runners with figures, and the width that the longest bar has, in seconds."""
     rows: list[dict[str, Any]] = []
     for runner in ranked(point, document["tokens"]):
-        found = figures(runner, document["tokens"])
-        bar = [(stage, found[stage]["median"]) for stage in BARS if stage in found]
-        rows.append({"runner": runner, "figures": found, "bar": bar, "length": sum(seconds for _, seconds in bar)})
-    shortest = min((row["length"] for row in rows if row["length"]), default=1.0)
-    longest = max((row["length"] for row in rows), default=0.0) or 1.0
-    scale = min(longest, 12 * shortest)  # so that one very slow runner doesn't flatten the others
+        spreads = figures(runner, document["tokens"])
+        bar = [(stage, spreads[stage]["median"]) for stage in BARS if stage in spreads]
+        rows.append({"runner": runner, "figures": spreads, "bar": bar, "length": sum(seconds for _, seconds in bar)})
+    lengths = [row["length"] for row in rows if row["length"]] or [1.0]
+    scale = min(max(lengths), 12 * min(lengths))  # so that one very slow runner doesn't flatten the others
     tables = [[key for key in keys if any(key in row["figures"] for row in rows)] for keys in TABLES]
     return {"title": title(document, point), "rows": rows, "scale": scale, "tables": tables}
 
 
 def verdict(document: Mapping[str, Any]) -> str:
-    """The first point's result in a sentence: the fastest runner, and Transformers' fastest, as far as searched."""
-    fastest, base = (_fastest(document, kind) for kind in ("artefact", "checkpoint"))
-    if (first := fastest or base) is None:
+    """The first point's result in a sentence: the fastest artefact, and Transformers' fastest."""
+    ours, base = (fastest(document, kind) for kind in ("artefact", "checkpoint"))
+    if (first := ours or base) is None:
         return "No runner finished"
-    name, found = first
-    sentence = f"{name}: {shown('s', found['ttft_paper']['median'])} to the first token"
-    if fastest and base:
+    sentence = f"{first[0]}: {shown('s', first[1]['ttft_paper'])} to the first token"
+    if ours and base:
         word = "best setting" if document["search"] else "default"
-        sentence += f"; Transformers' {word} ({base[0]}): {shown('s', base[1]['ttft_paper']['median'])}"
+        sentence += f"; Transformers' {word} ({base[0]}): {shown('s', base[1]['ttft_paper'])}"
     return sentence
 
 
-def ratios(document: Mapping[str, Any]) -> dict[str, float]:
-    """What the first point's fastest artefact takes of others' time and memory, and a second question of its first."""
-    ours = _fastest(document, "artefact")
-    found = {}
-    if ours:
-        for label, kind in (("Transformers' fastest", "checkpoint"), ("mlx-vlm", "mlx-vlm")):
-            if theirs := _fastest(document, kind):
-                for key, what in (("ttft_paper", "TTFT"), ("peak_bytes", "peak memory")):
-                    found[f"{what} / {label}"] = ours[1][key]["median"] / theirs[1][key]["median"]
-        if "next_question" in ours[1]:
-            found["next question / TTFT"] = ours[1]["next_question"]["median"] / ours[1]["ttft_paper"]["median"]
-    return {label: float(f"{value:.3g}") for label, value in found.items()}
+# A comparison of two runs
 
 
-def _fastest(document: Mapping[str, Any], kind: str) -> tuple[str, dict[str, dict[str, float]]] | None:
-    """The name and figures of the first point's fastest runner of a kind; None where none finished."""
-    for runner in ranked(document["points"][0], document["tokens"]):
-        found = figures(runner, document["tokens"])
-        if runner["kind"] == kind and "ttft_paper" in found:
-            return runner["name"], found
-    return None
+def print_changes(comparison: Mapping[str, Any]) -> None:
+    """Print a table of what changed between two runs (`diff.compare`), and a sentence on the rest."""
+    console = Console(highlight=False)
+    if comparison["changes"]:
+        table = Table(title="changes beyond the noise", title_justify="left")
+        for column in ("runner", "stage", "old", "new", "change", "called from", ""):
+            table.add_column(column, overflow="fold")
+        for row in comparison["changes"]:
+            style = "red" if row["called"] == "slower" else "green"
+            times = (shown(row["stage"], row["old"]), shown(row["stage"], row["new"]), f"{row['change']:+.1%}")
+            called = f"[{style}]{row['called']}[/]"
+            table.add_row(row["runner"], row["stage"], *times, f"{row['threshold']:.1%}", called)
+        console.print(table)
+    if quiet := [row["threshold"] for row in comparison["rows"] if not row["called"]]:
+        console.print(
+            f"no change in {len(quiet)} of {len(comparison['rows'])} stages and totals; a change is called from"
+            f" {min(quiet):.1%} to {max(quiet):.1%}, by the noise of each", markup=False,
+        )  # fmt: skip
+    for line in comparison["left_out"]:
+        console.print(f"left out: {line}", markup=False)
+    for name, delay in zip(("OLD", "NEW"), comparison["delays"]):
+        if delay:
+            console.print(f"{name} was slowed on purpose: {delay}", style="red", markup=False)
+
+
+def print_repeated(result: Mapping[str, Any]) -> None:
+    """Print how often `diff` was right (`repeat.repeat`), and each pair where it wasn't."""
+    number = len(result["pairs"]) + len(result["slowed"])
+    print(f"false calls: in {result['false']} of {number} pairs ({len(result['pairs'])} of them equal runs)")
+    for index, calls in enumerate(result["pairs"], 1):
+        if calls:
+            print(f"  equal pair {index}: {', '.join(calls)}")
+    right = sum(not one["missed"] for one in result["slowed"])
+    print(f"a stage slowed by {SLOWDOWN - 1:.0%}: named in {right} of {len(result['slowed'])} pairs")
+    for index, one in enumerate(result["slowed"], 1):
+        wrong = [f"not called for {', '.join(one['missed'])}"] if one["missed"] else []
+        wrong += [f"also called: {', '.join(one['false'])}"] if one["false"] else []
+        if wrong:
+            print(f"  slowed pair {index}, {one['stage']}: {'; '.join(wrong)}")
+    for line in result["left_out"]:
+        print(f"left out: {line}")

@@ -5,8 +5,8 @@ It opens the runner that the specification (JSON) describes, prints a line {"rea
 "waited": {...}, "answer"}, and at the end of its input {"peak_bytes"}. What goes wrong is a line {"error", "failed"},
 the latter true where the model computed what isn't finite. Nothing else reaches stdout.
 
-A runner is an object with `name`, `settings` and `stages() -> [(stage, callable(state))]`; the state is a new dict for
-each round. The stages' work is finished when they return: whoever computes lazily synchronises inside them.
+A runner is an object with `name`, `settings` and a method for each stage that it has, which takes the state of the
+round. A stage's work is finished when it returns: a library that computes lazily is synchronised inside it.
 
 It imports the standard library only (`fastvlm.common.errors` is no more), because the environment that mlx-vlm lives in
 has no torch.
@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from fastvlm.common.errors import CheckFailed
 
@@ -38,21 +38,15 @@ OPENERS = {
     "checkpoint": "benchmarks.ttft.models",
     "artefact": "benchmarks.ttft.models",
     "mlx-vlm": "benchmarks.ttft.mlx_vlm",
-    "peer": "benchmarks.peers.peers",
-    "yardstick": "benchmarks.ttft.runner",
+    "peer": "benchmarks.peers.models",
 }
-Stage = tuple[str, Callable[[dict[str, Any]], None]]
+State = dict[str, Any]  # of a round: what a stage leaves for those behind it
+Stage = tuple[str, Callable[[State], None]]
 
 
-class Runner(Protocol):
-    """What is timed."""
-
-    name: str
-    settings: dict[str, Any]
-
-    def stages(self) -> Sequence[Stage]:
-        """The stages of a round in order."""
-        ...
+def stages_of(runner: Any) -> list[Stage]:
+    """The stages of a runner in order: its methods of their names."""
+    return [(name, getattr(runner, name)) for name in STAGES if hasattr(runner, name)]
 
 
 def parse_delays(text: str) -> dict[str, tuple[str, float]]:
@@ -137,46 +131,6 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-class Yardstick:
-    """The same small work in every round of every run: what changes in it is the machine, not a runner.
-
-    "products" stay in the cache and tell the processor's speed. "tokens" go through 16 MB of weights in many small
-    steps, as decoding does, and tell how much of the caches others take.
-    """
-
-    name, settings = "yardstick", {"products": "448 x 448 in float32", "tokens": "vectors through 16 x 512 x 512"}
-
-    def __init__(self) -> None:
-        import numpy as np
-
-        rng = np.random.default_rng(0)
-        self.matrix = rng.random((448, 448), dtype=np.float32)
-        self.product = np.empty_like(self.matrix)
-        self.layers = [rng.random((512, 512), dtype=np.float32) for _ in range(16)]
-        self.vector = rng.random((1, 512), dtype=np.float32)
-
-    def stages(self) -> list[Stage]:
-        import numpy as np
-
-        def products(state: dict[str, Any]) -> None:
-            for _ in range(3):
-                np.matmul(self.matrix, self.matrix, out=self.product)
-
-        def tokens(state: dict[str, Any]) -> None:
-            x = self.vector
-            for _ in range(5):
-                for layer in self.layers:
-                    y = x @ layer
-                    x = np.maximum(y / np.sqrt((y * y).mean() + 1e-6), 0) + self.vector
-
-        return [("products", products), ("tokens", tokens)]
-
-
-def open_runner(specification: Mapping[str, Any]) -> Runner:
-    """The yardstick."""
-    return Yardstick()
-
-
 def main(specification: dict[str, Any]) -> int:
     """The process: see the module's docstring."""
     channel = os.fdopen(os.dup(1), "w", buffering=1)
@@ -186,15 +140,15 @@ def main(specification: dict[str, Any]) -> int:
         print(json.dumps(message), file=channel, flush=True)
 
     try:
-        delays = parse_delays(os.environ.get(DELAY, "")) if specification["kind"] != "yardstick" else {}
+        delays = parse_delays(os.environ.get(DELAY, ""))
         start = time.perf_counter()
         opener = importlib.import_module(OPENERS[specification["kind"]])
-        getattr(opener, "prepare", lambda asked: None)(specification)
+        getattr(opener, "prepare", lambda specification: None)(specification)
         imported = time.perf_counter()
         runner = opener.open_runner(specification)
         loaded = time.perf_counter()
-        stages = list(runner.stages())
-        if last := specification.get("until"):  # the stages behind it don't matter to whoever asks
+        stages = stages_of(runner)
+        if last := specification.get("until"):  # a trial needs no more
             stages = stages[: [name for name, _ in stages].index(last) + 1]
         say(
             ready=True, name=specification.get("name", runner.name), settings=runner.settings,

@@ -197,6 +197,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if report.faults:
         if args.json:
             print(json.dumps(report.document()), flush=True)
-        listed = "; ".join(map(str, report.faults)) if args.json else f"{len(report.faults)} faults, listed above"
+        listed = (
+            "; ".join(map(str, report.faults))
+            if args.json
+            else f"{len(report.faults)} fault{'s' * (len(report.faults) > 1)}, listed above"
+        )
         raise UserError(f"cannot use checkpoint {args.path}: {listed}")
     return report.document()

@@ -33,18 +33,33 @@ _stopped: list[int] = []  # signals that came during `run`
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose usage errors are one line, exit 2, like every other unusable input."""
+    """An ArgumentParser that reports unusable input in one line, all values that types refuse at once; exit code 2."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         kwargs.setdefault("allow_abbrev", False)
         super().__init__(*args, **kwargs)
         self.register("type", Path, some_path)  # of every `type=Path`: what is read; see files.Output for what isn't
+        self._refused: list[str] = []
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        found = super().parse_known_args(args, namespace)
-        if faults := flag_faults(self, found[0]):
+        self._refused = []
+        parsed = super().parse_known_args(args, namespace)
+        if faults := [*self._refused, *flag_faults(self, parsed[0])]:
             raise UserError("; ".join(faults))
-        return found
+        return parsed
+
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        try:
+            return super()._get_value(action, arg_string)  # type: ignore[misc]
+        except argparse.ArgumentError as error:
+            self._refused.append(str(error).removeprefix("argument "))
+        except UserError as error:
+            self._refused.append(f"{'/'.join(action.option_strings) or action.metavar}: {error}")
+        return None
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if value is not None:  # a refused one is reported already
+            super()._check_value(action, value)  # type: ignore[misc]
 
     def error(self, message: str) -> Any:
         self.exit(EXIT_UNUSABLE, f"error: {message} (see `{self.prog} --help`)\n")

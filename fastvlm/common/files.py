@@ -94,13 +94,17 @@ def _not_small(status: os.stat_result, limit: int) -> str:
 @dataclass(frozen=True)
 class Output:
     """The argparse type of a path that is written: a file or a working folder; or with `whole` a folder that is
-    replaced with everything in it; or a folder that gets `files`."""
+    replaced with everything in it; or a folder that gets `files`. `file`: a file, so that a folder is refused."""
 
     whole: bool = False
     files: tuple[str, ...] = ()
+    file: bool = False
 
     def __call__(self, text: str) -> Path:
-        return some_path(text)
+        path = some_path(text)
+        if self.file and path.is_dir():
+            raise argparse.ArgumentTypeError(f"{text} is a folder, expected the name of a file")
+        return path
 
 
 def some_path(text: str) -> Path:
@@ -119,7 +123,7 @@ def flag_faults(parser: argparse.ArgumentParser, given: argparse.Namespace) -> l
         for one in value if isinstance(value, (list, tuple)) else [value]:
             if isinstance(action.type, Output) and isinstance(one, Path):
                 outputs[flag] = (one, action.type)
-            elif action.type in (Path, None) and isinstance(one, (str, Path)):
+            elif isinstance(one, (str, Path)):
                 inputs.append((flag, Path(one)))
     return output_faults(outputs, inputs)
 

@@ -7,7 +7,7 @@ import pytest
 
 from app_bridge.app import facts, packages
 from app_bridge.app.facts import AppFacts, Package
-from app_bridge.app.swift_program import Program
+from app_bridge.app.swift import Program
 from fastvlm.common.errors import UserError
 from quantization.catalogue import LOADERS
 

@@ -6,14 +6,25 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import broken
 import numpy as np
 import pytest
 import torch
-from broken import Fault, expect_fault, gone, in_json, in_tensors, in_text, put, rules, several, without
 
 from app_bridge.app.facts import table
-from app_bridge.subject import is_finite
+from app_bridge.validation.finite import is_finite
+from tests.app_bridge import broken
+from tests.app_bridge.broken import (
+    Fault,
+    expect_fault,
+    gone,
+    in_json,
+    in_tensors,
+    in_text,
+    put,
+    rules,
+    several,
+    without,
+)
 
 CONFIG, TOKENIZER, TOKENIZER_CONFIG = "config.json", "tokenizer.json", "tokenizer_config.json"
 PACKAGE, WEIGHTS, PROJECTOR = "fastvithd.mlpackage", "model.safetensors", "multi_modal_projector.safetensors"
@@ -296,9 +307,25 @@ def test_the_unbroken_quantized_artefact_has_none(int4_artefact: Path) -> None:
     assert rules(int4_artefact, table()) == []
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64", "float8_e5m2", "float8_e4m3fn"])
-def test_values_of_every_type_are_looked_at(dtype: str) -> None:
-    values = torch.zeros(3, 2).to(getattr(torch, dtype))
-    assert is_finite(values) and is_finite(values[:0])
-    values[1, 1] = float("nan")
-    assert not is_finite(values)
+@pytest.mark.parametrize(
+    ("dtype", "names"),
+    [
+        ("float16", ("F16", "fp16")),
+        ("bfloat16", ("BF16", "bf16")),
+        ("float32", ("F32", "fp32")),
+        ("float64", ("F64", "fp64")),
+        ("float8_e5m2", ("F8_E5M2", "fp8e5m2")),
+        ("float8_e4m3fn", ("F8_E4M3", "fp8e4m3fn")),
+    ],
+)
+def test_values_of_every_type_are_looked_at(dtype: str, names: tuple[str, ...]) -> None:
+    """Against PyTorch's own numbers: the largest ones are finite."""
+    largest = torch.finfo(getattr(torch, dtype)).max
+    for value in (0.0, -largest, largest, float("nan"), float("inf"), -float("inf")):
+        values = torch.zeros(3, 2).double()
+        values[1, 1] = value
+        stored = values.to(getattr(torch, dtype))
+        finite = bool(torch.isfinite(stored.double()).all())
+        raw = stored.reshape(-1).view(torch.uint8).numpy()
+        assert [is_finite(raw, name) for name in names] == [finite] * 2, value
+    assert is_finite(raw[:0], names[0]) and is_finite(raw, "I32")

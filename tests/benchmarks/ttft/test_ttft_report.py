@@ -7,7 +7,7 @@ import pytest
 from html_page import Page
 from ttft_documents import BASE, changed, document
 
-from benchmarks.ttft import report
+from benchmarks.ttft import figures, report
 
 HOSTILE = '"><script>alert(1)</script><img src=http://evil.example/x onerror=alert(2)> {{ 7*7 }} | & </style>'
 
@@ -38,10 +38,10 @@ def measured():
 
 def test_figures_are_those_of_all_rounds(measured):
     runner = measured["points"][0]["runners"][0]
-    found = report.figures(runner, 16)
+    found = figures.figures(runner, 16)
     rounds = [one["stages"] for launch in runner["launches"] for one in launch["rounds"]]
     encode = [one["encode"] for one in rounds]
-    assert found["encode"]["rounds"] == 96
+    assert found["encode"]["rounds"] == 72
     assert [found["encode"][key] for key in ("median", "p10", "p90")] == pytest.approx(
         np.percentile(encode, [50, 10, 90]).tolist()
     )
@@ -53,13 +53,13 @@ def test_figures_are_those_of_all_rounds(measured):
     assert found["load"]["median"] == 0.5 and found["load_cold"]["median"] == 1.0
     assert found["answer_cold"]["median"] == pytest.approx(1 + sum(BASE[stage] for stage in list(BASE)[:5]))
     assert found["peak_bytes"]["median"] == 1e9
-    assert report.figures({"error": "killed"}, 16) == {}
+    assert figures.figures({"error": "killed"}, 16) == {}
 
 
 def test_loads_that_were_not_cold_are_left_out(measured):
     runner = changed(measured["points"][0]["runners"][0])
     runner["cold"]["dropped"] = False
-    assert not {"load_cold", "answer_cold"} & set(report.figures(runner, 16))
+    assert not {"load_cold", "answer_cold"} & set(figures.figures(runner, 16))
     run = changed(measured)
     run["points"][0]["runners"][0] = runner
     assert "could not be emptied" in report.render(run)
@@ -74,25 +74,15 @@ def test_the_page_fetches_nothing_and_shows_everything(measured):
     assert not re.search(r"(?:src|href)=|url\(|https?://", text)
     assert "prefers-color-scheme: dark" in text
     said = " ".join(page.texts)
-    for part in (
-        "killed by the system",
-        "2 × 3 rounds",
-        "52.8 dB",
-        "logits exact",
-        "33 s of compiling",
-        "85 ×",
-        "Because.",
-    ):
-        assert part in said, part
+    parts = ("killed by the system", "2 × 3 rounds", "52.8 dB", "logits exact", "33 s of compiling", "85 ×", "Because.")
+    assert not [part for part in parts if part not in said]
     assert said.index("fp16/executor-as-typed") < said.index("mlx-vlm")
     assert "SLOWED" not in text
 
 
 def test_bars_are_as_long_as_their_stages(measured):
     run = document(1, quiet=True)
-    run["points"][0]["runners"][1]["launches"] = document(1, {"encode": 3.0}, quiet=True)["points"][0]["runners"][1][
-        "launches"
-    ]
+    run["points"][0]["runners"][1] = document(1, {"encode": 3.0}, quiet=True)["points"][0]["runners"][1]
     text = report.render(run)
     total = sum(BASE[stage] for stage in list(BASE)[:5])
     lengths = [float(width) for width in re.findall(r'class="bar" style="width: ([\d.]+)%', text)]
@@ -112,11 +102,15 @@ def test_hostile_names_stay_text(measured):
     assert any("{{ 7*7 }}" in text for text in page.texts)
 
 
-def test_a_slowed_run_says_so_everywhere(capsys):
+def test_a_slowed_run_and_a_busy_machine_say_so_everywhere(capsys):
     run = document(3, {"encode": 1.5})
-    report.print_document(run)
-    for text in (report.render(run), report.markdown(run), capsys.readouterr().out):
-        assert "SLOWED ON PURPOSE: encode=x1.5" in text
+    for load, busy in ((0.4, False), (3.0, True)):
+        run["load_before"]["1min"] = load
+        report.print_document(run)
+        for text in (report.render(run), report.markdown(run), capsys.readouterr().out):
+            text = " ".join(text.split())
+            assert "SLOWED ON PURPOSE: encode=x1.5" in text
+            assert ("BUSY MACHINE: load 3.0 on 2 cores" in text) == busy
 
 
 def test_terminal_and_markdown_have_a_row_for_each_runner(measured, capsys):
@@ -128,7 +122,7 @@ def test_terminal_and_markdown_have_a_row_for_each_runner(measured, capsys):
         assert sum(line.startswith(f"| {name} |") for line in lines) == 1
     table = [line for line in lines if line.startswith("|")]
     assert len({line.count("|") for line in table}) == 1
-    median = report.figures(measured["points"][0]["runners"][0], 16)["ttft_paper"]["median"]
+    median = figures.figures(measured["points"][0]["runners"][0], 16)["ttft_paper"]["median"]
     assert f"| {median * 1e3:.3g} |" in "\n".join(table) and "in ms" in lines[0]
     ends = {line.split(" | ")[0]: line.split(" | ")[-1] for line in table}
     assert ends["| runner"] == "dB |" and ends["| fp16/executor-as-typed"] == "52.8 |"
@@ -138,13 +132,11 @@ def test_terminal_and_markdown_have_a_row_for_each_runner(measured, capsys):
 
 def test_the_sentence_names_the_fastest_and_transformers_best(measured):
     run = document(1, quiet=True)
-    run["points"][0]["runners"][1]["launches"] = document(1, {"encode": 2.0}, quiet=True)["points"][0]["runners"][1][
-        "launches"
-    ]
+    run["points"][0]["runners"][1] = document(1, {"encode": 2.0}, quiet=True)["points"][0]["runners"][1]
     assert report.verdict(run) == (
         "fp16/executor-as-typed: 14.3 ms to the first token; Transformers' default (transformers-cpu): 24.3 ms"
     )
-    found = report.ratios(run)
+    found = figures.ratios(run)
     assert found["TTFT / Transformers' fastest"] == pytest.approx(14.3 / 24.3, abs=0.005)
     assert found["peak memory / Transformers' fastest"] > 0 and found["next question / TTFT"] > 0
     assert not any("mlx-vlm" in label for label in found)

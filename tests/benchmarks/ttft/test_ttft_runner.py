@@ -1,19 +1,20 @@
 """The clock: a delay injected into a stage appears in that stage and its totals, and nowhere else. The processes."""
 
-import os
-import signal
 import subprocess
 import sys
 
 import pytest
 
-from benchmarks.ttft import run, runner, search
-from benchmarks.ttft.run import Effort, RunnerError
+from benchmarks.ttft import process, run, runner, search
+from benchmarks.ttft.process import RunnerError, processes
+from benchmarks.ttft.run import Effort
 from benchmarks.ttft.runner import STAGES, one_round, parse_delays, totals
 from fastvlm.common.children import ROOT
 
 TAKES = {stage: 2.0**number for number, stage in enumerate(STAGES)}  # s by the fake clock; sums tell them apart
-YARDSTICK = {"kind": "yardstick", "name": "yardstick"}
+READY = 'echo \'{"ready": true, "load_s": 1, "import_s": 1, "settings": {}, "delay": ""}\''
+ROUND = ["read line", 'echo \'{"stages": {"encode": 1}, "waited": {}}\'']
+END = ["read line", "echo '{\"peak_bytes\": 7}'"]
 
 
 class Clock:
@@ -88,92 +89,71 @@ def test_delays_that_are_none_are_refused(text):
 # Processes
 
 
-def test_a_process_answers_in_rounds_and_ends_with_its_peak_memory():
-    with run.processes() as start:
-        process = start(YARDSTICK)
-        assert process.ready["name"] == "yardstick" and process.ready["load_s"] > 0
-        for _ in range(2):
-            answered = process.round()
-            assert set(answered["stages"]) == set(answered["waited"]) == {"products", "tokens"}
-            assert all(seconds > 0 for seconds in answered["stages"].values())
-        assert 10e6 < process.close() < 1e9
-        assert process.process.poll() == 0
-
-
-def test_a_killed_process_and_a_failing_one_say_so():
-    with run.processes() as start:
-        process = start(YARDSTICK)
-        os.kill(process.process.pid, signal.SIGKILL)
-        with pytest.raises(RunnerError, match=r"killed by the system .*out of memory"):
-            process.round()
-        with pytest.raises(RunnerError, match="killed by the system"):
-            process.close()
-        other = start(YARDSTICK)
-        with pytest.raises(RunnerError, match=r"its process ended \(exit 1\)"):
-            start({**YARDSTICK, "python": "/bin/false"})
-        with pytest.raises(RunnerError, match="/nowhere/python: can't be started: No such file"):
-            start({**YARDSTICK, "python": "/nowhere/python"})
-        with pytest.raises(RunnerError, match="expected one of llava-onevision"):
-            start({"kind": "peer", "name": "peer:nobody"})
-    assert other.process.poll() is not None
-
-
 def script(path, *lines):
     """A specification whose process is these lines of shell."""
     path.write_text("\n".join(["#!/bin/sh", *lines, ""]))
     path.chmod(0o755)
-    return {**YARDSTICK, "python": str(path)}
+    return {"kind": "checkpoint", "name": path.name, "python": str(path)}
 
 
-def test_half_a_line_and_what_is_no_json_are_failures(tmp_path):
-    half = script(tmp_path / "half", "printf '{\"ready\": tr'", "exit 3")
-    chatty = script(tmp_path / "chatty", "echo hello", "read line")
-    with run.processes() as start:
-        with pytest.raises(RunnerError, match=r"its process ended \(exit 3\)"):
-            start(half)
-        with pytest.raises(RunnerError, match="what is no JSON: hello"):
-            start(chatty)
+def test_a_process_answers_in_rounds_and_ends_with_its_peak_memory(tmp_path):
+    with processes() as start:
+        process = start(script(tmp_path / "whole", READY, *ROUND, *ROUND, *END))
+        assert process.ready["load_s"] == 1
+        assert process.round() == process.round() == {"stages": {"encode": 1}, "waited": {}}
+        assert process.close() == 7 and process.process.poll() == 0
+        other = start(script(tmp_path / "other", READY, *ROUND))
+    assert other.process.poll() is not None
 
 
-def test_a_failure_quotes_only_its_own_process(tmp_path):
-    ready = ["echo '{\"ready\": true}'", "read line"]
-    loud = script(tmp_path / "loud", *ready, "echo theirs >&2", *ready)
-    dies = script(tmp_path / "dies", *ready, "exit 4")
-    with run.processes() as start:
-        one, other = start(dies), start(loud)
-        other.round()
-        with pytest.raises(RunnerError, match=r"\(exit 4\)$"):
-            one.round()
+def test_the_runners_side_of_the_protocol_and_its_own_peak(capfd):
+    assert runner.main({"kind": "peer", "name": "nobody", "model": "nobody"}) == 1
+    assert capfd.readouterr().err == ""  # stdout was the channel
+    assert 10e6 < runner.peak_bytes() < 100e9
+
+
+@pytest.mark.parametrize(
+    "lines, said",
+    [
+        (["exit 1"], r"its process ended \(exit 1\)$"),
+        (["kill -9 $$"], "killed by the system .*out of memory"),
+        (["echo theirs >&2", "exit 4"], r"its process ended \(exit 4\): theirs$"),
+        (["printf '{\"ready\": tr'", "exit 3"], r"its process ended \(exit 3\)"),
+        (["echo hello", "read line"], "what is no JSON: hello"),
+        (['echo \'{"error": "no such checkpoint"}\''], "^no such checkpoint$"),
+    ],
+)
+def test_a_process_that_fails_says_how(lines, said, tmp_path):
+    with processes() as start:
+        start(script(tmp_path / "loud", READY, "echo ours >&2", *ROUND))
+        with pytest.raises(RunnerError, match=said):
+            start(script(tmp_path / "fails", *lines))
+        with pytest.raises(RunnerError, match=said):
+            start(script(tmp_path / "later", READY, *lines)).round()
+        with pytest.raises(RunnerError, match="/nowhere/python: can't be started: No such file"):
+            start({"kind": "checkpoint", "python": "/nowhere/python"})
 
 
 def test_a_trial_that_takes_too_long_is_given_up_and_a_dead_one_says_why(tmp_path):
-    ready = ["echo '{\"ready\": true}'", "read line"]
     with pytest.raises(RunnerError, match=r"given up after 0\.05 s"):
-        run.trial(script(tmp_path / "slow", *ready, "exec sleep 600"), 1, 0.05)
+        run.trial(script(tmp_path / "slow", READY, "read line", "exec sleep 600"), 1, 0.05)
     with pytest.raises(RunnerError, match=r"its process ended \(exit 7\)"):
-        run.trial(script(tmp_path / "dead", *ready, "exit 7"), 1, 600.0)
+        run.trial(script(tmp_path / "dead", READY, "read line", "exit 7"), 1, 600.0)
 
 
-def test_a_cold_pass_past_the_budget_is_stopped_and_said_so(tmp_path):
-    ready = 'echo \'{"ready": true, "load_s": 1, "import_s": 1, "settings": {}, "delay": ""}\''
-    answers = ["read line", 'echo \'{"stages": {}, "waited": {}}\'', "read line", "echo '{\"peak_bytes\": 7}'"]
-    whole = script(tmp_path / "whole", ready, *answers)
-    never_ready = script(tmp_path / "load", "exec sleep 600")
-    never_through = script(tmp_path / "round", ready, "exec sleep 600")
-    for slow in (never_ready, never_through):
-        (found,), _ = run.measure([slow], Effort(1, 1, 0.05), lambda line: None)
-        assert (
-            found["error"] == "stopped after 0.05 s, the budget: loading and one round, cold, take longer: no figures"
-        )
-    found = run._cold(whole, 600.0)
-    assert found["peak_bytes"] == 7 and "error" not in found
+def test_a_cold_pass_past_the_budget_is_stopped_and_says_so(tmp_path):
+    for slow in (["exec sleep 600"], [READY, "read line", "exec sleep 600"]):
+        (record,), _ = run.measure([script(tmp_path / "slow", *slow)], Effort(1, 1, 0.05), lambda line: None)
+        assert record["error"].startswith("stopped after 0.05 s, the budget: loading and one round, cold")
+    record = run._cold(script(tmp_path / "whole", READY, *ROUND, *END), 600.0)
+    assert record["peak_bytes"] == 7 and "error" not in record
 
 
 @pytest.mark.parametrize("kind, needs", [("artefact", False), ("checkpoint", True)])
 def test_each_kind_imports_what_it_needs_before_the_clock(kind, needs):
     code = (
-        "import sys; from benchmarks import ttft_models; assert 'timm' not in sys.modules;"
-        f" ttft_models.prepare({{'kind': '{kind}'}});"
+        "import sys; from benchmarks.ttft import models; assert 'timm' not in sys.modules;"
+        f" models.prepare({{'kind': '{kind}'}});"
         " print(*(name in sys.modules for name in ('timm', 'model_export.runtime')))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -198,7 +178,7 @@ def test_slow_runners_keep_to_the_budget(load, pace, expected):
 
 
 class Fake:
-    """What `ttft_run` starts, without a process."""
+    """A runner without a process."""
 
     started: list = []  # noqa: RUF012
 
@@ -208,7 +188,7 @@ class Fake:
         self.ready = {"settings": {}, "delay": "", "load_s": 0.1, "import_s": 0.1}
         self.rounds = 0
 
-    def within(self, *limit):
+    def limit(self, *limit):
         pass
 
     def open(self):
@@ -233,7 +213,7 @@ class Fake:
 
 @pytest.fixture
 def fakes(monkeypatch):
-    monkeypatch.setattr(run, "Process", Fake)
+    monkeypatch.setattr(process, "Process", Fake)
     Fake.started.clear()
     return Fake.started
 
@@ -246,18 +226,18 @@ def test_rounds_are_interleaved_and_one_failing_runner_is_a_line(fakes, monkeypa
     monkeypatch.setattr(run.psutil, "virtual_memory", lambda: type("Memory", (), {"available": 10**12}))
     runners = [specification("a"), specification("b"), specification("dead", fails=0), specification("dies", fails=2)]
     runners += [specification("hot", fails=2)]
-    found, turns = run.measure(
+    records, turns = run.measure(
         [*runners, {"kind": "mlx-vlm", "name": "absent", "absent": "not installed"}],
         Effort(2, 4, 60.0),
         lambda line: None,
     )
-    by_name = {one["name"]: one for one in found}
+    by_name = {one["name"]: one for one in records}
     assert not turns
     assert [len(launch["rounds"]) for launch in by_name["a"]["launches"]] == [4, 4]
     assert by_name["dead"]["error"] == "no such checkpoint" and by_name["absent"]["error"] == "not installed"
     assert by_name["dies"]["error"] == by_name["hot"]["error"] == "killed"
     assert by_name["hot"]["passed"] is False and not any("passed" in by_name[name] for name in ("dead", "dies", "a"))
-    assert set(by_name["b"]["launches"][0]["rounds"][0]) == {"stages", "waited", "yardstick"}
+    assert set(by_name["b"]["launches"][0]["rounds"][0]) == {"stages", "waited", "yardstick_s"}
     rounds = [name for name in fakes if name in ("a round", "b round")][2:]  # without the cold ones
     for start in range(0, len(rounds), 2):
         assert {*rounds[start : start + 2]} == {"a round", "b round"}  # never two of one in a row of two
@@ -266,8 +246,8 @@ def test_rounds_are_interleaved_and_one_failing_runner_is_a_line(fakes, monkeypa
 
 def test_runners_that_do_not_fit_together_take_turns(fakes, monkeypatch):
     monkeypatch.setattr(run.psutil, "virtual_memory", lambda: type("Memory", (), {"available": 9 * 10**9}))
-    found, turns = run.measure([specification("a"), specification("b")], Effort(2, 3, 60.0), lambda line: None)
-    assert turns and all(len(one["launches"]) == 2 for one in found)
+    records, turns = run.measure([specification("a"), specification("b")], Effort(2, 3, 60.0), lambda line: None)
+    assert turns and all(len(one["launches"]) == 2 for one in records)
     assert fakes.count("a") == fakes.count("b") == 3  # cold, and anew for each block
     names = [name for name in fakes if name in ("a", "b", "a round", "b round")][4:]
     assert names[:5] in (["a", *["a round"] * 4], ["b", *["b round"] * 4])
@@ -275,9 +255,9 @@ def test_runners_that_do_not_fit_together_take_turns(fakes, monkeypatch):
 
 def test_threads_that_were_asked_for_are_kept_in_the_search(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "8")
-    tried = search._options({"device": "cpu", "threads": None}, False)
+    tried = search.options({"device": "cpu", "threads": None}, False)
     assert [value for name, value in tried if name == "threads"] == [4, 1]
-    assert "threads" not in dict(search._options({"device": "cpu", "threads": 3}, False))
+    assert "threads" not in dict(search.options({"device": "cpu", "threads": 3}, False))
 
 
 def test_what_is_in_the_page_cache_is_known(tmp_path):

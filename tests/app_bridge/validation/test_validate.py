@@ -2,24 +2,30 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import broken
 import pytest
-from broken import gone, in_json
 
 from app_bridge import __main__ as command
 from app_bridge.app import facts as app_facts
+from app_bridge.app import sources
 from app_bridge.app.facts import AppFacts
+from app_bridge.validation.check_coreml import KNOWN
 from app_bridge.validation.validate import validate
 from fastvlm.common.cli import run
 from fastvlm.common.errors import UserError
 from model_export.encoder.package import read_specification
 from quantization.recipe import named_recipes
+from tests.app_bridge import broken
+from tests.app_bridge.app.conftest import VIEWER, fingerprinted
+from tests.app_bridge.broken import gone, in_json
 
+OPSETS = ("CoreML5", "CoreML6", "CoreML7", "CoreML8")
 # What other versions of the app use of their packages (app_bridge/packages.json), by the loader that these are.
 APIS = {
     "app 2.25": ("createAttentionMask(h:cache:returnArray:)", "LMInput.ProcessedImage(pixels:frames:)"),
@@ -334,21 +340,53 @@ def test_shards_pass_and_a_missing_one_is_one_finding(app_artefact: Path, tmp_pa
 
 
 def test_an_apps_own_sources_are_read_and_compared_with_the_table(
-    app_artefact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    app_artefact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Our own app (tests/app_bridge/app) takes the artefact; one line of it changed, it doesn't."""
+    """Our own app takes the artefact; a changed value is judged, a declaration told, of the prompt warned."""
+    published = fingerprinted(VIEWER)
+    monkeypatch.setattr(sources, "published", lambda: published)
     app = tmp_path / "app"
-    shutil.copytree(Path(__file__).parent / "app", app)
+    shutil.copytree(VIEWER, app)
     command_line = ["validate", str(app_artefact), "--app", str(app), "--json"]
+
+    def document() -> dict[str, Any]:
+        return json.loads(capsys.readouterr().out.splitlines()[-1])  # type: ignore[no-any-return]
+
     assert run(command.build_parser, command_line) == 0
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["facts"] == str(app)
-    broken.in_text("FastVLM/Viewing.swift", lambda text: text.replace(b"tokens = 256", b"tokens = 16"))(app)
+    assert document()["facts"] == str(app)
+    broken.in_text("FastVLM/Viewing.swift", lambda text: text.replace(b'default: "user"', b'default: "human"'))(app)
+    assert run(command.build_parser, command_line) == 0
+    (doubt,) = (one for one in document()["findings"] if one["rule"] == "app-differs")
+    assert (doubt["severity"], doubt["where"]) == ("warning", "FastVLM/Viewing.swift:41")
+    broken.in_text("FastVLM/Viewing.swift", lambda text: text.replace(b"1, 256", b"1, 16"))(app)
+    broken.in_text("FastVLM/Decoder.swift", lambda text: text.replace(b"bias: false)", b"bias: true)"))(app)
     assert run(command.build_parser, command_line) == 1
     *text, last = capsys.readouterr().out.splitlines()
-    document = json.loads(last)
-    assert [one["rule"] for one in document["findings"] if one["severity"] == "error"] == ["output-shape"]
-    (difference,) = (line for line in document["differences"] if "output_shape" in line)
+    found = json.loads(last)
+    places = [(one["rule"], one["where"]) for one in found["findings"] if one["severity"] == "error"]
+    assert places == [
+        ("app-differs", "FastVLM/Decoder.swift:15"),
+        ("app-differs", "FastVLM/Decoder.swift:83"),
+        ("output-shape", "fastvithd.mlpackage: output image_features"),
+    ]
+    (difference,) = (line for line in found["differences"] if "output_shape" in line)
     assert f"where the app differs from our table: {difference}" in text
+    assert any("Decoder.swift:15: check by hand" in line for line in text)
+
+
+@pytest.mark.parametrize("opset", OPSETS)
+def test_the_usual_operations_are_known_in_every_opset(opset: str) -> None:
+    from model_export.mil import ops, registry
+
+    assert ops and [one for one in KNOWN - {"const"} if registry.lookup(one, opset) is None] == []
+
+
+def test_nothing_of_it_needs_pytorch(app_artefact: Path) -> None:
+    """Its import takes seconds; the control is what does need it."""
+    code = "import sys; from app_bridge.__main__ import build_parser; from fastvlm.common.cli import run"
+    code += "; run(build_parser, ['validate', sys.argv[1]]); sys.exit('torch' in sys.modules)"
+    for body, expected in ((code, 0), (code.replace("sys.exit(", "import torch; sys.exit("), 1)):
+        assert subprocess.run([sys.executable, "-c", body, app_artefact], capture_output=True).returncode == expected
 
 
 def test_the_command_prints_findings_and_a_document(

@@ -7,9 +7,10 @@ import torch
 from torch import nn
 
 from benchmarks.__main__ import build_parser
-from benchmarks.peers import models, peers
+from benchmarks.peers import claims, models, modules, shapes
+from benchmarks.ttft.figures import compare_peers
+from benchmarks.ttft.runner import stages_of
 from fastvlm.common.cli import run
-from fastvlm.common.errors import UserError
 
 TEXT = {
     "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -18,9 +19,14 @@ TEXT = {
 VIT = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28}
 
 
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
 def tiny(name):
     """A model's shape, reduced: the same code, quick."""
-    shape = copy.deepcopy(peers.data()["models"][name])
+    shape = copy.deepcopy(shapes.data()["models"][name])
     shape["text"]["config"] |= TEXT
     for encoder in shape["encoders"]:
         encoder["config"] |= {
@@ -46,8 +52,8 @@ def opened(name):
 
 def answer(peer):
     state = {}
-    for _, act in peer.stages():
-        act(state)
+    for stage in claims.STAGES:
+        getattr(peer, stage)(state)
     return state
 
 
@@ -82,16 +88,16 @@ def convnext(depths, widths, size):
 
 
 def test_macs_of_llava_onevision_are_those_of_its_formulas():
-    found = peers.figures("llava-onevision-0.5b", 18)
+    found = claims.figures("llava-onevision-0.5b", 18)
 
-    assert peers.total_macs(found, "encode") == 10 * vit(729, 1152, 4304, 26, 729)
-    assert peers.total_macs(found, "project") == 7290 * (1152 * 896 + 896**2)
-    assert peers.total_macs(found, "prefill") == decoder(7371 + 18, 896, 4864, 24, 128, 151936)
-    assert peers.total_macs(found) == sum(peers.total_macs(found, stage) for stage in peers.STAGES)
+    assert claims.total_macs(found, "encode") == 10 * vit(729, 1152, 4304, 26, 729)
+    assert claims.total_macs(found, "project") == 7290 * (1152 * 896 + 896**2)
+    assert claims.total_macs(found, "prefill") == decoder(7371 + 18, 896, 4864, 24, 128, 151936)
+    assert claims.total_macs(found) == sum(claims.total_macs(found, stage) for stage in claims.STAGES)
 
 
 def test_macs_of_cambrian_are_those_of_its_formulas():
-    found = peers.figures("cambrian-1-8b", 18)
+    found = claims.figures("cambrian-1-8b", 18)
     widths = (384, 768, 1536, 3072)
     towers = vit(729, 1152, 4304, 27, 729) + vit(577, 1024, 4096, 23, 576) + vit(730, 1536, 4096, 40, 729, 3)
     adapters = sum(
@@ -99,29 +105,29 @@ def test_macs_of_cambrian_are_those_of_its_formulas():
         for count, width in ((576, 1152), (576, 1024), (576, 1536), (9216, sum(widths)))
     )
 
-    assert peers.total_macs(found, "encode") == towers + convnext((3, 4, 30, 3), widths, 1024)
-    assert peers.total_macs(found, "project") == adapters + 3 * sampler(1024) + 576 * (1024 * 4096 + 4096**2)
-    assert peers.total_macs(found, "prefill") == decoder(618, 4096, 14336, 32, 1024, 128256) + 10 * sampler(4096)
+    assert claims.total_macs(found, "encode") == towers + convnext((3, 4, 30, 3), widths, 1024)
+    assert claims.total_macs(found, "project") == adapters + 3 * sampler(1024) + 576 * (1024 * 4096 + 4096**2)
+    assert claims.total_macs(found, "prefill") == decoder(618, 4096, 14336, 32, 1024, 128256) + 10 * sampler(4096)
 
 
 def test_more_text_costs_more_and_only_in_prefill():
-    short, long = (peers.figures("fastvlm-0.5b", length) for length in (18, 19))
+    short, long = (claims.figures("fastvlm-0.5b", length) for length in (18, 19))
 
-    assert peers.total_macs(short, "encode") == peers.total_macs(long, "encode")
-    assert peers.total_macs(long, "prefill") == decoder(275, 896, 4864, 24, 128, 151936)
-    assert peers.total_macs(short, "prefill") == decoder(274, 896, 4864, 24, 128, 151936)
+    assert claims.total_macs(short, "encode") == claims.total_macs(long, "encode")
+    assert claims.total_macs(long, "prefill") == decoder(275, 896, 4864, 24, 128, 151936)
+    assert claims.total_macs(short, "prefill") == decoder(274, 896, 4864, 24, 128, 151936)
 
 
 def test_an_operation_without_a_kind_is_not_left_out():
     with pytest.raises(KeyError, match="_scaled_mm"):
-        peers._by_operation({"aten._scaled_mm": 2})
+        claims.by_operation({"aten._scaled_mm": 2})
 
 
 def test_encoders_have_their_published_sizes():
     sizes = {
         one["name"]: round(one["parameters_whole"] / 1e6, 1)
         for name in ("cambrian-1-8b", "fastvlm-0.5b")
-        for one in peers.figures(name, 18)["encoders"]
+        for one in claims.figures(name, 18)["encoders"]
     }
 
     # timm's table of results for SigLIP, CLIP's and DINOv2's model cards, FastVLM's paper
@@ -142,12 +148,12 @@ def test_visual_tokens_are_those_of_transformers_processor():
     processor.image_processor = LlavaOnevisionImageProcessorPil()
     processor.num_image_tokens, processor.vision_aspect_ratio = 729, "anyres_max_9"
     pixels = processor.image_processor(np.zeros((1152, 1152, 3), np.uint8), return_tensors="np")["pixel_values"]
-    found = peers.figures("llava-onevision-0.5b", 18)
+    found = claims.figures("llava-onevision-0.5b", 18)
 
     assert found["visual_tokens"] == processor._get_number_of_features(1152, 1152, 384, 384) == 729 * 10 + 81
     assert pixels.shape == (1, found["pictures"], 3, 384, 384)
-    assert peers.figures("fastvlm-0.5b", 18)["visual_tokens"] == 256
-    assert peers.figures("cambrian-1-8b", 18)["visual_tokens"] == 576 + 24
+    assert claims.figures("fastvlm-0.5b", 18)["visual_tokens"] == 256
+    assert claims.figures("cambrian-1-8b", 18)["visual_tokens"] == 576 + 24
 
 
 # What they compute
@@ -171,7 +177,7 @@ def test_llava_onevisions_stages_are_transformers_model():
 
 
 def test_a_sampler_layer_is_attention_of_each_query_on_its_own_windows():
-    layer = models.SamplerLayer(12, 8, 2, [1, 2])
+    layer = modules.SamplerLayer(12, 8, 2, [1, 2])
     query, context = torch.randn(3, 1, 12), torch.randn(1, 1, 8)
     latents = [torch.randn(3, 1, 8), torch.randn(3, 4, 8)]
     nn.init.normal_(layer.positions[0])
@@ -195,9 +201,9 @@ def test_a_sampler_layer_is_attention_of_each_query_on_its_own_windows():
 def test_windows_hold_what_lies_in_them():
     grid = torch.arange(36.0).view(1, 36, 1)
 
-    assert models.windows(grid, 3)[:, :, 0].tolist()[:2] == [[0, 1, 6, 7], [2, 3, 8, 9]]
-    assert models.windows(grid, 3)[8, :, 0].tolist() == [28, 29, 34, 35]
-    assert models.windows(grid, 6).shape == (36, 1, 1)
+    assert modules.windows(grid, 3)[:, :, 0].tolist()[:2] == [[0, 1, 6, 7], [2, 3, 8, 9]]
+    assert modules.windows(grid, 3)[8, :, 0].tolist() == [28, 29, 34, 35]
+    assert modules.windows(grid, 6).shape == (36, 1, 1)
 
 
 def test_cambrian_looks_again_inside_the_decoder():
@@ -236,7 +242,7 @@ def test_shared_layers_compute_what_equal_layers_do():
 
 
 def test_nothing_is_left_on_the_meta_device():
-    for name in peers.data()["models"]:
+    for name in shapes.data()["models"]:
         peer = opened(name)
         values = [*peer.model.parameters(), *peer.model.buffers()]
         assert not any(value.is_meta for value in values)
@@ -249,15 +255,14 @@ def test_nothing_is_left_on_the_meta_device():
 def runner(name, encode, prefill, **more):
     rounds = [{"stages": {"encode": encode * scale, "project": 0.5, "prefill": prefill}} for scale in (1, 1, 100)]
     cold = {"dropped": False}
-    return {"name": name, "launches": [{"load_s": None, "rounds": rounds}], "cold": cold, "peak_bytes": 1, **more}
+    kind = "peer" if name.startswith("peer:") else "artefact"
+    launches = [{"load_s": None, "rounds": rounds}]
+    return {"name": name, "kind": kind, "launches": launches, "cold": cold, "peak_bytes": 1, **more}
 
 
 def document(runners, checkpoint="synthetic-0.5b", resolution=1024):
-    return {
-        "checkpoint": {"name": checkpoint},
-        "tokens": 16,
-        "points": [{"resolution": resolution, "text_tokens": None, "runners": runners}],
-    }
+    point = {"resolution": resolution, "text_tokens": None, "runners": runners}
+    return {"checkpoint": {"name": checkpoint}, "tokens": 16, "points": [point]}
 
 
 LLAVA = [runner("peer:fastvlm-0.5b", 1.0, 0.5), runner("peer:llava-onevision-0.5b", 20.0, 19.5)]
@@ -268,7 +273,7 @@ def rows(found):
 
 
 def test_measured_ratios_stand_beside_claimed_ones():
-    (found,) = peers.section(document([*LLAVA, runner("fp16/executor-auto", 0.3, 0.2), runner("slow", 9.0, 9.0)]))
+    (found,) = compare_peers(document([*LLAVA, runner("fp16/executor-auto", 0.3, 0.2), runner("slow", 9.0, 9.0)]))
 
     ttft, size = rows(found)["ttft_paper"], rows(found)["encoder_parameters_whole"]
     assert (ttft["fastvlm"], ttft["peer"], ttft["ratio"], ttft["claimed"]) == (2.0, 40.0, 20.0, 85)
@@ -281,80 +286,52 @@ def test_measured_ratios_stand_beside_claimed_ones():
     json.dumps(found)
 
 
-def test_only_the_same_shape_and_resolution_stands_beside_a_peer():
+def test_only_a_sound_runner_of_the_same_shape_and_resolution_stands_beside_a_peer():
     own = runner("fp16/executor-auto", 0.3, 0.2)
-
-    for other in (document([*LLAVA, own], "synthetic-7b"), document([*LLAVA, own], resolution=512), document(LLAVA)):
-        assert "ttft_fastest" not in rows(peers.section(other)[0])
-
-
-def test_a_peer_that_failed_is_said_and_nothing_is_measured_of_it():
-    failed = {"name": "peer:llava-onevision-0.5b", "error": "out of memory"}
-    (found,) = peers.section(document([LLAVA[0], failed]))
-
-    assert found["error"] == "peer:llava-onevision-0.5b: out of memory"
-    assert rows(found)["ttft_paper"]["ratio"] is None and rows(found)["ttft_paper"]["claimed"] == 85
-    assert not any("Measured here" in line for line in found["explanation"])
+    failed = runner("fp16/a", 0.1, 0.1, error="killed")
+    failed["launches"].append({"load_s": 1.0, "rounds": []})
+    others = [document([*LLAVA, own], "synthetic-7b"), document([*LLAVA, own], resolution=512), document(LLAVA)]
+    for other in (*others, document([*LLAVA, failed])):
+        assert "ttft_fastest" not in rows(compare_peers(other)[0])
+    assert "fp16/executor-auto" in rows(compare_peers(document([*LLAVA, failed, own]))[0])["ttft_fastest"]["label"]
+    assert compare_peers(document([own])) == []
 
 
-def test_own_runners_that_failed_half_way_are_no_fastest():
-    own = [runner("fp16/a", 0.1, 0.1, error="killed"), runner("fp16/b", 0.4, 0.4)]
-    own[0]["launches"].append({"load_s": 1.0, "rounds": []})
-    (found,) = peers.section(document([*LLAVA, *own]))
-    assert "fp16/b" in rows(found)["ttft_fastest"]["label"]
-    assert "ttft_fastest" not in rows(peers.section(document([*LLAVA, own[0]]))[0])
+def test_a_peer_that_failed_is_reported_without_figures():
+    failed = {"name": "peer:llava-onevision-0.5b", "kind": "peer", "error": "out of memory"}
+    (comparison,) = compare_peers(document([LLAVA[0], failed]))
 
-
-def test_no_peer_no_section():
-    assert peers.section(document([runner("fp16/executor-auto", 0.3, 0.2)])) == []
-
-
-def test_every_fault_of_a_specification_at_once():
-    spec = {"kind": "peer", "name": "peer:llava", "dtype": "int8", "text_tokens": 0, "speed": 2}
-    with pytest.raises(UserError) as error:
-        peers.open_runner(spec)
-
-    for part in ("'speed'", "'peer:llava'", "llava-onevision-0.5b", "'int8'", "text_tokens 0"):
-        assert part in str(error.value)
+    assert comparison["error"] == "peer:llava-onevision-0.5b: out of memory"
+    assert rows(comparison)["ttft_paper"]["ratio"] is None and rows(comparison)["ttft_paper"]["claimed"] == 85
+    assert not any("Measured here" in line for line in comparison["explanation"])
 
 
 def test_a_runner_of_the_instrument(monkeypatch):
-    monkeypatch.setitem(peers.data()["models"], "fastvlm-0.5b", tiny("fastvlm-0.5b"))
-    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
-    peer = peers.open_runner({"kind": "peer", "name": "peer:fastvlm-0.5b", "threads": 1, "keep": "x.npz"})
-    try:
-        state = answer(peer)
-    finally:
-        peer.held.close()
+    monkeypatch.setitem(shapes.data()["models"], "fastvlm-0.5b", tiny("fastvlm-0.5b"))
+    peer = models.open_runner({"kind": "peer", "model": "fastvlm-0.5b", "text_tokens": None, "keep_buffers": True})
+    state = answer(peer)
 
-    assert [name for name, _ in peer.stages()] == ["encode", "project", "prefill"]
+    assert [name for name, _ in stages_of(peer)] == ["encode", "project", "prefill"]
     assert peer.settings["dtype"] == "bfloat16" and "random" in peer.settings["weights"]
-    assert np.asarray(state["logits"]).dtype == np.float32  # ttft_runner keeps it so
+    assert len(peer.ids) == 18 and np.asarray(state["logits"]).dtype == np.float32  # the runner keeps it so
 
 
 @pytest.mark.parametrize("size", ["0.5b", "7b"])
 def test_fastvlm_here_is_fastvlm_elsewhere(size):
     from fastvlm.synthetic.checkpoint import SHAPES
 
-    shape, text = SHAPES[size], peers.data()["models"][f"fastvlm-{size}"]["text"]["config"]
+    shape, text = SHAPES[size], shapes.data()["models"][f"fastvlm-{size}"]["text"]["config"]
+    ours = (shape.hidden, shape.layers, shape.heads, shape.kv_heads, shape.intermediate, shape.vocab, shape.tied)
 
-    assert (
-        shape.hidden,
-        shape.layers,
-        shape.heads,
-        shape.kv_heads,
-        shape.intermediate,
-        shape.vocab,
-        shape.tied,
-    ) == tuple(text[key] for key in (*TEXT, "tie_word_embeddings"))
+    assert ours == tuple(text[key] for key in (*TEXT, "tie_word_embeddings"))
 
 
 def test_every_figure_has_its_source():
-    found = peers.data()
+    found = shapes.data()
     parts = [
         part for shape in found["models"].values() for part in (*shape["encoders"], shape["connector"], shape["text"])
     ]
-    for part in (*parts, *(claim for claims in found["claims"].values() for claim in claims), found["plot"]):
+    for part in (*parts, *(claim for one in found["claims"].values() for claim in one), found["plot"]):
         assert len(part["source"]) > 10
 
 
@@ -365,5 +342,5 @@ def test_the_command(capsys):
     assert run(build_parser, ["peers", "llava-onevision-0.5b"]) == 0
     assert "7,371" in (shown := capsys.readouterr().out) and "85 ×" in shown
     assert run(build_parser, ["peers", "llava", "--prompt-length", "0"]) == 2
-    said = capsys.readouterr().err
-    assert "expected some of llava-onevision-0.5b, cambrian-1-8b" in said and "--prompt-length: got 0" in said
+    error = capsys.readouterr().err
+    assert "expected one of llava-onevision-0.5b, cambrian-1-8b" in error and "--prompt-length: got 0" in error

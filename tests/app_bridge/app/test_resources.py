@@ -8,9 +8,10 @@ import pytest
 from app_bridge.app import sources
 from app_bridge.app.facts import table
 from app_bridge.app.resources import check, collisions, group, resource
-from app_bridge.findings import errors
 from app_bridge.validation.validate import validate
+from fastvlm.common.findings import errors
 from tests.app_bridge import broken
+from tests.app_bridge.app.conftest import VIEWER
 from tests.app_bridge.models import call, contents, model
 
 
@@ -80,8 +81,8 @@ def test_what_collides_is_refused(
 
 
 def test_a_bundle_of_its_own_collides_only_where_xcode_takes_it_in(app: Path, app_artefact: Path) -> None:
-    """Our own project's folder (tests/app_bridge/app), with a model in it."""
-    shutil.copytree(Path(__file__).parent / "app" / "Viewer.xcodeproj", app / "Viewer.xcodeproj")
+    """Our own project's folder (viewer/), with a model in it."""
+    shutil.copytree(VIEWER / "Viewer.xcodeproj", app / "Viewer.xcodeproj")
     assert group(app / "FastVLM" / "deep" / "own") == app / "FastVLM" and group(app / "out" / "own") is None
     for name in ("FastVLM", "out"):
         (app / name / "model").mkdir(parents=True)

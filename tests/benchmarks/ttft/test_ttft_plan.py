@@ -7,10 +7,9 @@ import ttft_documents
 from html_page import Page
 
 from benchmarks import __main__ as command
-from benchmarks.peers import peers
 from benchmarks.suites.suite import DEMO
 from benchmarks.ttft import command as ttft
-from benchmarks.ttft import plan
+from benchmarks.ttft import plan, runners
 from benchmarks.ttft import run as ttft_run
 from benchmarks.ttft.document import load_document
 from benchmarks.ttft.runner import DELAY, STAGES
@@ -48,40 +47,40 @@ NAMES = [
         (("*-best",), ["transformers-cpu-best"]),
     ],
 )
-def test_runners_are_chosen_by_pattern(patterns, expected):
-    assert plan._wanted(patterns, NAMES) == expected
-
-
-def test_peers_that_were_asked_for_stay_whatever_the_patterns_say():
-    assert plan._wanted(("int4/*",), [*NAMES, "peer:llava"]) == ["int4/executor-auto", "peer:llava"]
+def test_runners_are_chosen_by_pattern_and_peers_stay(patterns, expected):
+    assert runners.choose(patterns, [*NAMES, "peer:llava"]) == [*expected, "peer:llava"]
+    with pytest.raises(
+        UserError, match=r"--runner: no runner coreml-\*, cuda here, expected some of fp16/executor-auto"
+    ):
+        runners.choose(("coreml-*", "cuda", *patterns), NAMES)
 
 
 @pytest.mark.parametrize("search", [True, False])
 def test_the_best_setting_is_a_runner_only_with_the_search(search, monkeypatch):
-    monkeypatch.setattr(plan, "_devices", lambda: ["cpu"])
-    names = plan._names(plan.Asked(DEMO, search=search))
+    monkeypatch.setattr(runners, "devices", lambda: ["cpu"])
+    names = runners.names(runners.Request(DEMO, search=search))
     assert "transformers-cpu" in names and ("transformers-cpu-best" in names) == search
 
 
 def test_runners_are_named_after_the_recipe_in_the_manifest_and_no_two_alike(demo_artefact, tmp_path):
-    known = plan._recipes(plan.Asked(DEMO, artefacts=(demo_artefact,)))
+    known = runners.recipes(runners.Request(DEMO, artefacts=(demo_artefact,)))
     assert {name: path for name, (_, path) in known.items()} == {"fp16": demo_artefact}
     mine = tmp_path / "recipe.json"
     mine.write_text(json.dumps(load_recipe("int4").to_json() | {"name": "mine"}))
-    assert list(plan._recipes(plan.Asked(DEMO, recipes=(str(mine), "int4")))) == ["mine", "int4"]
+    assert list(runners.recipes(runners.Request(DEMO, recipes=(str(mine), "int4")))) == ["mine", "int4"]
     mine.write_text(json.dumps(load_recipe("int4").to_json()))
     with pytest.raises(UserError, match="--quant: recipe int4 twice"):
-        plan._recipes(plan.Asked(DEMO, recipes=(str(mine), "int4")))
+        runners.recipes(runners.Request(DEMO, recipes=(str(mine), "int4")))
     with pytest.raises(UserError, match="--artefact: recipe fp16 twice"):
-        plan._recipes(plan.Asked(DEMO, artefacts=(demo_artefact, demo_artefact)))
+        runners.recipes(runners.Request(DEMO, artefacts=(demo_artefact, demo_artefact)))
 
 
 def test_mlx_vlm_gets_the_recipe_of_the_artefact(demo_artefact, monkeypatch):
-    monkeypatch.setenv(plan.MLX_VLM_PYTHON, "python")
-    asked = plan.Asked(DEMO, artefacts=(demo_artefact,), recipes=("int4",))
+    monkeypatch.setenv(runners.MLX_VLM_PYTHON, "python")
+    asked = runners.Request(DEMO, artefacts=(demo_artefact,), recipes=("int4",))
     exported = []
-    monkeypatch.setattr(plan, "_exported", lambda asked, identity, recipe, *rest: exported.append(recipe))
-    assert plan._mlx_vlm(asked, {}, print)["recipe"] == "fp16"
+    monkeypatch.setattr(runners, "exported", lambda asked, identity, recipe, *rest: exported.append(recipe))
+    assert runners.mlx_vlm(asked, {}, print)["recipe"] == "fp16"
     assert exported == [read_manifest(demo_artefact)["llm"]["recipe"]] == [load_recipe("fp16").to_json()]
 
 
@@ -92,10 +91,10 @@ def test_peers_run_at_the_first_point_with_the_threads_asked_for(monkeypatch):
         points.append(specifications)
         return [{"name": one["name"], "error": "killed"} for one in specifications], False
 
-    monkeypatch.setattr(plan.ttft_run, "measure", measure)
-    monkeypatch.setattr(plan, "_devices", lambda: ["cpu"])
-    monkeypatch.setattr(peers, "section", lambda document: [])
-    asked = plan.Asked(
+    monkeypatch.setattr(plan.run, "measure", measure)
+    monkeypatch.setattr(runners, "devices", lambda: ["cpu"])
+    monkeypatch.setattr(plan.figures, "compare_peers", lambda document: [])
+    asked = runners.Request(
         DEMO, patterns=("transformers-cpu",), against=("llava-onevision-0.5b",), resolutions=(256, 512), search=False,
         threads=3,
     )  # fmt: skip
@@ -107,89 +106,72 @@ def test_peers_run_at_the_first_point_with_the_threads_asked_for(monkeypatch):
     assert document["passed"] is False  # nothing was measured
 
 
-def test_a_pattern_without_a_runner_is_refused():
-    with pytest.raises(
-        UserError, match="--runner: no runner coreml-\\*, cuda here, expected some of fp16/executor-auto"
-    ):
-        plan._wanted(("coreml-*", "cuda", "int4/*"), NAMES)
-
-
 @pytest.mark.parametrize("length", [30, 64, 200])
 def test_prompts_have_so_many_text_tokens(length, demo_model):
-    text = plan._of_length(DEMO, length)
+    text = plan.lengthened(DEMO, length)
     ids = prompt.encode_prompt(demo_model.tokenizer, text, demo_model.image_token_id, 16)
     assert (ids != demo_model.image_token_id).sum() == length
-
-
-def test_a_length_below_the_templates_is_refused():
     with pytest.raises(UserError, match="--prompt-length: got 3, expected more than the template's"):
-        plan._of_length(DEMO, 3)
+        plan.lengthened(DEMO, 3)
 
 
 def test_artefacts_of_other_weights_are_refused(demo_artefact):
-    identity = plan._identity(DEMO)
-    plan._same_weights(demo_artefact, identity)
+    identity = plan.identify(DEMO)
+    runners.check_weights(demo_artefact, identity)
     with pytest.raises(UserError, match=r"made from another checkpoint .* name its --checkpoint"):
-        plan._same_weights(demo_artefact, identity | {"sha256": "0" * 64})
+        runners.check_weights(demo_artefact, identity | {"sha256": "0" * 64})
 
 
 def test_without_mlx_vlm_its_line_says_what_to_do(monkeypatch):
-    monkeypatch.delenv(plan.MLX_VLM_PYTHON, raising=False)
-    monkeypatch.setattr(plan.importlib.util, "find_spec", lambda name: None)
-    one = plan._mlx_vlm(plan.Asked(DEMO), {}, print)
+    monkeypatch.delenv(runners.MLX_VLM_PYTHON, raising=False)
+    monkeypatch.setattr(runners.importlib.util, "find_spec", lambda name: None)
+    one = runners.mlx_vlm(runners.Request(DEMO), {}, print)
     assert "not installed: FASTVLM_MLX_VLM_PYTHON names the Python" in one["absent"]
 
 
 @pytest.mark.parametrize(
     "arguments, said",
     [
-        (["--launches", "0", "--budget", "-1"], "--launches 0, --budget -1.0: expected more than 0"),
-        (["--resolution", "100", "--threads", "0"], "--threads 0, --resolution 100 (a multiple of 64): expected"),
-        (["--runner", "nobody"], "--runner: no runner nobody here"),
-        (["--checkpoint", "/nowhere"], "/nowhere"),
-        (["--against", "gpt"], "--against: got gpt, expected some of llava-onevision-0.5b"),
-        (["--shape", "3b"], "invalid choice: '3b'"),
-        (["show", "/nowhere.json"], "/nowhere.json: not readable as JSON"),
-        (["repeatability", "--pairs", "0"], "--pairs 0: expected 1 or more"),
-        (["--artefact", "/nowhere", "--shape", "7b"], "--artefact /nowhere: no such folder"),
-        (["--artefact", "/nowhere", "--quant", "int4"], "--quant beside --artefact"),
-        (["--quant", "int3.5"], "unknown recipe 'int3.5'"),
-        (["--budget", "nan"], "--budget nan: expected more than 0"),
-        (["show", "/nowhere.json", "--output", "/tmp"], "--output /tmp: is a folder"),
+        (["--launches", "0", "--budget", "-1", "--rounds", "1.5"],
+         ["--launches: got 0, expected a whole number from 1", "--budget: got -1, expected a number above 0",
+          "--rounds: got 1.5"]),
+        (["--budget", "nan", "--threads", "0", "--resolution", "100"],
+         ["--budget: got nan", "--threads: got 0", "--resolution: got 100, expected a whole number from 64, a mul"]),
+        (["--save", "/tmp", "--output", "/usr", "--image-file", "/nowhere.png", "--against", "gpt"],
+         ["--save: /tmp is a folder", "--output: /usr is a folder", "--image-file: /nowhere.png: no such file",
+          "--against: got gpt, expected one of llava-onevision-0.5b"]),
+        (["--artefact", "/nowhere", "--shape", "7b"], ["--artefact /nowhere: no such folder", DELAY]),
+        (["--quant", "int3.5", "--prompt-length", "0"], ["--quant: unknown recipe 'int3.5'", "--prompt-length: got 0"]),
+        (["--artefact", str(DEMO), "--quant", "int4"], ["--quant: not allowed with argument --artefact"]),
+        (["--runner", "nobody"], ["--runner: no runner nobody here", f"{DELAY}: got encode=fast"]),
+        (["--checkpoint", "/nowhere", "--runner", "transformers-cpu"], [f"{DELAY}: got encode=fast"]),
+        (["--shape", "3b"], ["invalid choice: '3b'"]),
+        (["show", "/nowhere.json"], ["/nowhere.json: not readable as JSON"]),
+        (["show", "/nowhere.json", "--output", "/tmp"], ["--output: /tmp is a folder"]),
+        (["repeatability", "--pairs", "0", "--launches", "0"], ["--pairs: got 0", "--launches: got 0"]),
+        (["repeatability"], [f"{DELAY} is set to encode=fast: expected none"]),
     ],
-)
-def test_unusable_input_is_one_line(arguments, said, capsys):
+)  # fmt: skip
+def test_all_faults_are_one_line_and_told_before_a_checkpoint_is_written(arguments, said, monkeypatch, capsys):
+    monkeypatch.setattr(ttft, "synthetic", None)  # not reached
+    monkeypatch.setenv(DELAY, "encode=fast")
     try:
         code = run(command.build_parser, ["ttft", *arguments])
     except SystemExit as error:
         code = error.code
     assert code == 2
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert len(lines) == 1 and said in lines[0]
-
-
-def test_every_fault_is_told_before_the_checkpoint_is_written(demo_artefact, monkeypatch, capsys):
-    monkeypatch.setattr(ttft, "synthetic", None)  # not reached
-    arguments = [
-        "--shape",
-        "7b",
-        "--save",
-        "/tmp",
-        "--output",
-        "/usr",
-        "--image-file",
-        "/nowhere.png",
-        "--against",
-        "gpt",
-    ]
-    arguments += ["--launches", "0", "--threads", "0", "--artefact", str(demo_artefact), "--resolution", "64", "256"]
-    assert run(command.build_parser, ["ttft", *arguments]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
-    for fault in (
-        "--save /tmp: is a folder", "--output /usr: is a folder", "--image-file: /nowhere.png", "--against: got gpt",
-        "--launches 0", "--threads 0", f"--resolution 64: {demo_artefact} wasn't exported for it, expected some of 256",
-    ):  # fmt: skip
-        assert fault in line
+    assert not [fault for fault in said if fault not in line]
+
+
+def test_a_checkpoint_and_resolutions_that_are_not_there_are_refused(demo_artefact, capsys):
+    assert run(command.build_parser, ["ttft", "--checkpoint", "/nowhere", "--runner", "transformers-cpu"]) == 2
+    assert "/nowhere" in capsys.readouterr().err
+    arguments = ["--artefact", str(demo_artefact), "--resolution", "64", "256", "--runner", "nobody"]
+    assert run(command.build_parser, ["ttft", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert f"--resolution 64: {demo_artefact} wasn't exported for it, expected some of 256" in error
+    assert "no runner nobody" in error
 
 
 @pytest.mark.parametrize(
@@ -219,19 +201,6 @@ def test_a_damaged_run_is_one_line(damage, said, tmp_path, capsys):
         assert said in line and str(saved) in line
 
 
-def test_two_faults_of_repeatability_are_two(monkeypatch, capsys):
-    monkeypatch.setenv(DELAY, "encode=0.1")
-    assert run(command.build_parser, ["ttft", "repeatability", "--pairs", "0"]) == 2
-    said = capsys.readouterr().err
-    assert "--pairs 0: expected 1 or more" in said and f"{DELAY} is set to encode=0.1" in said
-
-
-def test_a_delay_that_is_none_is_refused_before_anything_starts(monkeypatch, capsys):
-    monkeypatch.setenv(DELAY, "encode=fast")
-    assert run(command.build_parser, ["ttft"]) == 2
-    assert f"{DELAY}: got encode=fast" in capsys.readouterr().err
-
-
 def test_a_runner_whose_values_are_not_finite_fails_the_run(hot_demo, capsys):
     arguments = ["--checkpoint", str(hot_demo), "--runner", "transformers-cpu", "--no-search", "--launches", "1"]
     assert run(command.build_parser, ["ttft", *arguments, "--json"]) == 1
@@ -243,10 +212,11 @@ def test_a_runner_whose_values_are_not_finite_fails_the_run(hot_demo, capsys):
 
 def test_one_failed_runner_beside_a_sound_one_fails_the_run(monkeypatch):
     def document(**hot):
-        found = [{"name": "hot", "error": "why", **hot}, {"name": "sound"}]
-        monkeypatch.setattr(plan.ttft_run, "measure", lambda *asked: ([dict(one) for one in found], False))
-        monkeypatch.setattr(plan, "_devices", lambda: ["cpu", "mps"])
-        return plan.measure(plan.Asked(DEMO, patterns=("transformers-*",), search=False), lambda line: None)
+        sound = ttft_documents.document(1)["points"][0]["runners"][0]
+        found = [{"name": "hot", "error": "why", **hot}, sound]
+        monkeypatch.setattr(plan.run, "measure", lambda *asked: ([dict(one) for one in found], False))
+        monkeypatch.setattr(runners, "devices", lambda: ["cpu", "mps"])
+        return plan.measure(runners.Request(DEMO, patterns=("transformers-*",), search=False), lambda line: None)
 
     monkeypatch.setattr(plan, "_compare", lambda *asked: None)
     assert document(passed=False)["passed"] is False

@@ -9,10 +9,22 @@ from typing import Any
 
 import numpy as np
 import pytest
-from broken import Fault, expect_fault, expect_one, gone, in_package, in_tensors, in_text, put, rules, several, without
 
 from app_bridge.app import facts as app_facts
 from app_bridge.app.facts import AppFacts, Key
+from tests.app_bridge.broken import (
+    Fault,
+    expect_fault,
+    expect_one,
+    gone,
+    in_package,
+    in_tensors,
+    in_text,
+    put,
+    rules,
+    several,
+    without,
+)
 
 CONFIG, PREPROCESSOR, TOKENIZER = "config.json", "preprocessor_config.json", "tokenizer.json"
 PACKAGE = "fastvithd.mlpackage"

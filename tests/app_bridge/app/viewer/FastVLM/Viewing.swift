@@ -4,29 +4,28 @@ import MLXLMCommon
 import MLXVLM
 
 final class Seeing {
-    static let tokens = 256
-    private let network = try! fastvithd(configuration: MLModelConfiguration())
+    private var _model: fastvithd?
+
+    func network() throws -> fastvithd {
+        let made = try _model ?? fastvithd(configuration: MLModelConfiguration())
+        _model = made
+        return made
+    }
 
     func features(of picture: MLXArray, height: NSNumber, width: NSNumber) throws -> MLXArray {
         let input = try MLMultiArray(shape: [1, 3, height, width], dataType: .float32)
-        let answer = try network.prediction(images: input)
-        let features = answer.image_features
-        guard features.shape == [1, Seeing.tokens, 3072], features.dataType == .float32 else {
-            throw VLMError.imageProcessingFailure("\(features.shape)")
+        let answer = try network().prediction(images: input)
+        guard answer.image_features.shape == [1, 256, 3072], answer.image_features.dataType == .float32 else {
+            throw VLMError.imageProcessingFailure("\(answer.image_features.shape)")
         }
-        return MLXArray(features)
+        return MLXArray(answer.image_features)
     }
 }
 
-enum Marks {
-    static let begin = "<|im_start|>", end = "<|im_end|>"
-    static let between = "\n"
-    static let reply = "\n<|im_start|>assistant\n"
-}
-
 struct Picturing {
-    var placeholder = "<image>"
-    var patch = 64
+    var imageToken = "<image>"
+    var numAdditionalImageTokens = 0
+    var patchSize = 64
 }
 
 final class Writer: UserInputProcessor {
@@ -41,16 +40,14 @@ final class Writer: UserInputProcessor {
 
     func write(_ prompt: UserInput.Prompt, grid: THW) -> String {
         var said = prompt.asMessages()
-        let told = ["content": "You are a helpful assistant.", "role": "system"]
+        let told = ["role": "system", "content": "You are a helpful assistant."]
         if !said.contains(where: { $0["role"] == told["role"] }) { said = [told] + said }
-        let side = picturing.patch
-        let count = (grid.h / side) * (grid.w / side)
-        said[said.count - 1]["content"]? += String(repeating: picturing.placeholder, count: count)
-        let turns = said.map { turn -> String in
-            let who = turn["role", default: "user"], what = turn["content", default: ""]
-            return "\(Marks.begin)\(who)\n\(what)\(Marks.end)"
-        }
-        return turns.joined(separator: Marks.between) + Marks.reply
+        let side = picturing.patchSize
+        let count = (grid.h / side) * (grid.w / side) + picturing.numAdditionalImageTokens
+        said[said.count - 1]["content"]? += String(repeating: picturing.imageToken, count: count)
+        return said.map { turn in
+            "<|im_start|>\(turn["role", default: "user"])\n\(turn["content", default: ""])<|im_end|>"
+        }.joined(separator: "\n") + "\n<|im_start|>assistant\n"
     }
 
     func prepare(input: UserInput) throws -> LMInput {
@@ -69,6 +66,8 @@ final class Viewer: Module, VLMModel {
         _speaker.wrappedValue = Speaker(text: settings.text)
     }
 
+    func sanitize(weights: [String: MLXArray]) -> [String: MLXArray] { weights }
+
     func loraLinearLayers() -> LoRALinearLayers {
         speaker.stack.layers.map { ($0.looking, ["q_proj"]) }
     }
@@ -84,7 +83,8 @@ final class Viewer: Module, VLMModel {
             return Writer(scaling: scaling, tokenizer: tokenizer)
         }
         factory.typeRegistry.registerModelType("llava_qwen2") { file in
-            Viewer(settings: try JSONDecoder().decode(Settings.self, from: Data(contentsOf: file)))
+            let settings = try JSONDecoder().decode(Settings.self, from: Data(contentsOf: file))
+            return Viewer(settings: settings)
         }
     }
 }

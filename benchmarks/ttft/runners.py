@@ -1,0 +1,205 @@
+"""The runners of `benchmarks ttft`: those that this machine has, chosen by name, and a specification for each.
+
+What a specification needs is exported here: one artefact for each recipe, and a folder in mlx-vlm's layout.
+"""
+
+import importlib.util
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from benchmarks.peers.shapes import against
+from benchmarks.quality import sweep_point
+from benchmarks.ttft.run import Effort
+from fastvlm.common import children
+from fastvlm.common.cli import log
+from fastvlm.common.errors import UserError
+from fastvlm.common.staging import once
+from model_export.artefact import check_for_app, read_whole
+from model_export.config import COMPUTE_UNITS
+from quantization.recipe import load_recipe
+
+BEST = "-best"  # behind the name of Transformers' runner with the best setting that the search found
+PEER = "peer:"  # before a peer's name
+MLX_VLM_PYTHON = "FASTVLM_MLX_VLM_PYTHON"
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Request:
+    """The flags of the verb `ttft`.
+
+    Attributes:
+        recipes: exported unless there are `artefacts`.
+        resolutions, prompt_lengths: pixels and text tokens; empty for the checkpoint's own resolution and the prompt
+            as it is.
+        patterns: of the runners' names; empty for all.
+    """
+
+    checkpoint: Path
+    artefacts: tuple[Path, ...] = ()
+    recipes: tuple[str, ...] = ("fp16",)
+    resolutions: tuple[int, ...] = ()
+    prompt_lengths: tuple[int, ...] = ()
+    patterns: tuple[str, ...] = ()
+    against: tuple[str, ...] = ()
+    picture: Path | None = None
+    threads: int | None = None
+    effort: Effort = field(default_factory=Effort)
+    search: bool = True
+    compiled: bool = False
+    work: Path = Path("build/benchmarks")
+
+
+def names(request: Request) -> list[str]:
+    """The names of all runners that exist here for a request."""
+    ours = [f"{recipe}/{name}" for recipe in recipes(request) for name in backends()]
+    transformers = [f"transformers-{device}" for device in devices()]
+    if request.search:
+        transformers = [name + suffix for name in transformers for suffix in ("", BEST)]
+    peers = dict.fromkeys([*request.against, *map(against, request.against)])
+    return [*ours, *transformers, "mlx-vlm", *(PEER + name for name in peers)]
+
+
+def choose(patterns: Sequence[str], known: Sequence[str]) -> list[str]:
+    """The names that match a pattern, whole or behind their recipe (all without a pattern), and every peer.
+
+    Raises UserError for patterns that match none.
+    """
+    matches = {one: {name for name in known if _matches(name, one)} for one in patterns}
+    if missing := [pattern for pattern, hits in matches.items() if not hits]:
+        raise UserError(f"--runner: no runner {', '.join(missing)} here, expected some of {', '.join(known)}")
+    chosen = set().union(*matches.values()) if patterns else set(known)
+    return [name for name in known if name in chosen or name.startswith(PEER)]
+
+
+def _matches(name: str, pattern: str) -> bool:
+    return fnmatchcase(name, pattern) or fnmatchcase(name.rpartition("/")[2], pattern)
+
+
+def backends() -> dict[str, dict[str, Any]]:
+    """The artefact's backends on this system, by name."""
+    known: dict[str, dict[str, Any]] = {
+        f"executor-{compute}": {"vision": "executor", "llm": "torch", "compute": compute}
+        for compute in ("as-typed", "bfloat16", "int8", "auto")
+    }
+    if importlib.util.find_spec("mlx_lm"):
+        known["executor-mlx"] = {"vision": "executor", "llm": "mlx", "compute": "as-typed"}
+        if sys.platform == "darwin":
+            known |= {f"coreml-{one}": {"vision": "coreml", "llm": "mlx", "units": one} for one in COMPUTE_UNITS}
+    return known
+
+
+@cache
+def devices() -> list[str]:
+    """PyTorch's devices here. A process of its own asks: torch's memory would be that of the process which measures."""
+    code = "import json, torch; print(json.dumps({one: getattr(torch, one).is_available() for one in ('cuda', 'mps')}))"
+    found = children.run([sys.executable, "-c", code]).document("PyTorch")
+    return ["cpu", *(name for name, available in found.items() if available)]
+
+
+def recipes(request: Request) -> dict[str, tuple[dict[str, Any], Path | None]]:
+    """A recipe's name -> its document, and the artefact that was made by it, or None. UserError for a name twice.
+
+    An artefact made elsewhere doesn't tell its recipe: the form of its weights names it, and it has no rules.
+    """
+    known: list[tuple[dict[str, Any], Path | None]]
+    known = [(_recipe(manifest(path)["llm"]), path) for path in request.artefacts]
+    known = known or [(load_recipe(one).to_json(), None) for one in request.recipes]
+    titles = [document["name"] for document, _ in known]
+    if twice := sorted({name for name in titles if titles.count(name) > 1}):
+        flag = "--artefact" if request.artefacts else "--quant"
+        raise UserError(
+            f"{flag}: recipe {', '.join(twice)} twice: runners are named after their recipe, so measure one at a time"
+        )
+    return dict(zip(titles, known))
+
+
+def _recipe(language: Mapping[str, Any]) -> dict[str, Any]:
+    return dict(language.get("recipe") or {"name": f"elsewhere-{language['stored_as'].replace(' ', '-')}"})
+
+
+def manifest(artefact: Path) -> dict[str, Any]:
+    """The manifest of an artefact with both parts. UserError for anything else."""
+    document = read_whole(artefact)
+    check_for_app(artefact, document)
+    return document
+
+
+def specifications(
+    request: Request, chosen: Sequence[str], identity: Mapping[str, Any], sizes: Sequence[int], say: Say
+) -> Iterator[dict[str, Any]]:
+    """The specification of each chosen runner.
+
+    Args:
+        identity: name and hash of the checkpoint. UserError for an artefact that was made from another one.
+        sizes: resolutions to export beside the native one.
+    """
+    for recipe, (document, artefact) in recipes(request).items():
+        mine = {name: options for name, options in backends().items() if f"{recipe}/{name}" in chosen}
+        if mine:
+            extra = {"resolutions": list(sizes)} if sizes else {}
+            folder = artefact or exported(request, identity, document, extra, say)
+            check_weights(folder, identity)
+            for name, options in mine.items():
+                about = {"kind": "artefact", "name": f"{recipe}/{name}", "recipe": recipe}
+                yield {**about, "artefact": str(folder), "files": str(folder), **options}
+    checkpoint = str(request.checkpoint.resolve())
+    for name in chosen:
+        if name.startswith("transformers-"):
+            about = {"kind": "checkpoint", "name": name, "device": name.split("-")[1]}
+            yield {**about, "checkpoint": checkpoint, "files": checkpoint}
+        elif name == "mlx-vlm":
+            yield mlx_vlm(request, identity, say)
+        elif name.startswith(PEER):
+            yield {"kind": "peer", "name": name, "model": name.removeprefix(PEER), "keep_buffers": True}
+
+
+def mlx_vlm(request: Request, identity: Mapping[str, Any], say: Say) -> dict[str, Any]:
+    """The specification of mlx-vlm with the first recipe; with "absent" where it can't run."""
+    recipe, (document, _) = next(iter(recipes(request).items()))
+    one: dict[str, Any] = {"kind": "mlx-vlm", "name": "mlx-vlm", "recipe": recipe}
+    python = os.environ.get(MLX_VLM_PYTHON) or (sys.executable if importlib.util.find_spec("mlx_vlm") else "")
+    if "rules" not in document:
+        return {**one, "absent": f"{recipe}: was made elsewhere, by a recipe that isn't known: no export for mlx-vlm"}
+    if not python:
+        why = f"mlx-vlm is not installed: {MLX_VLM_PYTHON} names the Python of an environment with it"
+        return {**one, "absent": why}
+    try:
+        folder = str(exported(request, identity, document, {"layout": "mlx-vlm"}, say, ("llm",)))
+    except Exception as error:
+        return {**one, "absent": str(error)}
+    return {**one, "artefact": folder, "files": folder, "python": python}
+
+
+def exported(
+    request: Request, identity: Mapping[str, Any], recipe: Mapping[str, Any], options: dict[str, Any], say: Say,
+    parts: tuple[str, ...] = ("vision", "llm"),
+) -> Path:  # fmt: skip
+    """The artefact of a recipe in the work folder, exported unless the same code made it from the same sources."""
+    options = {"quant": recipe, **options}
+    key = sweep_point.digest(identity["sha256"], options, parts, sweep_point.identity())
+    settings = {"checkpoint": str(request.checkpoint.resolve()), "calibration_data": None}
+    name = f"{request.checkpoint.resolve().name}-{recipe['name'].replace('/', '-')}-{key}"
+    target = request.work.resolve() / "artefacts" / name
+    if not target.exists():
+        say(f"exporting {recipe['name']}{' for mlx-vlm' if 'layout' in options else ''}")
+    return once(target, lambda folder: sweep_point.export_apart(settings, parts, options, folder))
+
+
+def check_weights(artefact: Path, identity: Mapping[str, Any]) -> None:
+    """Raise UserError where an artefact was made from another checkpoint; warn where that isn't known."""
+    sources = manifest(artefact).get("sources")
+    if sources is None:
+        log(f"warning: {artefact}: made elsewhere: whether its weights are those of {identity['name']} is not known")
+    elif (made_from := sources["sha256"]) != identity["sha256"]:
+        raise UserError(
+            f"--artefact {artefact}: made from another checkpoint ({made_from[:12]}…, expected"
+            f" {identity['sha256'][:12]}… of {identity['name']}): all runners need the same weights, so name its"
+            " --checkpoint"
+        )
