@@ -31,7 +31,7 @@ VERBS = (
     ),
     Verb(
         "estimate",
-        "benchmarks.estimate.estimate:add_parser",
+        "benchmarks.estimate.command:add_parser",
         "estimate the time to first token on an Apple device that isn't at hand",
         "Time",
     ),

@@ -6,14 +6,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
 from benchmarks import environment
 from benchmarks.parity.pictures import LIMIT
 from fastvlm.common.arguments import whole_number
 from fastvlm.common.cli import log, progress
 from fastvlm.common.files import Output
-from fastvlm.common.terminal import Console
 from model_export.config import LLM_RUNNERS, VISION_RUNNERS
 
 
@@ -62,9 +59,9 @@ def add_parity(verbs: Any) -> None:
 
 
 def run_parity(args: argparse.Namespace) -> dict[str, Any]:
-    """Compare, print the figures as a table, write `index.html`."""
+    """Compare, print the figures as a table, write the page."""
     with progress("import PyTorch"):
-        from benchmarks.parity import compare
+        from benchmarks.parity import compare, report
 
     page = args.output or args.candidate.resolve().with_name(f"{args.candidate.resolve().name}-parity.html")
     command = shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]])
@@ -73,30 +70,6 @@ def run_parity(args: argparse.Namespace) -> dict[str, Any]:
         report=page, vision=args.vision, llm=args.llm, command=command, resolution=args.resolution,
     )  # fmt: skip
     if not args.json:
-        print_parity(result)
+        report.print_result(result)
     log(f"page: {page}")
     return {**result, "page": str(page), "load": environment.load()}
-
-
-def print_parity(result: dict[str, Any]) -> None:
-    """The figures of `parity.compare` as a table on stdout, with what ran each side."""
-    from benchmarks.parity.report import bound, figure
-
-    console = Console(highlight=False)
-    table = Table(title="parity", title_justify="left")
-    for column in ("", "figure", "measured", "tolerance"):
-        table.add_column(column, overflow="fold")
-    for metric in result["metrics"].values():
-        mark = {True: "[green]✓[/]", False: "[red]✗[/]"}.get(metric["passed"], "–")
-        table.add_row(mark, metric["label"], figure(metric["value"], metric["unit"]), bound(metric))
-    console.print(table)
-    for side in ("reference", "candidate"):
-        runners = ", ".join(f"{part}: {name}" for part, name in result[side]["runners"].items())
-        console.print(f"{side} {result[side]['name']}: {runners}", markup=False)
-    if result["exact"]:
-        exact = result["exact"]
-        console.print(
-            f"exact answers: reference {exact['reference']}, candidate {exact['candidate']} of {exact['questions']}"
-        )
-    console.print(environment.machine_line(result["environment"]), markup=False)
-    console.print(result["verdict"], style="green" if result["passed"] else "red", markup=False)

@@ -15,7 +15,7 @@ def add_all(verbs: Any) -> None:
 
 def prove(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """benchmarks.parity.compare over the staged artefact; what the manifest keeps of it."""
-    from benchmarks.parity import compare  # imports PyTorch
+    from benchmarks.parity import compare, verdict  # PyTorch is behind the first
 
     options = {} if args.parity_limit is None else {"limit": args.parity_limit}
     result = compare.compare(
@@ -26,6 +26,6 @@ def prove(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         name=args.output_dir.name,
         **options,
     )
-    for line in compare.broken_lines(result):
+    for line in verdict.broken_lines(result):
         log(f"parity: {line}")
-    return compare.summary(result)
+    return verdict.summary(result)

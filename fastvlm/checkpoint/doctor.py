@@ -194,6 +194,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if not args.json:
         print(report.text())
     if report.faults:
-        listed = "; ".join(map(str, report.faults)) if args.json else f"{len(report.faults)} faults, listed above"
+        count = f"{len(report.faults)} fault{'s' * (len(report.faults) > 1)}, listed above"
+        listed = "; ".join(map(str, report.faults)) if args.json else count
         raise UserError(f"cannot use checkpoint {args.path}: {listed}", report.document())
     return report.document()

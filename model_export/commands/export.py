@@ -11,7 +11,7 @@ from fastvlm.common.cli import progress
 from fastvlm.common.files import Output
 from model_export import config as configuration
 from model_export import contract
-from model_export.commands.inspect import human
+from model_export.commands.inspect import human, parity_lines
 
 if TYPE_CHECKING:
     from model_export.export import Plan, Sources
@@ -126,7 +126,8 @@ def _export(plan: "Plan", args: argparse.Namespace, sources: "Sources", prove: P
     size = sum(entry["size"] for entry in document["files"].values())
     print(f"{config.output_dir}: {', '.join(parts)}, {len(document['files'])} files, {human(size)}")
     if parity is not None:
-        print(f"parity: {document['parity'].get('verdict', 'passed')}")
+        for line in parity_lines(document["parity"]):
+            print(f"parity: {line}")
         if args.parity_report is not None:
             print(f"page: {args.parity_report}")
     return document

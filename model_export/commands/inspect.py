@@ -2,7 +2,7 @@
 
 import argparse
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from fastvlm.common.cli import progress
@@ -55,8 +55,8 @@ def run_inspect(args: argparse.Namespace) -> dict[str, Any]:
         print(f"llm: {stored}, {language['bits_per_weight']} bits a weight{decisions}")
     for key, value in document.get("package", {}).items():
         print(f"package {key}: {_flat(value)}")
-    if "parity" in document:
-        print(f"parity: {document['parity'].get('verdict')}")
+    for line in parity_lines(document.get("parity", {})):
+        print(f"parity: {line}")
     return document
 
 
@@ -93,15 +93,21 @@ def run_verify(args: argparse.Namespace) -> dict[str, Any]:
     return {"passed": not findings, "findings": findings}
 
 
+def parity_lines(parity: Mapping[str, Any]) -> list[str]:
+    """Return the verdicts that a manifest holds: on the export, and on its recipe."""
+    recipe = parity.get("recipe") or {}
+    return [line for line in (parity.get("verdict"), recipe.get("sentence")) if line]
+
+
 def human(size: int) -> str:
     """Bytes as megabytes or kilobytes."""
     return f"{size / 1e6:,.1f} MB" if size >= 1e6 else f"{size / 1e3:,.1f} kB"
 
 
 def _flat(value: Any) -> str:
-    """A dictionary or list on one line."""
+    """A dictionary or list on one line, without what is not set."""
     if isinstance(value, dict):
-        return ", ".join(f"{key} {_flat(item)}" for key, item in value.items())
+        return ", ".join(f"{key} {_flat(item)}" for key, item in value.items() if item is not None)
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(map(str, value)) + "]"
     return str(value)

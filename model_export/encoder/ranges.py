@@ -28,9 +28,9 @@ from model_export.encoder.fp16 import LARGEST, SMALLEST_NORMAL
 from model_export.encoder.graph import folded_encoder, graph
 from model_export.mil import registry
 from model_export.mil.allocator import give_back
-from model_export.mil.blob import WeightFile
-from model_export.mil.dtypes import NUMPY
+from model_export.mil.blob import WeightFile, immediate
 from model_export.mil.program import BlobRef, Constant, Operation
+from model_export.mil.types import NUMPY
 
 _TILE = 1 << 18  # elements looked at a time for subnormals: they and their magnitudes stay in the cache
 _TWO_WORDS = ("final_conv", "pos_emb", "reparam_conv", "token_mixer")  # parts of timm's names with a "_" of their own
@@ -441,5 +441,5 @@ class _Constants:
 
     def _load(self, constant: Constant) -> Any:
         if not isinstance(constant.data, BlobRef):
-            return constant.data
+            return immediate(constant)
         return WeightFile(constant.data.file).read(constant.data.offset, constant.type)
