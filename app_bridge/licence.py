@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from app_bridge.findings import Finding
 from fastvlm.common.cli import log
 from fastvlm.common.files import read_small
+from fastvlm.common.findings import Finding
 from model_export import artefact as exported
 from model_export import contract
 

@@ -4,6 +4,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Mapping
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
@@ -51,12 +52,19 @@ def load() -> dict[str, float]:
     return dict(zip(("1min", "5min", "15min"), os.getloadavg()))
 
 
-def machine_line(environment: dict[str, Any] | None = None) -> str:
+def machine_line(environment: Mapping[str, Any] | None = None) -> str:
     """One line naming the machine, for a table's foot."""
     known = environment or describe()
     features = f" ({', '.join(known['cpu_features'])})" if known["cpu_features"] else ""
     threads = f", {known['torch_threads']} threads" if known["torch_threads"] else ""
     return f"{known['cpu']}{features}, {known['cores']} cores{threads}, {known['memory_gib']} GiB, {known['system']}"
+
+
+def notes(environment: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The machine and the versions, as (word, sentence) for a page's foot."""
+    packages = [f"{name} {version}" for name, version in environment["packages"].items()]
+    versions = " · ".join([f"Python {environment['python']}", *packages])
+    return [("Machine", machine_line(environment)), ("Versions", versions)]
 
 
 def _sysctl(name: str) -> str:

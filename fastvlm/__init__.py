@@ -10,7 +10,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from fastvlm.model.surface import FastVLM
 
+from fastvlm.common.version import VERSION
+
 __all__ = ["load"]
+__version__ = VERSION
 
 
 def load(path: str | PathLike[str], dtype: str = "float32", device: str = "cpu") -> "FastVLM":

@@ -1,26 +1,37 @@
-"""`python -m quantization`: recipes, evaluate, sweep."""
+"""`python -m quantization`: recipes, and which of them to ship."""
 
 from fastvlm.common import start
 
 if __name__ == "__main__":
     start.begin()
 
+import argparse
 
-from benchmarks.quality.evaluate import add_evaluate
-from benchmarks.quality.sweep import add_sweep
-from fastvlm.common.cli import Parser, add_common, main
-from quantization.catalogue import add_recipes
+from fastvlm.common.cli import main
+from fastvlm.common.verbs import Verb, room
+
+VERBS = (
+    Verb(
+        "recipes", "quantization.catalogue:add_recipes", "list the recipes, their sizes and what loads them", "Quantize"
+    ),
+    Verb(
+        "sweep",
+        "benchmarks.quality.sweep:add_sweep",
+        "export and measure many recipes, and say which to ship",
+        "Quantize",
+    ),
+    Verb(
+        "evaluate",
+        "benchmarks.quality.evaluate:add_evaluate",
+        "measure what a candidate keeps of its reference: logits, perplexity, answers",
+        "Quantize",
+    ),
+)
 
 
-def build_parser() -> Parser:
-    """The verbs."""
-    parser = Parser(prog="python -m quantization", description="Recipes: list them, judge them, choose among them.")
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB", parser_class=Parser)
-    for add in (add_recipes, add_evaluate, add_sweep):
-        add(verbs)
-    for verb in verbs.choices.values():
-        add_common(verb)
-    return parser
+def build_parser() -> argparse.ArgumentParser:
+    """The command line of the room."""
+    return room("python -m quantization", "Recipes: list them, judge them, choose among them.", VERBS)
 
 
 if __name__ == "__main__":

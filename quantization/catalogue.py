@@ -2,7 +2,7 @@
 
 import argparse
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from fastvlm.synthetic.checkpoint import Shape
 
 SIZES = {"0.5b": "0.5B", "1.5b": "1.5B", "7b": "7B"}  # fastvlm.synthetic.checkpoint.SHAPES -> as Apple calls them
-ENCODER = "the Core ML encoder adds 245 MB in float16, 123 in int8, 62 in palette4-g16"  # of 125M weights, README
+ENCODER = "the Core ML encoder adds 245 MB in float16, 123 in int8, 62 in palette4-g16"  # of 125M weights
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,7 @@ class Loader:
         )
 
 
+_WIDE = 140  # columns from which on a row has room for what a recipe is
 _BITS = (2, 3, 4, 5, 6, 8)
 _OLD_BITS = (2, 3, 4, 6, 8)  # mlx before 0.26 has no kernels for 5 (mlx/backend/metal/kernels/quantized.metal)
 _MODES = ("affine", "mxfp4", "mxfp8", "nvfp4")
@@ -64,6 +65,7 @@ LOADERS = (
     ),
     Loader("app 3.31", "ml-fastvlm pull request 78: mlx-swift-lm 3.31.4, mlx 0.31.1", "app", True, _BITS, _MODES, True),
 )  # fmt: skip
+START = ("int8", "every loader reads it, and of the demo's 500 questions it answers all as the checkpoint does")
 PUBLISHED_APP = next(loader.name for loader in LOADERS if loader.app)  # the app's versions stand from old to new
 
 
@@ -82,7 +84,11 @@ def run_recipes(args: argparse.Namespace) -> dict[str, Any]:
     recipes = [load_recipe(name) for name in args.recipe] or list(named_recipes().values())
     rows = [describe(recipe) for recipe in recipes]
     console = wide_console(180)
-    console.print(_table(rows if args.recipe else sorted(rows, key=_smallest)))
+    console.print(_table(rows if args.recipe else sorted(rows, key=_smallest), console.width))
+    if not args.recipe:
+        console.print(
+            f"→ {START[0]}: the one to start with: {START[1]}. `recipes NAME` says what one is.", markup=False
+        )
     console.print(f"Sizes are of the language model and the projector; {ENCODER}.")
     for loader in LOADERS:
         console.print(f"{loader.name}: {loader.source}", markup=False)
@@ -182,26 +188,39 @@ def _cell(size: dict[str, Any]) -> str:
     return human(size["bytes"]) if "bytes" in size else f"{human(size['least'])} to {human(size['most'])}"
 
 
-def _table(rows: list[dict[str, Any]]) -> Table:
-    table = Table(title="recipes", title_justify="left")
+def _table(rows: list[dict[str, Any]], width: int) -> Table:
+    """The recipes, a row each; what they are only where a row stays readable."""
+    table = Table(title="recipes", title_justify="left", padding=(0, 1) if width >= _WIDE else (0, 0))
+    described = ("method", "loads in", "what it is") if width >= _WIDE else ("loads in",)
     table.add_column("recipe", no_wrap=True)
     table.add_column("bits per weight", justify="right")
     for name in SIZES.values():
         table.add_column(name, justify="right")
-    for column in ("method", "loads in", "what it is"):
+    for column in described:
         table.add_column(column, overflow="fold")
     for row in rows:
         sizes = row["sizes"].values()
         bits = sorted({f"{size['bits_per_weight']:.1f}" for size in sizes if "bytes" in size}, key=float)
+        cells = {
+            "method": row["method"],
+            "loads in": _loaders(row["loads_in"]),
+            "what it is": escape(row["description"]),
+        }
         table.add_row(
-            escape(row["name"]),
+            ("→ " if row["name"] == START[0] else "") + escape(row["name"]),
             " to ".join(dict.fromkeys((bits[0], bits[-1]))) if bits else "",
             *map(_cell, sizes),
-            row["method"],
-            ", ".join(row["loads_in"]) if len(row["loads_in"]) < len(LOADERS) else "all",
-            escape(row["description"]),
+            *(cells[column] for column in described),
         )
     return table
+
+
+def _loaders(names: Sequence[str]) -> str:
+    """The loaders in few words: "all", "all but demo app", or their names."""
+    missing = [loader.name for loader in LOADERS if loader.name not in names]
+    if not missing:
+        return "all"
+    return f"all but {', '.join(missing)}" if len(missing) < len(names) else ", ".join(names)
 
 
 def _print_rules(console: Console, recipe: Recipe, row: dict[str, Any]) -> None:

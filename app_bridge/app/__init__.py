@@ -1,4 +1,4 @@
-"""What an app expects of an artefact, read from its sources.
+"""What an app expects of an artefact: read from its sources (`sources`), or our table of Apple's demo app (`facts`).
 
-Imports `app_bridge.findings` and `subject`.
+Imports `fastvlm.common` and `quantization.catalogue`; nothing else of this room.
 """

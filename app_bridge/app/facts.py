@@ -1,6 +1,9 @@
 """What an app expects of a model: read from its sources (sources.py), or our table of Apple's demo app (app.json)."""
 
+import ast
 import json
+import operator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -57,6 +60,22 @@ class Package:
 
 
 @dataclass(frozen=True)
+class Changed:
+    """A declaration that differs from the published app's.
+
+    where: "FILE:LINE". what: its name. facts: fields of AppFacts that rest on it.
+    """
+
+    where: str
+    what: str
+    facts: tuple[str, ...]
+
+    def line(self) -> str:
+        """All of it in one line."""
+        return f"{self.what}: differs from the published app at {self.where}: check by hand ({', '.join(self.facts)})"
+
+
+@dataclass(frozen=True)
 class AppFacts:
     """Everything that decides whether a model loads and runs in an app."""
 
@@ -95,6 +114,8 @@ class AppFacts:
     max_tokens: int  # of an answer
     # Interfaces of the packages that the sources use, of those that came and went (packages.json).
     api: tuple[str, ...] = ()
+    # Declarations that facts rest on and that differ from the published app's: nobody has said what holds there.
+    changed: tuple[Changed, ...] = ()
 
     def document(self) -> dict[str, Any]:
         """As JSON."""
@@ -104,7 +125,7 @@ class AppFacts:
 def from_document(document: dict[str, Any]) -> AppFacts:
     """The inverse of `AppFacts.document`. KeyError or TypeError for what is none."""
     parts = {"config": Key, "preprocessor": Key, "layers": Layer, "packages": Package}
-    values = {field.name: document[field.name] for field in fields(AppFacts)}
+    values = {field.name: document[field.name] for field in fields(AppFacts) if field.name != "changed"}
     for name, kind in parts.items():
         values[name] = tuple(kind(**_tuples(entry)) for entry in values[name])
     return AppFacts(**_tuples(values))
@@ -113,6 +134,38 @@ def from_document(document: dict[str, Any]) -> AppFacts:
 def table() -> AppFacts:
     """Our table: Apple's demo app as published (apple/ml-fastvlm 592b4ad)."""
     return from_document(json.loads(TABLE.read_text(encoding="utf-8"))["facts"])
+
+
+_OPERATORS: dict[type[ast.operator], Callable[[int, int], int]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.FloorDiv: operator.floordiv,
+    ast.LShift: operator.lshift,
+}
+
+
+def arithmetic(expression: str, value: Callable[[str], int]) -> int:
+    """An integer expression, such as a layer's size.
+
+    Args:
+        expression: integers and names with + - * // << between them.
+        value: what a (dotted) name stands for.
+
+    Raises:
+        ValueError, SyntaxError, ArithmeticError: for anything else, and whatever `value` raises.
+    """
+
+    def evaluate(node: ast.expr) -> int:
+        if isinstance(node, ast.BinOp) and type(node.op) in _OPERATORS:
+            return _OPERATORS[type(node.op)](evaluate(node.left), evaluate(node.right))
+        if isinstance(node, ast.Constant) and type(node.value) is int:
+            return node.value
+        if isinstance(node, ast.Name | ast.Attribute):
+            return value(ast.unparse(node))
+        raise ValueError(f"{ast.unparse(node)} is no arithmetic of integers")
+
+    return evaluate(ast.parse(expression, mode="eval").body)
 
 
 def _tuples(entry: dict[str, Any]) -> dict[str, Any]:

@@ -12,10 +12,10 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from app_bridge import findings
 from app_bridge.app.facts import AppFacts, Package
-from app_bridge.findings import Finding
+from fastvlm.common import findings
 from fastvlm.common.errors import UserError
+from fastvlm.common.findings import Finding
 from quantization.catalogue import LOADERS, Loader
 
 TABLE = Path(__file__).parent / "packages.json"

@@ -10,7 +10,6 @@ from typing import Any, TypeVar, cast
 from openstep_parser import OpenStepDecoder  # pbxproj's own reader; plain dictionaries are all that is needed
 
 from app_bridge.app.facts import Package
-from app_bridge.app.swift import Unclear
 from fastvlm.common.errors import UserError
 from fastvlm.common.files import read_small
 
@@ -39,6 +38,10 @@ _REQUIREMENTS = {  # kind -> (the version it names, the version that is too new)
 
 Object = dict[str, Any]
 Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+class Unclear(Exception):
+    """Something in the project that can't be read: one line with what, where, got and expected."""
 
 
 def _careful(method: Method) -> Method:

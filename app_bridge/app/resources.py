@@ -9,8 +9,8 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from app_bridge.findings import Finding
 from fastvlm.common.files import read_small
+from fastvlm.common.findings import Finding
 
 # Folders that Xcode takes for one resource; what is a Core ML model becomes NAME.mlmodelc.
 _OPAQUE = (".xcassets", ".bundle", ".framework", ".xcdatamodeld")

@@ -1,113 +1,110 @@
-"""What an app expects of a model, read from its Swift sources and its project file; nothing is taken from the table."""
+"""What an app expects of a model, read from its Swift sources and its project file.
+
+Plain facts (keys, types, names, numbers, strings) are read by the queries of facts.scm. What they mean rests on the
+declarations around them, which are compared with those of the published app by fingerprint (published.json): where one
+differs, nothing is concluded from it, and the facts that rest on it are the table's, marked as unverified.
+"""
 
 import json
-from collections.abc import Callable
-from dataclasses import fields, is_dataclass
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import fields, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from tree_sitter import Node
 
 from app_bridge.app import packages
-from app_bridge.app.facts import AppFacts, Key
-from app_bridge.app.project import Project, read_text
-from app_bridge.app.swift import (
-    SIDES,
-    Unclear,
-    argument,
-    arguments,
-    called,
-    child,
-    is_subscript,
-    last_name,
-    outwards,
-    peel,
-    result_of,
-    text,
-    walk,
-)
-from app_bridge.app.swift_codable import Record, keys, record
-from app_bridge.app.swift_modules import Modules
-from app_bridge.app.swift_program import Program
-from app_bridge.app.swift_prompt import image_tokens, prompt
+from app_bridge.app.facts import AppFacts, Changed, Key, arithmetic, table
+from app_bridge.app.project import Project, Unclear, read_text
+from app_bridge.app.swift import Member, Program, enclosing_type, fingerprint, string, text, walk
 from fastvlm.common.errors import UserError
 
-_DTYPES = {".float32": "float32", ".float": "float32", ".float16": "float16", ".double": "float64", ".int32": "int32"}
+PUBLISHED = Path(__file__).parent / "published.json"
+
+_DTYPES = {"float32": "float32", "float": "float32", "float16": "float16", "double": "float64", "int32": "int32"}
+_NOWHERE = "Swift sources"  # where something that is missing would be
+_DEFINING = ("model_type", "processor_class", "input_name")  # an app without any of these has no model
+
+
+@cache
+def published() -> dict[str, Any]:
+    """What the published app's declarations are: published.json, whose "about" says what its entries mean."""
+    document: dict[str, Any] = json.loads(PUBLISHED.read_text(encoding="utf-8"))
+    return document
 
 
 def read(app: Path) -> AppFacts:
-    """The facts of the app in a folder (ml-fastvlm's `app/`). UserError naming every fact that can't be read."""
+    """Read the facts of an app.
+
+    Args:
+        app: the folder that holds the .xcodeproj, `app/` of ml-fastvlm.
+
+    Returns:
+        The facts; `changed` has every declaration that differs from the published app's.
+
+    Raises:
+        UserError: for what is no app of ours, with everything in its project that can't be read.
+    """
     project = Project(app)
     faults: list[str] = []
-    sources = {}
+    swift: dict[str, bytes] = {}
     for path in _or_faults(project.swift_files, faults) or ():
         try:
-            sources[path] = read_text(app, path).encode()
+            swift[path] = read_text(app, path).encode()
         except UserError as error:
             faults.append(str(error))
-    reader = Reader(Program(sources), project)
-    if not (faults or reader.program.calls("registerModelType", "registerProcessorType", "prediction")):
-        raise UserError(
-            f"{app}: none of its project's {len(sources)} Swift files defines the model (registerModelType)"
-        )
-    values: dict[str, Any] = {}
-    for part in (
-        reader.core_ml,
-        reader.configuration,
-        reader.preprocessor,
-        lambda: prompt(reader.program),
-        lambda: image_tokens(reader.program),
-        reader.bundle,
-        reader.cache_limit,
-        reader.max_tokens,
-        lambda: {"api": packages.used(reader.program.mentioned())},
+    reading = Reading(Program(swift), published())
+    if not faults and not any(reading.captures[name] for name in _DEFINING):
+        raise UserError(f"{app}: none of its project's {len(swift)} Swift files defines the model (registerModelType)")
+    values: dict[str, Any] = reading.facts()
+    folder = _or_faults(lambda: project.model_folder(reading.bundle_source()), faults)
+    for name, part in (
+        ("model_folder", lambda: folder),
+        ("deployment", lambda: project.deployment(folder)),
+        ("packages", project.packages),
+        ("increased_memory_limit", project.increased_memory_limit),
     ):
-        values |= _or_faults(part, faults) or {}
-    faults += [f"syntax: {fault}" for fault in reader.program.faults(everywhere=bool(faults))]
-    folder = values.get("model_folder")
-    for part in (
-        lambda: {"deployment": project.deployment(folder)},
-        lambda: {"packages": project.packages()},
-        lambda: {"increased_memory_limit": project.increased_memory_limit()},
-    ):
-        values |= _or_faults(part, faults) or {}
+        values[name] = _or_faults(part, faults)
     if faults:
         raise UserError(f"{app}: not understood: {'; '.join(dict.fromkeys(faults))}")
-    return AppFacts(**values)
+    return replace(table(), **values, changed=tuple(reading.compare()))
 
 
 def differences(read: AppFacts, table: AppFacts) -> list[str]:
-    """One line a fact, or a field of a key, module or package, that differs: what, as read, as in the table."""
-    found = []
-    for name in (field.name for field in fields(AppFacts)):
+    """One line for each value that differs: where, as read, as in the table; then the declarations that differ."""
+    lines = []
+    for name in (field.name for field in fields(AppFacts) if field.name != "changed"):
         ours, theirs = getattr(read, name), getattr(table, name)
         if name == "api":  # without what both have
             ours, theirs = sorted({*ours} - {*theirs}), sorted({*theirs} - {*ours})
         here, there = _entries(name, ours), _entries(name, theirs)
         for entry in sorted({*here, *there}):
-            if here.get(entry) != there.get(entry):
-                found += _lines(entry, here.get(entry), there.get(entry))
-    return found
+            ours, theirs = here.get(entry), there.get(entry)
+            if isinstance(ours, dict) and isinstance(theirs, dict):
+                lines += [
+                    _line(f"{entry}: {key}", value, theirs[key]) for key, value in ours.items() if value != theirs[key]
+                ]
+            elif ours != theirs:
+                lines.append(_line(entry, *("it" if isinstance(side, dict) else side for side in (ours, theirs))))
+    return lines + [each.line() for each in read.changed]
 
 
 def _entries(name: str, value: Any) -> dict[str, Any]:
-    """A fact, or its parts where it has many."""
+    """A fact by its name, or where it has several parts each of them."""
     if name == "deployment":
         return {f"{name} {key}": each for key, each in value.items()}
-    if isinstance(value, tuple) and value and is_dataclass(value[0]):
-        return {f"{name} {getattr(each, 'path', None) or each.name}": each for each in value}
+    if name in ("config", "preprocessor", "layers", "packages"):
+        return {f"{name} {getattr(part, 'path', '') or part.name}": vars(part) for part in value}
     return {name: value}
 
 
-def _lines(entry: str, ours: Any, theirs: Any) -> list[str]:
-    if is_dataclass(ours) and is_dataclass(theirs):
-        pairs = ((f"{entry}: {field}", value, vars(theirs)[field]) for field, value in vars(ours).items())
-        return [line for pair in pairs if pair[1] != pair[2] for line in _lines(*pair)]
+def _line(entry: str, *sides: Any) -> str:
     said = (
-        "nothing" if value is None else "it" if is_dataclass(value) else json.dumps(value, ensure_ascii=False)
-        for value in (ours, theirs)
+        "nothing" if side is None else "it" if side == "it" else json.dumps(side, ensure_ascii=False) for side in sides
     )
-    return ["{}: the app has {}, the table {}".format(entry, *said)]
+    return "{}: the app has {}, the table {}".format(entry, *said)
 
 
 def _or_faults(part: Callable[[], Any], faults: list[str]) -> Any:
@@ -115,228 +112,212 @@ def _or_faults(part: Callable[[], Any], faults: list[str]) -> Any:
         return part()
     except Unclear as error:
         faults.append(str(error))
-    except RecursionError:
-        faults.append(f"{getattr(part, '__name__', 'the project')}: Swift sources: got a type that holds itself")
     return None
 
 
-class Reader:
-    """One method a group of facts; each raises Unclear for the first one that it can't read."""
+class Reading:
+    """An app's sources beside the published declarations.
 
-    def __init__(self, program: Program, project: Project) -> None:
-        self.program, self.project = program, project
+    Args:
+        program: the app's sources.
+        published: as of published.json.
+    """
 
-    def core_ml(self) -> dict[str, Any]:
-        """The class that `prediction(…)` is called on, what goes in, and what is demanded of what comes out."""
-        call = self.program.one(
-            "the Core ML call", [c for c in self.program.calls("prediction") if _features(c)], "prediction(name: array)"
-        )
-        ((name, given),) = _features(call)
-        array = self.program.trace(given)
-        made = called_or_none(array) == "MLMultiArray"
-        shape, dtype = (argument(array, label) if made else None for label in ("shape", "dataType"))
-        if shape is None or dtype is None:
-            raise self.program.unclear(f"the input {name}", array, "MLMultiArray(…, shape: […], dataType: …)")
-        output, wanted = self._demanded(call, "shape")
-        demanded = self._shape(wanted, "the output's shape", 3)
-        self._copied(call, demanded)
-        _, wanted_dtype = self._demanded(call, "dataType")
-        return {
-            "model_class": self._model_class(call),
-            "input_name": name,
-            "input_shape": self._shape(shape, "the input's shape", 4),
-            "input_dtype": self._dtype(dtype, "the input's type"),
-            "output_name": output,
-            "output_shape": demanded,
-            "output_dtype": self._dtype(wanted_dtype, "the output's type"),
+    def __init__(self, program: Program, published: Mapping[str, Any]) -> None:
+        self.program, self.published, self.table = program, published, table()
+        self.captures = {name: self._in_scope(name, nodes) for name, nodes in program.captures().items()}
+        self._changed: list[Changed] = []
+        self._masked: dict[int, str] = {}  # plain facts, which a fingerprint leaves out
+        self._names: dict[str, str] = {}
+
+    def facts(self) -> dict[str, Any]:
+        """Field of AppFacts -> value, of those that the sources decide."""
+        values = {
+            name: self._plain(name, getattr(self.table, name)) for name in self.captures if hasattr(self.table, name)
         }
+        for name, expected in self.published["names"].items():
+            if self._plain(name, expected or "") != (expected or ""):
+                self._differs(self.captures[name][0], name, [name])
+        for declared in self.program.types.get(values["model_class"], ()):  # Xcode makes it, of the package
+            self._differs(declared, values["model_class"], ["model_class"])
+        self._names = {values[name]: name for name in ("model_class", "input_name", "output_name")}
+        renamed: dict[str, str] = {}
+        for name in ("config", "preprocessor"):
+            values[name] = self._keys(name, renamed)
+        values["layers"] = self._layers(renamed)
+        return values | {"api": packages.used(self.program.mentioned())}
 
-    def _model_class(self, call: Node) -> str:
-        receiver = peel(child(call.children[0], "target"))
-        name = self.program.type_of(receiver)
-        if not name or self.program.type_named(name, call) or not self.program.calls(name):
-            raise self.program.unclear(
-                "the Core ML class", receiver, "a value of a class that Xcode makes and the app constructs"
-            )
-        return name
+    def bundle_source(self) -> str | None:
+        """The file of the class whose bundle has the model; None for the application's own bundle."""
+        names = {text(node) for node in self.captures["bundle_class"]}
+        declared = self.program.types.get(names.pop() if len(names) == 1 else "", ())
+        return self.program.path(declared[0]) if declared else None
 
-    def _demanded(self, call: Node, of: str) -> tuple[str, Node]:
-        """(the output's name, its `shape` or `dataType`) of `output.name.shape == …`, output being the call's value."""
-        found = {}
-        for kind in ("equality_expression", "infix_expression"):
-            for node in self.program.nodes(kind):
-                for side, other in (SIDES, SIDES[::-1]):
-                    left = node.child_by_field_name(side)
-                    if left is None or left.type != "navigation_expression" or last_name(left) != of:
-                        continue
-                    output = self.program.trace(child(left, "target"))
-                    if output.type == "navigation_expression" and self.program.trace(child(output, "target")) == call:
-                        found[last_name(output), text(child(node, other))] = child(node, other)
-        if len(found) != 1:
-            raise self.program.unclear(
-                f"the output's {of}", call, f"one precondition(output.name.{of} == …) on its result, got {len(found)}"
-            )
-        (((name, _), value),) = found.items()
-        return name, value
+    def compare(self) -> list[Changed]:
+        """Everything that differs from the published declarations; ask for `facts` first."""
+        fingerprints = self.fingerprints()
+        for name, entry in self.published["types"].items():
+            declared, ours = self.program.types.get(name, []), fingerprints.get(name, {})
+            if not declared:
+                self._changed.append(Changed(_NOWHERE, name, tuple(entry["facts"])))
+                continue
+            for member in {**entry["members"], **ours}:
+                nodes = [each.node for each in self.program.members(name).get(member, ())] or self.captures.get(member)
+                if not nodes or len(nodes) > 1 or ours.get(member) != entry["members"].get(member):
+                    facts = [member] if member in self.captures else entry["facts"]
+                    self._differs((nodes or declared)[-1], f"{name}.{member}", facts)
+        rests = {fact for each in self._changed if each.where != _NOWHERE for fact in each.facts}
+        missing = [each for each in self._changed if each.where == _NOWHERE and not rests & {*each.facts}]
+        return list(dict.fromkeys([*(each for each in self._changed if each.where != _NOWHERE), *missing]))
 
-    def _copied(self, call: Node, shape: tuple[int | None, ...]) -> None:
-        """Where the output is copied into an MLXArray with a list for its shape, that is the same one."""
-        function = next((n for n in outwards(call) if n.type == "function_declaration"), call)
-        for node in (n for n in walk(function) if called_or_none(n) == "MLXArray"):
-            for listed in (value for _, value in arguments(node) if value.type == "array_literal"):
-                if self._shape(listed, "the output's shape", len(shape)) != shape:
-                    raise self.program.unclear(
-                        "the output's shape", listed, f"{list(shape)}, as demanded of the output"
-                    )
+    def fingerprints(self) -> dict[str, dict[str, str]]:
+        """Type -> member -> fingerprint, of what facts rest on: stored properties, initializers, and members of a name
+        that published.json lists (with its labels: that one alone); a capture that it lists counts as a member."""
+        found: dict[str, dict[str, str]] = {}
+        for name, entry in self.published["types"].items():
+            for member, declared in self.program.members(name).items():
+                stored = declared[0].name is not None and declared[0].computed is None
+                if stored or {member, member.partition("(")[0]} & {"init", *entry["listed"]}:
+                    made = fingerprint(declared[0].node, self._masked, self._names)
+                    found.setdefault(name, {})[member] = made
+            for capture in self.captures.keys() & {*entry["listed"]}:
+                for node in self.captures[capture]:
+                    found.setdefault(name, {})[capture] = fingerprint(node, self._masked, self._names)
+        return found
 
-    def _shape(self, node: Node, what: str, rank: int) -> tuple[int | None, ...]:
-        listed = self.program.trace(node)
-        lengths = listed.children_by_field_name("element") if listed.type == "array_literal" else []
-        if len(lengths) != rank:
-            raise self.program.unclear(what, node, f"a list of {rank}")
-        return tuple(map(self._length, lengths))
+    def _in_scope(self, name: str, nodes: list[Node]) -> list[Node]:
+        """Of the captures, those in the types that the fact rests on, where it rests on any."""
+        types = {each for each, entry in self.published["types"].items() if name in entry["facts"] + entry["listed"]}
+        return [node for node in nodes if not types or enclosing_type(node) in types]
+
+    def _differs(self, node: Node, what: str, facts: list[str]) -> None:
+        self._changed.append(Changed(self.program.where(node), what, tuple(facts)))
+
+    def _plain(self, name: str, expected: Any) -> Any:
+        """The one value of a fact; the expected one, and a difference, for several, none, or no plain value."""
+        value, nodes = None, self.captures[name]
+        for node in nodes:
+            try:
+                found = self._value(node, name, expected)
+            except (ValueError, SyntaxError, ArithmeticError):
+                found = None
+            if found is None or value not in (None, found):
+                self._differs(node, name, [name])
+                continue
+            value = found
+            self._masked[node.id] = name
+        if not nodes and expected:
+            self._changed.append(Changed(_NOWHERE, name, (name,)))
+        return expected if value is None else value
+
+    def _value(self, node: Node, name: str, expected: Any) -> Any:
+        """A node's value, of the kind of the expected one; ValueError for another kind."""
+        if name.endswith("_dtype"):
+            return _DTYPES.get(text(node).rpartition(".")[2])
+        if name.endswith("_shape"):
+            elements = [self._length(each) for each in node.children_by_field_name("element")]
+            return tuple(elements) if len(elements) == len(expected) else None
+        if isinstance(expected, int):
+            number = self._integer(text(node))
+            return number if number > 0 or expected == 0 else None
+        if name == "bundle_resource":
+            return ".".join(string(each) for each in walk(node) if each.type == "line_string_literal")
+        return text(node) if node.type in ("simple_identifier", "type_identifier", "user_type") else string(node)
 
     def _length(self, node: Node) -> int | None:
-        """None for what isn't a constant: any size."""
+        """A size; None, any size, for a name that is no constant."""
         try:
-            return self.program.integer(node, "a length")
-        except Unclear:
-            return None
+            return self._integer(text(node))
+        except ValueError:
+            if node.type == "simple_identifier":
+                return None
+            raise
 
-    def _dtype(self, node: Node, what: str) -> str:
-        said = text(self.program.trace(node))
-        said = said[said.rfind(".") :]
-        if said not in _DTYPES:
-            raise self.program.unclear(what, node, f"one of {', '.join(_DTYPES)}")
-        return _DTYPES[said]
+    def _integer(self, expression: str, depth: int = 0) -> int:
+        def constant(name: str) -> int:
+            value = self.program.constants.get(name.rpartition(".")[2])
+            if value is None or depth > 9:
+                raise ValueError(f"{name} is no constant")
+            return self._integer(value, depth + 1)
 
-    def configuration(self) -> dict[str, Any]:
-        """The model's registration, its keys in config.json and its modules."""
-        name, decoded, made = self._registered("registerModelType", "the model type")
-        tree = Modules(self.program)
-        tree.root(made, decoded)
-        self._unsanitized(made)
-        found = _by_path([*keys(decoded), *tree.fatal])
-        paths = [layer.path for layer in tree.layers]
-        if twice := [path for path in paths if paths.count(path) > 1]:
-            raise Unclear(f"the modules: Swift sources: got {twice[0]} {len(twice)} times, expected once")
-        return {
-            "model_type": name,
-            "config": found,
-            "layers": tuple(sorted(tree.layers, key=lambda layer: layer.path)),
-        }
+        return arithmetic(expression, constant)
 
-    def preprocessor(self) -> dict[str, Any]:
-        """The processor's registration, and its keys in preprocessor_config.json."""
-        name, decoded, _ = self._registered("registerProcessorType", "the processor's class")
-        return {"processor_class": name, "preprocessor": _by_path(list(keys(decoded)))}
+    def _keys(self, name: str, renamed: dict[str, str]) -> tuple[Key, ...]:
+        """The keys of a file, by path; `renamed` gets the published name of each that has another one here."""
+        keys: dict[str, Key] = {}
+        known: dict[str, Key] = {key.path: key for key in getattr(self.table, name)}
+        declared: list[tuple[str, Member, str, str]] = []
+        for full, path in self.published[name].items():
+            type_name, _, member = full.rpartition(".")
+            cases = self.program.cases(f"{type_name}.CodingKeys")
+            for each in self.program.members(type_name).get(member, ())[:1]:
+                key, literal = cases.get(member, (member, None))
+                if literal is not None:
+                    self._masked[literal.id] = name
+                if renamed.setdefault(path, key) != key:
+                    self._differs(each.node, full, [name])
+                declared.append((path, each, type_name, member))
+        for path, each, type_name, member in declared:
+            if path not in known or each.annotation is None:
+                continue
+            self._masked[each.annotation.id] = name
+            written = text(each.annotation)
+            kind, required = written.removesuffix("?"), not written.endswith("?")
+            default = None if required else self._default(type_name, member, known[path].default)
+            key = Key(_renamed(path, renamed), kind, required, default)
+            if keys.setdefault(key.path, key) != key:
+                self._differs(each.node, f"{type_name}.{member}", [name])
+        for path in known.keys() - {*self.published[name].values()}:
+            keys[_renamed(path, renamed)] = replace(known[path], path=_renamed(path, renamed))
+        return tuple(keys[path] for path in sorted(keys))
 
-    def _registered(self, function: str, what: str) -> tuple[str, Record, Node]:
-        """(the string, the struct that is decoded, the constructor call) of a factory's registration."""
-        call = self.program.one(what, self.program.calls(function), f"{function}(…)")
-        given = arguments(call)
-        name = self.program.words(given[0][1], what) if given else None
-        types = [
-            text(child(n, "target")) for n in walk(call) if n.type == "navigation_expression" and last_name(n) == "self"
-        ]
-        structs = [self.program.type_named(type_, call) for type_ in types]
-        closure = next((n for n in walk(call) if n.type == "lambda_literal"), None)
-        calls = [n for n in walk(closure) if n.type == "call_expression"] if closure else []
-        made = [
-            n
-            for n in calls
-            if n.children[0].type == "simple_identifier" and self.program.type_named(text(n.children[0]), n)
-        ]
-        strategy = next((n for n in self.program.nodes("simple_identifier") if text(n) == "keyDecodingStrategy"), None)
-        if strategy is not None:
-            raise self.program.unclear("decoding", strategy, "JSONDecoder's own strategy")
-        if name is None or len(structs) != 1 or structs[0] is None or len(made) != 1:
-            raise self.program.unclear(what, call, f"{function}(a string) {{ decode(T.self, …); return M(…) }}")
-        return name, record(self.program, structs[0]), made[0]
+    def _default(self, type_name: str, member: str, published: Any) -> Any:
+        """The number or truth value after `??` in the property that is computed of this one, else the published one."""
+        for computed in (each.computed for members in self.program.members(type_name).values() for each in members):
+            for node in walk(computed) if computed else ():
+                value, otherwise = (node.child_by_field_name(side) for side in ("value", "if_nil"))
+                if node.type != "nil_coalescing_expression" or not value or not otherwise or text(value) != member:
+                    continue
+                try:
+                    default = json.loads(text(otherwise).replace("_", ""))
+                except ValueError:
+                    return published
+                self._masked[otherwise.id] = "default"
+                return default
+        return published
 
-    def _unsanitized(self, made: Node) -> None:
-        """The model's `sanitize(weights:)`, if it has one, gives back what it was given."""
-        declared = self.program.type_named(text(made.children[0]), made)
-        for member in self.program.members(declared) if declared else ():
-            if member.type == "function_declaration" and text(child(member, "name")) == "sanitize":
-                parameter = next((n for n in member.named_children if n.type == "parameter"), None)
-                name = text(child(parameter, "name")) if parameter else ""
-                only = result_of(child(member, "body"))
-                returned = [text(n) for n in walk(member) if n.type == "control_transfer_statement"]
-                if (returned != [f"return {name}"] and (only is None or text(only) != name)) or any(
-                    text(child(n, "target")).startswith(name) for n in walk(member) if n.type == "assignment"
-                ):
-                    raise self.program.unclear("the weights' names", member, "sanitize(weights:) that changes nothing")
+    def _layers(self, renamed: Mapping[str, str]) -> tuple[Any, ...]:
+        """The published layers, by the keys that the app gives its modules and its configuration."""
+        modules: dict[str, str] = {}
+        for full, path in self.published["modules"].items():
+            type_name, _, member = full.rpartition(".")
+            for each in self.program.members(type_name).get(member, ())[:1]:
+                attribute = next((node for node in walk(each.node) if node.type == "attribute"), None)
+                literal = (
+                    next((n for n in walk(attribute) if n.type == "line_string_literal"), None) if attribute else None
+                )
+                if literal is not None:
+                    self._masked[literal.id] = "key"
+                    modules[path] = string(literal)
+                elif attribute is None or "key" not in text(attribute):
+                    modules[path] = member
 
-    def bundle(self) -> dict[str, Any]:
-        """The resource by which the app finds its model, and the folder that becomes its bundle."""
-        calls = [c for c in self.program.calls("url") if argument(c, "forResource") and argument(c, "withExtension")]
-        near = [
-            c
-            for c in calls
-            if any("ModelConfiguration" in text(n) for n in outwards(c) if n.type == "property_declaration")
-        ]
-        call = self.program.one("the bundle's resource", near or calls, "bundle.url(forResource:withExtension:)")
-        said = [self.program.words(value, "the bundle's resource") for _, value in arguments(call)[:2]]
-        bundle = self.program.trace(child(call.children[0], "target"))
-        path = None
-        if text(bundle) != "Bundle.main":
-            type_ = argument(bundle, "for") if called_or_none(bundle) == "Bundle" else None
-            declared = self.program.type_named(text(type_).removesuffix(".self"), call) if type_ else None
-            if declared is None:
-                raise self.program.unclear("the bundle", bundle, "Bundle.main or Bundle(for: a class of the app's)")
-            path = self.program.path(declared)
-        return {"bundle_resource": ".".join(said), "model_folder": self.project.model_folder(path)}
+        def size(expression: str) -> str:
+            return re.sub(r"[a-z_]+", lambda name: renamed.get(name[0], name[0]), expression)
 
-    def cache_limit(self) -> dict[str, Any]:
-        """`GPU.set(cacheLimit: bytes)` or `Memory.cacheLimit = bytes`."""
-        found = [value for call in self.program.calls("set") if (value := argument(call, "cacheLimit"))]
-        found += [
-            child(n, "result")
-            for n in self.program.nodes("assignment")
-            if text(child(n, "target")).endswith(".cacheLimit")
-        ]
-        node = self.program.one("the cache limit", found, "GPU.set(cacheLimit: …)")
-        return {"cache_limit": self.program.integer(node, "the cache limit")}
-
-    def max_tokens(self) -> dict[str, Any]:
-        """`GenerateParameters(maxTokens: n)`, or `if tokens.count >= n { return .stop }`."""
-        calls = self.program.calls("GenerateParameters")
-        found = [value for call in calls if (value := argument(call, "maxTokens"))]
-        for node in () if found else self.program.nodes("if_statement"):
-            condition = node.child_by_field_name("condition")
-            stops = any(text(n) == ".stop" for n in walk(node) if n.type == "prefix_expression")
-            if (
-                stops
-                and condition is not None
-                and condition.type in ("infix_expression", "comparison_expression")
-                and text(child(condition, "op")) == ">="
-            ):
-                found.append(child(condition, "rhs"))
-        node = self.program.one("the most tokens of an answer", found, "if tokens.count >= n { return .stop }")
-        return {"max_tokens": self.program.integer(node, "the most tokens of an answer")}
-
-
-def called_or_none(node: Node) -> str:
-    """What is called, if the node is a call."""
-    return called(node) if node.type == "call_expression" and not is_subscript(node) else ""
-
-
-def _features(call: Node) -> list[tuple[str, Node]]:
-    """[(name, array)] of a prediction with one feature; [] of others, such as prediction(from:)."""
-    given = arguments(call)
-    one = len(given) == 1 and call.children[0].type == "navigation_expression"
-    return [(label, value) for label, value in given if label not in (None, "from", "input")] if one else []
-
-
-def _by_path(found: list[Key]) -> tuple[Key, ...]:
-    """Each key once. Unclear for one that two structs decode differently."""
-    merged: dict[str, Key] = {}
-    for key in found:
-        if merged.setdefault(key.path, key) != key:
-            one, other = (
-                f"{each.type}{'' if each.required else f'? (default {each.default})'}"
-                for each in (merged[key.path], key)
+        layers = (
+            replace(
+                layer,
+                path=_renamed(layer.path, modules),
+                shape=tuple(map(size, layer.shape)),
+                unless=layer.unless and renamed.get(layer.unless, layer.unless),
             )
-            raise Unclear(f"{key.path}: decoded as {one} and as {other}, expected one type")
-    return tuple(merged[path] for path in sorted(merged))
+            for layer in self.table.layers
+        )
+        return tuple(sorted(layers, key=lambda layer: layer.path))
+
+
+def _renamed(path: str, names: Mapping[str, str]) -> str:
+    """A dotted path, each part by the name that the app has for it."""
+    parts = path.split(".")
+    return ".".join(names.get(".".join(parts[: number + 1]), part) for number, part in enumerate(parts))

@@ -1,36 +1,144 @@
-"""Swift's syntax tree: what a node says. `swift_program.py` knows what names stand for."""
+"""Swift sources as syntax trees: what the queries of facts.scm capture, and the fingerprints of declarations."""
 
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from pathlib import Path
 
+import tree_sitter
+import tree_sitter_swift
 from tree_sitter import Node
 
-from app_bridge.subject import shortened
-
-SIDES = ("lhs", "rhs")  # of an operator
+_LANGUAGE = tree_sitter.Language(tree_sitter_swift.language())
+_QUERIES = tree_sitter.Query(_LANGUAGE, (Path(__file__).parent / "facts.scm").read_text(encoding="utf-8"))
+CAPTURES = {
+    name for number in range(_QUERIES.capture_count) if not (name := _QUERIES.capture_name(number)).startswith("_")
+}
+# Nodes that change nothing of what a declaration does.
+_IGNORED = ("comment", "multiline_comment", "visibility_modifier")
 _ESCAPES = {"\\n": "\n", "\\t": "\t", "\\r": "\r", "\\0": "\0", "\\\\": "\\", '\\"': '"', "\\'": "'"}
 
 
-class Unclear(Exception):
-    """Something in the app that can't be read: one line, what and where, got, expected."""
-
-
 @dataclass(frozen=True)
-class Name:
-    """What a name stands for; type, value and computed as far as they are written.
+class Member:
+    """A declaration in a type: the whole node, and for a property its name's node."""
 
-    kind: "property", "parameter" or "local".
+    node: Node
+    name: Node | None = None
+
+    @property
+    def annotation(self) -> Node | None:
+        """The type of a property, where it is written: `Int` of `let a, b: Int`."""
+        following = self.name
+        while following is not None and following.type != "type_annotation":
+            following = following.next_sibling if text(following) != "=" else None
+        return following.child_by_field_name("name") if following else None
+
+    @property
+    def computed(self) -> Node | None:
+        """The body of a computed property."""
+        return self.node.child_by_field_name("computed_value")
+
+
+class Program:
+    """All Swift files of an app.
+
+    Args:
+        sources: path relative to the app's folder -> bytes.
     """
 
-    name: str
-    kind: str
-    node: Node
-    type: Node | None = None
-    value: Node | None = None
-    computed: Node | None = None
-    attributes: tuple[Node, ...] = ()
-    static: bool = False
+    def __init__(self, sources: Mapping[str, bytes]) -> None:
+        parser = tree_sitter.Parser(_LANGUAGE)
+        self._trees = {path: parser.parse(source) for path, source in sources.items()}
+        self._paths = {tree.root_node.id: path for path, tree in self._trees.items()}
+        self._nodes: dict[str, list[Node]] = {}
+        for tree in self._trees.values():
+            for node in walk(tree.root_node):
+                self._nodes.setdefault(node.type, []).append(node)
+
+    def captures(self) -> dict[str, list[Node]]:
+        """Capture of facts.scm -> its nodes in all files; a capture that nothing matches has none."""
+        found: dict[str, list[Node]] = {name: [] for name in CAPTURES}
+        for tree in self._trees.values():
+            for name, nodes in tree_sitter.QueryCursor(_QUERIES).captures(tree.root_node).items():
+                if name in found:
+                    found[name] += nodes
+        return found
+
+    def path(self, node: Node) -> str:
+        """The file that a node is in."""
+        while node.parent is not None:
+            node = node.parent
+        return self._paths[node.id]
+
+    def where(self, node: Node) -> str:
+        """A node's place, as in "FastVLM/FastVLM.swift:219"."""
+        return f"{self.path(node)}:{node.start_point.row + 1}"
+
+    @cached_property
+    def types(self) -> dict[str, list[Node]]:
+        """Dotted name of a type -> its declarations and extensions."""
+        found: dict[str, list[Node]] = {}
+        for node in self._nodes.get("class_declaration", ()):
+            found.setdefault(enclosing_type(node), []).append(node)
+        return found
+
+    def members(self, type_name: str) -> dict[str, list[Member]]:
+        """Name of a property, "init(labels:)" or "function(labels:)" -> its declarations in a type."""
+        found: dict[str, list[Member]] = {}
+        for declared in self.types.get(type_name, ()):
+            body = declared.child_by_field_name("body")
+            for node in body.named_children if body else ():
+                if node.type in ("init_declaration", "function_declaration"):
+                    found.setdefault(_signature(node), []).append(Member(node))
+                for pattern in node.children_by_field_name("name") if node.type == "property_declaration" else ():
+                    found.setdefault(text(pattern), []).append(Member(node, pattern))
+        return found
+
+    def cases(self, type_name: str) -> dict[str, tuple[str, Node | None]]:
+        """Case of an enum -> its raw value (a case without one has its name) and the literal's node."""
+        found: dict[str, tuple[str, Node | None]] = {}
+        for declared in self.types.get(type_name, ()):
+            name = ""
+            for entry in (node for node in walk(declared) if node.type == "enum_entry"):
+                for index, part in enumerate(entry.children):
+                    field = entry.field_name_for_child(index)
+                    if field == "name":
+                        name = text(part)
+                        found[name] = (name, None)
+                    elif field == "raw_value" and part.type == "line_string_literal":
+                        found[name] = (string(part), part)
+        return found
+
+    @cached_property
+    def constants(self) -> dict[str, str]:
+        """Name of a property -> the expression that is its value, where all of the name have the same."""
+        found: dict[str, set[str]] = {}
+        for node in self._nodes.get("property_declaration", ()):
+            for name, value in zip(node.children_by_field_name("name"), node.children_by_field_name("value")):
+                found.setdefault(text(name), set()).add(text(value))
+        return {name: values.pop() for name, values in found.items() if len(values) == 1}
+
+    def mentioned(self) -> set[str]:
+        """The names that the sources use: of types, members and variables; `A.b` of members; `f(a:b:)` and `await f` of
+        calls; `let f(a:b:)` where only a call says what type a constant has, so that Swift chooses the overload."""
+        kinds = ("simple_identifier", "type_identifier")
+        found = {text(node) for kind in kinds for node in self._nodes.get(kind, ())}
+        found |= {".".join(text(node).split(".")[-2:]) for node in self._nodes.get("navigation_expression", ())}
+        for call in self._nodes.get("call_expression", ()):
+            if (called := _called(call)) is None:
+                continue
+            found.add(called)
+            outer = call.parent
+            if outer is not None and outer.type == "await_expression":
+                found.add(f"await {called.partition('(')[0]}")
+            while outer is not None and outer.type in ("try_expression", "await_expression", "tuple_expression"):
+                outer = outer.parent
+            typed = outer is None or any(child.type == "type_annotation" for child in outer.children)
+            if outer is not None and outer.type == "property_declaration" and not typed:
+                found.add(f"let {called}")
+        return found
 
 
 def walk(node: Node) -> Iterator[Node]:
@@ -43,212 +151,91 @@ def walk(node: Node) -> Iterator[Node]:
 
 
 def text(node: Node) -> str:
-    """As it is written."""
-    return (node.text or b"").decode("utf-8", "replace")
+    """A node's source, with every run of white space as one blank."""
+    return " ".join((node.text or b"").decode("utf-8", "replace").split())
 
 
-def shorten(node: Node) -> str:
-    """As it is written, in one short line."""
-    return repr(shortened(" ".join(text(node).split()), 60))
+def string(node: Node) -> str:
+    """A string literal's value, `{role}` and `{content}` standing for interpolations of these.
 
-
-def child(node: Node, field: str) -> Node:
-    """A field that the grammar says is there."""
-    found = node.child_by_field_name(field)
-    if found is None:
-        raise Unclear(f"line {node.start_point.row + 1}: got {shorten(node)}, expected a {field}")
-    return found
-
-
-def peel(node: Node) -> Node:
-    """Without `try`, `await`, `!`, `as …` and parentheses around it."""
-    while True:
-        if node.type in ("try_expression", "await_expression", "as_expression"):
-            inner = node.child_by_field_name("expr")
-        elif node.type == "postfix_expression" and text(node).endswith("!"):
-            inner = node.child_by_field_name("target")
-        elif node.type == "tuple_expression" and len(node.named_children) == 1:
-            inner = node.named_children[0]
-        else:
-            return node
-        if inner is None:
-            return node
-        node = inner
-
-
-def string(node: Node) -> str | None:
-    """A string literal's value; None if it isn't one, or is interpolated."""
-    if node.type == "raw_string_literal" and text(node).startswith('#"') and text(node).endswith('"#'):
-        return text(node)[2:-2]
-    parts = pieces(node)
-    return None if parts is None or any(isinstance(part, Node) for part in parts) else "".join(map(str, parts))
-
-
-def pieces(node: Node) -> list[str | Node] | None:
-    """A string literal's texts and interpolated expressions, in order; None for other nodes and unknown escapes."""
+    Raises:
+        ValueError: for other nodes, interpolations and escapes.
+    """
     if node.type != "line_string_literal":
-        return None
-    parts: list[str | Node] = []
+        raise ValueError("not a string literal")
+    parts = []
     for part in node.named_children:
-        if part.type == "line_str_text":
-            parts.append(text(part))
-        elif part.type == "interpolated_expression":
-            parts.append(child(part, "value"))
-        elif part.type == "str_escaped_char" and text(part) in _ESCAPES:
-            parts.append(_ESCAPES[text(part)])
-        elif part.type == "str_escaped_char" and text(part).startswith("\\u{"):
-            parts.append(chr(int(text(part)[3:-1], 16)))
+        raw = (part.text or b"").decode()
+        if part.type == "interpolated_expression":
+            (name,) = {name for name in ("role", "content") if name in raw}
+            parts.append(f"{{{name}}}")
+        elif part.type == "str_escaped_char":
+            parts.append(chr(int(raw[3:-1], 16)) if raw.startswith("\\u{") else _ESCAPES.get(raw, raw))
         else:
-            return None
-    return parts
+            parts.append(raw)
+    return "".join(parts)
 
 
-def last_name(node: Node) -> str:
-    """`c` of `a.b.c`."""
-    suffix = child(node, "suffix")
-    return text(suffix.child_by_field_name("suffix") or suffix)
-
-
-def is_subscript(call: Node) -> bool:
-    """`a[b]` is a call in this grammar."""
-    return any(n.type == "value_arguments" and text(n).startswith("[") for n in call.children[-1].children)
-
-
-def called(call: Node) -> str:
-    """The last name of what is called: `set` of `MLX.GPU.set(…)`; empty for what has none."""
-    callee = call.children[0]
-    if callee.type == "navigation_expression":
-        return last_name(callee)
-    return text(callee) if callee.type == "simple_identifier" else ""
-
-
-def arguments(call: Node) -> list[tuple[str | None, Node]]:
-    """(label, expression) of a call's or subscript's arguments, a trailing closure left out."""
-    given = next((n for n in call.children[-1].named_children if n.type == "value_arguments"), None)
-    found = []
-    for argument in given.named_children if given else ():
-        value = argument.child_by_field_name("value")
-        if argument.type == "value_argument" and value is not None:
-            label = argument.child_by_field_name("name")
-            found.append((text(label) if label else None, value))
-    return found
-
-
-def argument(call: Node, label: str) -> Node | None:
-    """The argument of this label."""
-    return next((value for name, value in arguments(call) if name == label), None)
-
-
-def kind_of(declared: Node) -> str:
-    """ "class", "struct", "enum", "actor" or "extension"."""
-    kind = declared.child_by_field_name("declaration_kind")
-    return text(kind) if kind else ""
-
-
-def type_name(declared: Node) -> str:
-    """The last part of a declaration's name."""
-    return text(child(declared, "name")).rpartition(".")[2]
-
-
-def enclosing_types(node: Node | None) -> list[Node]:
-    """The type declarations around a node, the innermost first; itself too, if it is one."""
-    found = []
+def enclosing_type(node: Node | None) -> str:
+    """The dotted name of the type that a node is in or declares; "" outside of types."""
+    parts: list[str] = []
     while node is not None:
-        if node.type == "class_declaration":
-            found.append(node)
+        if node.type == "class_declaration" and (name := node.child_by_field_name("name")) is not None:
+            parts.insert(0, text(name))
         node = node.parent
-    return found
+    return ".".join(parts)
 
 
-def inherits(declared: Node) -> list[str]:
-    """The names after the colon."""
-    listed = (n for n in declared.named_children if n.type == "inheritance_specifier")
-    return [text(child(each, "inherits_from")) for each in listed]
+def fingerprint(node: Node, masked: Mapping[int, str], names: Mapping[str, str]) -> str:
+    """Sixteen hexadecimal digits of a declaration's syntax tree, without comments, white space and access modifiers.
+
+    Args:
+        node: the declaration.
+        masked: id of a node that is a plain fact -> what stands for it.
+        names: identifier that is a plain fact -> what stands for it.
+    """
+
+    def tokens(node: Node) -> Iterator[str]:
+        if node.type in _IGNORED:
+            return
+        if (fact := masked.get(node.id)) is not None:
+            yield fact
+            inner = [child for child in node.children if child.type == "interpolated_expression"]
+        elif node.children:
+            inner = node.children
+            yield f"({node.type}"
+        else:
+            inner = []
+            yield names.get(text(node), (node.text or b"").decode("utf-8", "replace") or f"missing {node.type}")
+        for child in inner:
+            yield from tokens(child)
+        if inner:
+            yield ")"
+
+    return hashlib.sha256("\n".join(tokens(node)).encode()).hexdigest()[:16]
 
 
-def written_type(node: Node | None) -> tuple[str, bool]:
-    """(a type as it is written, without its `?`; whether it is optional)."""
-    if node is None:
-        return "", False
-    if node.type == "type_annotation":
-        node = child(node, "name")
-    if node.type == "optional_type":
-        return " ".join(text(child(node, "wrapped")).split()), True
-    said = " ".join(text(node).split())
-    if said.startswith("Optional<") and said.endswith(">"):
-        return said[len("Optional<") : -1], True
-    return said, False
+def _signature(function: Node) -> str:
+    name = function.child_by_field_name("name")
+    labels = (
+        text(outer)
+        for each in function.named_children
+        if each.type == "parameter"
+        and (outer := each.child_by_field_name("external_name") or each.child_by_field_name("name"))
+    )
+    return f"{text(name) if name else ''}({''.join(f'{label}:' for label in labels)})"
 
 
-def names(declaration: Node, kind: str) -> list[Name]:
-    """The names that a property declaration declares."""
-    if declaration.type != "property_declaration":
-        return []
-    modifiers = next((n for n in declaration.named_children if n.type == "modifiers"), None)
-    listed = modifiers.named_children if modifiers else []
-    attributes = tuple(n for n in listed if n.type == "attribute")
-    static = any(text(n) in ("static", "class") for n in listed)
-    found: list[dict[str, Any]] = []
-    for index, part in enumerate(declaration.children):
-        field = declaration.field_name_for_child(index)
-        if field == "name":
-            found.append({"name": text(part).strip("`")})
-        elif part.type == "type_annotation":
-            for each in reversed(found):  # `let a, b: Int`: of both
-                if each.keys() & {"type", "value"}:
-                    break
-                each["type"] = part
-        elif found and field == "value":
-            found[-1]["value"] = part
-        elif found and field == "computed_value":
-            found[-1]["computed"] = part
-    return [Name(kind=kind, node=declaration, attributes=attributes, static=static, **each) for each in found]
-
-
-def parameters(function: Node) -> list[Name]:
-    """Of a function or initializer."""
-    listed = [n for n in function.named_children if n.type == "parameter"]
-    return [Name(text(child(n, "name")), "parameter", n, n.children_by_field_name("name")[-1]) for n in listed]
-
-
-def bound(statement: Node) -> list[Name]:
-    """The names of `if let a = b` and `guard let a = b`."""
-    found, conditions = [], statement.children
-    for index, part in enumerate(conditions):
-        if statement.field_name_for_child(index) == "bound_identifier":
-            given = index + 2 < len(conditions) and text(conditions[index + 1]) == "="
-            found.append(Name(text(part), "local", statement, value=conditions[index + 2] if given else None))
-    return found
-
-
-def result_of(body: Node) -> Node | None:
-    """The one expression of a computed property, function or closure; None if there is more to it."""
-    statements = next((n for n in body.named_children if n.type == "statements"), None)
-    inner = [n for n in statements.named_children if n.type != "comment"] if statements else []
-    if len(inner) == 2 and text(inner[0]) == "return":  # `return` at a line's end
-        inner = inner[1:]
-    if len(inner) != 1:
+def _called(call: Node) -> str | None:
+    """`set(cacheLimit:)` of `MLX.GPU.set(cacheLimit: 1)`; None of a subscript, which is a call in this grammar."""
+    callee, given = call.children[0], call.children[-1]
+    arguments = next((child for child in given.named_children if child.type == "value_arguments"), None)
+    if arguments is not None and text(arguments).startswith("["):
         return None
-    return inner[0].child_by_field_name("result") if inner[0].type == "control_transfer_statement" else inner[0]
-
-
-def result_type(function: Node) -> Node | None:
-    """A function's result type: the grammar calls it `name`, after the arrow."""
-    arrow = next((i for i, n in enumerate(function.children) if text(n) == "->"), None)
-    return function.children[arrow + 1] if arrow is not None else None
-
-
-def assigned_name(assignment: Node) -> str | None:
-    """`x` of `x = …`, `self.x = …`, `_x.wrappedValue = …` and `self._x.wrappedValue = …`."""
-    said = text(child(assignment, "target")).removeprefix("self.")
-    if said.startswith("_") and said.endswith(".wrappedValue"):
-        return said[1:].removesuffix(".wrappedValue")
-    return said if "." not in said and "[" not in said else None
-
-
-def outwards(node: Node) -> Iterator[Node]:
-    """What a node is in, the innermost first."""
-    outer = node.parent
-    while outer is not None:
-        yield outer
-        outer = outer.parent
+    name = text(callee).rpartition(".")[2] if callee.type in ("navigation_expression", "simple_identifier") else ""
+    labels = (
+        text(label) if (label := each.child_by_field_name("name")) else "_"
+        for each in (arguments.named_children if arguments else ())
+        if each.type == "value_argument" and each.child_by_field_name("value")
+    )
+    return f"{name}({''.join(f'{label}:' for label in labels)})" if name else None

@@ -10,13 +10,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from app_bridge import findings, licence
+from app_bridge import licence
 from app_bridge.app import resources
 from app_bridge.install import clone, guide
 from app_bridge.install.describe import describe, line
 from app_bridge.install.place import Place, holds, locked, used_by_bundle
 from app_bridge.validation import validate
-from fastvlm.common import staging
+from fastvlm.common import findings, staging
 from fastvlm.common.cli import add_common, log, progress
 from fastvlm.common.documents import object_or_empty
 from fastvlm.common.errors import UserError

@@ -17,6 +17,7 @@ from app_bridge.publishing.checks import card_faults
 from app_bridge.validation import check_quantization
 from benchmarks import environment
 from benchmarks.parity import report
+from benchmarks.parity.verdict import LABELS
 from benchmarks.quality import evaluate
 from fastvlm.common import documents
 from fastvlm.common.errors import UserError
@@ -98,12 +99,9 @@ def _render(
     quality: Mapping[str, Any] | None,
     base_model: str | None,
 ) -> str:
-    from benchmarks.parity.compare import LABELS  # torch
-
     vision, llm, parity = manifest["vision"], manifest["llm"], manifest.get("parity")
     shape = contract.output_shape(vision["image_size"], vision["channels"])
-    faults: list[str] = []
-    block = check_quantization.parse_block(llm.get("quantization"), faults)
+    block, faults = check_quantization.parse_block(llm.get("quantization"))
     if faults:
         raise TypeError(f"quantization: {'; '.join(faults)}")
     settings = block.settings() if block else set()

@@ -9,8 +9,9 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from app_bridge.subject import AGAIN, Subject, kind_of, listed
 from app_bridge.validation.check_config import integer
+from app_bridge.validation.subject import error_at, kind_of, listed, warn_at
+from fastvlm.common.findings import Steps
 from model_export import contract
 from quantization.catalogue import LOADERS, Loader
 from quantization.mlx.affine import BITS, GROUP_SIZES, packed_columns
@@ -47,41 +48,29 @@ class Block:
         return self.modules.get(module, self.base)
 
 
-class Groups:
-    """Faults of one rule in many tensors are one finding."""
+def parse_block(document: Any) -> tuple[Block | None, list[str]]:
+    """Parse a `quantization` block as of config.json or the manifest.
 
-    def __init__(self) -> None:
-        self.found: dict[str, list[tuple[str, str, str]]] = {}
-
-    def add(self, rule: str, where: str, got: str, expected: str) -> None:
-        self.found.setdefault(rule, []).append((where, got, expected))
-
-    def tell(self, subject: Subject, remedies: Mapping[str, str]) -> None:
-        for rule, entries in self.found.items():
-            where, got, expected = entries[0]
-            more = f" and {len(entries) - 1} more" if len(entries) > 1 else ""
-            subject.error(rule, where + more, got, expected, remedies.get(rule, AGAIN))
-
-
-def parse_block(document: Any, faults: list[str]) -> Block | None:
-    """A `quantization` block as of config.json or the manifest; None for none and, with `faults`, for what is none."""
+    Returns:
+        The block, None for none and for what is none; and what is wrong with it, a line each.
+    """
     if document is None:
-        return None
-    base = _setting(document, faults, "")
-    entries = document.items() if isinstance(document, dict) else ()
-    modules = {
-        key: None if entry is False else _setting(entry, faults, f"{key}.")
-        for key, entry in entries
-        if isinstance(entry, dict) or entry is False
-    }
-    return Block(base, modules) if base else None
+        return None, []
+    base, faults = _setting(document, "")
+    modules: dict[str, Setting | None] = {}
+    for key, entry in document.items() if isinstance(document, dict) else ():
+        if entry is False:
+            modules[key] = None
+        elif isinstance(entry, dict):
+            modules[key], wrong = _setting(entry, f"{key}.")
+            faults += wrong
+    return Block(base, modules) if base else None, faults
 
 
-def read_block(subject: Subject, config: dict[str, Any], loader: Loader) -> tuple[Block | None, bool]:
-    """The `quantization` block (None: there is none) and whether the app can decode it."""
+def read_block(config: dict[str, Any], loader: Loader) -> Steps[tuple[Block | None, bool]]:
+    """Return the `quantization` block (None: there is none) and whether the app can decode it."""
     document = config.get("quantization")
-    faults: list[str] = []
-    block = parse_block(document, faults)
+    block, faults = parse_block(document)
     if isinstance(document, dict) and loader.mixed:
         faults += [
             f"{key}: {kind_of(entry)}, where this loader expects a module's settings"
@@ -89,7 +78,7 @@ def read_block(subject: Subject, config: dict[str, Any], loader: Loader) -> tupl
             if not isinstance(entry, dict) and entry is not False and not _decoded(key, entry, loader)
         ]
     if faults:
-        subject.error("quantization-block", _WHERE, "; ".join(faults[:3]), "group_size and bits, both integers")
+        yield error_at("quantization-block", _WHERE, "; ".join(faults[:3]), "group_size and bits, both integers")
         return None, False
     return block, True
 
@@ -99,74 +88,48 @@ def _decoded(key: str, entry: Any, loader: Loader) -> bool:
     return key in ("group_size", "bits") or (key == "mode" and (len(loader.modes) > 1 or entry != "affine"))
 
 
-def _setting(entry: Any, faults: list[str], at: str) -> Setting | None:
+def _setting(entry: Any, at: str) -> tuple[Setting | None, list[str]]:
     if not isinstance(entry, dict):
-        faults.append(kind_of(entry))
-        return None
-    numbers = {key: integer(entry.get(key)) for key in ("group_size", "bits")}
-    faults += [
-        f"{at}{key}: {kind_of(entry.get(key))}" for key, number in numbers.items() if number is None or number < 1
-    ]
-    mode = entry.get("mode", "affine")
+        return None, [kind_of(entry)]
+    mode, bits, group = entry.get("mode", "affine"), integer(entry.get("bits")), integer(entry.get("group_size"))
+    numbers = (("group_size", group), ("bits", bits))
+    faults = [f"{at}{key}: {kind_of(entry.get(key))}" for key, number in numbers if number is None or number < 1]
     if not isinstance(mode, str):
         faults.append(f"{at}mode: {kind_of(mode)}")
-    bits, group_size = numbers["bits"], numbers["group_size"]
-    return (str(mode), bits, group_size) if bits and group_size else None
+    return (str(mode), bits, group) if bits and group else None, faults
 
 
-def check_block(subject: Subject, block: Block | None, quantized: set[str], loader: Loader) -> bool:
-    """The block as a whole, against which modules are quantized and what the loader reads; whether it reads them."""
+def check_block(block: Block | None, quantized: set[str], loader: Loader) -> Steps[bool]:
+    """Check the block against which modules are quantized; return whether the loader reads what it says."""
     if block is None:
         if quantized:
-            subject.error(
-                "quantization-missing",
-                _WHERE,
-                f"nothing, but {len(quantized)} modules have .scales",
-                "the setting that they are stored by",
-            )
+            got = f"nothing, but {len(quantized)} modules have .scales"
+            yield error_at("quantization-missing", _WHERE, got, "the setting that they are stored by")
         return False
     if not quantized:
-        subject.warning(
-            "quantization-unused",
-            _WHERE,
-            _said({block.base}),
-            "nothing: no module has .scales",
-            "export again, or remove the block",
-        )
+        remedy = "export again, or remove the block"
+        yield warn_at("quantization-unused", _WHERE, _words({block.base}), "nothing: no module has .scales", remedy)
         return True
     stray = sorted(
         module for module, setting in block.modules.items() if (module not in quantized) == (setting is not None)
     )
     if stray:
-        subject.error(
-            "quantization-entry",
-            _WHERE,
-            listed(stray),
-            "entries for quantized modules only, false for the others",
-        )
+        expected = "entries for quantized modules only, false for the others"
+        yield error_at("quantization-entry", _WHERE, listed(stray), expected)
     settings = {setting for module in quantized if (setting := block.of(module)) is not None}
     if loader.reads(settings) and all(mode != "affine" or group in GROUP_SIZES for mode, _, group in settings):
         return True
     able = [f"{one.name} ({one.source})" for one in LOADERS if one.app and one.reads(settings)]
     remedy = f"read by {'; '.join(able)}" if able else "no version of the app that is known here reads it"
-    subject.error(
-        "quantization-unsupported",
-        _WHERE,
-        _said(settings),
-        f"what {loader.name} reads ({_reads(loader)})",
-        f"{remedy}; or export with another recipe (`python -m quantization recipes`)",
-    )
+    many = "also several" if loader.mixed else "one setting for all"
+    reads = f"{', '.join(loader.modes)}; affine with {', '.join(map(str, loader.bits))} bits; {many}"
+    remedy += "; or export with another recipe (`python -m quantization recipes`)"
+    yield error_at("quantization-unsupported", _WHERE, _words(settings), f"what {loader.name} reads ({reads})", remedy)
     return False
 
 
-def _said(settings: set[Setting]) -> str:
-    words = [f"{mode} {bits} bit in groups of {group}" for mode, bits, group in sorted(settings)]
-    return listed(words, 4)
-
-
-def _reads(loader: Loader) -> str:
-    many = "also several" if loader.mixed else "one setting for all"
-    return f"{', '.join(loader.modes)}; affine with {', '.join(map(str, loader.bits))} bits; {many}"
+def _words(settings: set[Setting]) -> str:
+    return listed([f"{mode} {bits} bit in groups of {group}" for mode, bits, group in sorted(settings)], 4)
 
 
 def quantized_parts(shape: Shape, setting: Setting) -> dict[str, tuple[Shape, tuple[str, ...]]]:
@@ -191,8 +154,8 @@ def triple_fault(wanted: Collection[str], parts: Mapping[str, Stored]) -> str | 
     return "biases, which the mode has not" if "biases" in parts and "biases" not in wanted else None
 
 
-def stored_otherwise(path: str, shape: Shape, parts: Mapping[str, Stored], setting: Setting, groups: Groups) -> bool:
-    """Whether the parts are a whole matrix of this shape, but stored by another setting than config.json says."""
+def check_setting(path: str, shape: Shape, parts: Mapping[str, Stored], setting: Setting) -> Steps[bool]:
+    """Return whether the parts are a whole matrix of this shape, stored by another setting than config.json says."""
     weight, scales = parts.get("weight"), parts.get("scales")
     if weight is None or scales is None or len(weight.shape) != 2 or len(scales.shape) != 2 or None in shape:
         return False
@@ -201,15 +164,10 @@ def stored_otherwise(path: str, shape: Shape, parts: Mapping[str, Stored], setti
         return False
     bits, group = weight.shape[1] * 32 // columns, columns // scales.shape[1]
     legal = bits in BITS and group in {*GROUP_SIZES, *(form.group_size for form in FORMATS.values())}
-    whole = weight.shape[0] == scales.shape[0] == rows and (
-        "biases" not in parts or parts["biases"].shape == scales.shape
-    )
+    whole = weight.shape[0] == scales.shape[0] == rows and parts.get("biases", scales).shape == scales.shape
     if not legal or not whole or (bits, group) == setting[1:]:
         return False
-    groups.add(
-        "quantization-mismatch",
-        f"{_WHERE}, {weight.file}: {path}",
-        f"stored as {bits} bit in groups of {group}",
-        f"{_said({setting})}, as the block says",
-    )
+    where, got = f"{_WHERE}, {weight.file}: {path}", f"stored as {bits} bit in groups of {group}"
+    remedy = "export again: config.json has to say how the weights are stored"
+    yield error_at("quantization-mismatch", where, got, f"{_words({setting})}, as the block says", remedy)
     return True

@@ -2,20 +2,33 @@
 
 import argparse
 import re
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from app_bridge import findings, licence
+from app_bridge import licence
 from app_bridge.app import packages, resources
-from app_bridge.app.facts import AppFacts, table
-from app_bridge.findings import Finding
-from app_bridge.subject import AGAIN, Encoder, Subject, listed
+from app_bridge.app.facts import AppFacts, Changed, table
+from app_bridge.validation.check_config import check_config, check_preprocessor
+from app_bridge.validation.check_coreml import check_package
+from app_bridge.validation.check_tokenizer import check_tokenizer
+from app_bridge.validation.check_weights import check_weights
+from app_bridge.validation.subject import AGAIN, Encoder, Subject, error_at, listed, warn_at
+from fastvlm.common import findings
 from fastvlm.common.cli import add_common, log, progress
 from fastvlm.common.errors import UserError
+from fastvlm.common.findings import Finding, Steps, collect
 from model_export import artefact as exported
 from model_export import contract
 from quantization.catalogue import LOADERS, Loader
+
+# Facts that decide what an app writes into its prompt, and not whether a model loads and runs in it.
+_OF_PROMPT = {"system_prompt", "turn", "turn_separator", "prompt_end"}
+# Rules that an app's own changes can break: what is to be compared with the published app's.
+_APPS = {"model-type": "model_type", "processor-class": "processor_class", "key-missing": "config"} | dict.fromkeys(
+    ("weight-name", "weight-missing", "weight-unknown", "weight-shape"), "layers"
+)
 
 
 def add_parser(verbs: Any) -> None:
@@ -42,18 +55,18 @@ def run_validate(args: argparse.Namespace) -> dict[str, Any]:
 
         facts, ours = sources.read(args.app), facts
         differences = sources.differences(facts, ours)
-    subject = _examine(args.artefact, facts)
+    subject, found = _examine(args.artefact, facts)
     if args.app is not None:
         model = resources.model_path(args.app, facts.model_folder)
-        subject.findings = resources.collisions(subject.bundled, model, model.parent) + subject.findings
+        found = resources.collisions(subject.bundled, model, model.parent) + found
     document = {
-        "passed": not findings.errors(subject.findings),
-        "findings": [finding.document() for finding in subject.findings],
+        "passed": not findings.errors(found),
+        "findings": [finding.document() for finding in found],
         "checked": subject.checked,
         "facts": str(args.app) if args.app is not None else "table",
         "differences": differences,
     }
-    _print(args.artefact, document, subject.findings)
+    _print(args.artefact, document, found)
     return document
 
 
@@ -62,59 +75,58 @@ def validate(artefact: Path, facts: AppFacts) -> list[Finding]:
 
     UserError for a folder that is no artefact at all.
     """
-    return list(_examine(artefact, facts).findings)
+    return _examine(artefact, facts)[1]
 
 
 @progress("validate")
-def _examine(artefact: Path, facts: AppFacts) -> Subject:
-    # torch and tokenizers: two seconds
-    from app_bridge.validation.check_config import check_config, check_preprocessor
-    from app_bridge.validation.check_coreml import check_package
-    from app_bridge.validation.check_tokenizer import check_tokenizer
-    from app_bridge.validation.check_weights import check_weights
-
+def _examine(artefact: Path, facts: AppFacts) -> tuple[Subject, list[Finding]]:
+    """What was compared, and everything that is wrong."""
     manifest = exported.read(artefact)
     ours = exported.is_ours(manifest)
     bundled = (*((contract.MANIFEST,) if ours else ()), *manifest["files"])  # not what a hub's client put there
     if (refused := _refused(manifest)) is not None:
-        return Subject(artefact, facts, frozenset(), bundled=bundled, findings=[refused], checked=[contract.MANIFEST])
+        return Subject(artefact, facts, frozenset(), bundled=bundled, checked=[contract.MANIFEST]), [refused]
     differing = _differing(artefact, manifest) if ours else {}
     weights = frozenset(map(str, (manifest.get("llm") or {}).get("files") or ()))
     subject = Subject(artefact, facts, frozenset(differing), weights, bundled)
-    config = check_config(subject)
-    encoder = check_package(subject)
-    check_preprocessor(subject, encoder, config)
-    encoder = encoder or Encoder()
-    rows = check_weights(subject, config, encoder.channels, _loader(facts))
-    check_tokenizer(subject, config, rows, encoder.tokens)
-    _check_names(subject)
-    subject.findings += licence.check(artefact, manifest)
-    _check_bytes(subject, differing)
+    _, found = collect(_check_files(subject))
+    found += resources.check(bundled)
+    found += licence.check(artefact, manifest)
     subject.checked.append("the licence and what goes with it")
+    found += _check_bytes(differing, [finding.where for finding in findings.errors(found)])
     if ours:
         subject.checked.append("every file's sha256")
     else:
-        subject.warning(
-            "made-elsewhere",
-            contract.MANIFEST,
-            "no such file",
-            f"what an export records: not known are {', '.join(manifest['unknown'])}",
-            "trust who made it, or export the checkpoint yourself",
-        )
-    if facts.packages:
-        subject.findings += packages.check(facts)
-        subject.checked.append(f"{len(facts.packages)} Swift packages")
-    else:
-        subject.checked.append("Swift packages: not known of this app")
-    subject.findings = [_remedied(finding, facts, ours) for finding in subject.findings]
-    subject.findings.sort(key=lambda finding: finding.severity != "error")
-    return subject
+        expected = f"what an export records: not known are {', '.join(manifest['unknown'])}"
+        remedy = "trust who made it, or export the checkpoint yourself"
+        found.append(warn_at("made-elsewhere", contract.MANIFEST, "no such file", expected, remedy))
+    found += packages.check(facts) if facts.packages else []
+    number = len(facts.packages)
+    subject.checked.append(f"{number} Swift packages" if number else "Swift packages: not known of this app")
+    found = [*map(_changed, facts.changed), *(_remedied(finding, facts, ours) for finding in found)]
+    return subject, sorted(found, key=lambda finding: finding.severity != "error")
 
 
-# Rules that an app's own changes can break: what is to be compared with the published app's.
-_APPS = {"model-type": "model_type", "processor-class": "processor_class", "key-missing": "config"} | dict.fromkeys(
-    ("weight-name", "weight-missing", "weight-unknown", "weight-shape"), "layers"
-)
+def _check_files(subject: Subject) -> Steps[None]:
+    """The files that the app reads, each with what the others say of it."""
+    config = yield from check_config(subject)
+    encoder = yield from check_package(subject)
+    yield from check_preprocessor(subject, encoder, config)
+    encoder = encoder or Encoder()
+    rows = yield from check_weights(subject, config, encoder.channels, _loader(subject.facts))
+    yield from check_tokenizer(subject, config, rows, encoder.tokens)
+    resource = subject.facts.bundle_resource
+    if resource != contract.CONFIG and not (subject.folder / resource).is_file():
+        expected = "the resource by which the app finds its model"
+        yield error_at("file-missing", resource, "no such file", expected)
+
+
+def _changed(changed: Changed) -> Finding:
+    """A declaration of the app's that has to be read by somebody: of the prompt, for what the answers are worth."""
+    at = warn_at if {*changed.facts} <= _OF_PROMPT else error_at
+    got = f"{changed.what}, which differs from the published app at {changed.where}"
+    expected = f"the published declaration, on which {', '.join(changed.facts)} rest"
+    return at("app-differs", changed.where, got, expected, "check by hand what the app makes of the model there")
 
 
 def _remedied(finding: Finding, facts: AppFacts, ours: bool) -> Finding:
@@ -158,41 +170,26 @@ def _differing(artefact: Path, manifest: dict[str, Any]) -> dict[str, str]:
     return {name: what for name, _, what in (line.partition(": ") for line in lines)}
 
 
-def _check_names(subject: Subject) -> None:
-    """The file by which the app finds its model; what Xcode makes of the others."""
-    resource = subject.facts.bundle_resource
-    if resource != contract.CONFIG and not (subject.folder / resource).is_file():
-        subject.error("file-missing", resource, "no such file", "the resource by which the app finds its model")
-    subject.findings += resources.check(subject.bundled)
-
-
-def _check_bytes(subject: Subject, differing: dict[str, str]) -> None:
+def _check_bytes(differing: dict[str, str], named: list[str]) -> Iterator[Finding]:
     """Files that differ from the manifest, unless an error names the file already: one fault is one finding."""
-    errors = [finding.where for finding in findings.errors(subject.findings)]
     extra = []
     for name, what in differing.items():
         file = name if what.startswith("extra") else name.partition("/")[0]
-        named = re.compile(rf"(?<![\w.-]){re.escape(file)}(?![\w-])")  # config.json isn't tokenizer_config.json
-        if any(map(named.search, errors)):
+        # config.json isn't tokenizer_config.json
+        if any(re.search(rf"(?<![\w.-]){re.escape(file)}(?![\w-])", where) for where in named):
             continue
         if what.startswith("extra"):
             extra.append(name)
         elif what == "missing":
-            subject.error("file-missing", name, "no such file", "what the export wrote")
+            yield error_at("file-missing", name, "no such file", "what the export wrote")
         elif name == contract.TOKENIZER:
-            subject.error(
-                "tokenizer-stale",
-                name,
-                what,
-                "the tokenizer that the export wrote",
-                "take it from the model's own export",
-            )
+            remedy = "take it from the model's own export"
+            yield error_at("tokenizer-stale", name, what, "the tokenizer that the export wrote", remedy)
         else:
-            subject.error("file-changed", name, what, "what the export wrote, and proved")
+            yield error_at("file-changed", name, what, "what the export wrote, and proved")
     if extra:
-        subject.warning(
-            "file-extra", listed(extra), f"{len(extra)} files", "only what the export wrote", "move them away"
-        )
+        expected = "only what the export wrote"
+        yield warn_at("file-extra", listed(extra), f"{len(extra)} files", expected, "move them away")
 
 
 def _print(artefact: Path, document: dict[str, Any], found: list[Finding]) -> None:

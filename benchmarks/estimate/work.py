@@ -5,7 +5,6 @@ and against `audit`'s of an exported package. Convolutions are square, weights a
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,8 +35,8 @@ class EncoderWork:
     """One pass of an encoder. Bytes; `spilled` are those moved by operations with a tensor larger than SPILL."""
 
     macs: int
-    attention_macs: int
     weights: int
+    attention_macs: int = 0
     activations: int = 0
     spilled: int = 0
     operations: int = 0
@@ -73,28 +72,25 @@ class LanguageModel:
 
 
 def encoder_work(architecture: dict[str, Any], resolution: int | None) -> EncoderWork:
-    """The work of an encoder from its architecture (published.json, `encoders`) on a square picture.
+    """The work of an encoder (published.json, `encoders`) on a square picture.
 
     `kind` "counted" gives the numbers themselves, for models whose architecture isn't modelled here.
     """
-    settings = dict(architecture)
-    kind = settings.pop("kind")
-    settings.pop("source", None)
-    if kind == "counted":
-        return EncoderWork(settings["macs"], settings.get("attention_macs", 0), HALF * settings["parameters"])
+    settings = {name: value for name, value in architecture.items() if name not in ("kind", "source")}
+    if architecture["kind"] == "counted":
+        return EncoderWork(weights=HALF * settings.pop("parameters"), **settings)
     if resolution is None:
-        raise ValueError(f"{kind}: no resolution")
-    operations = _KINDS[kind](resolution, **settings)
+        raise ValueError("fastvit: no resolution")
+    operations = fastvit(resolution, **settings)
     spilling = [one for one in operations if HALF * max(one.inputs, one.outputs) > SPILL]
-    attention = [one for one in operations if one.kind == "attention"]
     return EncoderWork(
         macs=sum(one.macs for one in operations),
-        attention_macs=sum(one.macs for one in attention),
         weights=HALF * sum(one.weights for one in operations),
+        attention_macs=sum(one.macs for one in operations if one.kind == "attention"),
         activations=sum(one.moved for one in operations),
         spilled=sum(one.moved for one in spilling),
         operations=sum(one.macs > 0 for one in operations),
-        longest_attention=_longest(kind, resolution, settings),
+        longest_attention=(resolution // (4 << min(settings["attention"]))) ** 2 if settings["attention"] else 0,
     )
 
 
@@ -128,47 +124,6 @@ def fastvit(
     if se:
         found += [_linear(1, 2 * width, width // 8), _linear(1, width // 8, 2 * width)]
     return [*found, _point(2 * width * side * side)]
-
-
-def vit(
-    resolution: int, patch: int, width: int, depth: int, inner: int, head: int = 64, class_token: bool = True
-) -> list[Operation]:
-    """A plain vision transformer (Dosovitskiy et al.): patches, then `depth` layers of attention and MLP."""
-    side = resolution // patch
-    tokens = side * side + class_token
-    found = [_conv(3, width, patch, resolution, side)]
-    for _ in range(depth):
-        found += [*_attention(tokens, width, head), _point(width * tokens)]
-        found += [_linear(tokens, width, inner), _point(inner * tokens), _linear(tokens, inner, width)]
-        found.append(_point(width * tokens, 2))
-    return found
-
-
-def convnext(resolution: int, depths: list[int], widths: list[int]) -> list[Operation]:
-    """ConvNeXt (Liu et al.): 7x7 depthwise convolutions, MLPs four times as wide."""
-    side, width = resolution // 4, widths[0]
-    found = [_conv(3, width, 4, resolution, side), _point(width * side * side)]
-    for stage, (depth, next_width) in enumerate(zip(depths, widths, strict=True)):
-        if stage:
-            found += [_point(width * side * side), _conv(width, next_width, 2, side, side // 2)]
-            side, width = side // 2, next_width
-        values = width * side * side
-        for _ in range(depth):
-            found += [_conv(width, width, 7, side, side, width), _point(values), _conv(width, 4 * width, 1, side, side)]
-            found += [_point(4 * values), _conv(4 * width, width, 1, side, side), _point(values, 2)]
-    return found
-
-
-_KINDS: dict[str, Callable[..., list[Operation]]] = {"fastvit": fastvit, "vit": vit, "convnext": convnext}
-
-
-def _longest(kind: str, resolution: int, settings: dict[str, Any]) -> int:
-    """Tokens of the longest attention."""
-    if kind == "vit":
-        return (resolution // settings["patch"]) ** 2
-    if kind == "fastvit" and settings["attention"]:
-        return (resolution // (4 << min(settings["attention"]))) ** 2
-    return 0
 
 
 def _conv(width: int, out: int, kernel: int, side: int, out_side: int, groups: int = 1) -> Operation:

@@ -17,21 +17,24 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from rich.text import Text
+
 from benchmarks import environment
 from benchmarks.mac import check as mac_check
 from benchmarks.mac.check import Check
 from benchmarks.suites.suite import DEMO
+from benchmarks.ttft.report import shown
+from fastvlm.common import page
 from fastvlm.common.cli import add_common, log, progress
 from fastvlm.common.errors import UserError
 from fastvlm.common.files import Output
-from fastvlm.common.page import templates
 from fastvlm.common.staging import write_file
-from fastvlm.common.terminal import Console
+from fastvlm.common.terminal import mark, print_table
 
 TABLE = Path(__file__).with_name("mac_checks.json")
-TEMPLATES = Path(__file__).parent / "templates"
+TEMPLATE = Path(__file__).parent / "templates" / "mac_report.html.j2"
 MAC = ("Core ML", "Metal", "Xcode", "macOS")  # of what checks need, what only a Mac has
-OUTCOMES = {"passed": "[green]✓[/]", "failed": "[red]✗[/]", "skipped": "–", "by hand": "☞"}
+OUTCOMES: dict[str, str | Text] = {"passed": mark(True), "failed": mark(False), "skipped": mark(None), "by hand": "☞"}
 _LARGEST = 1 << 20  # characters of a check's JSON document that the page keeps
 
 
@@ -83,7 +86,7 @@ def run_mac_report(args: argparse.Namespace) -> dict[str, Any]:
     document = _without_home(document)
     write_file(args.output, render(document).encode())
     if not args.json:
-        print_table(document)
+        print_document(document)
     log(f"page: {args.output}")
     return document
 
@@ -162,7 +165,7 @@ def absent(args: argparse.Namespace) -> dict[str, str]:
 
 def known_device() -> str | None:
     """This Mac's key in devices.json, by its chip's name; None when it isn't there."""
-    from benchmarks.estimate.estimate import devices
+    from benchmarks.estimate.devices import devices
 
     chip = environment.describe()["cpu"].removeprefix("Apple ")
     return next((key for key, device in devices().items() if (device.kind, device.chip) == ("mac", chip)), None)
@@ -288,32 +291,27 @@ def sentence(document: Mapping[str, Any]) -> str:
     return listed if document["passed"] is not None else f"No check ran here: {listed}"
 
 
-def print_table(document: Mapping[str, Any]) -> None:
-    """Outcome, check, what was found or why not, and time; then the machine."""
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table(title="mac-report", title_justify="left")
-    for column, justify in (("", "left"), ("check", "left"), ("", "left"), ("s", "right")):
-        table.add_column(column, justify=justify, overflow="fold")  # type: ignore[arg-type]
-    for row in document["checks"]:
-        told = (
-            row["reason"] if row["outcome"] != "skipped" else f"{row['reason']}; would establish {row['establishes']}"
-        )
-        found = "; ".join([told, *(f"{label}: {text}" for label, text in row["figures"].items())])
-        seconds = "" if row["seconds"] is None else f"{row['seconds']:.0f}"
-        table.add_row(OUTCOMES[row["outcome"]], row["name"], escape(found), seconds)
-    console = Console(highlight=False)
-    console.print(table)
-    console.print(environment.machine_line(document["environment"]), markup=False)
-    console.print(sentence(document), markup=False)
+def print_document(document: Mapping[str, Any]) -> None:
+    """Outcome, check, result or reason, and time; then the machine. Where no check ran, only their names by part."""
+    if document["passed"] is None:
+        parts: dict[str, list[str]] = {}
+        for row in document["checks"]:
+            parts.setdefault(row["part"], []).append(row["name"])
+        print_table("mac-report", ("part", "checks"), [(part, ", ".join(names)) for part, names in parts.items()])
+        print("The page says what each of them would establish on a Mac.")
+    else:
+        rows = []
+        for row in document["checks"]:
+            text = "; ".join([row["reason"], *(f"{label}: {figure}" for label, figure in row["figures"].items())])
+            seconds = "" if row["seconds"] is None else f"{row['seconds']:.0f}"
+            rows.append((OUTCOMES[row["outcome"]], row["name"], text, seconds))
+        print_table("mac-report", ("", "check", "result", "s"), rows, numbers=("s",))
+    print(environment.machine_line(document["environment"]))
+    print(sentence(document))
 
 
 def render(document: Mapping[str, Any]) -> str:
     """The page as text. What processes printed is data: all of it is escaped, and the document is in it as JSON."""
-    from benchmarks.ttft.report import shown
-
-    pages = templates(TEMPLATES)
-    pages.filters["shown"] = lambda value, key: "–" if value is None else shown(key, value)
-    machine, said = environment.machine_line(document["environment"]), sentence(document)
-    return pages.get_template("mac_report.html.j2").render(found=document, machine=machine, sentence=said)
+    filters = {"shown": lambda value, key: "–" if value is None else shown(key, value)}
+    machine = environment.machine_line(document["environment"])
+    return page.render(TEMPLATE, filters, found=document, machine=machine, sentence=sentence(document))

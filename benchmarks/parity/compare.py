@@ -5,21 +5,21 @@ machine, so that it can go into the manifest.
 """
 
 import gc
-import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from benchmarks import environment, metrics
+from benchmarks import metrics
 from benchmarks.parity import language as language_parity
 from benchmarks.parity import pictures, tolerances
 from benchmarks.parity.encoders import Encoded, encode, encode_first
 from benchmarks.parity.language import Reading
 from benchmarks.parity.pictures import LIMIT, Picture
+from benchmarks.parity.verdict import Row, document
 from fastvlm.common.cli import progress
 from fastvlm.common.documents import load_object
 from fastvlm.common.errors import CheckFailed, UserError
@@ -30,42 +30,6 @@ from model_export.mil.allocator import give_back, returned_buffers
 
 MAX_NEW_TOKENS = 48  # of each answer
 _LARGE = 8 << 20  # bytes of a buffer: an MLP's activations of all prompts; faulting in smaller ones takes too long
-
-# Each figure in the order of the pipeline: its name for people, and how the pictures' figures become one.
-LABELS = {
-    "preprocessing": "pixel values",
-    "operation_snr": "worst operation, as typed against float32",
-    "layer_snr": "worst layer against PyTorch",
-    "encoder_snr": "encoder features, signal to noise",
-    "encoder_cosine": "encoder features, cosine",
-    "encoder_max_abs": "encoder features, largest error",
-    "merged_snr": "merged embeddings, worst position",
-    "prefill_kl": "prefill logits, KL divergence",
-    "prefill_top1": "prefill logits, same most likely token",
-    "greedy_tokens": "greedy decoding, same tokens",
-    "greedy_answers": "greedy decoding, same answer",
-}
-_WORST: dict[str, Callable[[list[float]], float]] = {
-    "preprocessing": max,
-    "encoder_snr": min,
-    "encoder_cosine": min,
-    "encoder_max_abs": max,
-    "merged_snr": min,
-}
-
-
-@dataclass
-class Row:
-    """One picture: what both sides answered and the figures of each stage, by the names of `LABELS`."""
-
-    name: str
-    source: str
-    question: str
-    truth: str | None
-    reference: str
-    candidate: str
-    divergence: dict[str, Any] | None
-    figures: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -264,119 +228,8 @@ def weight_family(artefact: Path) -> str:
     return family
 
 
-def document(rows: list[Row], operations: dict[str, Any], family: str, sides: dict[str, Any]) -> dict[str, Any]:
-    """Judge the figures. Keys: passed, verdict, broken, precision, family, metrics, first_operation, exact, pictures,
-    operations, rows, reference, candidate, environment.
-
-    Raises CheckFailed when there is nothing to judge.
-    """
-    if not rows or not operations["rounding"]:
-        raise CheckFailed("parity: nothing was compared: no picture, or a program without operations")
-    precision = operations["precision"]
-    limits = tolerances.for_encoder(precision) | tolerances.for_language(family, precision)
-    judged = {
-        name: tolerances.judge(limits[name], value) | {"label": LABELS[name]}
-        for name, value in _figures(rows, operations).items()
-    }
-    if operations["fault"]:
-        judged["layer_snr"] |= {"value": None, "passed": False, "reason": operations["fault"]}
-    for name in _WORST:
-        values = [row.figures[name] for row in rows]
-        judged[name]["worst_row"] = values.index(_WORST[name](values))
-    broken = [name for name, figure in judged.items() if figure["passed"] is False]
-    first = _first_operation(operations, limits)
-    return {
-        "passed": not broken,
-        "verdict": _verdict(judged, broken, first),
-        "broken": broken,
-        "precision": operations["precision"],
-        "family": family,
-        "metrics": judged,
-        "first_operation": first,
-        "exact": _exact(rows),
-        "pictures": {
-            source: sum(row.source == source for row in rows) for source in dict.fromkeys(row.source for row in rows)
-        },
-        "operations": operations,
-        "rows": [
-            asdict(row) | {"figures": {name: tolerances.number(value) for name, value in row.figures.items()}}
-            for row in rows
-        ],
-        **sides,
-        "environment": environment.describe(),
-    }
-
-
-def _figures(rows: list[Row], operations: dict[str, Any]) -> dict[str, float]:
-    """One figure for each of `LABELS`: the worst picture's for arrays, the mean for logits and answers."""
-    found: dict[str, float] = {
-        "operation_snr": _lowest(operations["rounding"]),
-        "layer_snr": _lowest(operations["layers"]) if operations["layers"] else -math.inf,
-    }
-    for name in rows[0].figures:
-        values = [row.figures[name] for row in rows]
-        found[name] = (
-            _WORST[name](values) if name in _WORST and not any(map(math.isnan, values)) else sum(values) / len(values)
-        )
-    return {name: found[name] for name in LABELS}
-
-
-def _lowest(errors: list[dict[str, Any]]) -> float:
-    return min(float(error["snr_db"]) for error in errors)
-
-
-def _first_operation(operations: dict[str, Any], limits: dict[str, tolerances.Tolerance]) -> dict[str, Any] | None:
-    """The earliest output that leaves its tolerance, of a layer against PyTorch or of an operation by its rounding."""
-    found = []
-    for series, metric in (("layers", "layer_snr"), ("rounding", "operation_snr")):
-        bound = limits[metric].bound
-        bad = (error for error in operations[series] if bound is not None and not float(error["snr_db"]) >= bound)
-        found += [{**error, "series": series, "tolerance": bound} for error in bad][:1]
-    return min(found, key=lambda error: error["index"], default=None)
-
-
-def _exact(rows: list[Row]) -> dict[str, int] | None:
-    known = [row for row in rows if row.truth is not None]
-    if not known:
-        return None
-    sides = {side: sum(getattr(row, side).strip() == row.truth for row in known) for side in ("reference", "candidate")}
-    return {"questions": len(known), **sides}
-
-
-def _verdict(judged: dict[str, Any], broken: list[str], first: dict[str, Any] | None) -> str:
-    if not broken:
-        reported = sum(figure["passed"] is None for figure in judged.values())
-        rest = f"; {reported} more are reported, not judged" if reported else ""
-        return f"The artefact is the model it came from: {len(judged) - reported} figures within tolerance{rest}"
-    where = f"; first at {first['type']} {first['name']}{_of_layer(first)}, {first['snr_db']} dB" if first else ""
-    names = "; ".join(judged[name]["label"] for name in broken[:2]) + (" …" if len(broken) > 2 else "")
-    return f"Not the model it came from: {len(broken)} of {len(judged)} figures out of tolerance ({names}){where}"
-
-
-def _of_layer(error: dict[str, Any]) -> str:
-    return f" ({error['layer']})" if error["layer"] else ""
-
-
-def summary(result: dict[str, Any]) -> dict[str, Any]:
-    """The figures without pictures, answers and operations: what a manifest keeps."""
-    kept = ("passed", "verdict", "broken", "precision", "family", "first_operation", "exact", "pictures")
-    figures = {
-        name: {key: figure[key] for key in ("value", "unit", "sense", "tolerance", "passed")}
-        for name, figure in result["metrics"].items()
-    }
-    runners = {side: result[side]["runners"] for side in ("reference", "candidate")}
-    return {key: result[key] for key in kept} | {"metrics": figures, "runners": runners}
-
-
 def thumbnail(image: Image.Image, side: int = 320) -> Image.Image:
     """A copy for the page, at most `side` pixels wide and high."""
     small = image.convert("RGB")
     small.thumbnail((side, side))
     return small
-
-
-def broken_lines(result: dict[str, Any]) -> Iterator[str]:
-    """One line for each broken tolerance."""
-    for name in result["broken"]:
-        figure = result["metrics"][name]
-        yield f"{name}: {figure['value']} {figure['unit']}, expected {figure['sense']} {figure['tolerance']}"

@@ -9,10 +9,11 @@ from PIL import Image
 
 from benchmarks import environment
 from benchmarks.parity.plot import error_plot
-from fastvlm.common.page import data_url, templates
+from fastvlm.common import page
 from fastvlm.common.staging import write_file
+from fastvlm.common.terminal import Console, mark, print_table
 
-_TEMPLATES = Path(__file__).parent / "templates"
+TEMPLATE = Path(__file__).parent / "templates" / "parity.html.j2"
 SOURCES = {"demo": "questions of the demo set", "drawn": "drawn pictures", "yours": "pictures of yours"}
 
 
@@ -23,16 +24,17 @@ def write(path: Path, result: dict[str, Any], thumbnails: Sequence[Image.Image],
 
 def render(result: dict[str, Any], thumbnails: Sequence[Image.Image], command: str | None = None) -> str:
     """The page as text. Names, prompts and answers are data: all of them are escaped."""
-    pages = templates(_TEMPLATES)
-    pages.filters |= {"figure": figure, "bound": bound}
-    cards = [{**row, "image": data_url(image)} for row, image in zip(result["rows"], thumbnails, strict=True)]
+    cards = [{**row, "image": page.data_url(image)} for row, image in zip(result["rows"], thumbnails, strict=True)]
     cards.sort(key=lambda card: card["divergence"] is None)  # stable: those that part come first
-    plot = error_plot(result["operations"], result["metrics"], result["first_operation"])
-    machine = environment.machine_line(result["environment"])
-    pictures = " and ".join(f"{count} {SOURCES[source]}" for source, count in result["pictures"].items())
-    template = pages.get_template("parity.html.j2")
-    return template.render(
-        result=result, cards=cards, plot=Markup(plot), machine=machine, pictures=pictures, command=command
+    return page.render(
+        TEMPLATE,
+        {"figure": figure, "bound": bound},
+        result=result,
+        cards=cards,
+        plot=Markup(error_plot(result["operations"], result["metrics"], result["first_operation"])),
+        pictures=" and ".join(f"{count} {SOURCES[source]}" for source, count in result["pictures"].items()),
+        command=command,
+        notes=environment.notes(result["environment"]),
     )
 
 
@@ -55,3 +57,28 @@ def bound(metric: dict[str, Any]) -> str:
     if metric["tolerance"] is None:
         return "reported"
     return f"{'≥' if metric['sense'] == '>=' else '≤'} {figure(metric['tolerance'], metric['unit'])}"
+
+
+def print_result(result: dict[str, Any]) -> None:
+    """The figures as a table on stdout, what ran each side, and the verdicts."""
+    rows = [
+        (mark(metric["passed"]), metric["label"], figure(metric["value"], metric["unit"]), bound(metric))
+        for metric in result["metrics"].values()
+    ]
+    print_table("parity", ("", "figure", "measured", "tolerance"), rows)
+    for side in ("reference", "candidate"):
+        runners = ", ".join(f"{part}: {name}" for part, name in result[side]["runners"].items())
+        print(f"{side} {result[side]['name']}: {runners}")
+    if exact := result["exact"]:
+        print(f"exact answers: reference {exact['reference']}, candidate {exact['candidate']} of {exact['questions']}")
+    print(environment.machine_line(result["environment"]))
+    print_verdicts(result)
+
+
+def print_verdicts(result: dict[str, Any]) -> None:
+    """Whether the export is faithful, and what its recipe changed."""
+    console = Console(highlight=False)
+    console.print(result["verdict"], style="green" if result["passed"] else "red", markup=False, soft_wrap=True)
+    if recipe := result["recipe"]:
+        colour = "green" if recipe["unchanged"] else "yellow"
+        console.print(recipe["sentence"], style=colour, markup=False, soft_wrap=True)

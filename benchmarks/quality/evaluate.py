@@ -1,35 +1,22 @@
-"""`evaluate`: candidates against a reference, each in a process of its own, so that its peak memory is its own.
-
-As a program (`python -m benchmarks.quality.evaluate JOB`) it is that process: the last line of stdout is one JSON
-document.
-"""
+"""`evaluate`: candidates against a reference, as a table of figures and the answers that differ."""
 
 import argparse
-import json
-import sys
 import tempfile
-import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.markup import escape
-from rich.table import Table
-
 from benchmarks import environment
 from benchmarks.quality import text_model
-from fastvlm.common import children
-from fastvlm.common.cli import log, progress, quiet_libraries
+from benchmarks.quality.job import DEMO, DRAWN, TEXT_ONLY, Job, choose, measured
+from fastvlm.common.cli import log, progress
 from fastvlm.common.errors import CheckFailed, UserError
-from fastvlm.common.terminal import Console
+from fastvlm.common.terminal import print_table
 from fastvlm.data import conversations
 from fastvlm.data.scenes import knows_demo
 from model_export import contract
 from model_export.config import LLM_RUNNERS, VISION_RUNNERS
 
-DEMO, DRAWN, TEXT_ONLY = "demo", "drawn", "text"  # sources of samples beside folders and files
-_COUNTS = {DEMO: 200, DRAWN: 16}  # of questions; a folder's or file's: all
 _SHOWN = 3  # disagreements a candidate
 LABELS = {
     "first_kl_mean": "first token: KL, nats",
@@ -60,95 +47,6 @@ LABELS = {
     "decode_tokens_per_s": "decode (tokens/s)",
 }
 _SHARES = ("first_top1", "prompt_top1", "answer_top1", "text_top1", "same_answers", "exact")
-
-
-@dataclass(frozen=True)
-class Job:
-    """One model to ask. `results` is the reference's file (`quality.reference_results`): written if `is_reference`.
-
-    `samples`: "demo", "drawn", "text" (a text model, which continues the text), or a folder's or file's path; `count`
-    of them at most (None: a default). `text`: a file's path; None: the answers are scored. Runners and resolution as in
-    `model_export.runtime.load`.
-    """
-
-    model: str
-    results: str
-    is_reference: bool = False
-    samples: str = DEMO
-    count: int | None = None
-    text: str | None = None
-    vision: str = "auto"
-    llm: str = "auto"
-    resolution: int | None = None
-
-
-def evaluate(job: Job) -> dict[str, Any]:
-    """Do the job in this process: `quality.reference_results` or `quality.quality` with sizes and `load_s`."""
-    from transformers import AutoTokenizer, Qwen2ForCausalLM  # noqa: F401  imported before the clock runs
-
-    from benchmarks.quality import quality
-
-    folder = Path(job.model)
-    start = time.perf_counter()
-    model = text_model.load(folder, job.vision, job.llm, job.resolution)
-    loaded = time.perf_counter() - start
-    text = quality.read_text(Path(job.text)) if job.text else None
-    if isinstance(model, text_model.TextModel):
-        if text is None:
-            raise UserError(f"{folder}: a text model: expected a text to score")
-        samples = quality.continuations(model.tokenizer, text)
-    else:
-        samples = choose(job.samples, job.count)
-    if job.is_reference:
-        result = quality.reference_results(model, samples, text, Path(job.results))
-    else:
-        result = quality.quality(model, samples, Path(job.results))
-    result["figures"] |= sizes(folder)
-    result["timings"] |= {"load_s": quality.figure(loaded)}
-    return result
-
-
-def measured(job: Job) -> dict[str, Any]:
-    """`evaluate` in a process of its own; its timings have `peak_gb`, too. Raises what that raised."""
-    command = [sys.executable, "-m", "benchmarks.quality.evaluate", json.dumps(asdict(job))]
-    done = children.run(command, log)
-    result = done.document(f"{job.model}: its evaluation")
-    result["timings"]["peak_gb"] = float(f"{done.peak_gb:.4g}")
-    return result
-
-
-def choose(source: str, count: int | None = None) -> list[conversations.Sample]:
-    """The samples of a source (see `Job`). Raises UserError."""
-    count = _COUNTS.get(source) if count is None else count
-    if source == DEMO:
-        return conversations.demo_samples(count or 0)
-    if source == DRAWN:
-        return conversations.drawn_samples(count or 0)
-    return conversations.load(source)[:count]
-
-
-def sizes(folder: Path) -> dict[str, int]:
-    """Bytes of a model's folder, all files (but export.json, whose figures' digits are no weights) and by part."""
-    files = {path: path.stat().st_size for path in folder.rglob("*") if path.is_file()}
-    files.pop(folder / contract.MANIFEST, None)
-    total = {"bytes": sum(files.values())}
-    for part, patterns in (
-        ("vision", (f"{contract.PACKAGE}/*", contract.VISION_WEIGHTS)),
-        ("language", (contract.WEIGHTS_GLOB,)),
-        ("projector", (contract.PROJECTOR_WEIGHTS,)),
-    ):
-        found = [size for path, size in files.items() if any(_under(path, folder, glob) for glob in patterns)]
-        if found:
-            total[f"bytes_{part}"] = sum(found)
-    return total
-
-
-def _under(path: Path, folder: Path, glob: str) -> bool:
-    relative = path.relative_to(folder)
-    return relative.match(glob) if "/" not in glob else relative.parts[0] == glob.partition("/")[0]
-
-
-# The verb
 
 
 def add_evaluate(verbs: Any) -> None:
@@ -320,38 +218,37 @@ def _tokens(folder: Path) -> dict[str, int] | None:
 
 
 def _print(document: dict[str, Any]) -> None:
-    """Figures by candidate, then where they part from the reference most, then what ran it all."""
-    console, reference = Console(highlight=False), document["reference"]
+    """Figures by candidate, then where they differ from the reference most, then what ran it all."""
+    reference = document["reference"]
     candidates = [one for one in document["candidates"] if "failed" not in one]
     if not candidates:
         return
-    table = Table(title="evaluate", title_justify="left")
-    table.add_column("figure", overflow="fold")
-    for one in (reference, *candidates):
-        table.add_column(escape(one["name"]), justify="right", overflow="fold")
+    names = [one["name"] for one in (reference, *candidates)]
     columns = [one["figures"] | one["timings"] for one in (reference, *candidates)]
+    rows: list[Sequence[str] | None] = []
     for key, label in LABELS.items():
         if any(key in column for column in columns[1:]):
-            table.add_row(label, *(_cell(key, column.get(key)) for column in columns))
+            rows.append((label, *(_cell(key, column.get(key)) for column in columns)))
             if key in ("questions", "bytes"):
-                table.add_section()
-    console.print(table)
+                rows.append(None)
+    print_table("evaluate", ("figure", *names), rows, names)
     for one in candidates:
-        parted = sorted((answer for answer in one["answers"] if not answer["same"]), key=lambda answer: -answer["kl"])
-        if parted:
-            many = f"{len(parted)} of {len(one['answers'])} answers differ from the reference's, by KL"
-            console.print(f"{one['name']}: {many}:", markup=False)
-        for answer in parted[:_SHOWN]:
+        differing = sorted((answer for answer in one["answers"] if not answer["same"]), key=lambda one: -one["kl"])
+        if differing:
+            print(
+                f"{one['name']}: {len(differing)} of {len(one['answers'])} answers differ from the reference's, by KL:"
+            )
+        for answer in differing[:_SHOWN]:
             expected = "" if answer["expected"] is None else f" (expected: {_flat(answer['expected'])})"
-            console.print(f"  {_flat(answer['question'])}{expected}", markup=False)
-            console.print(f"    reference: {_flat(answer['reference'])}", markup=False)
-            console.print(f"    candidate: {_flat(answer['candidate'])}", markup=False)
+            print(f"  {_flat(answer['question'])}{expected}")
+            print(f"    reference: {_flat(answer['reference'])}")
+            print(f"    candidate: {_flat(answer['candidate'])}")
     about = candidates[0]["about"]
-    kept = f"; KL over {about['rows_kept']} of {about['rows']} rows" if about["rows_kept"] < about["rows"] else ""
-    console.print(f"perplexity of {about['text']}{kept}", markup=False)
+    part = f"; KL over {about['rows_kept']} of {about['rows']} rows" if about["rows_kept"] < about["rows"] else ""
+    print(f"perplexity of {about['text']}{part}")
     for one in (reference, *candidates):
-        console.print(f"{one['name']}: {', '.join(sorted({*one['about']['runners'].values()}))}", markup=False)
-    console.print(environment.machine_line(document["environment"]), markup=False)
+        print(f"{one['name']}: {', '.join(sorted({*one['about']['runners'].values()}))}")
+    print(environment.machine_line(document["environment"]))
 
 
 def _cell(key: str, value: float | None) -> str:
@@ -364,12 +261,3 @@ def _cell(key: str, value: float | None) -> str:
 
 def _flat(text: str) -> str:
     return " ".join(text.split())[-200:]
-
-
-def _main(job: str) -> int:
-    quiet_libraries()
-    return children.answer(lambda: evaluate(Job(**json.loads(job))))
-
-
-if __name__ == "__main__":
-    sys.exit(_main(sys.argv[1]))

@@ -17,25 +17,26 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
 from benchmarks import environment
-from benchmarks.quality import evaluate, sweep_point
+from benchmarks.quality import job, sweep_point
 from fastvlm.common.cli import log, progress
 from fastvlm.common.errors import UserError
 from fastvlm.common.files import Output
-from fastvlm.common.terminal import Console
+from fastvlm.common.page import data_url
+from fastvlm.common.terminal import print_table
 from fastvlm.data import conversations
 from fastvlm.data.scenes import knows_demo
 from model_export.config import size_faults
 from quantization.recipe import recipe_from_json
 from quantization.sweep import engine, report
+from quantization.sweep.columns import AGREEMENT, KL, column, label, shown
+from quantization.sweep.recommend import Constraints
 
 RECIPES = (
     "fp16", "int8", "int6", "int5", "int4", "int4-gptq", "int4-dwq", "int3", "int3-mixed", "mixed-4-8", "mxfp4",
     "fit:5bpw",
 )  # fmt: skip
-_PRINTED = ("bytes", "bits_per_weight", report.KL, report.AGREEMENT, "ttft_s", "peak_bytes")
+_PRINTED = ("bytes", "bits_per_weight", KL, AGREEMENT, "ttft_s", "peak_bytes")
 _THUMBNAIL = 168  # pixels
 _SIZE = re.compile(r"(\d+(?:\.\d+)?) ?(MB|GB)")
 _SHARE = re.compile(r"(\d+(?:\.\d+)?) ?(%?)")
@@ -110,7 +111,7 @@ def run_sweep(args: argparse.Namespace) -> dict[str, Any]:
     )
     outcome = engine.run(plan, points, args.jobs, args.memory and args.memory * 1e9, args.scheduler)
     log(f"{len(outcome.results)} of {len(points)} points, {outcome.found} of them were there already")
-    found = report.document(points, outcome, _about(known), _machine(outcome), known["wish"])
+    found = report.document(points, outcome, _about(known), _machine(outcome), known["constraints"])
     page = report.write(args.report, found, _thumbnails(found, known["samples"]))
     if not args.json:
         _print(found)
@@ -178,7 +179,7 @@ def _check(args: argparse.Namespace) -> dict[str, Any]:
         except UserError as error:
             faults.append(str(error))
 
-    found: dict[str, Any] = {"wish": _wish(args, faults), "samples": [], "points": []}
+    found: dict[str, Any] = {"constraints": _constraints(args, faults), "samples": [], "points": []}
     for flag, value in (("--jobs", args.jobs), ("--count", args.count), ("--memory", args.memory)):
         if value is not None and not value > 0:
             faults.append(f"{flag}: got {value:g}, expected more than 0")
@@ -203,15 +204,15 @@ def _check(args: argparse.Namespace) -> dict[str, Any]:
     work = args.work_dir.resolve()
     free = shutil.disk_usage(next(folder for folder in (work, *work.parents) if folder.is_dir())).free
     if sum(sizes) > free:
-        needed = f"{report.shown(sum(sizes), 'MB')}, {report.shown(free, 'MB')} are free"
+        needed = f"{shown(sum(sizes), 'MB')}, {shown(free, 'MB')} are free"
         faults.append(
             f"--work-dir {args.work_dir}: the exported language models need {needed}: free some, or sweep fewer"
         )
     with noted():
         source = args.samples or ("demo" if knows_demo(args.checkpoint) else "drawn")
         found["source_name"] = Path(source).name
-        found["source"] = source if source in (evaluate.DEMO, evaluate.DRAWN) else str(Path(source).resolve())
-        found["samples"] = evaluate.choose(found["source"], args.count)
+        found["source"] = source if source in (job.DEMO, job.DRAWN) else str(Path(source).resolve())
+        found["samples"] = job.choose(found["source"], args.count)
         inputs["samples"] = samples_sha256(found["samples"])
     with noted():
         if args.text:
@@ -229,7 +230,7 @@ def _check(args: argparse.Namespace) -> dict[str, Any]:
     return found | {"inputs": inputs}
 
 
-def _wish(args: argparse.Namespace, faults: list[str]) -> report.Wish:
+def _constraints(args: argparse.Namespace, faults: list[str]) -> Constraints:
     size = share = None
     if args.max_size is not None:
         read = _SIZE.fullmatch(args.max_size)
@@ -242,7 +243,7 @@ def _wish(args: argparse.Namespace, faults: list[str]) -> report.Wish:
         share = float(read[1]) / (100 if read[2] else 1) if read else 2.0
         if share > 1:
             faults.append(f"--min-agreement {args.min_agreement}: expected a share such as 0.99 or 99%")
-    return report.Wish(size, share)
+    return Constraints(size, share)
 
 
 def samples_sha256(samples: Sequence[conversations.Sample]) -> str:
@@ -257,8 +258,6 @@ def samples_sha256(samples: Sequence[conversations.Sample]) -> str:
 
 
 def _thumbnails(found: Mapping[str, Any], samples: Sequence[conversations.Sample]) -> dict[str, str]:
-    from fastvlm.common.page import data_url
-
     names = {row["name"] for row in report.examples(found)["rows"]}
     pictures = {}
     for sample in samples:
@@ -271,18 +270,14 @@ def _thumbnails(found: Mapping[str, Any], samples: Sequence[conversations.Sample
 
 def _print(found: Mapping[str, Any]) -> None:
     """The points as a table, what failed, the recommendation."""
-    console, points = Console(highlight=False), found["points"]
-    columns = [column for column in report.COLUMNS if column.key in _PRINTED]
-    table = Table(title="sweep", title_justify="left")
-    table.add_column("point", overflow="fold")
-    for column in columns:
-        table.add_column(column.label, justify="right", overflow="fold")
+    points, columns = found["points"], [column(key) for key in _PRINTED]
+    rows = []
     for row in points:
         figures = row["figures"] | found["timings"]["points"][row["name"]]
-        cells = (report.shown(figures.get(column.key), column.unit) for column in columns)
-        table.add_row(report.label(row, points), *cells)
-    if points:
-        console.print(table)
+        rows.append((label(row, points), *(shown(figures.get(one.key), one.unit) for one in columns)))
+    numbers = [one.label for one in columns]
+    if rows:
+        print_table("sweep", ("point", *numbers), rows, numbers)
     for row in found["failed"]:
-        console.print(f"failed: {row['name']}: {row['error']}", style="red", markup=False)
-    console.print(found["recommendation"]["sentence"], markup=False)
+        print(f"failed: {row['name']}: {row['error']}")
+    print(found["recommendation"]["sentence"])

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from benchmarks import environment
-from benchmarks.quality import evaluate
+from benchmarks.quality import job
 from benchmarks.ttft.runner import STAGES, one_round, stages_of, totals
 from fastvlm.common.staging import once, replaced, write_file
 from fastvlm.data.conversations import Sample
@@ -60,10 +60,10 @@ def measure(point: engine.Point, settings: Mapping[str, Any]) -> dict[str, Any]:
         start = time.perf_counter()
         model = runtime.load(folder)
         loaded = time.perf_counter() - start
-        samples = evaluate.choose(settings["samples"], settings["count"])
+        samples = job.choose(settings["samples"], settings["count"])
         seeing = replace(model, vision=Remembered(model.vision, work, manifest))
         found = quality.quality(model=seeing, samples=samples, results=results)
-        found["figures"] |= evaluate.sizes(Path(folder)) | {"bits_per_weight": manifest["llm"]["bits_per_weight"]}
+        found["figures"] |= job.sizes(Path(folder)) | {"bits_per_weight": manifest["llm"]["bits_per_weight"]}
     found["timings"].pop("encode_s", None)  # of what was remembered
     found["timings"] |= {"load_s": quality.figure(loaded), "runners": model.runners, **first_token(model, samples)}
     return {name: found[name] for name in ("figures", "timings", "answers")}
@@ -116,11 +116,11 @@ def identity() -> dict[str, Any]:
 
 def _ask_reference(settings: Mapping[str, Any], target: Path) -> None:
     with replaced(target) as partial_file:
-        job = evaluate.Job(
+        reference = job.Job(
             model=settings["checkpoint"], results=str(partial_file), is_reference=True, samples=settings["samples"],
             count=settings["count"], text=settings["text"],
         )  # fmt: skip
-        apart(evaluate.evaluate, job)
+        apart(job.evaluate, reference)
 
 
 def put_together(point: engine.Point, settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:

@@ -114,7 +114,7 @@ def _stored_as(document: dict[str, Any]) -> str:
 def _torch(folder: Path, tokenizer: Any) -> "Language":
     """Any causal model that Transformers knows under the tensor names that mlx-lm writes, in float32 on the CPU."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
     from fastvlm.data.prompt import eos_ids
     from fastvlm.model.surface import TorchLanguage
@@ -133,29 +133,19 @@ def _torch(folder: Path, tokenizer: Any) -> "Language":
     fields = {key: value for key, value in document.items() if key not in ("quantization", "quantization_config")}
     try:
         settings = AutoConfig.for_model(fields.pop("model_type"), **fields)
-        settings._attn_implementation = "sdpa"
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(settings, dtype=torch.float32)
+        weights = dict(_dequantized(folder, document.get("quantization") or {}))
+        kind_of_model: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(settings)]
+        model, loaded = kind_of_model.from_pretrained(
+            None, config=settings, state_dict=weights, dtype=torch.float32, attn_implementation="sdpa",
+            output_loading_info=True, ignore_mismatched_sizes=True,
+        )  # fmt: skip
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{folder}: Transformers cannot build it ({_short(error)}): try --llm mlx") from None
-    weights = dict(_dequantized(folder, document.get("quantization") or {}))
-    if settings.tie_word_embeddings:
-        weights.pop("lm_head.weight", None)
-    wanted = {name for name, _ in model.named_parameters()}
-    wrong = sorted(wanted ^ weights.keys())
-    wrong += [n for n in sorted(wanted & weights.keys()) if model.get_parameter(n).shape != weights[n].shape]
-    if wrong:
+    if wrong := sorted({*loaded["missing_keys"], *loaded["unexpected_keys"], *map(str, loaded["mismatched_keys"])}):
         raise UserError(
             f"{folder}: {len(wrong)} tensors are not what Transformers' {document['model_type']} has"
             f" ({', '.join(wrong[:3])}, …): try --llm mlx"
         )
-    model.load_state_dict(weights, strict=False, assign=True)  # tied weights and computed buffers are not stored
-    model.tie_weights()
-    for name, module in list(model.named_modules()):
-        if name.endswith("rotary_emb"):  # its table is computed, not stored
-            model.set_submodule(name, type(module)(config=settings))
-    if empty := [name for name, buffer in model.named_buffers() if buffer.is_meta]:
-        raise UserError(f"{folder}: {', '.join(empty[:3])}: no file has them: try --llm mlx")
     model.eval().requires_grad_(False)
     release = torch.__version__.split("+")[0]
     ends = eos_ids(tokenizer, document.get("eos_token_id"))

@@ -1,276 +1,191 @@
-"""`python -m benchmarks encoder`: is the exported encoder right, lean and small, each figure beside its bar (issue 4).
+"""`python -m benchmarks encoder`: is the exported encoder right, lean and small, each figure beside its bar.
 
-Every step runs in a process of its own. Everything here is computed by the MIL executor and PyTorch: it says what the
-saved program computes, not what the Neural Engine makes of it.
+Everything here is computed by the MIL executor and PyTorch: it says what the saved program computes, not what the
+Neural Engine makes of it.
 """
 
 from pathlib import Path
 from typing import Any
 
-from benchmarks.suites import suite
+from benchmarks.suites import encoder_steps, steps, suite
+from benchmarks.suites.compression_plot import write_plot
 from benchmarks.suites.encoder_steps import FORCED_HEADROOM, RIVAL_FORM
-from benchmarks.suites.suite import DEMO, Bar, Figures, export, result, run_step, step, synthetic
+from benchmarks.suites.suite import DEMO, Run, call, export, run_step, synthetic
 from fastvlm.common.cli import log
 from model_export.contract import PACKAGE
 from quantization.coreml.compression import COMPRESSIONS
 
 SIZES = (256, 512, 768, 1024)
-ORDINARY = "ordinary"
 PEAKS = ("3e4", "3e5", "3e6")  # of the streams
 # After the GELU of the last patch embedding: the published 7B, 1.5B and 0.5B (docs/NEURAL_ENGINE.md), and more.
 GELU_PEAKS = ("1.3e4", "5.6e4", "2.5e5", "2e6")
 # Picture size -> checkpoints of which a naive fp16 export is made, too: at 1024 it takes 7.5 GB of memory.
-RANGES = {256: (*PEAKS, ORDINARY), 1024: PEAKS[:1]}
+RANGES = {256: (*PEAKS, "ordinary"), 1024: PEAKS[:1]}
 GELU_NAIVE = {256: GELU_PEAKS[2:], 1024: GELU_PEAKS[2:3]}  # where float16 ends before
-SHAPE = "encoder"  # of the scaled checkpoints: the real encoder, which is all that is asked for
+SHAPE = "encoder"  # of the scaled checkpoints: the real encoder alone
 MIN_SNR = (20, 30, 40)  # dB
 QUESTIONS = 200
 CURVE = "compression.png"
-MOVES = ("transpose", "reshape", "squeeze")
-
-_FORMS = ("fp16", *COMPRESSIONS)
-
-
-def _bars() -> dict[str, Bar]:
-    """Issue 4, "What it must show"."""
-    return _range_bars() | _gelu_bars() | _graph_bars() | _compression_bars()
-
-
-def _range_bars() -> dict[str, Bar]:
-    bars: dict[str, Bar] = {}
-    for size, naive in RANGES.items():
-        for peak in PEAKS:
-            at = f"{peak}_{size}"
-            bars |= {
-                f"strict_{at}": Bar(f"streams at {peak}, {size} x {size}: strict fp16", ">=", 45, "dB"),
-                f"typed_{at}": Bar("  as typed", ">=", 60, "dB"),
-                f"reached_{at}": Bar("  peak of the lesser stage", ">=", None, ""),
-            }
-            if peak in naive:
-                bars[f"naive_{at}"] = Bar("  naive fp16, strict", "<", 10, "dB")
-        at = f"{ORDINARY}_{size}"
-        bars |= {
-            f"strict_{at}": Bar(f"ordinary checkpoint, {size} x {size}: strict fp16", ">=", None, "dB"),
-            f"typed_{at}": Bar("  as typed", ">=", None, "dB"),
-            f"forced_{at}": Bar(f"  a headroom of {FORCED_HEADROOM:g} forced, as typed", ">=", None, "dB"),
-            f"forced_gain_{at}": Bar("  k forced above not", ">=", -1, "dB"),
-        }
-        if ORDINARY in naive:
-            bars[f"naive_{at}"] = Bar("  naive fp16, as typed", ">=", None, "dB")
-            bars[f"gain_{at}"] = Bar("  ours above naive", ">=", -1, "dB")
-    return bars
-
-
-def _gelu_bars() -> dict[str, Bar]:
-    bars: dict[str, Bar] = {}
-    for size in RANGES:
-        for kind, name in (("", "picture"), ("noise_", "N(0, 1) noise")):
-            at = f"{kind}gelu_typed_{ORDINARY}_{size}"
-            bars[at] = Bar(f"the same encoder, ordinary, {size} x {size}, {name}: as typed", ">=", None, "dB")
-        for peak in GELU_PEAKS:
-            at = f"{peak}_{size}"
-            bars[f"gelu_reached_{at}"] = Bar(
-                f"patch embedding at {peak} after its GELU, {size} x {size}", ">=", None, ""
-            )
-            for kind, name in (("", "picture"), ("noise_", "N(0, 1) noise")):
-                bars |= {
-                    f"{kind}gelu_strict_{at}": Bar(f"  strict fp16, {name}", ">=", 45, "dB"),
-                    f"{kind}gelu_typed_{at}": Bar(f"  as typed, {name}", ">=", None, "dB"),
-                    f"{kind}gelu_gain_{at}": Bar("  above the ordinary one", ">=", -1, "dB"),
-                }
-                if peak in GELU_NAIVE[size]:
-                    bars[f"{kind}gelu_naive_{at}"] = Bar(f"  naive fp16, strict, {name}", "<", 15, "dB")
-            bars |= {
-                f"gelu_added_{at}": Bar("  operations added", "<=", None, ""),
-                f"gelu_byte_share_{at}": Bar("  their share of the bytes moved", "<=", None, ""),
-                f"gelu_float32_{at}": Bar("  float32 operations", "<=", 0, ""),
-                f"gelu_findings_{at}": Bar("  audit findings", "<=", 0, ""),
-            }
-    return bars
-
-
-def _graph_bars() -> dict[str, Bar]:
-    # Ours has 14 moves: each of six attentions needs two reshapes (the depthwise convolution before it is over the
-    # grid, the softmax over the list of positions), and the contract's (1, N, C) a reshape and a transpose.
-    bars: dict[str, Bar] = {}
-    for size in SIZES:
-        bars |= {
-            f"findings_{size}": Bar(f"audit findings, {size} x {size}", "<=", 0, ""),
-            f"moves_{size}": Bar("  transposes, reshapes and squeezes", "<", 10, ""),
-        }
-    bars |= {f"naive_{kind}": Bar(f"  plain trace: {kind}s", "<=", None, "") for kind in MOVES}
-    bars["multi_size"] = Bar("multifunction package / a single one", "<=", 1.03, "x")
-    for size in SIZES:
-        bars |= {
-            f"multi_snr_{size}": Bar(f"  encode_{size}: as typed", ">=", None, "dB"),
-            f"multi_difference_{size}": Bar("  largest difference to the single package", "<=", 0, ""),
-        }
-    return bars
-
-
-def _compression_bars() -> dict[str, Bar]:
-    bars = {
-        "palette_time": Bar(f"{RIVAL_FORM}: time, ours / coremltools'", "<=", 0.1, "x"),
-        "palette_seconds": Bar("  ours, one core", "<=", None, "s"),
-        "coremltools_seconds": Bar("  coremltools, one core", "<=", None, "s"),
-        "palette_tensors": Bar("  tensors", "<=", None, ""),
-        "palette_error": Bar("  squared error, ours / coremltools', worst tensor", "<=", 1.0, "x"),
-        "palette_worse": Bar("  tensors with more error than coremltools'", "<=", None, ""),
-        "palette_error_all": Bar("  squared error, ours / coremltools', all tensors", "<=", None, "x"),
-        "scaled_size": Bar("  with a per-channel scale: bytes / fp16's", "<=", 1.0, "x"),
-        "scaled_seconds": Bar("  with a per-channel scale: time", "<=", None, "s"),
-    }
-    for form in (*_FORMS, *(f"min-snr-{least}" for least in MIN_SNR)):
-        bars |= {
-            f"demo_bytes_{form}": Bar(f"demo encoder, {form}", "<=", None, "MB"),
-            f"demo_snr_{form}": Bar("  as typed", ">=", None, "dB"),
-            f"demo_agreement_{form}": Bar(f"  same answer as PyTorch, {QUESTIONS} questions", ">=", None, ""),
-        }
-    bars |= {f"real_bytes_{form}": Bar(f"real encoder's weights, {form}", "<=", None, "MB") for form in _FORMS}
-    bars["real_written"] = Bar(f"  {RIVAL_FORM}: |weight.bin / predicted - 1|", "<=", 0.01, "")
-    return bars
+FORMS = ("fp16", *COMPRESSIONS)
+_INPUTS = {"": "picture", "noise_": "N(0, 1) noise"}  # prefix of a figure's key -> what it is measured on
 
 
 def add_parser(subparsers: Any) -> None:
     """Add the verb `encoder`."""
     suite.add_suite(
-        subparsers,
-        SUITE,
-        help="the exported encoder: range, graph, resolutions, compression",
+        subparsers, SUITE, help="the exported encoder: range, graph, resolutions, compression",
         description="Measure the exported encoder on the real shape with random weights, and compressed encoders on the"
-        f" demo checkpoint (their curve goes to DIR/{CURVE}). Exit 1 when a bar is missed.",
-    )
+        f" demo checkpoint (their curve goes to DIR/{CURVE}).",
+    )  # fmt: skip
 
 
-def _ranges(store: Path, work: Path) -> Figures:
-    ordinary = store / f"synthetic-{SHAPE}-float32"
+def _ranges(run: Run) -> None:
+    """Streams that leave float16's range, and an ordinary checkpoint."""
+    ordinary = run.store / f"synthetic-{SHAPE}-float32"
     if not ordinary.is_dir():
-        run_step("writing a random encoder", step("encoder_steps", "ordinary_checkpoint", ordinary, SHAPE))
-    figures: Figures = {}
-    for size in RANGES:
-        hot = work / f"hot-{size}"
-        made = result(
-            f"writing checkpoints with hot streams for {size} x {size}",
-            step("encoder_steps", "hot_checkpoints", hot, SHAPE, size, *PEAKS),
-        )
+        call("writing a random encoder", encoder_steps.ordinary_checkpoint, ordinary, SHAPE)
+    for size, naive in RANGES.items():
+        hot = run.work / f"hot-{size}"
+        text = f"writing checkpoints with hot streams for {size} x {size}"
+        reached = call(text, encoder_steps.hot_checkpoints, hot, SHAPE, size, PEAKS)
         for peak in PEAKS:
-            figures |= _one_peak(hot.with_name(f"{hot.name}-{peak}"), work, peak, size)
-            figures[f"reached_{peak}_{size}"] = made[peak]
-        figures |= _ordinary(ordinary, work, size)
-    return figures
+            at = f"{peak}_{size}"
+            packages = _packages(run, hot.with_name(f"{hot.name}-{peak}"), at, size, peak in naive)
+            snr = _snr(hot.with_name(f"{hot.name}-{peak}"), size, packages)[""]
+            run.add(f"strict_{at}", f"streams at {peak}, {size} x {size}: strict fp16", snr["strict"], "dB", least=45)
+            run.add(f"typed_{at}", "  as typed", snr["typed"], "dB", least=60)
+            run.add(f"reached_{at}", "  peak of the lesser stage", reached[peak])
+            if peak in naive:
+                run.add(f"naive_{at}", "  naive fp16, strict", snr["naive"], "dB", below=10)
+        _ordinary(run, ordinary, size, "ordinary" in naive)
 
 
-def _gelus(store: Path, work: Path) -> Figures:
-    figures: Figures = {}
+def _ordinary(run: Run, checkpoint: Path, size: int, naive: bool) -> None:
+    at, forced = f"ordinary_{size}", run.work / f"forced-{size}.mlpackage"
+    call("exporting with exponents forced", encoder_steps.forced_export, checkpoint, forced, size)
+    packages = _packages(run, checkpoint, at, size, naive, "as-typed") | {"forced": ("as-typed", str(forced))}
+    snr = _snr(checkpoint, size, packages)[""]
+    run.add(f"strict_{at}", f"ordinary checkpoint, {size} x {size}: strict fp16", snr["strict"], "dB")
+    run.add(f"typed_{at}", "  as typed", snr["typed"], "dB")
+    run.add(f"forced_{at}", f"  a headroom of {FORCED_HEADROOM:g} forced, as typed", snr["forced"], "dB")
+    run.add(f"forced_gain_{at}", "  k forced above not", snr["forced"] - snr["typed"], "dB", least=-1)
+    if naive:
+        run.add(f"naive_{at}", "  naive fp16, as typed", snr["naive"], "dB")
+        run.add(f"gain_{at}", "  ours above naive", snr["typed"] - snr["naive"], "dB", least=-1)
+
+
+def _gelus(run: Run) -> None:
+    """A GELU whose values leave float16's range, on pictures and on noise."""
     for size in RANGES:
-        hot = work / f"hot-gelu-{size}"
-        made = result(
-            f"writing checkpoints with a hot patch embedding for {size} x {size}",
-            step("encoder_steps", "hot_gelus", hot, SHAPE, size, *GELU_PEAKS),
-        )
-        ordinary = f"gelu_typed_{ORDINARY}_{size}"
-        plain = _exported(hot, work / f"gelu-ordinary-{size}", size)
-        figures |= result("the ordinary one", step("encoder_steps", "snr", hot, size, f"{ordinary}=as-typed:{plain}"))
+        hot = run.work / f"hot-gelu-{size}"
+        text = f"writing checkpoints with a hot patch embedding for {size} x {size}"
+        reached = call(text, encoder_steps.hot_gelus, hot, SHAPE, size, GELU_PEAKS)
+        plain = _snr(hot, size, _packages(run, hot, f"gelu-ordinary-{size}", size))
+        for kind, name in _INPUTS.items():
+            label = f"the same encoder, ordinary, {size} x {size}, {name}: as typed"
+            run.add(f"{kind}gelu_typed_ordinary_{size}", label, plain[kind]["typed"], "dB")
         for peak in GELU_PEAKS:
-            at, checkpoint = f"{peak}_{size}", hot.with_name(f"{hot.name}-{peak}")
-            ours = _exported(checkpoint, work / f"gelu-{at}", size)
-            runs = [f"gelu_strict_{at}=strict-fp16:{ours}", f"gelu_typed_{at}=as-typed:{ours}"]
-            if peak in GELU_NAIVE[size]:
-                naive = _naive(checkpoint, work / f"naive-gelu-{at}.mlpackage", size)
-                runs.append(f"gelu_naive_{at}=strict-fp16:{naive}")
-            figures |= result(f"patch embedding at {peak}", step("encoder_steps", "snr", checkpoint, size, *runs))
-            figures[f"gelu_reached_{at}"] = made[peak]
-            for kind in ("", "noise_"):
-                gain = figures[f"{kind}gelu_typed_{at}"] - figures[kind + ordinary]
-                figures[f"{kind}gelu_gain_{at}"] = gain
-            scaled = result("what it took", step("encoder_steps", "scaling", ours.parent))
-            figures |= {f"gelu_{name}_{at}": value for name, value in scaled.items()}
-    return figures
+            at, checkpoint, naive = f"{peak}_{size}", hot.with_name(f"{hot.name}-{peak}"), peak in GELU_NAIVE[size]
+            snr = _snr(checkpoint, size, packages := _packages(run, checkpoint, f"gelu-{at}", size, naive))
+            label = f"patch embedding at {peak} after its GELU, {size} x {size}"
+            run.add(f"gelu_reached_{at}", label, reached[peak])
+            for kind, name in _INPUTS.items():
+                gain = snr[kind]["typed"] - plain[kind]["typed"]
+                run.add(f"{kind}gelu_strict_{at}", f"  strict fp16, {name}", snr[kind]["strict"], "dB", least=45)
+                run.add(f"{kind}gelu_typed_{at}", f"  as typed, {name}", snr[kind]["typed"], "dB")
+                run.add(f"{kind}gelu_gain_{at}", "  above the ordinary one", gain, "dB", least=-1)
+                if naive:
+                    run.add(f"{kind}gelu_naive_{at}", f"  naive, strict, {name}", snr[kind]["naive"], "dB", below=15)
+            scaled = call("its cost", encoder_steps.scaling, Path(packages["typed"][1]).parent)
+            run.add(f"gelu_added_{at}", "  operations added", scaled["added"])
+            run.add(f"gelu_byte_share_{at}", "  their share of the bytes moved", scaled["byte_share"])
+            run.add(f"gelu_float32_{at}", "  float32 operations", scaled["float32"], most=0)
+            run.add(f"gelu_findings_{at}", "  audit findings", scaled["findings"], most=0)
 
 
-def _one_peak(checkpoint: Path, work: Path, peak: str, size: int) -> Figures:
-    at = f"{peak}_{size}"
-    ours = _exported(checkpoint, work / f"ours-{at}", size)
-    runs = [f"strict_{at}=strict-fp16:{ours}", f"typed_{at}=as-typed:{ours}"]
-    if peak in RANGES[size]:
-        runs.append(f"naive_{at}=strict-fp16:{_naive(checkpoint, work / f'naive-{at}.mlpackage', size)}")
-    return result(f"streams at {peak}, {size} x {size}", step("encoder_steps", "snr", checkpoint, size, *runs))
+def _packages(
+    run: Run, checkpoint: Path, name: str, size: int, naive: bool = False, naive_policy: str = "strict-fp16"
+) -> dict[str, tuple[str, str]]:
+    """What `encoder_steps.snr` compares: our export in both policies, and a plain script's."""
+    ours = str(_exported(checkpoint, run.work / name, size))
+    packages = {"strict": ("strict-fp16", ours), "typed": ("as-typed", ours)}
+    if naive:
+        packages["naive"] = naive_policy, str(_naive(checkpoint, run.work / f"naive-{name}.mlpackage", size))
+    return packages
 
 
-def _ordinary(checkpoint: Path, work: Path, size: int) -> Figures:
-    at, forced = f"{ORDINARY}_{size}", work / f"forced-{size}.mlpackage"
-    ours = _exported(checkpoint, work / f"ours-{at}", size)
-    run_step("exporting with exponents forced", step("encoder_steps", "forced_export", checkpoint, forced, size))
-    runs = [f"strict_{at}=strict-fp16:{ours}", f"typed_{at}=as-typed:{ours}", f"forced_{at}=as-typed:{forced}"]
-    if ORDINARY in RANGES[size]:
-        runs.append(f"naive_{at}=as-typed:{_naive(checkpoint, work / f'naive-{at}.mlpackage', size)}")
-    found = result(f"ordinary checkpoint, {size} x {size}", step("encoder_steps", "snr", checkpoint, size, *runs))
-    gains = {f"forced_gain_{at}": found[f"forced_{at}"] - found[f"typed_{at}"]}
-    if ORDINARY in RANGES[size]:
-        gains[f"gain_{at}"] = found[f"typed_{at}"] - found[f"naive_{at}"]
-    return found | gains
+def _snr(checkpoint: Path, size: int, packages: dict[str, tuple[str, str]]) -> dict[str, dict[str, float]]:
+    found: dict[str, dict[str, float]] = call("comparing packages", encoder_steps.snr, checkpoint, size, packages)
+    return found
 
 
-def _graph(store: Path, work: Path) -> Figures:
-    figures: Figures = {}
+def _graph(run: Run) -> None:
+    # Ours has 14 moves: each of six attentions needs two reshapes (the depthwise convolution before it is over the
+    # grid, the softmax over the list of positions), and the contract's (1, N, C) a reshape and a transpose.
     for size in SIZES:
-        package = _exported(synthetic(store), work / f"single-{size}", size)
-        found = result(f"auditing {size} x {size}", step("encoder_steps", "audited", package))
-        figures |= {f"findings_{size}": found["findings"], f"moves_{size}": found["moves"]}
-    naive = _naive(synthetic(store), work / "naive.mlpackage", SIZES[0])
-    found = result("auditing the plain trace", step("encoder_steps", "audited", naive))
-    return figures | {f"naive_{kind}": found[kind] for kind in MOVES}
+        package = _exported(synthetic(run.store), run.work / f"single-{size}", size)
+        found = call(f"auditing {size} x {size}", encoder_steps.audited, package)
+        run.add(f"findings_{size}", f"audit findings, {size} x {size}", found["findings"], most=0)
+        run.add(f"moves_{size}", "  transposes, reshapes and squeezes", sum(found["moves"].values()), below=10)
+    naive = _naive(synthetic(run.store), run.work / "naive.mlpackage", SIZES[0])
+    for kind, count in call("auditing the plain trace", encoder_steps.audited, naive)["moves"].items():
+        run.add(f"naive_{kind}", f"  plain trace: {kind}s", count)
 
 
-def _multifunction(store: Path, work: Path) -> Figures:
-    checkpoint, folder = synthetic(store), work / "multi"
-    singles = [f"{size}:{_exported(checkpoint, work / f'single-{size}', size)}" for size in SIZES]
+def _multifunction(run: Run) -> None:
+    checkpoint, folder = synthetic(run.store), run.work / "multi"
+    singles = {size: str(_exported(checkpoint, run.work / f"single-{size}", size)) for size in SIZES}
     flags = ["--resolutions", *map(str, SIZES), "--image-size", str(SIZES[-1])]
     run_step("exporting every resolution in one package", export("vision", checkpoint, folder, *flags))
-    return result(
-        "comparing every function", step("encoder_steps", "functions", checkpoint, folder / PACKAGE, *singles)
-    )
+    package = folder / PACKAGE
+    sizes = call("weighing packages", encoder_steps.package_sizes, [package, singles[SIZES[-1]]])
+    run.add("multi_size", "multifunction package / a single one", sizes[0] / sizes[1], "x", most=1.03)
+    for size, single in singles.items():
+        found = call(f"comparing encode_{size}", encoder_steps.function, checkpoint, package, size, single)
+        run.add(f"multi_snr_{size}", f"  encode_{size}: as typed", found["snr"], "dB")
+        run.add(f"multi_difference_{size}", "  largest difference to the single package", found["difference"], most=0)
 
 
-def _palettization(store: Path, work: Path) -> Figures:
-    return result("clustering, ours and coremltools'", step("encoder_steps", "palettization", synthetic(store)))
+def _palettization(run: Run) -> None:
+    found = call("clustering, ours and coremltools'", encoder_steps.palettization, synthetic(run.store))
+    seconds, errors = found["seconds"], found["errors"]
+    ratios = [ours / theirs if theirs else 1.0 + (ours > 0) for ours, theirs in errors]
+    total = sum(ours for ours, _ in errors) / sum(theirs for _, theirs in errors)
+    worse = sum(ours > theirs for ours, theirs in errors)
+    ratio = seconds["ours"] / seconds["coremltools"]
+    run.add("palette_time", f"{RIVAL_FORM}: time, ours / coremltools'", ratio, "x", most=0.1)
+    run.add("palette_seconds", "  ours, one core", seconds["ours"], "s")
+    run.add("coremltools_seconds", "  coremltools, one core", seconds["coremltools"], "s")
+    run.add("palette_tensors", "  tensors", len(errors))
+    run.add("palette_error", "  squared error, ours / coremltools', worst tensor", max(ratios), "x", most=1)
+    run.add("palette_worse", "  tensors with more error than coremltools'", worse)
+    run.add("palette_error_all", "  squared error, ours / coremltools', all tensors", total, "x")
+    run.add("scaled_size", "  with a per-channel scale: bytes / fp16's", found["scaled_size"], "x", most=1)
+    run.add("scaled_seconds", "  with a per-channel scale: time", seconds["scaled"], "s")
 
 
-def _compression(store: Path, work: Path) -> Figures:
-    folders = []
-    for form in _FORMS:
-        folders.append(work / f"demo-{form}")
-        run_step(f"demo encoder, {form}", export("vision", DEMO, folders[-1], "--vision-quant", form))
-    for least in MIN_SNR:
-        folders.append(work / f"demo-min-snr-{least}")
-        run_step(f"demo encoder, {least} dB or more", export("vision", DEMO, folders[-1], "--min-snr", str(least)))
-    asked = step("encoder_steps", "curve", DEMO, QUESTIONS, *folders)
-    encoders = {
-        name.removeprefix("demo-"): found
-        for name, found in result(f"asking {QUESTIONS} demo questions of each", asked)["encoders"].items()
-    }
-    figures: Figures = {}
-    for form, found in encoders.items():
-        figures |= {
-            f"demo_bytes_{form}": found["bytes"] / 1e6,
-            f"demo_snr_{form}": found["snr"],
-            f"demo_agreement_{form}": found["agreement"],
-        }
-    real = _exported(synthetic(store), work / "real-compressed", SIZES[0], "--vision-quant", RIVAL_FORM)
-    sizes = result("sizes on the real shape", step("encoder_steps", "sizes", synthetic(store), real))
-    figures |= {f"real_bytes_{form}": size / 1e6 for form, size in sizes["weight_bytes"].items()}
-    figures["real_written"] = abs(sizes["written"] / sizes["predicted"] - 1)
-    _draw(encoders, store / CURVE)
-    return figures
-
-
-def _draw(encoders: dict[str, dict[str, float]], target: Path) -> None:
-    from benchmarks.suites.compression_plot import write_plot
-
-    write_plot(
-        encoders, target, f"Compressed encoder of the demo checkpoint, {QUESTIONS} questions, MIL executor as typed"
-    )
-    log(f"curve: {target}")
+def _compression(run: Run) -> None:
+    flags = {form: ("--vision-quant", form) for form in FORMS}
+    flags |= {f"min-snr-{least}": ("--min-snr", str(least)) for least in MIN_SNR}
+    folders = {name: run.work / f"demo-{name}" for name in flags}
+    for name, folder in folders.items():
+        run_step(f"demo encoder, {name}", export("vision", DEMO, folder, *flags[name]))
+    paths = {name: str(folder) for name, folder in folders.items()}
+    encoders = call(f"asking {QUESTIONS} demo questions of each", encoder_steps.curve, DEMO, QUESTIONS, paths)
+    for name, found in encoders.items():
+        run.add(f"demo_bytes_{name}", f"demo encoder, {name}", found["bytes"] / 1e6, "MB")
+        run.add(f"demo_snr_{name}", "  as typed", found["snr"], "dB")
+        label = f"  same answer as PyTorch, {QUESTIONS} questions"
+        run.add(f"demo_agreement_{name}", label, found["agreement"])
+    real = _exported(synthetic(run.store), run.work / "real-compressed", SIZES[0], "--vision-quant", RIVAL_FORM)
+    sizes = call("sizes on the real shape", encoder_steps.sizes, synthetic(run.store), real)
+    for form, size in sizes["weight_bytes"].items():
+        run.add(f"real_bytes_{form}", f"real encoder's weights, {form}", size / 1e6, "MB")
+    off = abs(sizes["written"] / sizes["predicted"] - 1)
+    run.add("real_written", f"  {RIVAL_FORM}: |weight.bin / predicted - 1|", off, most=0.01)
+    title = f"Compressed encoder of the demo checkpoint, {QUESTIONS} questions, MIL executor as typed"
+    write_plot(encoders, run.store / CURVE, title)
+    log(f"curve: {run.store / CURVE}")
 
 
 def _exported(checkpoint: Path, folder: Path, size: int, *flags: str) -> Path:
@@ -283,13 +198,12 @@ def _exported(checkpoint: Path, folder: Path, size: int, *flags: str) -> Path:
 
 def _naive(checkpoint: Path, target: Path, size: int) -> Path:
     """The package that a plain script makes."""
-    run_step(f"a plain script's {target.stem}", step("steps", "plain_export", checkpoint, target, size))
+    call(f"a plain script's {target.stem}", steps.plain_export, checkpoint, target, size)
     return target
 
 
 SUITE = suite.Suite(
     "encoder",
-    _bars(),
     {
         "ranges": _ranges,
         "gelu": _gelus,

@@ -1,18 +1,14 @@
-"""The steps of `benchmarks encoder` that need the models: `python -m benchmarks.suites.encoder_steps NAME ARGUMENT...`.
+"""Steps of `benchmarks encoder` that need the models; each is called in a process of its own (`suite.call`)."""
 
-A process each; arguments are text. The last line of stdout is one JSON document.
-"""
-
-import json
 import math
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.suites.steps import plain_encoder, share
 from fastvlm.common import threads
-from fastvlm.common.cli import log, progress, quiet_libraries
+from fastvlm.common.cli import log, progress
 
 FORCED_HEADROOM = 2.0**13  # asked of a checkpoint that needs no power of two
 STREAMS = (3, 4)  # timm's numbers of the stages whose streams are scaled
@@ -25,61 +21,56 @@ PICTURES = 6  # that an SNR is the mean over
 # Range-safe float16
 
 
-def ordinary_checkpoint(target: str, shape: str) -> dict[str, float]:
+def ordinary_checkpoint(target: str, shape: str) -> None:
     """Write the random encoder in float32."""
     from fastvlm.synthetic.checkpoint import write_checkpoint
 
     write_checkpoint(Path(target), shape=shape, dtype="float32")
-    return {}
 
 
-def hot_checkpoints(target: str, shape: str, image_size: str, *peaks: str) -> dict[str, float]:
+def hot_checkpoints(target: str, shape: str, image_size: int, peaks: list[str]) -> dict[str, float]:
     """Write `target`-PEAK, whose streams peak near PEAK on the built-in pictures, for each peak; `target` is as it was.
 
-    The attentions of all add ATTENTION_SCALE times as much. Returns the peaks by stage before, and what each written
-    one reaches, the lesser stage.
+    The attentions of all add ATTENTION_SCALE times as much. Returns the peak of the lesser stage of each.
     """
-    from fastvlm.synthetic.checkpoint import write_checkpoint
-
-    common: dict[str, Any] = {
-        "shape": shape, "dtype": "float32", "attention_scale": ATTENTION_SCALE, "low_pass": True,
-    }  # fmt: skip
-    before, reached = _stream_peaks(str(write_checkpoint(Path(target), **common)), int(image_size)), {}
+    before = _stream_peaks(_hot(target, shape), image_size)
+    reached = {}
     for peak in peaks:
         # the nearest power of two, which leaves the weights' digits as they are
         scale = {stage: 2.0 ** round(math.log2(float(peak) / before[stage])) for stage in STREAMS}
-        path = write_checkpoint(Path(f"{target}-{peak}"), **common, stream_scale=scale)
-        reached[peak] = min(_stream_peaks(str(path), int(image_size)).values())
-    return {f"stage {stage}": value for stage, value in before.items()} | reached
+        path = _hot(f"{target}-{peak}", shape, stream_scale=scale)
+        reached[peak] = min(_stream_peaks(path, image_size).values())
+    return reached
 
 
-def hot_gelus(target: str, shape: str, image_size: str, *peaks: str) -> dict[str, float]:
+def hot_gelus(target: str, shape: str, image_size: int, peaks: list[str]) -> dict[str, float]:
     """Write `target`-PEAK, whose last patch embedding reaches PEAK after its GELU on N(0, 1) noise, for each peak.
 
     Returns what each reaches.
     """
-    from benchmarks.suites.steps import plain_encoder
     from fastvlm.data import pictures
-    from fastvlm.synthetic.checkpoint import write_checkpoint
     from model_export.encoder import ranges
 
-    noise = [pictures.noise(int(image_size))]
+    noise = [pictures.noise(image_size)]
 
-    def reached(checkpoint: Path) -> float:
-        return ranges.measure_modules(plain_encoder(str(checkpoint)), noise)["stages.4.downsample.proj.1"].largest
+    def reached(checkpoint: str) -> float:
+        return ranges.measure_modules(plain_encoder(checkpoint), noise)["stages.4.downsample.proj.1"].largest
 
-    common: dict[str, Any] = {
-        "shape": shape, "dtype": "float32", "attention_scale": ATTENTION_SCALE, "low_pass": True,
+    before = reached(_hot(target, shape))
+    return {
+        peak: reached(_hot(f"{target}-{peak}", shape, patch_scale=float(peak) / before)) for peak in peaks
     }  # fmt: skip
-    before, found = reached(write_checkpoint(Path(target), **common)), {}
-    for peak in peaks:
-        found[peak] = reached(write_checkpoint(Path(f"{target}-{peak}"), **common, patch_scale=float(peak) / before))
-    return found
+
+
+def _hot(target: str, shape: str, **scales: Any) -> str:
+    from fastvlm.synthetic.checkpoint import write_checkpoint
+
+    common: dict[str, Any] = {"dtype": "float32", "attention_scale": ATTENTION_SCALE, "low_pass": True}
+    return str(write_checkpoint(Path(target), shape=shape, **common, **scales))
 
 
 def _stream_peaks(checkpoint: str, image_size: int) -> dict[int, float]:
     """Largest magnitude on the residual stream of each of STREAMS, in float32 on the built-in pictures."""
-    from benchmarks.suites.steps import plain_encoder
     from fastvlm.data import pictures
     from fastvlm.data.preprocessing import read_preprocessor
     from model_export.encoder import ranges
@@ -95,7 +86,7 @@ def _stream_peaks(checkpoint: str, image_size: int) -> dict[int, float]:
     return peaks
 
 
-def forced_export(checkpoint: str, target: str, image_size: str) -> dict[str, float]:
+def forced_export(checkpoint: str, target: str, image_size: int) -> None:
     """Export with FORCED_HEADROOM, so that most values carry a power of two and most GELUs are in their scaled form."""
     from functools import partial
     from unittest.mock import patch
@@ -107,42 +98,40 @@ def forced_export(checkpoint: str, target: str, image_size: str) -> dict[str, fl
     from model_export.encoder import fp16, vision
 
     folder, preprocessor = Path(target), read_preprocessor(checkpoint)
-    config = ExportConfig(Path(checkpoint), folder.parent / "out", image_size=int(image_size))
+    config = ExportConfig(Path(checkpoint), folder.parent / "out", image_size=image_size)
     with patch.object(fp16, "choose", partial(fp16.choose, headroom=FORCED_HEADROOM)):
         vision.export_vision(
             open_checkpoint(checkpoint), config, folder, lambda size: pictures.pixels(preprocessor, size)
         )
-    return {}
 
 
-def snr(checkpoint: str, image_size: str, *runs: str) -> dict[str, float]:
-    """SNR in dB of packages against the plain PyTorch module in float32, the mean over pictures that no export was
-    calibrated on (one alone is 1 dB off it); `noise_KEY` the same on N(0, 1) noise.
+def snr(checkpoint: str, image_size: int, packages: dict[str, tuple[str, str]]) -> dict[str, dict[str, float]]:
+    """SNR in dB of packages {key: (policy, path)} against the plain PyTorch module in float32.
 
-    A run is KEY=POLICY:PACKAGE. A result that is not finite has -inf.
+    "" is the mean over pictures that no export was calibrated on (one alone is 1 dB off it), "noise_" the same on
+    N(0, 1) noise.
+
+    A result that is not finite has -inf.
     """
     import numpy as np
 
     from benchmarks.metrics import snr_db
     from fastvlm.data import pictures
 
-    size = int(image_size)
     inputs = {
-        "": _pictures(checkpoint, size),
-        "noise_": [pictures.noise(size, seed) for seed in range(1, PICTURES + 1)],
+        "": _pictures(checkpoint, image_size),
+        "noise_": [pictures.noise(image_size, seed) for seed in range(1, PICTURES + 1)],
     }
     expected = {kind: [_features(checkpoint, pixels) for pixels in drawn] for kind, drawn in inputs.items()}
-    figures = {}
-    with progress("comparing packages", len(runs)) as advance:
-        for run in runs:
-            key, _, rest = run.partition("=")
-            policy, _, package = rest.partition(":")
+    found: dict[str, dict[str, float]] = {kind: {} for kind in inputs}
+    with progress("comparing packages", len(packages)) as advance:
+        for key, (policy, package) in packages.items():
             compute = _executor(package, policy)
             for kind, drawn in inputs.items():
-                found = [snr_db(wanted, compute(pixels)) for wanted, pixels in zip(expected[kind], drawn)]
-                figures[kind + key] = float(np.mean(found))
+                values = [snr_db(wanted, compute(pixels)) for wanted, pixels in zip(expected[kind], drawn)]
+                found[kind][key] = float(np.mean(values))
             advance()
-    return figures
+    return found
 
 
 def _executor(package: str, policy: str) -> Callable[[Any], Any]:
@@ -150,7 +139,7 @@ def _executor(package: str, policy: str) -> Callable[[Any], Any]:
     import numpy as np
 
     from model_export import mil
-    from model_export.mil.dtypes import NUMPY
+    from model_export.mil.types import NUMPY
 
     executor = mil.load(package, compute=policy)
     ((name, kind),) = executor.inputs.items()
@@ -179,8 +168,6 @@ def _features(checkpoint: str, pixels: Any) -> Any:
     """The plain PyTorch encoder's features (1, N, C) of a picture."""
     import torch
 
-    from benchmarks.suites.steps import plain_encoder
-
     with torch.inference_mode():
         features = plain_encoder(checkpoint).forward_features(torch.from_numpy(pixels))
     return features.flatten(2).transpose(1, 2).numpy()
@@ -205,55 +192,44 @@ def scaling(artefact: str) -> dict[str, float]:
 # The graph, and several resolutions in one package
 
 
-def audited(package: str) -> dict[str, float]:
-    """Findings of a package's audit, and how many of its operations only move data."""
+def audited(package: str) -> dict[str, Any]:
+    """Findings of a package's audit, and how many of its operations only move data, by kind."""
     from model_export.audit.audit import audit
 
     document = audit(Path(package))
     (function,) = document["functions"].values()
     moves = {kind: function["data_movement"][kind] for kind in ("transpose", "reshape", "squeeze")}
-    return {"findings": len(function["findings"]), **moves, "moves": sum(moves.values())}
+    return {"findings": len(function["findings"]), "moves": moves}
 
 
-def functions(checkpoint: str, package: str, *singles: str) -> dict[str, float]:
-    """Every function against PyTorch (SNR in dB as typed) and against the package of its size alone.
-
-    A single is SIZE:PACKAGE; the latter figure is the largest difference. Also the size of the one package over that of
-    the last single one.
-    """
+def function(checkpoint: str, package: str, size: int, single: str) -> dict[str, float]:
+    """One function of a package against PyTorch ("snr" in dB, as typed) and against the package of its size alone (the
+    largest "difference")."""
     import numpy as np
 
     from benchmarks.metrics import snr_db
     from model_export import contract, mil
 
-    figures: dict[str, float] = {}
-    for single in singles:
-        size, _, alone = single.partition(":")
-        pixels = _pictures(checkpoint, int(size))[0]
-        function = mil.load(Path(package), function_name=contract.function_name(int(size)))
-        got = function.predict({contract.INPUT: pixels})[contract.OUTPUT]
-        del function
-        wanted = mil.load(Path(alone)).predict({contract.INPUT: pixels})[contract.OUTPUT]
-        figures[f"multi_snr_{size}"] = snr_db(_features(checkpoint, pixels), got)
-        figures[f"multi_difference_{size}"] = float(np.abs(got - wanted).max())
-    figures["multi_size"] = package_bytes(package) / package_bytes(singles[-1].partition(":")[2])
-    return figures
+    inputs = {contract.INPUT: _pictures(checkpoint, size)[0]}
+    got = mil.load(Path(package), function_name=contract.function_name(size)).predict(inputs)[contract.OUTPUT]
+    alone = mil.load(Path(single)).predict(inputs)[contract.OUTPUT]
+    expected = _features(checkpoint, inputs[contract.INPUT])
+    return {"snr": snr_db(expected, got), "difference": float(np.abs(got - alone).max())}
 
 
-def package_bytes(package: str) -> int:
-    """Bytes of all files."""
-    return sum(path.stat().st_size for path in Path(package).rglob("*") if path.is_file())
+def package_sizes(packages: list[str]) -> list[int]:
+    """Bytes of all files of each package."""
+    return [sum(path.stat().st_size for path in Path(one).rglob("*") if path.is_file()) for one in packages]
 
 
 # Compressed weights
 
 
-def palettization(checkpoint: str) -> dict[str, float]:
-    """Our palettes against coremltools' (`palettize_weights`, k-means) on every convolution weight that groups of 16
-    divide: time of each in s on one core, tensor by tensor in turn, and ratios of squared errors. Tensors that we do
-    worse are logged.
+def palettization(checkpoint: str) -> dict[str, Any]:
+    """Our palettes and coremltools' (`palettize_weights`, k-means) of the convolution weights that groups of 16 divide.
 
-    Then the same weights with a per-channel scale: bytes stored over fp16's.
+    Returns "seconds" of each on one core, tensor by tensor in turn, with those of a per-channel scale; "errors", pairs
+    of squared errors by tensor; and "scaled_size", bytes stored with the scale over fp16's.
     """
     import os
 
@@ -267,14 +243,14 @@ def palettization(checkpoint: str) -> dict[str, float]:
     _coremltools_palette(np.ones((16, 1), np.float16), 4, 16)  # its imports are not its time
     weights, form = compress.weights(_prepared(checkpoint)), COMPRESSIONS[RIVAL_FORM]
     chosen = {name: weight for name, weight in weights.items() if applies(weight.shape, form) is None}
-    seconds, errors = {"ours": 0.0, "theirs": 0.0}, []
+    seconds, errors = {"ours": 0.0, "coremltools": 0.0}, []
     with progress("palettes, ours and coremltools'", len(chosen)) as advance:
         for name, weight in chosen.items():
             start = time.perf_counter()
             ours = store(weight, form)
             middle = time.perf_counter()
             theirs = _coremltools_palette(weight, form.bits, form.group)
-            seconds["theirs"] += time.perf_counter() - middle
+            seconds["coremltools"] += time.perf_counter() - middle
             seconds["ours"] += middle - start
             pair = [np.square(weight.astype(np.float64) - decoded).sum() for decoded in (ours.decode(), theirs())]
             errors.append(pair)
@@ -290,17 +266,8 @@ def palettization(checkpoint: str) -> dict[str, float]:
             stored += nbytes(weight.shape, scaled)
         else:
             stored += weight.nbytes
-    return {
-        "palette_tensors": len(chosen),
-        "palette_seconds": seconds["ours"],
-        "coremltools_seconds": seconds["theirs"],
-        "palette_time": seconds["ours"] / seconds["theirs"],
-        "palette_error": max(a / b if b else 1.0 + (a > 0) for a, b in errors),
-        "palette_worse": sum(a > b for a, b in errors),
-        "palette_error_all": sum(a for a, _ in errors) / sum(b for _, b in errors),
-        "scaled_seconds": time.perf_counter() - start,
-        "scaled_size": stored / plain,
-    }
+    seconds["scaled"] = time.perf_counter() - start
+    return {"seconds": seconds, "errors": errors, "scaled_size": stored / plain}
 
 
 def _coremltools_palette(weight: Any, bits: int, group: int | None) -> Callable[[], Any]:
@@ -346,52 +313,38 @@ def sizes(checkpoint: str, package: str) -> dict[str, Any]:
     }
 
 
-def curve(checkpoint: str, questions: str, *artefacts: str) -> dict[str, Any]:
+def curve(checkpoint: str, count: int, artefacts: dict[str, str]) -> dict[str, Any]:
     """Of encoders (artefact folders) in front of PyTorch's language model: package bytes, SNR in dB as typed over all
-    pictures, and the share of greedy answers that are the same as with PyTorch's encoder; by the folder's name."""
+    pictures, and the share of greedy answers that are the same as with PyTorch's encoder; by the artefact's name."""
     from dataclasses import replace
+
+    import numpy as np
 
     import fastvlm
     from benchmarks.metrics import snr_db
-    from benchmarks.suites.steps import share
     from fastvlm.data import scenes
     from model_export import contract, runtime
 
-    asked = list(scenes.questions(int(questions)))
+    questions = list(scenes.questions(count))
     model = fastvlm.load(checkpoint)
-    encoders = {Path(artefact).name: runtime.ExecutorVision(Path(artefact)) for artefact in artefacts}
-    pixels = [model.preprocess(question.image) for question in asked]
+    encoders = {name: runtime.ExecutorVision(Path(artefact)) for name, artefact in artefacts.items()}
+    pixels = [model.preprocess(question.image) for question in questions]
     figures: dict[str, Any] = {}
-    with progress("asking", len(asked) * (1 + len(encoders))) as advance:
+    with progress("asking", count * (1 + len(encoders))) as advance:
 
         def ask(vision: Any) -> tuple[list[str], Any]:
-            import numpy as np
-
             speaker, given = replace(model, vision=vision), []
-            for question in asked:
+            for question in questions:
                 given.append(speaker.generate(question.question, question.image, max_new_tokens=64).strip())
                 advance()
             return given, np.concatenate([vision.encode(array) for array in pixels])
 
         wanted, features = ask(model.vision)
-        for artefact, (name, encoder) in zip(artefacts, encoders.items()):
+        for name, encoder in encoders.items():
             given, actual = ask(encoder)
             figures[name] = {
-                "bytes": package_bytes(str(Path(artefact) / contract.PACKAGE)),
+                "bytes": package_sizes([str(Path(artefacts[name]) / contract.PACKAGE)])[0],
                 "snr": snr_db(features, actual),
                 "agreement": share(given, wanted),
             }
-    return {"questions": len(asked), "encoders": figures}
-
-
-STEPS: dict[str, Callable[..., dict[str, Any]]] = {
-    one.__name__: one
-    for one in (
-        ordinary_checkpoint, hot_checkpoints, hot_gelus, scaling, forced_export, snr, audited, functions,
-        palettization, sizes, curve,
-    )
-}  # fmt: skip
-
-if __name__ == "__main__":
-    quiet_libraries()
-    print(json.dumps(STEPS[sys.argv[1]](*sys.argv[2:])))
+    return figures

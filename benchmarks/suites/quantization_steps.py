@@ -1,19 +1,13 @@
-"""The steps of `benchmarks quantization`: `python -m benchmarks.suites.quantization_steps NAME ARGUMENT...`, a process
-each.
-
-Arguments are text. The last line of stdout is one JSON document: figures by the keys of
-`benchmarks.suites.quantization.SUITE`'s bars.
-"""
+"""Steps of `benchmarks quantization` that need the models; each is called in a process of its own (`suite.call`)."""
 
 import itertools
 import json
 import re
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fastvlm.common.cli import log, quiet_libraries
+from fastvlm.common.cli import log
 
 # The vision tower's pre-training classifier, which Apple's checkpoints have and mlx_vlm's loader insists on.
 _HEAD, _HEAD_SHAPE = "model.vision_tower.vision_tower.model.head.proj", (3072, 768)
@@ -21,7 +15,7 @@ _INDEX = "model.safetensors.index.json"
 _ROWS = 256  # of each matrix whose bytes are compared: mlx's fp4 modes take a second for three million values
 
 
-def small(target: str) -> dict[str, float]:
+def small(target: str) -> None:
     """A random 0.5B checkpoint in Apple's layout, which mlx_vlm and ours both read: folded, with the classifier."""
     import torch
     from safetensors.torch import save_file
@@ -40,10 +34,9 @@ def small(target: str) -> dict[str, float]:
         document = json.loads(index.read_text())
         document["weight_map"][_HEAD] = head
         index.write_text(json.dumps(document, indent=2))
-    return {}
 
 
-def text_model(checkpoint: str, target: str) -> dict[str, float]:
+def text_model(checkpoint: str, target: str) -> None:
     """The checkpoint's language model as a Qwen2 folder: the same values under Qwen2's own names."""
     import shutil
 
@@ -72,10 +65,9 @@ def text_model(checkpoint: str, target: str) -> dict[str, float]:
             weight_map |= dict.fromkeys(tensors, path.name)
         if len(set(weight_map.values())) > 1:
             (folder / _INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    return {}
 
 
-def schemes(checkpoint: str) -> dict[str, float]:
+def schemes(checkpoint: str) -> dict[str, int]:
     """Every round-to-nearest scheme on one matrix of every shape, against `mlx.core.quantize`."""
     import mlx.core as mx
     import numpy as np
@@ -102,7 +94,7 @@ def schemes(checkpoint: str) -> dict[str, float]:
                 if not same:
                     log(f"{mode} {settings}: {name} differs")
             different, compared = different + (not same), compared + 1
-    return {"different_schemes": different, "compared_schemes": compared}
+    return {"different": different, "compared": compared}
 
 
 def _matrices(checkpoint: str) -> Iterator[tuple[str, Any]]:
@@ -118,7 +110,7 @@ def _matrices(checkpoint: str) -> Iterator[tuple[str, Any]]:
             yield name, opened.read(name, mapped=True)[:_ROWS]
 
 
-def same_tensors(ours: str, theirs: str) -> dict[str, float]:
+def same_tensors(ours: str, theirs: str) -> dict[str, int]:
     """Whether every tensor of the language model has the bytes that mlx_lm.convert gave it."""
     import mlx.core as mx
     import numpy as np
@@ -140,13 +132,4 @@ def same_tensors(ours: str, theirs: str) -> dict[str, float]:
             different.append(name)
     for name in different[:10]:
         log(f"differs: {name}")
-    return {"different_tensors": len(different), "compared_tensors": len(set(mine) | set(other))}
-
-
-STEPS: dict[str, Callable[..., dict[str, float]]] = {
-    step.__name__: step for step in (small, text_model, schemes, same_tensors)
-}
-
-if __name__ == "__main__":
-    quiet_libraries()
-    print(json.dumps(STEPS[sys.argv[1]](*sys.argv[2:])))
+    return {"different": len(different), "compared": len(set(mine) | set(other))}

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.suites.suite import DEMO, Bar, Figures, result, run_step
+from benchmarks.suites.suite import DEMO, Run, call, run_step
 from fastvlm.common.children import ROOT
 from fastvlm.common.cli import log
 from fastvlm.common.errors import CheckFailed
@@ -24,58 +24,40 @@ RECIPES = (
     "fit:5bpw",
 )  # fmt: skip
 UNIFORM = ("int3", "int4", "int5", "int6", "int8")  # whose line the mixed ones are held against
+MIXED = ("int3-mixed", "mixed-4-8", "fit:5bpw")
 CALIBRATED = ("int4-awq", "int4-gptq", "int4-dwq")
 _KLS = {"prefill": "prompt_kl_mean", "answers": "answer_kl_mean"}
 _KILLS, _SEED = 10, 5
 
-BARS = {
-    "sweep_seconds": Bar("twelve recipes over the demo checkpoint swept", "<=", 120, "s"),
-    "sweep_again_seconds": Bar("  the same sweep again", "<=", None, "s"),
-    "int8_agreement": Bar("int8: answers as the reference's", ">=", 0.99, ""),
-    "recovered_prefill": Bar("KL of int4 that the best calibration recovers, prefill", ">=", 0.5, ""),
-    "recovered_answers": Bar("  over the reference's answers", ">=", 0.5, ""),
-    **{
-        f"{name}_{what}": Bar(f"  {name}: KL, {what}", "<=", None, "nats")
-        for name in (*UNIFORM, *CALIBRATED, "int3-mixed", "mixed-4-8", "fit:5bpw")
-        for what in _KLS
-    },
-    **{
-        f"line_{name}": Bar(f"{name}: KL / on the line between its uniform neighbours, prefill", "<=", 1, "x")
-        for name in ("int3-mixed", "mixed-4-8", "fit:5bpw")
-    },
-    "killed_differences": Bar("points that differ after ten kills", "<=", 0, ""),
-    "killed_between": Bar("  kills after which some points were there, not all", ">=", 1, ""),
-    "dask_differences": Bar("points that differ on two Dask workers", "<=", 0, ""),
-    "text_recovered": Bar("trained text model: KL of int4 that the best calibration recovers", ">=", 0.5, ""),
-    **{
-        f"text_{name}_{what}": Bar(f"  {name}: {label}", sense, None, unit)
-        for name in (*UNIFORM, "fit", "gptq", "awq", "dwq")
-        for what, label, sense, unit in (("kl", "KL", "<=", "nats"), ("top1", "top-1 agreement", ">=", ""))
-    },
-}
 
-
-def sweep(store: Path, work: Path) -> Figures:
+def sweep(run: Run) -> None:
     """Twelve recipes: time, and what their KL divergences say."""
     seconds = []
     for report in ("report", "again"):
         started = time.perf_counter()
-        run_step("sweeping twelve recipes over the demo checkpoint", _command(work / "sweep", report))
+        run_step("sweeping twelve recipes over the demo checkpoint", _command(run.work / "sweep", report))
         seconds.append(time.perf_counter() - started)
-    found = {point["recipe"]: point["figures"] for point in _report(work / "sweep")["points"]}
-    figures = {"sweep_seconds": seconds[0], "sweep_again_seconds": seconds[1]}
-    figures["int8_agreement"] = found["int8"]["same_answers"]
+    found = {point["recipe"]: point["figures"] for point in _report(run.work / "sweep")["points"]}
+    run.add("sweep_seconds", "twelve recipes over the demo checkpoint swept", seconds[0], "s", most=120)
+    run.add("sweep_again_seconds", "  the same sweep again", seconds[1], "s")
+    run.add("int8_agreement", "int8: answers as the reference's", found["int8"]["same_answers"], least=0.99)
+    label = "KL of int4 that the best calibration recovers, prefill"
     for what, key in _KLS.items():
         best = min(found[name][key] for name in CALIBRATED)
-        figures[f"recovered_{what}"] = 1 - best / found["int4"][key]
-        figures |= {f"{name}_{what}": each[key] for name, each in found.items() if f"{name}_{what}" in BARS}
-    for name in ("int3-mixed", "mixed-4-8", "fit:5bpw"):
-        figures[f"line_{name}"] = found[name]["prompt_kl_mean"] / _on_the_line(found, found[name]["bytes"])
-    return figures
+        run.add(f"recovered_{what}", label, 1 - best / found["int4"][key], least=0.5)
+        label = "  over the reference's answers"
+    for name in (*UNIFORM, *CALIBRATED, *MIXED):
+        for what, key in _KLS.items():
+            run.add(f"{name}_{what}", f"  {name}: KL, {what}", found[name][key], "nats")
+    for name in MIXED:
+        ratio = found[name]["prompt_kl_mean"] / _on_the_line(found, found[name]["bytes"])
+        label = f"{name}: KL / on the line between its uniform neighbours, prefill"
+        run.add(f"line_{name}", label, ratio, "x", most=1)
 
 
-def killed(store: Path, work: Path) -> Figures:
+def killed(run: Run) -> None:
     """SIGKILL to a sweep's process group ten times at random moments; then the report against an uninterrupted one."""
+    work = run.work
     whole = _whole(work)
     draw, between = random.Random(_SEED), 0
     for number in range(_KILLS):
@@ -89,31 +71,38 @@ def killed(store: Path, work: Path) -> Figures:
         between += 0 < done < len(RECIPES)
         log(f"kill {number + 1} of {_KILLS} after {delay:.1f} s: {done} points are there")
     run_step("the sweep after ten kills", _command(work / "killed"))
-    return {
-        "killed_differences": _differences(whole, _report(work / "killed")),
-        "killed_between": float(between),
-    }
+    differences = _differences(whole, _report(work / "killed"))
+    run.add("killed_differences", "points that differ after ten kills", differences, most=0)
+    run.add("killed_between", "  kills after which some points were there, not all", between, least=1)
 
 
-def dask(store: Path, work: Path) -> Figures:
+def dask(run: Run) -> None:
     """The same sweep on two local workers."""
     from distributed import LocalCluster
 
-    whole = _whole(work)
+    whole = _whole(run.work)
     with LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None) as cluster:
-        command = [*_command(work / "dask"), "--scheduler", cluster.scheduler_address]
+        command = [*_command(run.work / "dask"), "--scheduler", cluster.scheduler_address]
         run_step("sweeping on two Dask workers", command)
-    return {"dask_differences": _differences(whole, _report(work / "dask"))}
+    differences = _differences(whole, _report(run.work / "dask"))
+    run.add("dask_differences", "points that differ on two Dask workers", differences, most=0)
 
 
-def text(store: Path, work: Path) -> Figures:
+def text(run: Run) -> None:
     """Calibration of a trained text model; see `benchmarks.suites.quantization_quality`."""
     folder = os.environ.get(TEXT_MODEL)
     if not folder:
-        log(f"trained text model: skipped, no bar judged: set {TEXT_MODEL} to a Transformers folder (see the README)")
-        return {}
-    command = [sys.executable, "-m", "benchmarks.suites.quantization_quality", folder]
-    return result("quantizing a trained text model nine ways", command)
+        log(f"trained text model: skipped, no bar judged: {TEXT_MODEL} is not set (docs/BENCHMARKS.md)")
+        return
+    from benchmarks.suites.quantization_quality import text_model  # torch comes with it
+
+    found = call("quantizing a trained text model nine ways", text_model, folder)
+    best = min(found[name]["kl"] for name in ("fit", "gptq", "awq", "dwq"))
+    label = "trained text model: KL of int4 that the best calibration recovers"
+    run.add("text_recovered", label, 1 - best / found["int4"]["kl"], least=0.5)
+    for name, figures in found.items():
+        run.add(f"text_{name}_kl", f"  {name}: KL", figures["kl"], "nats")
+        run.add(f"text_{name}_top1", f"  {name}: top-1 agreement", figures["top1"])
 
 
 SECTIONS = {"sweep": sweep, "sweep-killed": killed, "sweep-dask": dask, "text-model": text}
@@ -140,7 +129,7 @@ def _report(folder: Path) -> dict[str, Any]:
     return found
 
 
-def _differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> float:
+def _differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> int:
     """Points that are not the same in two reports, timings left out; CheckFailed when the rest differs."""
     points = [{point["name"]: point for point in report["points"]} for report in (one, other)]
     count = sum(points[0].get(name) != points[1].get(name) for name in points[0].keys() | points[1].keys())
@@ -149,7 +138,7 @@ def _differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> float:
     ]
     if not count and rest[0] != rest[1]:
         raise CheckFailed("two sweeps: the points are the same, the reports are not")
-    return float(count)
+    return count
 
 
 def _on_the_line(found: Mapping[str, Mapping[str, float]], size: float) -> float:

@@ -1,39 +1,30 @@
-"""The steps of `benchmarks export` that need the models: `python -m benchmarks.suites.steps NAME ARGUMENT...`, a
-process each.
+"""Steps of the benchmarks that need the models; each is called in a process of its own (`suite.call`)."""
 
-Arguments are text: paths first. The last line of stdout is one JSON document: figures by the keys of
-`benchmarks.suites.export.BARS`.
-"""
-
-import json
 import statistics
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-from fastvlm.common.cli import progress, quiet_libraries
+from fastvlm.common.cli import progress
 
 ROUNDS = 5  # timed runs of each side, interleaved, after one warm-up
 
 
-def synthetic(target: str, shape: str = "0.5b") -> dict[str, float]:
+def synthetic(target: str, shape: str) -> None:
     """Write the random checkpoint of a real shape."""
     from fastvlm.synthetic.checkpoint import write_checkpoint
 
     large = shape == "7b"  # as it is published
     write_checkpoint(target, shape=shape, dtype="bfloat16" if large else "float16", shards=4 if large else 1)
-    return {}
 
 
-def plain_export(checkpoint: str, target: str, image_size: str = "1024") -> dict[str, float]:
+def plain_export(checkpoint: str, target: str, image_size: int = 1024) -> None:
     """What a script by hand does: timm's encoder, `torch.jit.trace`, `ct.convert`; nobody turns gradients off."""
     import torch
 
     from model_export.encoder.coreml import coremltools, quiet_conversion
 
-    ct, model, pixels = coremltools(), plain_encoder(checkpoint), torch.rand(1, 3, int(image_size), int(image_size))
+    ct, model, pixels = coremltools(), plain_encoder(checkpoint), torch.rand(1, 3, image_size, image_size)
     model.requires_grad_(True)
     model.forward = model.forward_features
     with quiet_conversion():
@@ -45,28 +36,25 @@ def plain_export(checkpoint: str, target: str, image_size: str = "1024") -> dict
             skip_model_load=True,
         )
     package.save(target)
-    return {}
 
 
 def executor(checkpoint: str, package: str) -> dict[str, float]:
-    """Medians of interleaved runs of the plain module and of the executor in both policies, same threads; ratios."""
+    """Median seconds of the plain module and of the executor in both policies, in interleaved runs, same threads."""
     import torch
 
     from model_export import contract, mil
 
     plain, pixels = plain_encoder(checkpoint), torch.rand(1, 3, 1024, 1024, generator=torch.Generator().manual_seed(0))
     inputs = {contract.INPUT: pixels.numpy()}
-    programs = {
-        "executor_float32": mil.load(package, compute="float32"),
-        "executor_typed": mil.load(package, compute="as-typed"),
-    }
+    float32, typed = (mil.load(package, compute=policy) for policy in ("float32", "as-typed"))
 
     def run_plain() -> None:
         with torch.inference_mode():
             plain.forward_features(pixels)
 
-    runs: dict[str, Callable[[], Any]] = {"plain": run_plain}
-    runs |= {name: lambda program=program: program.predict(inputs) for name, program in programs.items()}  # type: ignore[misc]
+    runs: dict[str, Callable[[], Any]] = {
+        "plain": run_plain, "float32": lambda: float32.predict(inputs), "typed": lambda: typed.predict(inputs),
+    }  # fmt: skip
     times: dict[str, list[float]] = {name: [] for name in runs}
     with progress("timing", (ROUNDS + 1) * len(runs)) as advance:
         for _ in range(ROUNDS + 1):
@@ -75,12 +63,10 @@ def executor(checkpoint: str, package: str) -> dict[str, float]:
                 run()
                 times[name].append(time.perf_counter() - start)
                 advance()
-    medians = {name: statistics.median(spent[1:]) for name, spent in times.items()}
-    ratios = {f"{name}_ratio": medians[name] / medians["plain"] for name in programs}
-    return {f"{name}_median": seconds for name, seconds in medians.items()} | ratios
+    return {name: statistics.median(seconds[1:]) for name, seconds in times.items()}
 
 
-def encoder_parity(checkpoint: str, half: str, single: str) -> dict[str, float]:
+def encoder_parity(checkpoint: str, *packages: str) -> list[float]:
     """SNR in dB of the saved real-shape packages, run by the executor as typed, against the plain PyTorch module."""
     import torch
 
@@ -94,33 +80,30 @@ def encoder_parity(checkpoint: str, half: str, single: str) -> dict[str, float]:
     with torch.inference_mode():
         features = plain_encoder(checkpoint).forward_features(torch.from_numpy(pixels))
     expected = features.flatten(2).transpose(1, 2).numpy()
-    figures = {}
-    for key, package in (("snr_typed", half), ("snr_float32", single)):
-        actual = mil.load(package, compute="as-typed").predict({contract.INPUT: pixels})[contract.OUTPUT]
-        figures[key] = snr_db(expected, actual)
-    return figures
+    actual = [mil.load(one, compute="as-typed").predict({contract.INPUT: pixels})[contract.OUTPUT] for one in packages]
+    return [snr_db(expected, features) for features in actual]
 
 
-def answers(checkpoint: str, *artefacts: str) -> dict[str, float]:
-    """Greedy answers to the 500 held-out questions: PyTorch over the checkpoint, then each artefact (demo-RECIPE)."""
+def answers(checkpoint: str, artefacts: dict[str, str]) -> dict[str, dict[str, float]]:
+    """Greedy answers to the 500 held-out questions of PyTorch over the checkpoint ("reference") and of each artefact,
+    by its name: shares of the "same" as the reference's, and of "exact" ones."""
     import fastvlm
     from fastvlm.data import scenes
     from model_export import runtime
 
-    asked = list(scenes.questions(500))
-    models = {"reference": fastvlm.load(checkpoint)} | {
-        Path(path).name.removeprefix("demo-"): runtime.load(path) for path in artefacts
-    }
-    given: dict[str, list[str]] = {}
-    with progress("asking", len(asked) * len(models)) as advance:
+    questions = list(scenes.questions(500))
+    models = {"reference": fastvlm.load(checkpoint)} | {name: runtime.load(path) for name, path in artefacts.items()}
+    given: dict[str, list[str]] = {name: [] for name in models}
+    with progress("asking", len(questions) * len(models)) as advance:
         for name, model in models.items():
-            given[name] = []
-            for question in asked:
+            for question in questions:
                 given[name].append(model.generate(question.question, question.image, max_new_tokens=64).strip())
                 advance()
-    truth = [question.answer for question in asked]
-    same = {f"answers_{name}": share(given[name], given["reference"]) for name in given if name != "reference"}
-    return same | {f"exact_{name}": share(answers, truth) for name, answers in given.items()}
+    truth = [question.answer for question in questions]
+    return {
+        "same": {name: share(given[name], given["reference"]) for name in artefacts},
+        "exact": {name: share(answers, truth) for name, answers in given.items()},
+    }
 
 
 def share(answers: list[str], wanted: list[str]) -> float:
@@ -134,12 +117,3 @@ def plain_encoder(checkpoint: str) -> Any:
     from fastvlm.model.build import encoder
 
     return encoder(open_checkpoint(checkpoint))
-
-
-STEPS: dict[str, Callable[..., dict[str, float]]] = {
-    step.__name__: step for step in (synthetic, plain_export, executor, encoder_parity, answers)
-}
-
-if __name__ == "__main__":
-    quiet_libraries()
-    print(json.dumps(STEPS[sys.argv[1]](*sys.argv[2:])))

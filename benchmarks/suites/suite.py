@@ -1,139 +1,133 @@
-"""What the benchmarks with bars share: sections of steps, each in a process of its own; figures beside their bars."""
+"""The benchmarks with bars: sections of steps, each in a process of its own; figures beside their bars."""
 
 import argparse
 import json
 import math
-import platform
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
 from benchmarks import environment
+from benchmarks.suites import step, steps
 from fastvlm.common import children, threads
-from fastvlm.common.children import ROOT
+from fastvlm.common.children import ROOT, Finished
 from fastvlm.common.cli import add_common, log, progress
 from fastvlm.common.errors import CheckFailed
 from fastvlm.common.files import Output
-from fastvlm.common.terminal import Console
+from fastvlm.common.terminal import mark, print_table
 
 DEMO = ROOT / "fastvlm" / "demo_checkpoint"
 _SIGNS = {"<=": "≤", ">=": "≥", "<": "<"}
-Figures = dict[str, float]
-Section = Callable[[Path, Path], Figures]  # (store, work): what is kept between runs, and this run's own folder
 
 
-@dataclass(frozen=True)
-class Bar:
-    """What a figure must reach (an issue's "What it must show"); None: reported."""
+@dataclass
+class Run:
+    """A run of a suite: `store` keeps what later runs need, too, `work` is this run's own folder."""
 
-    figure: str
-    sense: str
-    bound: float | None
-    unit: str
+    store: Path
+    work: Path
+    figures: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def add(
+        self, key: str, label: str, value: float, unit: str = "", *, most: float | None = None,
+        least: float | None = None, below: float | None = None,
+    ) -> None:  # fmt: skip
+        """Report a figure, with the bar that it must reach; without one it is only reported."""
+        bars = {">=": least, "<": below, "<=": most}
+        sense, bound = next(((sense, bound) for sense, bound in bars.items() if bound is not None), ("<=", None))
+        if key in self.figures:
+            raise KeyError(f"two figures {key}")
+        self.figures[key] = judge(label, value, unit, sense, bound)
+
+    def add_cost(
+        self, key: str, label: str, done: Finished, most: float | None = None, peak: float | None = None
+    ) -> None:
+        """Report a process's time, with a bar in s, and its peak memory, with one in GB."""
+        self.add(f"{key}_seconds", label, done.seconds, "s", most=most)
+        self.add(f"{key}_peak", "  its peak memory", done.peak_gb, "GB", most=peak)
+
+
+Section = Callable[[Run], None]
 
 
 @dataclass(frozen=True)
 class Suite:
-    """A benchmark: `sections` by name fill in figures by the keys of `bars`."""
+    """A benchmark: named sections that report figures."""
 
     name: str
-    bars: Mapping[str, Bar]
     sections: Mapping[str, Section]
 
 
-def add_suite(subparsers: Any, suite: Suite, help: str, description: str) -> argparse.ArgumentParser:
+def add_suite(subparsers: Any, suite: Suite, help: str, description: str) -> None:
     """Add the suite's verb."""
-    parser: argparse.ArgumentParser = subparsers.add_parser(suite.name, help=help, description=description)
+    parser = subparsers.add_parser(suite.name, help=help, description=f"{description} Exit 1 when a bar is missed.")
     parser.add_argument(
-        "--section",
-        nargs="+",
-        choices=tuple(suite.sections),
-        default=list(suite.sections),
-        metavar="NAME",
+        "--section", nargs="+", choices=tuple(suite.sections), default=list(suite.sections), metavar="NAME",
         help=f"of {', '.join(suite.sections)} (default: all)",
-    )
+    )  # fmt: skip
     parser.add_argument(
-        "--work-dir",
-        type=Output(),
-        default="build/benchmarks",
-        metavar="DIR",
+        "--work-dir", type=Output(), default="build/benchmarks", metavar="DIR",
         help="where the synthetic checkpoints are kept, 1.3 GB, and 15 GB of 7B (default: %(default)s)",
-    )
+    )  # fmt: skip
     add_common(parser)
     parser.set_defaults(run=partial(run, suite))
-    return parser
 
 
 def run(suite: Suite, args: argparse.Namespace) -> dict[str, Any]:
-    """Run the chosen sections, print the table. "passed" is False when a bar is missed.
-
-    KeyError for a figure that has no bar: a mistake in a section.
-    """
+    """Run the chosen sections, print the table. "passed" is False when a bar is missed."""
     store = Path(args.work_dir).resolve()
     store.mkdir(parents=True, exist_ok=True)
     before = environment.load()
-    measured: Figures = {}
     with tempfile.TemporaryDirectory(dir=store, prefix="run.") as work:
+        current = Run(store, Path(work))
         for name, section in suite.sections.items():
             if name in args.section:
-                measured |= section(store, Path(work))
-    if unknown := sorted(measured.keys() - suite.bars.keys()):
-        raise KeyError(f"{suite.name}: figures without a bar, which no table would show: {', '.join(unknown)}")
-    figures = {key: judge(bar, measured[key]) for key, bar in suite.bars.items() if key in measured}
-    known = environment.describe() | {"torch_threads": threads.count()}
+                section(current)
     document = {
-        "passed": all(figure["passed"] is not False for figure in figures.values()),
-        "figures": figures,
-        "environment": known,
+        "suite": suite.name,
+        "passed": all(figure["passed"] is not False for figure in current.figures.values()),
+        "figures": current.figures,
+        "environment": environment.describe() | {"torch_threads": threads.count()},
         "load_before": before,
         "load_after": environment.load(),
     }
     if not args.json:
-        print_table(suite.name, document)
+        print_document(suite.name, document)
     return document
 
 
-def judge(bar: Bar, value: float) -> dict[str, Any]:
-    """The bar with the figure's value (four digits, more where they would round it onto its bound; None where it is not
-    finite, which JSON has not) and `passed`."""
+def judge(label: str, value: float, unit: str, sense: str, bound: float | None) -> dict[str, Any]:
+    """A figure with its bar and `passed`. The value has four digits, more where they would round it onto its bound; it
+    is None where it is not finite, which JSON has not."""
     passed, digits = None, 4
-    if bar.bound is not None:
-        passed = {"<=": value <= bar.bound, ">=": value >= bar.bound, "<": value < bar.bound}[bar.sense]
-        digits = 8 if float(f"{value:.4g}") == bar.bound else 4
-    return {**asdict(bar), "value": float(f"{value:.{digits}g}") if math.isfinite(value) else None, "passed": passed}
+    if bound is not None:
+        passed = {"<=": value <= bound, ">=": value >= bound, "<": value < bound}[sense]
+        digits = 8 if float(f"{value:.4g}") == bound else 4
+    shown = float(f"{value:.{digits}g}") if math.isfinite(value) else None
+    return {"figure": label, "sense": sense, "bound": bound, "unit": unit, "value": shown, "passed": passed}
 
 
-def print_table(title: str, document: dict[str, Any]) -> None:
+def print_document(title: str, document: dict[str, Any]) -> None:
     """Figure, value, bar and mark, then the machine."""
-    table = Table(title=title, title_justify="left")
-    for column, justify in (("figure", "left"), ("measured", "right"), ("bar", "right"), ("", "left")):
-        table.add_column(column, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    rows = []
     for figure in document["figures"].values():
         bar = "" if figure["bound"] is None else f"{_SIGNS[figure['sense']]} {figure['bound']:g} {figure['unit']}"
-        mark = {True: "[green]✓[/]", False: "[red]✗[/]"}.get(figure["passed"], "")
         value = "not finite" if figure["value"] is None else f"{figure['value']:.8g} {figure['unit']}"
-        table.add_row(figure["figure"].replace("[", "\\["), value, bar, mark)
-    console = Console(highlight=False)
-    console.print(table)
-    load = document["load_before"]["1min"]
-    console.print(environment.machine_line(document["environment"]) + f", load before {load:.1f}", markup=False)
-    console.print(
-        f"{platform.python_implementation()} {document['environment']['python']}, "
-        + ", ".join(f"{k} {v}" for k, v in document["environment"]["packages"].items()),
-        markup=False,
-    )
+        rows.append((figure["figure"], value, bar, "" if figure["passed"] is None else mark(figure["passed"])))
+    print_table(title, ("figure", "measured", "bar", ""), rows, numbers=("measured", "bar"))
+    print(f"load before: {document['load_before']['1min']:.1f}")
+    for name, line in environment.notes(document["environment"]):
+        print(f"{name}: {line}")
 
 
 # Steps
 
 
-def run_step(description: str, command: Sequence[str], check: bool = True) -> children.Finished:
+def run_step(description: str, command: Sequence[str], check: bool = True) -> Finished:
     """Run a command in a process of its own. Raises CheckFailed when it fails, unless `check` is False."""
     with progress(description):
         done = children.run(command, log)
@@ -142,11 +136,12 @@ def run_step(description: str, command: Sequence[str], check: bool = True) -> ch
     return done
 
 
-def result(description: str, command: Sequence[str]) -> dict[str, Any]:
-    """What a step printed as its last line; logged, too, so that an interrupted run has told what it found."""
-    document = run_step(description, command).document(description)
-    log(f"{description}: {json.dumps(document)}")
-    return document
+def call(description: str, function: Callable[..., Any], *arguments: Any) -> Any:
+    """What a module's function returns (JSON), called in a process of its own; logged, too, so that an interrupted run
+    has shown its results."""
+    found = run_step(description, step.command(function, *arguments)).document(description)["result"]
+    log(f"{description}: {json.dumps(found)}")
+    return found
 
 
 def export(verb: str, checkpoint: Path, target: Path, *flags: str) -> list[str]:
@@ -155,14 +150,9 @@ def export(verb: str, checkpoint: Path, target: Path, *flags: str) -> list[str]:
     return [sys.executable, "-m", "model_export", verb, *paths, *flags]
 
 
-def step(module: str, name: str, *arguments: object) -> list[str]:
-    """The command of a step of `benchmarks.MODULE`."""
-    return [sys.executable, "-m", f"benchmarks.suites.{module}", name, *map(str, arguments)]
-
-
 def synthetic(store: Path, shape: str = "0.5b") -> Path:
     """A checkpoint of a real shape with random weights, made once."""
     target = store / f"synthetic-{shape}"
     if not target.is_dir():
-        run_step(f"writing a random checkpoint of the {shape} shape", step("steps", "synthetic", target, shape))
+        call(f"writing a random checkpoint of the {shape} shape", steps.synthetic, target, shape)
     return target

@@ -13,8 +13,8 @@ from benchmarks.peers.report import print_peers
 from benchmarks.ttft.figures import busy, fastest, figures, medians, ranked, ratios, title
 from benchmarks.ttft.repeat import SLOWDOWN
 from benchmarks.ttft.runner import STAGES
+from fastvlm.common import page
 from fastvlm.common.cli import wide_console
-from fastvlm.common.page import templates
 from fastvlm.common.staging import write_file
 from fastvlm.common.terminal import Console
 
@@ -36,6 +36,7 @@ _LEGEND = (
     " same picture; tok/s: decoding; GB: peak memory; dB: the encoder's features against Transformers' in float32,"
     " signal to noise (–: not compared)."
 )
+TEMPLATE = Path(__file__).parent / "templates" / "ttft.html.j2"
 BARS = STAGES[:5]  # of a stacked bar; together the app's total
 TABLES = (tuple(LABELS), STAGES)  # the page's, by columns
 
@@ -188,12 +189,17 @@ def write(path: Path, document: Mapping[str, Any]) -> None:
 
 def render(document: Mapping[str, Any]) -> str:
     """The page as text. Names and errors are data: all of them are escaped."""
-    pages = templates(Path(__file__).with_name("templates"))
-    pages.filters |= {"shown": lambda value, key: shown(key, value), "settings": settings_of}
-    return pages.get_template("ttft.html.j2").render(
-        document=document, points=[_panel(document, point) for point in document["points"]], labels=LABELS, bars=BARS,
-        notes=notes(document), warnings=warnings(document), verdict=verdict(document), ratios=ratios(document),
+    filters: dict[str, Any] = {"shown": lambda value, key: shown(key, value), "settings": settings_of, "label": label}
+    return page.render(
+        TEMPLATE, filters, document=document, points=[_panel(document, point) for point in document["points"]],
+        bars=BARS, notes=notes(document), warnings=warnings(document), verdict=verdict(document),
+        ratios=ratios(document),
     )  # fmt: skip
+
+
+def label(key: str) -> str:
+    """A column's heading."""
+    return LABELS.get(key, key)
 
 
 def _panel(document: Mapping[str, Any], point: Mapping[str, Any]) -> dict[str, Any]:

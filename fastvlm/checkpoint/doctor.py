@@ -1,7 +1,6 @@
 """`python -m fastvlm doctor PATH`: what a checkpoint is, all that is wrong with it, and how it can be exported."""
 
 import argparse
-import json
 import os
 import shlex
 from collections.abc import Callable
@@ -195,8 +194,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if not args.json:
         print(report.text())
     if report.faults:
-        if args.json:
-            print(json.dumps(report.document()), flush=True)
-        listed = "; ".join(map(str, report.faults)) if args.json else f"{len(report.faults)} faults, listed above"
-        raise UserError(f"cannot use checkpoint {args.path}: {listed}")
+        count = f"{len(report.faults)} fault{'s' * (len(report.faults) > 1)}, listed above"
+        listed = "; ".join(map(str, report.faults)) if args.json else count
+        raise UserError(f"cannot use checkpoint {args.path}: {listed}", report.document())
     return report.document()

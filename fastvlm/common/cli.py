@@ -1,6 +1,7 @@
 """What every command line of the project shares: exit codes, --json, --debug and progress."""
 
 import argparse
+import gc
 import json
 import os
 import signal
@@ -8,9 +9,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from itertools import islice
-from pathlib import Path
 from typing import Any, NoReturn
 
 from rich.filesize import decimal
@@ -20,7 +20,6 @@ from rich.table import Table
 from rich.text import Text
 
 from fastvlm.common.errors import CheckFailed, UserError
-from fastvlm.common.files import flag_faults, some_path
 from fastvlm.common.start import EXIT_INTERRUPTED, EXIT_UNUSABLE
 from fastvlm.common.terminal import Console, neutral, plain_streams
 
@@ -28,47 +27,22 @@ EXIT_CHECK_FAILED = 1
 LINE_EVERY = 10.0  # seconds between the lines that say how far a step is, where stderr is no terminal
 LONG = 2.0  # seconds from which on a step is worth a line: one then, and one at its end
 TICK = 1.0  # seconds between looks whether a line is due
+ROOMS = ("fastvlm", "quantization", "model_export", "benchmarks", "app_bridge")
+EXTRAS = {  # packages that only an extra of pyproject.toml brings: module -> extra
+    "dask": "cluster",
+    "distributed": "cluster",
+    "openstep_parser": "app",
+    "tree_sitter": "app",
+    "tree_sitter_swift": "app",
+}
 clock = time.monotonic
 _stopped: list[int] = []  # signals that came during `run`
-
-
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that reports unusable input in one line, all values that types refuse at once; exit code 2."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        kwargs.setdefault("allow_abbrev", False)
-        super().__init__(*args, **kwargs)
-        self.register("type", Path, some_path)  # of every `type=Path`: what is read; see files.Output for what isn't
-        self._refused: list[str] = []
-
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        self._refused = []
-        parsed = super().parse_known_args(args, namespace)
-        if faults := [*self._refused, *flag_faults(self, parsed[0])]:
-            raise UserError("; ".join(faults))
-        return parsed
-
-    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
-        try:
-            return super()._get_value(action, arg_string)  # type: ignore[misc]
-        except argparse.ArgumentError as error:
-            self._refused.append(str(error).removeprefix("argument "))
-        except UserError as error:
-            self._refused.append(f"{'/'.join(action.option_strings) or action.metavar}: {error}")
-        return None
-
-    def _check_value(self, action: argparse.Action, value: Any) -> None:
-        if value is not None:  # a refused one is reported already
-            super()._check_value(action, value)  # type: ignore[misc]
-
-    def error(self, message: str) -> Any:
-        self.exit(EXIT_UNUSABLE, f"error: {message} (see `{self.prog} --help`)\n")
 
 
 def add_common(parser: argparse.ArgumentParser) -> None:
     """Add the flags that every verb has."""
     parser.add_argument(
-        "--json", action="store_true", help="print the result as one JSON document, the last line of stdout"
+        "--json", action="store_true", help="print one JSON document on stdout, and everything else on stderr"
     )
     parser.add_argument("--debug", action="store_true", help="show tracebacks and library logs")
 
@@ -81,39 +55,60 @@ def run(build_parser: Callable[[], argparse.ArgumentParser], argv: Sequence[str]
     if sys.stderr is None:  # closed (2>&-): print would take stdout instead
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     with plain_streams():
-        return _run(build_parser, argv)
+        return _run(build_parser, sys.argv[1:] if argv is None else argv)
 
 
-def _run(build_parser: Callable[[], argparse.ArgumentParser], argv: Sequence[str] | None) -> int:
-    debug, _stopped[:] = False, []
+def _run(build_parser: Callable[[], argparse.ArgumentParser], argv: Sequence[str]) -> int:
+    as_json, debug, _stopped[:] = "--json" in argv, "--debug" in argv, []
     try:
         args = build_parser().parse_args(argv)
-        debug = getattr(args, "debug", False)
         quiet_libraries(debug)
-        document = args.run(args)
+        with redirect_stdout(sys.stderr) if as_json else nullcontext():
+            document = args.run(args)
         failed = isinstance(document, dict) and document.get("passed") is False
-        if getattr(args, "json", False):
-            print(json.dumps(document, default=str, allow_nan=False), flush=True)
+        if as_json:
+            _print(document)
         sys.stdout.flush()
         return EXIT_CHECK_FAILED if failed else 0
     except (Exception, KeyboardInterrupt) as error:
         if _stopped or isinstance(error, KeyboardInterrupt):  # imports make other exceptions of an interrupt
             print("interrupted", file=sys.stderr)
             return EXIT_INTERRUPTED
-        if debug or not isinstance(error, (UserError, CheckFailed, OSError, MemoryError)):
+        missing = _missing(error)
+        if debug or not (missing or isinstance(error, (UserError, CheckFailed, OSError, MemoryError))):
             raise
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        return EXIT_CHECK_FAILED if isinstance(error, CheckFailed) else EXIT_UNUSABLE
+        line, code = missing or one_line(error), EXIT_CHECK_FAILED if isinstance(error, CheckFailed) else EXIT_UNUSABLE
+        print(f"error: {line}", file=sys.stderr)
+        if as_json and not isinstance(error, BrokenPipeError):
+            _print({**(getattr(error, "document", None) or {}), "error": line, "exit_code": code})
+        return code
 
 
-def main(build_parser: Callable[[], argparse.ArgumentParser], at_once: bool = False) -> NoReturn:
-    """`run`, and then the end of the process; `at_once` without taking down what was imported."""
+def _print(document: Any) -> None:
+    print(json.dumps(document, default=str, allow_nan=False), flush=True)
+
+
+def _missing(error: BaseException) -> str:
+    """What to say of a package that a verb needs and that isn't installed; nothing for every other error."""
+    name = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
+    if not name or name in ROOMS:
+        return ""
+    extra = EXTRAS.get(name)
+    return (
+        f"{name}: isn't installed in {sys.prefix}: run `pip install '.{f'[{extra}]' if extra else ''}'` in the project"
+    )
+
+
+def main(build_parser: Callable[[], argparse.ArgumentParser]) -> NoReturn:
+    """`run`, and then the end of the process."""
     code = run(build_parser)
-    if at_once or code == EXIT_INTERRUPTED:  # Python itself would end by the signal that an import was stopped by
+    if code == EXIT_INTERRUPTED:  # Python itself would end by the signal that an import was stopped by
         for stream in (sys.stdout, sys.stderr):
             with suppress(OSError):
                 stream.flush()
         os._exit(code)
+    gc.disable()  # the interpreter's last collections would walk through all of PyTorch: 0.4 s and 0.1 GB
+    gc.freeze()
     sys.exit(code)
 
 
@@ -163,7 +158,7 @@ def shown(pieces: Iterator[str], quiet: bool = False) -> str:
 def wide_console(width: int) -> Console:
     """A console for tables on stdout, at least `width` characters wide where no terminal says otherwise."""
     console = Console(highlight=False)
-    if not console.is_terminal:
+    if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = max(console.width, width)
     return console
 

@@ -118,7 +118,7 @@ def flag_faults(parser: argparse.ArgumentParser, given: argparse.Namespace) -> l
     """`output_faults` of a command line: outputs are the flags of type Output, inputs all others that name a file or
     folder that is there."""
     outputs, inputs = {}, []
-    for action in parser._actions:
+    for action in {action.dest: action for action in reversed(parser._actions)}.values():
         value, flag = getattr(given, action.dest, None), "/".join(action.option_strings[:1]) or str(action.metavar)
         for one in value if isinstance(value, (list, tuple)) else [value]:
             if isinstance(action.type, Output) and isinstance(one, Path):

@@ -1,14 +1,23 @@
 """The first thing that a `__main__.py` does, before its other imports. Standard library only, and little of it."""
 
 import os
+import runpy
 import signal
 import sys
 from contextlib import suppress
+from importlib.util import find_spec
 from typing import Any
 
 from fastvlm.common import threads
 
 EXIT_UNUSABLE, EXIT_INTERRUPTED = 2, 130
+OLDEST = (3, 11)
+NEEDED = ("rich", "numpy", "torch")  # of all dependencies: where one of these is missing, none was installed
+
+
+def command() -> None:
+    """The entry point of the command `fastvlm`."""
+    runpy.run_module("fastvlm", run_name="__main__")
 
 
 def begin() -> None:
@@ -17,6 +26,12 @@ def begin() -> None:
     A KeyboardInterrupt inside an import is a traceback, or is lost in a library that catches it; and nothing needs
     cleaning up yet. A signal that is ignored, as in a job in the background, stays so.
     """
+    if sys.version_info < OLDEST:
+        got, oldest = (".".join(map(str, version)) for version in (sys.version_info[:3], OLDEST))
+        _end(f"error: {sys.executable} is Python {got}, expected {oldest} or newer", EXIT_UNUSABLE)
+    if absent := [name for name in NEEDED if find_spec(name) is None]:
+        line = f"error: {sys.executable} has no {', '.join(absent)}: run `make setup` and then .venv/bin/python, or"
+        _end(f"{line} `pip install .` with this one", EXIT_UNUSABLE)
     os.environ.update(threads.defaults(os.environ))
     for number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) is not signal.SIG_IGN:

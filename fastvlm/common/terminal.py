@@ -5,13 +5,17 @@ escapes of its own colours and bars.
 """
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from typing import IO, Any
 
+from rich import box
 from rich.console import Console as RichConsole
 from rich.console import ConsoleOptions, RenderableType
+from rich.measure import Measurement
 from rich.segment import Segment
+from rich.table import Table
+from rich.text import Text
 
 # All but tab and newline of C0, delete and C1 (ECMA-48), and the marks that turn text around (Unicode TR 9). Written
 # as JSON writes them, so that a printed document stays the same document.
@@ -84,3 +88,49 @@ class Console(RichConsole):
 
     def on_broken_pipe(self) -> None:
         raise BrokenPipeError
+
+
+def mark(passed: bool | None) -> Text:
+    """The sign of a check's outcome: a green tick, a red cross, or a dash for what was not judged."""
+    if passed is None:
+        return Text("–")
+    return Text("✓", "green") if passed else Text("✗", "red")
+
+
+def print_table(
+    title: str, columns: Sequence[str], rows: Iterable[Sequence[str | Text] | None], numbers: Collection[str] = (),
+    console: Console | None = None,
+) -> None:  # fmt: skip
+    """Print a table on stdout, as wide as the terminal, `COLUMNS`, or 80 characters.
+
+    Text is printed as it is, without markup; a row that is None separates sections. The columns named in `numbers` are
+    aligned to the right and never wrapped. Where the table does not fit, each row becomes a block: its first cell, and
+    below it the others with their columns' names.
+    """
+    console = console or Console(highlight=False)
+    cells = [
+        None if row is None else [Text(cell) if isinstance(cell, str) else cell for cell in row] for row in rows
+    ]  # fmt: skip
+    table = Table(title=Text(title, "bold"), title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for column in columns:
+        right = column in numbers
+        table.add_column(Text(column), justify="right" if right else "left", no_wrap=right, overflow="fold")
+    for row in cells:
+        if row is None:
+            table.add_section()
+        else:
+            table.add_row(*row)
+    if Measurement.get(console, console.options.update(max_width=10_000), table).minimum <= console.width:
+        console.print(table)
+    else:
+        console.print(Text(title, "bold"))
+        _print_blocks(console, columns, [row for row in cells if row])
+
+
+def _print_blocks(console: Console, columns: Sequence[str], rows: Sequence[Sequence[Text]]) -> None:
+    for first, *others in rows:
+        console.print(first)
+        cells = [Text.assemble((f"{column} ", "dim"), cell) for column, cell in zip(columns[1:], others) if cell.plain]
+        for line in Text(" · ").join(cells).wrap(console, max(console.width - 2, 20)):
+            line.rstrip()
+            console.print(Text("  ") + line)

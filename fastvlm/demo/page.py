@@ -4,17 +4,16 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
+from fastvlm.common import page
 from fastvlm.common.cli import add_common, log, progress
 from fastvlm.common.errors import UserError
 from fastvlm.common.files import Output, output_faults
-from fastvlm.common.page import data_url, templates
 from fastvlm.common.staging import write_file
-from fastvlm.common.terminal import Console
+from fastvlm.common.terminal import mark, print_table
 from fastvlm.data import scenes
 
 PAGE = "index.html"
+TEMPLATE = Path(__file__).parent / "templates" / "demo.html.j2"
 PASS_MARK = 0.95  # of the held-out questions, for a checkpoint that is trained anew
 
 
@@ -73,8 +72,8 @@ def show(model_path: str, count: int, seed: int, folder: Path, quiet: bool) -> d
     right = sum(exact for *_, exact in rows)
     if not quiet:
         _print_table(rows, right)
-    page = _write_page(rows, right, model, model_path, folder)
-    log(f"page: {page}")
+    written = _write_page(rows, right, model, model_path, folder)
+    log(f"page: {written}")
     kinds = {
         kind: [sum(exact for q, _, exact in rows if q.kind == kind), sum(q.kind == kind for q, *_ in rows)]
         for kind in scenes.KINDS
@@ -85,26 +84,26 @@ def show(model_path: str, count: int, seed: int, folder: Path, quiet: bool) -> d
         "questions": count,
         "exact": right,
         "kinds": kinds,
-        "page": str(page),
+        "page": str(written),
         "runners": model.runners,
     }
 
 
 def _print_table(rows: list, right: int) -> None:
-    table = Table(title=f"{right} of {len(rows)} exact")
-    for column in ("kind", "question", "answer", "truth", ""):
-        table.add_column(column, overflow="fold")
-    for question, answer, exact in rows:
-        table.add_row(question.kind, question.question, answer, "" if exact else question.answer, "✓" if exact else "✗")
-    Console().print(table)
+    wrong = right < len(rows)  # otherwise the answers are the truth
+    columns = ["kind", "question", "answer", *(["truth"] if wrong else []), ""]
+    cells = [
+        (q.kind, q.question, answer, *(["" if exact else q.answer] if wrong else []), mark(exact))
+        for q, answer, exact in rows
+    ]
+    print_table(f"{right} of {len(rows)} exact", columns, cells)
 
 
 def _write_page(rows: list, right: int, model: Any, model_path: str, folder: Path) -> Path:
-    pages = templates(Path(__file__).with_name("templates"))
     cards = [
         {
             "kind": q.kind,
-            "image": data_url(q.image),
+            "image": page.data_url(q.image),
             "question": q.question,
             "answer": answer,
             "truth": q.answer,
@@ -112,12 +111,9 @@ def _write_page(rows: list, right: int, model: Any, model_path: str, folder: Pat
         }
         for q, answer, exact in rows
     ]
-    text = pages.get_template("demo.html").render(
-        cards=cards, right=right, model=model_path, runner=model.language.name
-    )
-    page = folder / PAGE
-    write_file(page, text.encode())
-    return page
+    text = page.render(TEMPLATE, cards=cards, right=right, model=model_path, runner=model.language.name)
+    write_file(folder / PAGE, text.encode())
+    return folder / PAGE
 
 
 def train(folder: Path, seed: int, overwrite: bool) -> dict[str, Any]:

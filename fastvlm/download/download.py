@@ -59,13 +59,20 @@ def add_parser(subparsers: Any) -> None:
         "download", help="download a published checkpoint or ready-made model, or a hub repository"
     )
     add = parser.add_argument
-    add("name", nargs="?", metavar="NAME", help=f"{', '.join(PUBLISHED)}, or a hub's org/name[@revision]")
+    names = f"{', '.join(PUBLISHED)}, 0.5B for fastvlm_0.5b_stage3, or a hub's org/name[@revision]"
+    add("name", nargs="?", type=full_name, metavar="NAME", help=names)
     add("--all", action="store_true", help="the six published checkpoints")
     add("--output-dir", type=Path, default=Path("checkpoints"), help="makes NAME in it (default: %(default)s)")
     add("--overwrite", action="store_true", help="download again; the new one replaces the old when it is whole")
     add("--dry-run", action="store_true", help="say what would be downloaded, and how many bytes")
     add_common(parser)
     parser.set_defaults(run=run)
+
+
+def full_name(name: str) -> str:
+    """The published checkpoint that a size stands for, as 0.5B or FastVLM-0.5B; every other name as it is."""
+    size = name.lower().removeprefix("fastvlm").lstrip("-_")
+    return str(ZOO["short"].get(size, name))
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -86,9 +93,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     document = {"checkpoints": results}
     failed = [f"{result['name']}: {result['error']}" for result in results if result["status"] == "failed"]
     if failed:
-        if args.json:
-            print(json.dumps(document), flush=True)
-        raise UserError(f"{len(failed)} of {len(results)} downloads failed: {'; '.join(failed)}")
+        raise UserError(f"{len(failed)} of {len(results)} downloads failed: {'; '.join(failed)}", document)
     return document
 
 

@@ -3,13 +3,14 @@
 import argparse
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from fastvlm.common.arguments import number, whole_number
 from fastvlm.common.cli import add_common, log, progress, shown
 from fastvlm.common.dtypes import DEVICES, choose_device
 from fastvlm.common.errors import UserError
@@ -34,7 +35,7 @@ def add_parser(subparsers: Any) -> None:
         help="ask a checkpoint about pictures (PyTorch)",
         description="Ask every prompt about every picture; one that names <image> several times, about all of them.",
     )
-    parser.add_argument("--model-path", required=True, metavar="CHECKPOINT", help="a checkpoint folder")
+    parser.add_place("--model-path", type=str, metavar="CHECKPOINT", help="a checkpoint's folder")
     parser.add_argument(
         "--image-file", nargs="+", default=[], metavar="FILE", help="one picture or more; none for a text-only prompt"
     )
@@ -42,14 +43,16 @@ def add_parser(subparsers: Any) -> None:
         "--prompt", nargs="+", default=["Describe the image."], help="one prompt or more (default: %(default)s)"
     )
     parser.add_argument(
-        "--temperature", type=float, default=0.0, help="0 (the default) always takes the likeliest token"
+        "--temperature", type=number(0), default=0.0, help="0 (the default) always takes the likeliest token"
     )
-    parser.add_argument("--top_p", "--top-p", type=float, default=None, help="nucleus sampling, in (0, 1]")
-    parser.add_argument("--num_beams", "--num-beams", type=int, default=1, help="beam search (default: %(default)s)")
+    parser.add_argument("--top_p", "--top-p", type=number(0, 1), default=None, help="nucleus sampling, in (0, 1]")
+    parser.add_argument(
+        "--num_beams", "--num-beams", type=whole_number(), default=1, help="beam search (default: %(default)s)"
+    )
     parser.add_argument(
         "--conv-mode", choices=CONV_MODES, default="qwen_2", help="prompt template (default: %(default)s)"
     )
-    parser.add_argument("--max-new-tokens", type=int, default=256, help="(default: %(default)s)")
+    parser.add_argument("--max-new-tokens", type=whole_number(), default=256, help="(default: %(default)s)")
     parser.add_argument("--image-strategy", choices=("pad", "center_crop"), help="(default: the checkpoint's own)")
     parser.add_argument(
         "--device", choices=DEVICES, default="auto", help="auto takes cuda or mps where there is one, and says so"
@@ -67,6 +70,7 @@ def add_parser(subparsers: Any) -> None:
         help="of the text decoder only; the vision backbone is eager",
     )
     add_common(parser)
+    parser.check(_faults)
     parser.set_defaults(run=run)
 
 
@@ -86,7 +90,6 @@ def plan(pictures: int, prompts: Sequence[str]) -> list[Job]:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Answer and print; returns the document with every answer."""
-    _check(args)
     jobs = plan(len(args.image_file), args.prompt)
     started = time.monotonic()
     with progress(f"load {args.model_path}"):
@@ -139,16 +142,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _check(args: argparse.Namespace) -> None:
-    faults = []
-    if args.num_beams < 1:
-        faults.append(f"--num_beams: got {args.num_beams}, expected 1 or more")
-    if args.max_new_tokens < 1:
-        faults.append(f"--max-new-tokens: got {args.max_new_tokens}, expected 1 or more")
-    if args.image_file == [] and any(IMAGE in prompt for prompt in args.prompt):
-        faults.append(f"--prompt: names {IMAGE} but there is no --image-file")
-    if faults:
-        raise UserError("; ".join(faults))
+def _faults(args: argparse.Namespace) -> Iterator[str]:
+    if not args.image_file and any(IMAGE in prompt for prompt in args.prompt):
+        yield f"--prompt: names {IMAGE} but there is no --image-file"
 
 
 def generate_batch(model: Any, embeds: Sequence[np.ndarray], args: argparse.Namespace) -> list[str]:

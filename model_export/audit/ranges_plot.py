@@ -1,39 +1,24 @@
 """The plot of `python -m model_export ranges`: every operation's largest value against float16's limit."""
 
-import io
 import re
 from pathlib import Path
 from typing import Any
 
-from fastvlm.common.staging import write_file
-from model_export.audit.ranges_report import computing, times
+from fastvlm.common import plots
+from model_export.audit.range_summary import computing, times
 from model_export.encoder.fp16 import HEADROOM, LARGEST
 from model_export.encoder.ranges import Range
 
-_INK, _SOFT, _LINE = "#1d1d1f", "#6e6e73", "#d2d2d7"
-_VALUE, _SQUARE, _WEIGHT, _WARM, _BAD = "#0066cc", "#8944ab", "#c93400", "#fff3d6", "#fde3e1"
-_OVER, _EXPORTED = "#d70015", "#248a3d"
+_COLOURS = plots.FILE
+_VALUE, _SQUARE, _WEIGHT = _COLOURS["blue"], _COLOURS["purple"], _COLOURS["orange"]
 _FLOOR = 2.0**-8  # what is smaller (all zero, too) lies on the axis: nothing of interest to the limit
-_BEHIND: dict[str, Any] = {"facecolor": "white", "edgecolor": "none", "pad": 1.5, "alpha": 0.9}
 
 
 def write_plot(ranges: list[Range], target: Path, title: str) -> None:
     """Draw to `target` (.png or .svg), which appears whole or not at all. OSError where it cannot be written."""
-    import matplotlib
-
-    style: Any = {"svg.hashsalt": "ranges", "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10}
-    with matplotlib.rc_context(style):
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(12, 6.4), dpi=150)
-        FigureCanvasAgg(figure)
+    with plots.figure(12, 6.4, "ranges") as figure:
         _draw(figure, ranges, title)
-        content = io.BytesIO()
-        kind = target.suffix.lower().removeprefix(".")
-        metadata: dict[str, Any] = {"Date": None, "Creator": None} if kind == "svg" else {"Software": None}
-        figure.savefig(content, format=kind, metadata=metadata)
-    write_file(target, content.getvalue())
+        plots.write(figure, target)
 
 
 def _draw(figure: Any, ranges: list[Range], title: str) -> None:
@@ -41,14 +26,14 @@ def _draw(figure: Any, ranges: list[Range], title: str) -> None:
     operations, names = [found for found, _ in shown], [place for _, place in shown]
     values = figure.add_axes((0.07, 0.30, 0.915, 0.575))
     shares = figure.add_axes((0.07, 0.09, 0.915, 0.155), sharex=values)
-    figure.text(0.07, 0.965, title, color=_INK, fontsize=11, va="center")
+    figure.text(0.07, 0.965, title, color=_COLOURS["ink"], fontsize=11, va="center")
     _values(values, operations, names)
     _shares(shares, operations)
     _stages(values, shares, names)
     shares.set_xlim(-1, len(operations))
     moves = len(ranges) - len(operations)
     shares.set_xlabel(
-        f"operation, in order of execution ({len(operations)}; {moves} that only move values are left out)", color=_SOFT
+        f"operation, in order of execution ({len(operations)}; {moves} that only move values are left out)"
     )
 
 
@@ -61,25 +46,27 @@ def _values(axes: Any, operations: list[Range], names: list[str]) -> None:
     axes.set_yscale("log", base=2)
     axes.set_ylim(bottom, top)
     axes.set_yticks([2.0**power for power in range(-8, 128, 4) if bottom <= 2.0**power <= top])
-    axes.axhspan(LARGEST / HEADROOM, LARGEST, color=_WARM, linewidth=0, zorder=0)
-    axes.axhspan(LARGEST, top, color=_BAD, linewidth=0, zorder=0)
+    axes.axhspan(LARGEST / HEADROOM, LARGEST, color=_COLOURS["warnwash"], linewidth=0, zorder=0)
+    axes.axhspan(LARGEST, top, color=_COLOURS["badwash"], linewidth=0, zorder=0)
     for height, text in ((LARGEST, "65504: overflow"), (LARGEST / HEADROOM, f"65504 / {HEADROOM:g}: little headroom")):
-        axes.axhline(height, color=_OVER, linewidth=1, linestyle="-" if height == LARGEST else (0, (5, 3)))
+        axes.axhline(height, color=_COLOURS["bad"], linewidth=1, linestyle="-" if height == LARGEST else (0, (5, 3)))
         place = {"transform": axes.get_yaxis_transform(), "ha": "left", "va": "bottom", "fontsize": 9}
-        axes.text(0.004, height * 1.08, text, color=_OVER, **place)
+        axes.text(0.004, height * 1.08, text, color=_COLOURS["bad"], **place)
     axes.plot(range(len(largest)), largest, color=_VALUE, linewidth=1.1, label="largest magnitude", zorder=3)
     if any(found.exponent for found in operations):
         held = [max(found.largest * 2.0**-found.exponent, _FLOOR) for found in operations]
-        axes.plot(range(len(held)), held, color=_EXPORTED, linewidth=1.1, label="as the export carries it", zorder=3)
+        axes.plot(
+            range(len(held)), held, color=_COLOURS["good"], linewidth=1.1, label="as the export carries it", zorder=3
+        )
     hot = [(index, value) for index, value in enumerate(largest) if value * HEADROOM > LARGEST]
     axes.plot(*_columns(hot), ".", color=_VALUE, markersize=7, markeredgewidth=0, zorder=4)
     if squares:
         label = "largest square inside a LayerNorm"
         axes.plot(*_columns(squares), "D", color=_SQUARE, markersize=5, markeredgewidth=0, label=label, zorder=4)
     _mark(axes, operations, names)
-    axes.set_ylabel("magnitude", color=_SOFT)
+    axes.set_ylabel("magnitude")
     axes.tick_params(labelbottom=False)
-    _dress(axes, 1.04)
+    plots.dress(axes, _COLOURS, legend=3, above=1.04)
 
 
 def _shares(axes: Any, operations: list[Range]) -> None:
@@ -91,8 +78,8 @@ def _shares(axes: Any, operations: list[Range]) -> None:
     axes.vlines(range(len(values)), 0, values, color=_VALUE, linewidth=1.2, label="subnormal values")
     axes.plot(*_columns(weights), ".", color=_WEIGHT, markersize=5, markeredgewidth=0, label="subnormal weights")
     axes.set_ylim(0, max(*values, *(share for _, share in weights), 1.0) * 1.15)
-    axes.set_ylabel("%", color=_SOFT)
-    _dress(axes, 1.0)
+    axes.set_ylabel("%")
+    plots.dress(axes, _COLOURS, legend=3)
 
 
 def _columns(points: list[tuple[int, float]]) -> tuple[list[int], list[float]]:
@@ -108,10 +95,10 @@ def _stages(values: Any, shares: Any, names: list[str]) -> None:
             starts.setdefault(found[0].replace("stages.", "stage ").replace("final_conv", "final"), index)
     for (name, start), end in zip(starts.items(), [*list(starts.values())[1:], len(names)]):
         for axes in (values, shares):
-            axes.axvline(start - 0.5, color=_LINE, linewidth=0.9, zorder=1)
+            axes.axvline(start - 0.5, color=_COLOURS["line"], linewidth=0.9, zorder=1)
         if end - start > 0.03 * len(names):
             place = {"transform": values.get_xaxis_transform(), "ha": "center", "va": "bottom", "fontsize": 9}
-            values.text((start + end) / 2, 1.008, name, color=_SOFT, **place)
+            values.text((start + end) / 2, 1.008, name, color=_COLOURS["soft"], **place)
 
 
 def _mark(axes: Any, operations: list[Range], names: list[str]) -> None:
@@ -128,15 +115,6 @@ def _mark(axes: Any, operations: list[Range], names: list[str]) -> None:
         axes.annotate(
             f"{what}{height:.4g} at {names[index]}: headroom {times(LARGEST / height)}" if height else "all zero",
             (index, max(height, _FLOOR)), xytext=(8 if left else -8, offset), textcoords="offset points",
-            ha="right" if left else "left", va="center", color=colour, fontsize=9, bbox=_BEHIND, zorder=6,
+            ha="right" if left else "left", va="center", color=colour, fontsize=9, zorder=6,
+            bbox=plots.behind(_COLOURS),
         )  # fmt: skip
-
-
-def _dress(axes: Any, legend: float) -> None:
-    axes.tick_params(colors=_SOFT, length=0, which="both")
-    axes.grid(axis="y", color=_LINE, linewidth=0.6)
-    axes.set_axisbelow(True)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
-    place: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (0, legend), "ncols": 3, "borderaxespad": 0.2}
-    axes.legend(frameon=False, labelcolor=_SOFT, handlelength=1.2, fontsize=9, borderpad=0.1, **place)

@@ -1,21 +1,21 @@
-"""`python -m model_export ranges`: where an encoder gets hot, as a table, a JSON document and a plot."""
+"""`python -m model_export ranges`: the range of every operation's values, as a table, a JSON document and a plot."""
 
 import argparse
-import math
 import platform
 from collections.abc import Iterable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.markup import escape
-from rich.table import Table
+from rich.text import Text
 
-from fastvlm.common.cli import progress, wide_console
+from fastvlm.common.cli import progress
 from fastvlm.common.errors import UserError
 from fastvlm.common.files import Output
+from fastvlm.common.terminal import print_table
 from model_export import contract
+from model_export.audit.range_summary import computing, row, summary, times
 from model_export.config import size_faults
 
 if TYPE_CHECKING:
@@ -26,11 +26,6 @@ if TYPE_CHECKING:
 
 TOP = 20
 PLOTS = (".png", ".svg")
-# Operations that only hand values on: what they hold has been counted where it was computed.
-_MOVES = {
-    "cast", "clone", "concat", "expand_dims", "permute", "reshape", "slice_by_index", "split", "split_with_sizes",
-    "squeeze", "transpose", "unbind", "unsqueeze", "view",
-}  # fmt: skip
 
 
 def add_ranges(verbs: Any) -> argparse.ArgumentParser:
@@ -58,8 +53,8 @@ def run_ranges(args: argparse.Namespace) -> dict[str, Any]:
     else:
         document, ranges = _of_package(args)
     document |= {"machine": platform.machine(), **summary(ranges)}
-    document["operations"] = [_row(found) for found in ranges]
-    print_table(ranges, args.top)
+    document["operations"] = [row(one) for one in ranges]
+    print_ranges(ranges, args.top)
     size = document["image_size"]
     print(f"{document['runner']}, {size} x {size}, {document['pictures']}")
     print(document["verdict"])
@@ -172,121 +167,29 @@ def _pictures(args: argparse.Namespace, preprocessor: "Preprocessor") -> tuple[s
     return text, len(chosen), pictures.pixels(preprocessor, size, [partial(open_image, path) for path in chosen])
 
 
-# report
-
-
-def summary(ranges: list["Range"]) -> dict[str, Any]:
-    """The figures of the last line, and the line. They count the operations that the program holds in float16; in a
-    float32 program all of them, as float16 would have to hold them."""
-    from model_export.encoder.fp16 import HEADROOM, LARGEST
-
-    every = computing(ranges)
-    held = [pair for pair in every if pair[0].dtype == "fp16"]
-    judged, place = [found for found, _ in held or every], {found.name: place for found, place in every}
-    hottest = min(judged, key=lambda found: found.headroom)
-    square = min(judged, key=lambda found: found.square_headroom)
-    weights = max(judged, key=lambda found: found.weight_subnormal)
-
-    def at(found: "Range") -> str:
-        return f"{place[found.name]} ({found.type} {found.name})".lstrip()
-
-    over = sum(found.headroom < 1 for found in judged)
-    under = sum(found.headroom < HEADROOM for found in judged)
-    parts = [
-        f"smallest headroom {times(hottest.headroom)} at {at(hottest)}, which reaches {hottest.largest:.4g}",
-        f"{under} of {len(judged)} operations under {HEADROOM:g}x, {over} overflow",
-    ]
-    if square.square:
-        fits = "overflows" if square.square_headroom < 1 else "has headroom"
-        parts.append(
-            f"largest square in a LayerNorm {square.square:.4g} at {at(square)} {fits}, {times(square.square_headroom)}"
-        )
-    if weights.weight_subnormal:
-        parts.append(f"most subnormal weights at {at(weights)}, {weights.weight_subnormal:.1%}")
-    scaled = [found for found in judged if found.exponent]
-    if scaled:
-        near = min(judged, key=lambda found: found.exported_headroom)
-        parts.append(
-            f"an export lets {len(scaled)} operations carry x / 2^k, k up to {max(one.exponent for one in scaled)}:"
-            f" smallest headroom then {times(near.exported_headroom)} at {at(near)}"
-        )
-    wide = "" if held else "in a float32 program, were it float16: "
-    return {
-        "limit": LARGEST,
-        "asked_headroom": HEADROOM,
-        "judged": len(judged),
-        "smallest_headroom": _finite(hottest.headroom),
-        "hottest": hottest.name,
-        "under_asked_headroom": under,
-        "overflows": over,
-        "largest_square": square.square,
-        "hottest_square": square.name if square.square else None,
-        "scaled_operations": len(scaled),
-        "smallest_exported_headroom": _finite(min(found.exported_headroom for found in judged)),
-        "square_overflows": sum(found.square_headroom < 1 for found in judged),
-        "verdict": wide + "; ".join(parts),
-    }
-
-
-def computing(ranges: list["Range"]) -> list[tuple["Range", str]]:
-    """The operations that do more than hand values on (all, if none does), each with the place it is at: its layer, or
-    "after LAYER" where a package's operation has no weight that names one."""
-    found, last = [], ""
-    for one in ranges:
-        last = one.layer or last
-        found.append((one, one.layer or (f"after {last}" if last else "")))
-    return [(one, place) for one, place in found if one.type not in _MOVES] or found
-
-
-def print_table(ranges: list["Range"], top: int) -> None:
-    """The hottest operations, those that only move values left out."""
+def print_ranges(ranges: list["Range"], top: int) -> None:
+    """The operations with the least headroom, those that only move values left out."""
     from model_export.encoder.fp16 import HEADROOM
 
-    shown = sorted(computing(ranges), key=lambda pair: min(pair[0].headroom, pair[0].square_headroom))
-    hidden = len(ranges) - len(shown)
-    title = f"the hottest {min(top, len(shown))} of {len(shown)} operations ({hidden} more only move values)"
-    table = Table(title=title, title_justify="left")
-    for column in ("operation", "layer"):
-        table.add_column(column, overflow="fold")
-    for column in ("largest", "headroom", "exported", "square", "headroom", "subnormal", "of weights"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for found, place in shown[:top]:
-        table.add_row(
-            escape(f"{found.type} {found.name}") + ("" if found.dtype == "fp16" else f" ({found.dtype})"),
-            escape(place),
-            f"{found.largest:.4g}",
-            _coloured(found.headroom, HEADROOM),
-            _coloured(found.exported_headroom, HEADROOM) if found.exponent else "",
-            f"{found.square:.3g}" if found.square else "",
-            _coloured(found.square_headroom, HEADROOM) if found.square else "",
-            f"{found.subnormal:.1%}" if found.subnormal else "",
-            f"{found.weight_subnormal:.1%}" if found.weight_subnormal else "",
+    def headroom(value: float) -> Text:
+        return Text(times(value), "red" if value < 1 else "yellow" if value < HEADROOM else "")
+
+    ranked = sorted(computing(ranges), key=lambda pair: min(pair[0].headroom, pair[0].square_headroom))
+    moves = len(ranges) - len(ranked)
+    rows = [
+        (
+            f"{one.type} {one.name}" + ("" if one.dtype == "fp16" else f" ({one.dtype})"),
+            place,
+            f"{one.largest:.4g}",
+            headroom(one.headroom),
+            headroom(one.exported_headroom) if one.exponent else "",
+            f"{one.square:.3g}" if one.square else "",
+            headroom(one.square_headroom) if one.square else "",
+            f"{one.subnormal:.1%}" if one.subnormal else "",
+            f"{one.weight_subnormal:.1%}" if one.weight_subnormal else "",
         )
-    console = wide_console(150)
-    console.print(table)
-
-
-def _coloured(headroom: float, asked: float) -> str:
-    text = times(headroom)
-    return f"[red]{text}[/]" if headroom < 1 else f"[yellow]{text}[/]" if headroom < asked else text
-
-
-def times(headroom: float) -> str:
-    """12.3x; three digits where it matters, thousands in full."""
-    if headroom < 0.01 or math.isinf(headroom):
-        return f"{headroom:.2g}x"
-    digits = 2 if headroom < 10 else 1 if headroom < 100 else 0
-    return f"{headroom:,.{digits}f}x"
-
-
-def _row(found: "Range") -> dict[str, Any]:
-    """An operation in the document; what is infinite (no values, no LayerNorm) is null."""
-    return {
-        **asdict(found),
-        "headroom": _finite(found.headroom),
-        "square_headroom": _finite(found.square_headroom),
-    }
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+        for one, place in ranked[:top]
+    ]
+    numbers = ("largest", "headroom", "exported", "square", "its headroom", "subnormal", "of weights")
+    count = f"the {len(rows)} of {len(ranked)} operations with the least headroom ({moves} more only move values)"
+    print_table(count, ("operation", "layer", *numbers), rows, numbers)

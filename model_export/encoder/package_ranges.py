@@ -9,9 +9,9 @@ import torch
 from model_export import mil
 from model_export.encoder.ranges import Advance, Range, Tally, finished, layer_name, several, subnormal_share, weights
 from model_export.mil import registry
-from model_export.mil.blob import WeightFile
-from model_export.mil.dtypes import NUMPY
+from model_export.mil.blob import WeightFile, immediate
 from model_export.mil.program import BlobRef, Constant, Operation
+from model_export.mil.types import NUMPY
 
 
 def measure_package(
@@ -97,5 +97,5 @@ class _Constants:
 
     def _load(self, constant: Constant) -> Any:
         if not isinstance(constant.data, BlobRef):
-            return constant.data
+            return immediate(constant)
         return WeightFile(constant.data.file).read(constant.data.offset, constant.type)

@@ -12,12 +12,15 @@ import mmap
 import struct
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
-from .dtypes import STORAGE, SUB_BYTE
-from .program import MILError, TensorType
+from .program import BlobRef, Constant, MILError, TensorType
+from .types import HELD, SUB_BYTE
+
+if TYPE_CHECKING:
+    import torch
 
 SENTINEL = 0xDEADBEEF
 VERSION = 2
@@ -30,7 +33,7 @@ _TYPES = {
 }  # fmt: skip
 
 
-def unpack(packed: np.ndarray, dtype: str, count: int) -> torch.Tensor:
+def unpack(packed: np.ndarray, dtype: str, count: int) -> np.ndarray:
     """`count` values narrower than a byte, packed from the least significant bit, as one int8/uint8 each.
 
     Raises ValueError unless `packed` has exactly the bytes that these take.
@@ -53,9 +56,13 @@ def unpack(packed: np.ndarray, dtype: str, count: int) -> torch.Tensor:
         if shift + bits > 8:
             value |= columns[:, byte + 1] << np.uint8(8 - shift)
         np.bitwise_and(value, np.uint8(2**bits - 1), out=values[:, place])
-    unpacked = torch.from_numpy(values.reshape(-1)[:count])
-    # Two's complement: the sign bit counts minus, not plus, its value.
-    return unpacked.view(torch.int8).bitwise_xor_(8).sub_(8) if dtype == "int4" else unpacked
+    unpacked = values.reshape(-1)[:count]
+    if dtype != "int4":
+        return unpacked
+    unpacked ^= 8  # two's complement: the sign bit counts minus, not plus, its value
+    signed = unpacked.view(np.int8)
+    signed -= 8
+    return signed
 
 
 class WeightFile:
@@ -82,7 +89,14 @@ class WeightFile:
         return np.frombuffer(self._map, dtype=np.uint8)
 
     def read(self, offset: int, type: TensorType) -> torch.Tensor:
-        """The blob whose metadata is at `offset`, in its storage type (sub-byte values one byte each).
+        """The blob whose metadata is at `offset`, in its storage type (sub-byte values one byte each); see `raw`."""
+        raw, shape = self.raw(offset, type), static_shape(type, str(self.path))
+        if type.dtype in SUB_BYTE:
+            return _tensor(unpack(raw, type.dtype, math.prod(shape)), type).reshape(shape)
+        return _tensor(raw.view(HELD[type.dtype]), type).reshape(shape)
+
+    def raw(self, offset: int, type: TensorType) -> np.ndarray:
+        """The bytes of the blob whose metadata is at `offset`.
 
         Raises MILError when the metadata or the data is out of range or contradicts `type`.
         """
@@ -100,7 +114,7 @@ class WeightFile:
         count = math.prod(shape)
         bits = SUB_BYTE.get(type.dtype)
         if bits is None:
-            expected = count * STORAGE[type.dtype].itemsize
+            expected = count * np.dtype(HELD[type.dtype]).itemsize
         else:
             expected = -(-count * bits // 8)
             # Writers before iOS 18 left this field uninitialized, but had no sub-byte types.
@@ -108,11 +122,22 @@ class WeightFile:
                 raise MILError(f"{where}: {padding} unused bits, expected {expected * 8 - count * bits} for {type}")
         if size != expected:
             raise MILError(f"{where}: {size} bytes, expected {expected} for {type}")
-        if count == 0:
-            return torch.empty(shape, dtype=STORAGE[type.dtype])
-        if bits is not None:
-            return unpack(self._bytes[start : start + size], type.dtype, count).reshape(shape)
-        return torch.frombuffer(self._map, dtype=STORAGE[type.dtype], count=count, offset=start).reshape(shape)
+        return self._bytes[start : start + size]
+
+
+def immediate(constant: Constant) -> torch.Tensor | str | tuple[str, ...]:
+    """The value of a constant that is in the program itself."""
+    assert not isinstance(constant.data, BlobRef)
+    return _tensor(constant.data, constant.type) if isinstance(constant.data, np.ndarray) else constant.data
+
+
+def _tensor(array: np.ndarray, type: TensorType) -> torch.Tensor:
+    """The array as a tensor of its MIL type, of the same memory."""
+    import torch
+
+    from .dtypes import STORAGE
+
+    return torch.from_numpy(array).view(STORAGE[type.dtype])
 
 
 def static_shape(type: TensorType, where: str) -> tuple[int, ...]:

@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
+
 from model_export.mil import Function, Operation, TensorType
-from model_export.mil.dtypes import STORAGE, SUB_BYTE
 from model_export.mil.program import BlobRef, Block, Constant, NamedType
+from model_export.mil.types import HELD, SUB_BYTE
 
 INPUT, OUTPUT = "input", "output"  # stand among the operation types that `Graph.reached` returns
 _SETTINGS = ("string", "bool", "int32", "uint32", "int64")  # outside the weight file: axes, pads, shapes, flags
@@ -144,10 +146,10 @@ def _store(found: dict[Any, tuple[str, int]], constant: Constant) -> None:
 
 def size_of(type: TensorType | None) -> int | None:
     """Bytes of a tensor, unpadded; None when its type or a size is unknown."""
-    if type is None or None in type.shape or type.dtype not in STORAGE:
+    if type is None or None in type.shape or type.dtype not in HELD:
         return None
     count = math.prod(size for size in type.shape if size is not None)
-    return -(-count * SUB_BYTE.get(type.dtype, 8 * STORAGE[type.dtype].itemsize) // 8)
+    return -(-count * SUB_BYTE.get(type.dtype, 8 * np.dtype(HELD[type.dtype]).itemsize) // 8)
 
 
 def padded_size_of(type: TensorType | None, alignment: int) -> int | None:

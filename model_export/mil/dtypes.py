@@ -19,8 +19,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
+
+from .types import FLOATS
 
 
 @dataclass(frozen=True)
@@ -60,29 +61,10 @@ POLICIES = {
     )
 }
 
-# MIL.proto's DataType numbers.
-NAMES = {
-    1: "bool", 2: "string", 10: "fp16", 11: "fp32", 12: "fp64", 13: "bf16",
-    21: "int8", 22: "int16", 23: "int32", 24: "int64", 25: "int4",
-    31: "uint8", 32: "uint16", 33: "uint32", 34: "uint64", 35: "uint4", 36: "uint2", 37: "uint1", 38: "uint6",
-    39: "uint3", 40: "fp8e4m3fn", 41: "fp8e5m2",
-}  # fmt: skip
-
-# Types narrower than a byte: width in bits; values are unpacked to one byte each.
-SUB_BYTE = {"int4": 4, "uint1": 1, "uint2": 2, "uint3": 3, "uint4": 4, "uint6": 6}
-
 STORAGE = {
     "bool": torch.bool, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16,
     "int8": torch.int8, "int16": torch.int16, "int32": torch.int32, "int64": torch.int64, "int4": torch.int8,
     "uint8": torch.uint8, "uint16": torch.uint16, "uint32": torch.uint32, "uint64": torch.uint64,
     "uint1": torch.uint8, "uint2": torch.uint8, "uint3": torch.uint8, "uint4": torch.uint8, "uint6": torch.uint8,
     "fp8e4m3fn": torch.float8_e4m3fn, "fp8e5m2": torch.float8_e5m2,
-}  # fmt: skip
-
-FLOATS = ("fp16", "fp32", "fp64", "bf16", "fp8e4m3fn", "fp8e5m2")
-
-NUMPY = {
-    "bool": np.bool_, "fp16": np.float16, "fp32": np.float32, "fp64": np.float64, "int8": np.int8, "int16": np.int16,
-    "int32": np.int32, "int64": np.int64, "uint8": np.uint8, "uint16": np.uint16, "uint32": np.uint32,
-    "uint64": np.uint64,
 }  # fmt: skip

@@ -12,12 +12,13 @@ import numpy as np
 import torch
 
 from .allocator import kept_buffers, returned_buffers
-from .dtypes import NUMPY, POLICIES, STORAGE, Policy
+from .dtypes import POLICIES, STORAGE, Policy
 from .plan import make_plan
 from .program import MOST_BYTES, Function, MILError, Operation, Program, TensorType, reason
 from .reader import read_package
 from .rounding import TILE, InPlace, rounder, tiled
 from .step import Step
+from .types import NUMPY
 
 Watch = Callable[[Operation, Mapping[str, torch.Tensor]], None]
 

@@ -11,7 +11,7 @@ import torch
 
 from . import int8, limits
 from . import ops as ops  # registers the operations
-from .blob import WeightFile
+from .blob import WeightFile, immediate
 from .dtypes import STORAGE, Policy
 from .program import BlobRef, Constant, Function, MILError, Operation, Program, TensorType, reason
 from .registry import OPSETS, Node, Unsupported, lookup
@@ -49,7 +49,7 @@ class _Constants:
 
     def load(self, constant: Constant) -> Stored:
         if not isinstance(constant.data, BlobRef):
-            return constant.data
+            return immediate(constant)
         if constant.data.file not in self._files:
             self._files[constant.data.file] = WeightFile(constant.data.file)
         return self._files[constant.data.file].read(constant.data.offset, constant.type)

@@ -8,8 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import numpy as np
 
 # Bytes of values that are alive at once. FastViTHD has 1 GiB at 2048 x 2048 pixels, the largest that is exported.
 MOST_BYTES = 4 << 30
@@ -57,10 +59,10 @@ class BlobRef:
 
 @dataclass(frozen=True)
 class Constant:
-    """A compile-time value: a tensor, text, or a reference into a weight file."""
+    """A compile-time value: an array (bits of what NumPy has no type for), text, or a reference into a weight file."""
 
     type: TensorType
-    data: torch.Tensor | str | tuple[str, ...] | BlobRef
+    data: np.ndarray | str | tuple[str, ...] | BlobRef
 
 
 Binding = str | Constant

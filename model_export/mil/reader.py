@@ -18,10 +18,9 @@ import types
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import torch
+import numpy as np
 
 from .blob import static_shape, unpack
-from .dtypes import NAMES, STORAGE, SUB_BYTE
 from .program import (
     Binding,
     BlobRef,
@@ -35,6 +34,7 @@ from .program import (
     TensorType,
     reason,
 )
+from .types import HELD, NAMES, SUB_BYTE
 
 _PROTO_PACKAGE = "_model_export_mil_proto"
 _MODEL_PATH = "@model_path/"
@@ -209,30 +209,28 @@ class _Reader:
         file = _inside(self.package, self.model_folder, name.removeprefix(_MODEL_PATH), "the program")
         return Constant(type, BlobRef(file, message.blobFileValue.offset))
 
-    def immediate(self, type: TensorType, message: Any) -> torch.Tensor | str | tuple[str, ...]:
+    def immediate(self, type: TensorType, message: Any) -> np.ndarray | str | tuple[str, ...]:
         kind = message.WhichOneof("value")
         values: Any = getattr(message, kind).values if kind else ()
         if type.dtype == "string":
             return str(values[0]) if not type.shape and len(values) == 1 else tuple(values)
         shape = static_shape(type, str(self.package))
         count = math.prod(shape)
-        storage = STORAGE[type.dtype]
+        held = np.dtype(HELD[type.dtype])
         if kind == "bytes":  # types without a protobuf field of their own
-            expected = -(-count * SUB_BYTE.get(type.dtype, 8 * storage.itemsize) // 8)
+            expected = -(-count * SUB_BYTE.get(type.dtype, 8 * held.itemsize) // 8)
             if len(values) != expected:
                 raise MILError(f"{self.package}: an immediate value of {len(values)} bytes, expected {type}")
-            if not values:
-                return torch.empty(shape, dtype=storage)
-            content = torch.frombuffer(bytearray(values), dtype=torch.uint8)
+            content = np.frombuffer(bytearray(values), np.uint8)
             sub_byte = type.dtype in SUB_BYTE
-            return (unpack(content.numpy(), type.dtype, count) if sub_byte else content.view(storage)).reshape(shape)
+            return (unpack(content, type.dtype, count) if sub_byte else content.view(held)).reshape(shape)
         try:
-            tensor = torch.tensor(list(values), dtype=storage)
-        except (RuntimeError, OverflowError, TypeError):
+            array = np.array(list(values), held)
+        except (ValueError, OverflowError, TypeError):
             raise MILError(f"{self.package}: an immediate value is not of type {type}") from None
-        if tensor.numel() != count:
-            raise MILError(f"{self.package}: an immediate value holds {tensor.numel()} elements, expected {type}")
-        return tensor.reshape(shape)
+        if array.size != count:
+            raise MILError(f"{self.package}: an immediate value holds {array.size} elements, expected {type}")
+        return array.reshape(shape)
 
 
 def _is_array(feature: Any) -> bool:

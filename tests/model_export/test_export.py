@@ -324,9 +324,9 @@ def test_verify_and_inspect(tiny_artefact: Path, tmp_path: Path, capsys: pytest.
     assert run(build_parser, ["verify", "--model", str(tiny_artefact)]) == 0
     assert "files as they were exported" in capsys.readouterr().out
     assert run(build_parser, ["inspect", "--model", str(tiny_artefact), "--json"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert any("conv 42" in line for line in lines)
-    assert json.loads(lines[-1])["package"]["opset"] == "CoreML7"
+    out, err = capsys.readouterr()
+    assert any("conv 42" in line for line in err.splitlines())
+    assert json.loads(out)["package"]["opset"] == "CoreML7"
     assert run(build_parser, ["inspect", "--model", str(tiny_artefact / contract.PACKAGE)]) == 0
     capsys.readouterr()
     copied = shutil.copytree(tiny_artefact, tmp_path / "copy")

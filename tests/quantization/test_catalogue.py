@@ -10,11 +10,12 @@ import pytest
 from mlx_lm.convert import QUANT_RECIPES, mixed_quant_predicate_builder
 
 from fastvlm.checkpoint.checkpoint import open_checkpoint
-from fastvlm.common.cli import Parser, add_common, run
+from fastvlm.common.arguments import Parser
+from fastvlm.common.cli import add_common, run
 from fastvlm.synthetic.checkpoint import SHAPES
 from model_export.language.llm import planned_bytes
 from model_export.language.llm import weight_shapes as exported_shapes
-from quantization.catalogue import LOADERS, PUBLISHED_APP, SIZES, add_recipes, describe, human, weight_shapes
+from quantization.catalogue import LOADERS, PUBLISHED_APP, SIZES, START, add_recipes, describe, human, weight_shapes
 from quantization.recipe import load_recipe, named_recipes, recipe_from_json
 
 NAMED = named_recipes()
@@ -125,14 +126,19 @@ def test_a_budget_is_its_size():
     assert describe(load_recipe("fit:90GB"))["sizes"]["7B"]["bytes"] < 10**10  # there is nothing to spend it on
 
 
-def test_the_table_of_all(capsys):
+@pytest.mark.parametrize("columns", [None, "80"])
+def test_the_table_of_all(capsys, monkeypatch, columns):
+    """At 80 columns every recipe is there, with its sizes and the one to start with; what each is takes more room."""
+    if columns:
+        monkeypatch.setenv("COLUMNS", columns)
     assert command("--json") == 0
-    out = capsys.readouterr().out
-    document = json.loads(out.splitlines()[-1])
-    assert {row["name"] for row in document["recipes"]} == set(NAMED)
-    for row in document["recipes"]:
-        assert row["name"] in out
-    assert "285 MB" in out and "4.33 GB" in out and "mlx-swift-examples 2.21.2" in out
+    out, table = capsys.readouterr()
+    assert {row["name"] for row in json.loads(out)["recipes"]} == set(NAMED)
+    for name in NAMED:
+        assert name in table
+    assert "285 MB" in table and "4.33 GB" in table and f"→ {START[0]}" in table and len(table.splitlines()) < 130
+    assert ("calibrated on" in table) == (columns is None)
+    assert max(map(len, table.splitlines())) <= (80 if columns else 180)
 
 
 def test_some_with_their_rules(capsys, tmp_path):

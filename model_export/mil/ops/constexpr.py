@@ -10,8 +10,9 @@ import math
 import torch
 
 from ..blob import unpack
-from ..dtypes import STORAGE, SUB_BYTE
+from ..dtypes import STORAGE
 from ..registry import Kernel, Node, Unsupported, mil_op
+from ..types import SUB_BYTE
 
 # Indices looked up at a time: torch takes no narrower ones than int32, four times the size of the stored ones.
 _CHUNK = 1 << 20
@@ -63,7 +64,7 @@ def _dense(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 def constexpr_sparse_to_dense_16(node: Node) -> Kernel:
     """Non-zero values where the packed bit mask is set."""
     values, shape = _tensor(node, "nonzero_data"), node.const("shape")
-    mask = unpack(_tensor(node, "mask").numpy(), "uint1", math.prod(shape))
+    mask = torch.from_numpy(unpack(_tensor(node, "mask").numpy(), "uint1", math.prod(shape)))
     return _result(_dense(values, mask.reshape(shape)))
 
 
@@ -154,8 +155,9 @@ def constexpr_lut_to_dense_16(node: Node) -> Kernel:
     bits = (lut.numel() - 1).bit_length()
     if lut.numel() != 2**bits or bits not in (1, 2, 4, 6, 8):
         raise Unsupported(f"a table of {lut.numel()} entries")
-    indices = packed if bits == 8 else unpack(packed.numpy(), f"uint{bits}", math.prod(shape))
-    return _result(_looked_up(lut.reshape(1, -1, 1), indices, 0).reshape(shape))
+    if bits < 8:
+        packed = torch.from_numpy(unpack(packed.numpy(), f"uint{bits}", math.prod(shape)))
+    return _result(_looked_up(lut.reshape(1, -1, 1), packed, 0).reshape(shape))
 
 
 def _palette(node: Node, indices: str) -> tuple[torch.Tensor, int]:

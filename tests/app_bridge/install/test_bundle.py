@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 
 from app_bridge.app import facts, packages
-from app_bridge.findings import Finding
 from app_bridge.install import clone, guide
 from app_bridge.install.place import Place, locked
 from app_bridge.validation import validate
 from fastvlm.common import staging
+from fastvlm.common.findings import Finding
 from tests.app_bridge.models import call, contents, make_artefact, make_foreign, model, previous, snapshot
 
 Captured = pytest.CaptureFixture[str]

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from app_bridge.memory import fit, limits, plan, report
 from app_bridge.memory.limits import FITS, MIB, NOT, TIGHT, Limit
 from benchmarks.estimate.estimate import devices, facts
-from fastvlm.common.cli import Parser, run
+from fastvlm.common.arguments import Parser
+from fastvlm.common.cli import run
 from fastvlm.synthetic.checkpoint import SHAPES
 from quantization.recipe import load_recipe
 

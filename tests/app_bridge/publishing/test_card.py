@@ -17,6 +17,7 @@ from markdown_it import MarkdownIt
 
 from app_bridge.publishing import card, checks, verbs
 from fastvlm.common import cli
+from fastvlm.common.arguments import Parser
 from model_export import artefact as exported
 
 Make = Callable[..., Path]
@@ -70,7 +71,7 @@ def made(app_artefact: Path, tmp_path: Path) -> Make:
 
 def command(*argv: str | Path) -> int:
     def build() -> argparse.ArgumentParser:
-        parser = cli.Parser()
+        parser = Parser()
         verbs.add_parsers(parser.add_subparsers(required=True))
         return parser
 

@@ -12,6 +12,7 @@ import pytest
 
 from app_bridge.publishing import hub, verbs
 from fastvlm.common import cli
+from fastvlm.common.arguments import Parser
 from model_export import artefact as exported
 from tests.app_bridge.publishing.hub_server import LARGE_FROM, TOKEN, Fault, HubServer, Repository
 
@@ -51,7 +52,7 @@ def make(folder: Path, of: Path, content: dict[str, bytes] = CONTENT, **changed:
 
 def command(folder: Path, *argv: str | Path, repo: str = REPO) -> int:
     def build() -> argparse.ArgumentParser:
-        parser = cli.Parser()
+        parser = Parser()
         verbs.add_parsers(parser.add_subparsers(required=True))
         return parser
 

@@ -145,7 +145,7 @@ def test_without_mlx_vlm_its_line_says_what_to_do(monkeypatch):
         (["--artefact", str(DEMO), "--quant", "int4"], ["--quant: not allowed with argument --artefact"]),
         (["--runner", "nobody"], ["--runner: no runner nobody here", f"{DELAY}: got encode=fast"]),
         (["--checkpoint", "/nowhere", "--runner", "transformers-cpu"], [f"{DELAY}: got encode=fast"]),
-        (["--shape", "3b"], ["invalid choice: '3b'"]),
+        (["--shape", "3b"], ["--shape: got 3b"]),
         (["show", "/nowhere.json"], ["/nowhere.json: not readable as JSON"]),
         (["show", "/nowhere.json", "--output", "/tmp"], ["--output: /tmp is a folder"]),
         (["repeatability", "--pairs", "0", "--launches", "0"], ["--pairs: got 0", "--launches: got 0"]),

@@ -13,7 +13,8 @@ from edits import edit_config, edit_header, edit_json, edit_tensors
 from safetensors.torch import load_file, save_file
 
 from fastvlm.checkpoint import doctor
-from fastvlm.common.cli import Parser, run
+from fastvlm.common.arguments import Parser
+from fastvlm.common.cli import run
 from fastvlm.synthetic.checkpoint import write_checkpoint
 
 ONE, TWO = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"

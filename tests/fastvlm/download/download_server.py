@@ -28,6 +28,7 @@ from typing import Any
 import pytest
 
 from fastvlm.common import cli
+from fastvlm.common.arguments import Parser
 from fastvlm.common.errors import UserError
 from fastvlm.download import download, fetch
 
@@ -204,7 +205,7 @@ def get(folder: Path, retries: fetch.Retries = QUICK, name: str = NAME, **option
 
 def command(*argv: str | Path) -> int:
     def build() -> argparse.ArgumentParser:
-        parser = cli.Parser()
+        parser = Parser()
         download.add_parser(parser.add_subparsers(required=True))
         return parser
 

@@ -345,3 +345,11 @@ def test_real_checkpoint_opens(server: Server, tmp_path: Path, monkeypatch: pyte
     server.files[FILE] = make_zip(made)
     assert get(tmp_path / "got")["warnings"] == []
     assert_whole(tmp_path / "got", content=made)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("0.5B", "fastvlm_0.5b_stage3"), ("FastVLM-7b", "fastvlm_7b_stage3"), ("org/0.5b", "org/0.5b"), ("3b", "3b")],
+)
+def test_a_size_is_a_name(name: str, expected: str) -> None:
+    assert download.full_name(name) == expected

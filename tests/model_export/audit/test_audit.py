@@ -478,8 +478,8 @@ def test_exit_codes_text_and_json(tmp_path: Path, capsys: pytest.CaptureFixture[
     if sys.platform != "darwin":
         assert "compute plan: skipped (needs macOS): it would say" in text
     assert run("audit", str(bad), "--json") == 1
-    text = capsys.readouterr().out
-    document = json.loads(text.splitlines()[-1])
+    out, text = capsys.readouterr()
+    document = json.loads(out)
     assert document["passed"] is False and found(document) == {"unsupported-operation": 1, "squeeze": 1}
     for piece in ("[squeeze] squeeze and expand_dims: 1", "remedy: keep_dims", "(sinh) fp16[8, 16, 32]: no element"):
         assert piece in text

@@ -20,11 +20,13 @@ from PIL import Image
 from torch import nn
 
 from fastvlm.checkpoint.checkpoint import open_checkpoint
-from fastvlm.common.cli import Parser, add_common, run
+from fastvlm.common.arguments import Parser
+from fastvlm.common.cli import add_common, run
 from fastvlm.common.errors import UserError
 from model_export import mil
+from model_export.audit.range_summary import summary, times
 from model_export.audit.ranges_plot import write_plot
-from model_export.audit.ranges_report import add_ranges, summary, times
+from model_export.audit.ranges_report import add_ranges
 from model_export.encoder import vision
 from model_export.encoder.channel_first import Encoder, channel_first
 from model_export.encoder.coreml import coremltools, quiet_conversion
@@ -376,10 +378,12 @@ def test_float32_operations_of_a_mixed_package_are_not_judged(tmp_path: Path, sm
     half_but_first = ct.transform.FP16ComputePrecision(op_selector=lambda op: op.op_type != "conv")
     found = measured(save_program(tmp_path / "a.mlpackage", 64.0, half_but_first), small)
     assert found["conv"].dtype == "fp32" and found["conv"].headroom < 1
-    assert summary(list(found.values()))["hottest"] != "first"
+    assert summary(list(found.values()))["smallest_headroom_at"] != "first"
     wide = measured(save_program(tmp_path / "b.mlpackage", 64.0, ct.precision.FLOAT32), small)
     document = summary(list(wide.values()))
-    assert document["hottest"] == "first" and document["verdict"].startswith("in a float32 program, were it float16:")
+    assert document["smallest_headroom_at"] == "first" and document["verdict"].startswith(
+        "in a float32 program, were it float16:"
+    )
 
 
 def test_compressed_weights_are_unpacked(tmp_path: Path, small: list[np.ndarray]) -> None:
@@ -442,17 +446,17 @@ def test_verb_on_a_hot_checkpoint(capsys: pytest.CaptureFixture[str], hot_checkp
     document = json.loads(last)
     assert document["verdict"] == verdict and "overflow" in verdict and str(tmp_path) in plot
     assert "PyTorch, the folded graph in float32, 128 x 128, 1 of 2 built-in pictures" in out
-    table = [line for line in out.splitlines() if line.startswith("│")]
+    table = [line for line in out.splitlines() if line.startswith("  layer ")]
     assert len(table) == 3 and "stages.4.blocks.0.norm" in table[0] and "stages.4" in table[1]
     operations = document["operations"]
     assert operations[0]["layer"] == "stem.0.reparam_conv" and len(operations) > 80
     by_name = {one["name"]: one for one in operations}
     assert len(by_name) == len(operations)
-    hottest = by_name[document["hottest"]]
+    hottest = by_name[document["smallest_headroom_at"]]
     assert hottest["layer"].startswith("stages.4") and hottest["headroom"] == document["smallest_headroom"] < 1
     assert hottest["largest"] == max(one["largest"] for one in operations)
     assert document["overflows"] >= 3 and document["square_overflows"] == 1
-    assert by_name[document["hottest_square"]]["layer"] == "stages.4.blocks.0.norm"
+    assert by_name[document["largest_square_at"]]["layer"] == "stages.4.blocks.0.norm"
     svg = (tmp_path / "new" / "a.svg").read_text()
     assert re.search(r"square [\de+.]+ at stages\.4\.blocks\.0\.norm: headroom", svg) and "stage 4" in svg
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["a.svg"]

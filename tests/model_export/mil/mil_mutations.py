@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from mil_cases import CASES, apply
 
-from model_export.mil.dtypes import NUMPY, STORAGE
+from model_export.mil.dtypes import STORAGE
 from model_export.mil.program import BlobRef, Block, Constant, Function, Operation, Program, TensorType
 from model_export.mil.reader import read_package
+from model_export.mil.types import NUMPY
 
 EXTREMES = (0, -1, 1, 2, 7, 255, 65536, 2**31 - 1, -(2**31))
 TEXTS = ("", "same", "custom", "no such mode", "\x1b[2J", "é" * 1000)

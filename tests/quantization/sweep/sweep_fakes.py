@@ -122,9 +122,10 @@ def main(work, report, jobs, most=0, scheduler=None):
     """Sweep and write the report; with `most` it stops when about so many points are finished, until it is killed."""
     from quantization.sweep import engine
     from quantization.sweep import report as sweep_report
+    from quantization.sweep.recommend import Constraints
 
     points = engine.grid(RECIPES, FORMS, RESOLUTIONS)
     work = Path(work)
     outcome = engine.run(sweep_of(work, sleep=0.15, most=int(most)), points, int(jobs), None, scheduler)
-    document = sweep_report.document(points, outcome, {}, {}, sweep_report.Wish())
+    document = sweep_report.document(points, outcome, {}, {}, Constraints())
     Path(report).write_text(json.dumps(document, sort_keys=True))

@@ -21,6 +21,7 @@ from fastvlm.common.errors import CheckFailed, UserError
 from quantization.sweep import cluster as sweep_cluster
 from quantization.sweep import engine, server
 from quantization.sweep import report as sweep_report
+from quantization.sweep.recommend import Constraints
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[2]
@@ -43,7 +44,7 @@ def without_timings(document):
 
 
 def report(points, outcome):
-    return sweep_report.document(points, outcome, {}, {}, sweep_report.Wish())
+    return sweep_report.document(points, outcome, {}, {}, Constraints())
 
 
 # The grid

@@ -1,4 +1,4 @@
-"""The report: fronts and recommendations against brute force and by hand, a page that is whole, escaped and alone."""
+"""A sweep's report: a document that depends on neither order nor time, and a page that is whole and escaped."""
 
 import csv
 import io
@@ -13,132 +13,9 @@ from hypothesis import strategies as st
 
 from quantization.sweep import report
 from quantization.sweep.engine import Outcome
+from quantization.sweep.recommend import Constraints
 
 HOSTILE = '"><script>alert(1)</script><img src=http://evil.example/x onerror=alert(2)> {{ 7*7 }} & </style>'
-
-
-def row(name, size, agreement, kl=0.1, form="fp16", resolution=1024):
-    figures = {"bytes": size, "same_answers": agreement, "answer_kl_mean": kl}
-    return {"name": name, "recipe": name, "vision_quant": form, "resolution": resolution, "figures": figures}
-
-
-POINTS = [
-    row("fp16", 1000e6, 1.0, 0.0),
-    row("int8", 550e6, 0.999, 0.001),
-    row("mixed", 480e6, 0.996, 0.004),
-    row("int4-awq", 412e6, 0.992, 0.01),
-    row("int3-mixed", 350e6, 0.97, 0.1),
-    row("int2", 300e6, 0.4, 2.0),
-]
-
-
-# Fronts
-
-
-@given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=1, max_size=12))
-def test_the_front_is_what_nothing_beats(pairs):
-    rows = [row(f"r{n}", size, share / 6) for n, (size, share) in enumerate(pairs)]
-    found = report.front(rows, "bytes", "same_answers")
-    for n, (size, share) in enumerate(pairs):
-        beaten = any((s <= size and a > share) or (s < size and a >= share) for s, a in pairs)
-        assert (f"r{n}" in found) != beaten
-    sizes = [pairs[int(name[1:])][0] for name in found]
-    assert sizes == sorted(sizes)
-
-
-def test_a_figure_that_is_missing_or_not_finite_is_on_no_front():
-    rows = [row("a", 1, 0.5), row("b", 0, None), row("c", 2, 0.6)]
-    del rows[2]["figures"]["same_answers"]
-    assert report.front(rows, "bytes", "same_answers") == ["a"]
-
-
-# Recommendation
-
-
-@pytest.mark.parametrize(
-    ("wish", "point", "sentence"),
-    [
-        (
-            report.Wish(500e6, 0.99),
-            "int4-awq",
-            "Ship int4-awq: 412 MB, 99.2 % of the answers as the reference's; the next smaller point, int3-mixed,"
-            " falls to 97 %.",
-        ),
-        (report.Wish(), "int4-awq", None),  # 99 % when nothing is asked for
-        (
-            report.Wish(None, 0.3),
-            "int2",
-            "Ship int2: 300 MB, 40 % of the answers as the reference's; no point is smaller.",
-        ),
-        (
-            report.Wish(500e6, None),
-            "mixed",
-            "Ship mixed: 480 MB, 99.6 % of the answers as the reference's; the smallest better one is int8: 550 MB,"
-            " 99.9 %.",
-        ),
-        (
-            report.Wish(2000e6, None),
-            "fp16",
-            "Ship fp16: 1,000 MB, 100 % of the answers as the reference's; no larger point is better.",
-        ),
-        (
-            report.Wish(400e6, 0.99),
-            None,
-            "No point is within 400 MB and keeps 99 % of the answers; the best within 400 MB is int3-mixed: 350 MB,"
-            " 97 % of the answers as the reference's; the smallest that keeps 99 % is int4-awq: 412 MB, 99.2 %, 12 MB"
-            " too large.",
-        ),
-        (
-            report.Wish(100e6, None),
-            None,
-            "No point is within 100 MB; the smallest of all is int2: 300 MB, 40 %, 200 MB too large.",
-        ),
-    ],
-)
-def test_the_recommendation(wish, point, sentence):
-    for order in (POINTS, POINTS[::-1], POINTS[2:] + POINTS[:2]):
-        found = report.recommend(order, wish)
-        assert found["point"] == point
-        if sentence:
-            assert found["sentence"] == sentence
-
-
-def test_none_keeps_enough():
-    found = report.recommend(POINTS[1:], report.Wish(None, 0.9999))
-    assert found["point"] is None
-    assert found["sentence"] == (
-        "No point keeps 99.99 % of the answers; the best of all is int8: 550 MB, 99.9 % of the answers as the"
-        " reference's."
-    )
-    assert report.recommend([], report.Wish())["sentence"].startswith("Nothing to recommend")
-
-
-@given(
-    st.lists(st.tuples(st.integers(1, 9), st.integers(0, 9)), min_size=1, max_size=8),
-    st.integers(1, 9) | st.none(),
-    st.integers(0, 9) | st.none(),
-)
-def test_what_is_recommended_keeps_the_wish_and_nothing_smaller_does(pairs, size, share):
-    rows = [row(f"r{n}", s, a / 9) for n, (s, a) in enumerate(pairs)]
-    wish = report.Wish(size, None if share is None else share / 9)
-    least = share / 9 if share is not None else (0.99 if size is None else None)
-    able = [(s, a) for s, a in pairs if (size is None or s <= size) and (least is None or a / 9 >= least)]
-    found = report.recommend(rows, wish)["point"]
-    assert (found is None) == (not able)
-    if found:
-        chosen = pairs[int(found[1:])]
-        assert chosen in able
-        best = min(able, key=lambda p: (p[0], -p[1])) if least is not None else min(able, key=lambda p: (-p[1], p[0]))
-        assert chosen == best
-
-
-def test_labels_say_what_tells_points_apart():
-    one = [row("int4", 1, 1)]
-    forms = [row("int4", 1, 1, form="fp16"), row("int4", 1, 1, form="int8")]
-    sizes = [row("int4", 1, 1, resolution=512), row("int4", 1, 1, resolution=1024)]
-    assert report.label(one[0], one) == "int4"
-    assert [report.label(r, forms) for r in forms] == ["int4 with fp16", "int4 with int8"]
-    assert [report.label(r, sizes) for r in sizes] == ["int4 at 512", "int4 at 1024"]
 
 
 # Documents
@@ -158,15 +35,16 @@ def sweep_of(recipes=("fp16", "int4", "int2"), forms=("fp16", "int8"), name=lamb
             for q in range(12)
         ]  # fmt: skip
         figures = {"bytes": 1000 - 100 * n, "bytes_vision": 300, "bytes_language": 600 - 100 * n,
-                   "bits_per_weight": 4.5, "answer_kl_mean": 0.01 * n, "same_answers": 1 - n / 10}  # fmt: skip
+                   "bits_per_weight": 4.5, "answer_kl_mean": 0.01 * n, "same_answers": 1 - n / 10,
+                   "questions": 12}  # fmt: skip
         timings = {"ttft_s": 0.1 + n / 100, "peak_bytes": 2e9, "seconds": 3.0}
         outcome.results[point["name"]] = {"figures": figures, "timings": timings, "answers": answers}
     return points, outcome
 
 
-def found_of(points, outcome, wish=None, say=lambda text: text):
+def found_of(points, outcome, constraints=None, say=lambda text: text):
     about = {"checkpoint": say("demo"), "questions": "12", "notes": {"Quality": say("KL")}}
-    return report.document(points, outcome, about, {"notes": {"TTFT": say("here")}}, wish or report.Wish())
+    return report.document(points, outcome, about, {"notes": {"TTFT": say("here")}}, constraints or Constraints())
 
 
 def test_the_document_does_not_depend_on_order_or_time():
@@ -275,12 +153,3 @@ def test_differences_hold_the_answer_and_mark_only_what_differs(reference, answe
     same = [word for words, differs in pieces if not differs for word in words.split()]
     rest = iter(reference)
     assert all(word in rest for word in same), "what is not marked is in the reference, in order"
-
-
-@pytest.mark.parametrize(
-    ("value", "unit", "text"),
-    [(412e6, "MB", "412 MB"), (1.2e9, "MB", "1,200 MB"), (0.9917, "%", "99.17 %"), (None, "s", "–"),
-     (0.0471, "ms", "47.1 ms"), (4.5, "bits", "4.5"), (0.0, "nats", "0"), (1.0, "%", "100 %")],
-)  # fmt: skip
-def test_figures_for_people(value, unit, text):
-    assert report.shown(value, unit) == text

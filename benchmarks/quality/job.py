@@ -1,0 +1,116 @@
+"""One model asked for `evaluate` or a sweep, in this process or in one of its own, so that its peak memory is its own.
+
+As a program (`python -m benchmarks.quality.job JOB`) it is that process: the last line of stdout is one JSON document.
+"""
+
+import json
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.quality import text_model
+from fastvlm.common import children
+from fastvlm.common.cli import log, quiet_libraries
+from fastvlm.common.errors import UserError
+from fastvlm.data import conversations
+from model_export import contract
+
+DEMO, DRAWN, TEXT_ONLY = "demo", "drawn", "text"  # sources of samples beside folders and files
+_COUNTS = {DEMO: 200, DRAWN: 16}  # of questions; a folder's or file's: all
+
+
+@dataclass(frozen=True)
+class Job:
+    """One model to ask. `results` is the reference's file (`quality.reference_results`): written if `is_reference`.
+
+    `samples`: "demo", "drawn", "text" (a text model, which continues the text), or a folder's or file's path; `count`
+    of them at most (None: a default). `text`: a file's path; None: the answers are scored. Runners and resolution as in
+    `model_export.runtime.load`.
+    """
+
+    model: str
+    results: str
+    is_reference: bool = False
+    samples: str = DEMO
+    count: int | None = None
+    text: str | None = None
+    vision: str = "auto"
+    llm: str = "auto"
+    resolution: int | None = None
+
+
+def evaluate(job: Job) -> dict[str, Any]:
+    """Do the job in this process: `quality.reference_results` or `quality.quality` with sizes and `load_s`."""
+    from transformers import AutoTokenizer, Qwen2ForCausalLM  # noqa: F401  imported before the clock runs
+
+    from benchmarks.quality import quality
+
+    folder = Path(job.model)
+    start = time.perf_counter()
+    model = text_model.load(folder, job.vision, job.llm, job.resolution)
+    loaded = time.perf_counter() - start
+    text = quality.read_text(Path(job.text)) if job.text else None
+    if isinstance(model, text_model.TextModel):
+        if text is None:
+            raise UserError(f"{folder}: a text model: expected a text to score")
+        samples = quality.continuations(model.tokenizer, text)
+    else:
+        samples = choose(job.samples, job.count)
+    if job.is_reference:
+        result = quality.reference_results(model, samples, text, Path(job.results))
+    else:
+        result = quality.quality(model, samples, Path(job.results))
+    result["figures"] |= sizes(folder)
+    result["timings"] |= {"load_s": quality.figure(loaded)}
+    return result
+
+
+def measured(job: Job) -> dict[str, Any]:
+    """`evaluate` in a process of its own; its timings have `peak_gb`, too. Raises what that raised."""
+    command = [sys.executable, "-m", "benchmarks.quality.job", json.dumps(asdict(job))]
+    done = children.run(command, log)
+    result = done.document(f"{job.model}: its evaluation")
+    result["timings"]["peak_gb"] = float(f"{done.peak_gb:.4g}")
+    return result
+
+
+def choose(source: str, count: int | None = None) -> list[conversations.Sample]:
+    """The samples of a source (see `Job`). Raises UserError."""
+    count = _COUNTS.get(source) if count is None else count
+    if source == DEMO:
+        return conversations.demo_samples(count or 0)
+    if source == DRAWN:
+        return conversations.drawn_samples(count or 0)
+    return conversations.load(source)[:count]
+
+
+def sizes(folder: Path) -> dict[str, int]:
+    """Bytes of a model's folder, all files (but export.json, whose figures' digits are no weights) and by part."""
+    files = {path: path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+    files.pop(folder / contract.MANIFEST, None)
+    total = {"bytes": sum(files.values())}
+    for part, patterns in (
+        ("vision", (f"{contract.PACKAGE}/*", contract.VISION_WEIGHTS)),
+        ("language", (contract.WEIGHTS_GLOB,)),
+        ("projector", (contract.PROJECTOR_WEIGHTS,)),
+    ):
+        found = [size for path, size in files.items() if any(_under(path, folder, glob) for glob in patterns)]
+        if found:
+            total[f"bytes_{part}"] = sum(found)
+    return total
+
+
+def _under(path: Path, folder: Path, glob: str) -> bool:
+    relative = path.relative_to(folder)
+    return relative.match(glob) if "/" not in glob else relative.parts[0] == glob.partition("/")[0]
+
+
+def _main(job: str) -> int:
+    quiet_libraries()
+    return children.answer(lambda: evaluate(Job(**json.loads(job))))
+
+
+if __name__ == "__main__":
+    sys.exit(_main(sys.argv[1]))

@@ -1,0 +1,100 @@
+"""The verbs of a command line as a table: a verb's module is imported when the verb is called.
+
+Each room's `__main__.py` has such a table, and `fastvlm/__main__.py` puts all of them behind one command.
+"""
+
+import argparse
+import importlib
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fastvlm.common.arguments import Parser
+from fastvlm.common.cli import add_common
+from fastvlm.common.version import VERSION
+
+_COLUMN = 22  # where the text beside a verb begins in the help
+
+
+@dataclass(frozen=True)
+class Verb:
+    """A verb: `target` is "module:function"; the function adds the verb, its flags and what runs it to the subparsers
+    that it is given."""
+
+    name: str
+    target: str
+    help: str
+    group: str
+    front: str = ""  # its name behind the command `fastvlm`, where that differs
+
+    def parser(self, prog: str) -> Parser:
+        """Its parser: imports its module."""
+        module, _, function = self.target.partition(":")
+        made = _Subparsers(prog)
+        getattr(importlib.import_module(module), function)(made)
+        parser = made.parsers[self.name]
+        if "--json" not in parser._option_string_actions:
+            add_common(parser)
+        return parser
+
+
+class _Subparsers:
+    """Stands for argparse's subparsers before a function that adds verbs to them."""
+
+    def __init__(self, prog: str) -> None:
+        self.parsers: dict[str, Parser] = {}
+        self._prog = prog
+
+    def add_parser(self, name: str, help: str = "", **options: Any) -> Parser:
+        self.parsers[name] = Parser(prog=self._prog, **options)
+        return self.parsers[name]
+
+
+class _Parsers(Mapping[str, Parser]):
+    """The parsers of verbs by name, each made when it is asked for."""
+
+    def __init__(self, prog: str, verbs: Mapping[str, Verb]) -> None:
+        self._prog, self._verbs, self._made = prog, verbs, dict[str, Parser]()
+
+    def __getitem__(self, name: str) -> Parser:
+        if name not in self._made:
+            self._made[name] = self._verbs[name].parser(f"{self._prog} {name}")
+        return self._made[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._verbs)
+
+    def __len__(self) -> int:
+        return len(self._verbs)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._verbs
+
+
+class CommandLine(Parser):
+    """The parser of a command whose verbs are `verbs`, by name."""
+
+    def __init__(self, prog: str, description: str, verbs: Mapping[str, Verb]) -> None:
+        super().__init__(prog=prog, description=description, usage=f"{prog} VERB [--help] ...")
+        self._verbs = verbs
+        self.add_argument("--version", action="version", version=f"{prog.split()[-1]} {VERSION}")
+        action: Any = self.add_subparsers(dest="verb", required=True, metavar="VERB")
+        action._name_parser_map = action.choices = _Parsers(prog, verbs)
+
+    def format_help(self) -> str:
+        """The verbs under the headings of their groups, each with its line."""
+        lines = [f"usage: {self.usage}", "", *textwrap.wrap(str(self.description), 80)]
+        for group in dict.fromkeys(verb.group for verb in self._verbs.values()):
+            lines += ["", f"{group}:"]
+            for name, verb in self._verbs.items():
+                if verb.group == group:
+                    first, *more = textwrap.wrap(verb.help, 100 - _COLUMN)
+                    lines += [f"  {name:<{_COLUMN - 2}}{first}", *(" " * _COLUMN + line for line in more)]
+        lines += ["", f"`{self.prog} VERB --help` names a verb's flags; --version prints the version.", ""]
+        return "\n".join(lines)
+
+
+def room(prog: str, description: str, verbs: Sequence[Verb]) -> argparse.ArgumentParser:
+    """The command line of one room, `python -m ROOM`."""
+    return CommandLine(prog, description, {verb.name: verb for verb in verbs})

@@ -1,0 +1,133 @@
+"""`export`, `export-vision` and `export-llm`: a checkpoint into an artefact."""
+
+import argparse
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastvlm.common.arguments import Parser, whole_number
+from fastvlm.common.cli import progress
+from fastvlm.common.files import Output
+from model_export import config as configuration
+from model_export import contract
+from model_export.commands.inspect import human, parity_lines
+
+if TYPE_CHECKING:
+    from model_export.export import Plan, Sources
+
+# From the staged artefact's folder to what the manifest keeps of its comparison with the checkpoint
+Prove = Callable[[argparse.Namespace, Path], dict[str, Any]]
+
+
+def add_vision(verbs: Any) -> None:
+    """Add the export of the encoder alone."""
+    _add_export(verbs.add_parser("vision", description="Export the vision encoder alone."), ("vision",))
+
+
+def add_llm(verbs: Any) -> None:
+    """Add the export of the language model and the projector alone."""
+    text = "Export the language model and the projector alone."
+    _add_export(verbs.add_parser("llm", description=text), ("llm",))
+
+
+def add_all(verbs: Any, prove: Prove) -> None:
+    """Add the export of both halves, which `prove` compares with the checkpoint before they are published."""
+    text = "Export both halves, prove them against the checkpoint, publish the artefact."
+    parser = verbs.add_parser("all", description=text)
+    _add_export(parser, ("vision", "llm"), prove)
+    parser.add_argument("--parity-limit", type=whole_number(), metavar="N", help="compare on N demo questions")
+    parser.add_argument("--parity-report", type=Output(), metavar="FILE", help="write parity's HTML page, too")
+
+
+def _add_export(parser: Parser, parts: tuple[str, ...], prove: Prove | None = None) -> None:
+    default = configuration.ExportConfig
+    parser.add_place("--checkpoint", metavar="CHECKPOINT", help="a checkpoint's folder; it is only read")
+    parser.add_argument("--output-dir", required=True, type=Output(whole=True), metavar="FOLDER", help="the artefact")
+    if "llm" in parts:
+        parser.add_argument(
+            "--quant",
+            default=default.quant,
+            metavar="RECIPE",
+            help="a recipe: name, name with a size, .json (default: %(default)s)",
+        )
+    if parts == ("llm",):
+        parser.add_argument(
+            "--layout",
+            default=default.layout,
+            metavar="NAME",
+            help=f"{', '.join(contract.LAYOUTS)} (default: %(default)s)",
+        )
+    if "vision" in parts:
+        for flag, values, initial in (
+            ("--compute-precision", configuration.PRECISIONS, default.compute_precision),
+            ("--compute-units", configuration.COMPUTE_UNITS, default.compute_units),
+            ("--minimum-deployment-target", configuration.DEPLOYMENT_TARGETS, default.minimum_deployment_target),
+        ):
+            shown = initial or f"{configuration.DEFAULT_TARGET}, or what the rest needs"
+            parser.add_argument(flag, default=initial, metavar="NAME", help=f"{', '.join(values)} (default: {shown})")
+        parser.add_argument(
+            "--resolutions",
+            type=int,
+            nargs="+",
+            default=(),
+            metavar="PIXELS",
+            help="further picture sizes, each a function encode_PIXELS of the one package, weights stored once (iOS18)",
+        )
+        parser.add_argument(
+            "--vision-quant",
+            default=default.vision_quant,
+            metavar="FORM",
+            help="compressed encoder weights: palette4, palette6-g16, int8, ..., or a recipe's .json with rules for"
+            " vision_encoder.* (default: what --quant says, or %(default)s)",
+        )
+        parser.add_argument(
+            "--min-snr", type=float, metavar="DB", help="the smallest encoder that keeps this signal-to-noise ratio"
+        )
+    parser.add_argument(
+        "--calibration-data",
+        type=Path,
+        metavar="PATH",
+        help="a folder of pictures, or LLaVA-format .json or .jsonl: for float16's powers of two, and for recipes that"
+        " calibrate (default: drawn pictures)",
+    )
+    parser.add_argument("--image-size", type=int, metavar="PIXELS", help="per side (default: the checkpoint's own)")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing artefact by a whole new one")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be written, write nothing")
+    parser.set_defaults(run=partial(run_export, parts, prove))
+
+
+def run_export(parts: tuple[str, ...], prove: Prove | None, args: argparse.Namespace) -> dict[str, Any]:
+    """Plan, export, prove and publish; with `--dry-run` only say what would be written."""
+    with progress("import PyTorch"):
+        fields = configuration.ExportConfig.__dataclass_fields__
+        config = configuration.ExportConfig(**{key: value for key, value in vars(args).items() if key in fields})
+        from model_export import export as exporting
+
+    with exporting.Sources() as sources:
+        with progress(f"open {config.checkpoint}"):
+            plan = exporting.plan(config, parts, None if args.dry_run else sources.begin)
+        return _export(plan, args, sources, prove)
+
+
+def _export(plan: "Plan", args: argparse.Namespace, sources: "Sources", prove: Prove | None) -> dict[str, Any]:
+    from model_export import export as exporting
+
+    config, parts = plan.config, plan.parts
+    if args.dry_run:
+        document = plan.document()
+        size = plan.checkpoint.image_size
+        print(f"would write {config.output_dir}: {', '.join(parts)}, recipe {plan.recipe.name}, {size} x {size} pixels")
+        for name, size in plan.sizes.items():
+            print(f"  {name:<24} about {human(size)}")
+        return document
+    parity = partial(prove, args) if prove is not None else None
+    document = exporting.export(plan, parity, sources)
+    size = sum(entry["size"] for entry in document["files"].values())
+    print(f"{config.output_dir}: {', '.join(parts)}, {len(document['files'])} files, {human(size)}")
+    if parity is not None:
+        for line in parity_lines(document["parity"]):
+            print(f"parity: {line}")
+        if args.parity_report is not None:
+            print(f"page: {args.parity_report}")
+    return document

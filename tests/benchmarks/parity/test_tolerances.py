@@ -1,0 +1,61 @@
+"""The table is whole, refuses what it does not know, and a value on the wrong side of a bound never passes."""
+
+import json
+import math
+
+import pytest
+
+from benchmarks.parity import tolerances, verdict
+
+ALL = [*map(tolerances.for_encoder, tolerances.PRECISIONS), *map(tolerances.for_language, tolerances.FAMILIES)]
+EVERY = [tolerance for column in ALL for tolerance in column.values()]
+
+
+def test_every_figure_has_a_tolerance_and_every_tolerance_a_reason():
+    for precision in tolerances.PRECISIONS:
+        for family in tolerances.FAMILIES:
+            names = {**tolerances.for_encoder(precision), **tolerances.for_language(family)}
+            assert set(names) == set(verdict.LABELS)
+    for rows, columns in ((tolerances._ENCODER, tolerances.PRECISIONS), (tolerances._LANGUAGE, tolerances.FAMILIES)):
+        for row in rows.values():
+            assert set(row.bounds) == set(columns)
+            assert len(row.reason) > 40
+            assert row.sense in (">=", "<=")
+
+
+def test_the_bounds_that_the_issue_sets():
+    assert tolerances.for_encoder("float16")["encoder_snr"].bound == 50
+    assert tolerances.for_encoder("float32")["encoder_snr"].bound == 100
+    assert tolerances.for_language("fp16")["greedy_answers"].bound == 0.99
+    assert tolerances.for_language("int8")["greedy_answers"].bound == 0.97
+    assert tolerances.for_language("int4")["greedy_answers"].bound is None
+
+
+@pytest.mark.parametrize("unknown", ["fp8", "", "FP16", "float64"])
+def test_unknown_keys_are_refused(unknown):
+    with pytest.raises(KeyError, match="expected one of float16, float32"):
+        tolerances.for_encoder(unknown)
+    with pytest.raises(KeyError, match="expected one of fp16"):
+        tolerances.for_language(unknown)
+
+
+@pytest.mark.parametrize("tolerance", EVERY, ids=lambda t: f"{t.metric} {t.bound}")
+def test_a_bound_divides(tolerance):
+    better = 1 if tolerance.sense == ">=" else -1
+    if tolerance.bound is None:
+        assert tolerances.judge(tolerance, 0.5)["passed"] is None
+    else:
+        assert tolerances.judge(tolerance, tolerance.bound)["passed"] is True
+        assert tolerances.judge(tolerance, tolerance.bound + better * 1e-12)["passed"] is True
+        assert tolerances.judge(tolerance, tolerance.bound - better * 1e-9)["passed"] is False
+    for worst in (math.nan, -better * math.inf):
+        judged = tolerances.judge(tolerance, worst)
+        assert judged["passed"] is False
+        json.dumps(judged, allow_nan=False)
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, 1.23456789e-12, 0.0, -5.0])
+def test_number_reads_back(value):
+    assert float(tolerances.number(value)) == pytest.approx(value, rel=1e-5)
+    json.dumps(tolerances.number(value), allow_nan=False)
+    assert math.isnan(float(tolerances.number(math.nan)))

@@ -1,0 +1,55 @@
+"""docs/BENCHMARKS.md from saved runs: a section is replaced, the rest stays, and a missed bar says so."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks import environment
+from benchmarks.__main__ import build_parser
+from benchmarks.suites import encoder, export, quantization
+from benchmarks.suites.suite import Bar, judge
+from fastvlm.common.cli import run
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture
+def saved(tmp_path) -> Path:
+    figures = {
+        "time": judge(Bar("time of | all", "<=", 10, "s"), 9.5),
+        "ratio": judge(Bar("  a ratio", "<", 0.4, ""), 0.5),
+        "peak": judge(Bar("peak", "<=", None, "GB"), 1.25),
+        "snr": judge(Bar("snr", ">=", 50, "dB"), float("nan")),
+    }
+    document = {"suite": "export", "figures": figures, "environment": environment.describe()}
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps(document | {"load_before": {"1min": 0.5}}))
+    return path
+
+
+def test_a_section_is_replaced(saved, tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(
+        "above\n<!-- export -->\n| old |\n<!-- /export -->\nbetween\n<!-- encoder -->\nkept\n<!-- /encoder -->\n"
+    )
+    assert run(build_parser, ["document", str(saved), "--output", str(page)]) == 0
+    text = page.read_text()
+    assert text.startswith("above\n<!-- export -->\n| figure | bar | measured |\n")
+    assert "| time of ∣ all | ≤ 10 s | 9.5 s |" in text and "| a ratio | < 0.4 | 0.5: missed |" in text
+    assert "| peak | reported | 1.25 GB |" in text and "| snr | ≥ 50 dB | not finite: missed |" in text
+    assert "old" not in text and text.endswith("<!-- /export -->\nbetween\n<!-- encoder -->\nkept\n<!-- /encoder -->\n")
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "{", '{"suite": "other", "figures": {}}'])
+def test_what_is_no_run_is_one_line(content, tmp_path, capsys):
+    (tmp_path / "run.json").write_text(content)
+    (tmp_path / "page.md").write_text("<!-- export -->\n<!-- /export -->\n")
+    assert run(build_parser, ["document", str(tmp_path / "run.json"), "--output", str(tmp_path / "page.md")]) == 2
+    assert "run.json: is no saved run" in capsys.readouterr().err
+
+
+def test_the_page_in_the_docs_has_every_section():
+    page = (ROOT / "docs/BENCHMARKS.md").read_text()
+    for module in (export, encoder, quantization):
+        assert f"<!-- {module.SUITE.name} -->\n" in page and f"<!-- /{module.SUITE.name} -->" in page
