@@ -7,8 +7,8 @@ from typing import Any
 from fastvlm.common.errors import UserError
 from fastvlm.common.files import Output, output_faults
 from fastvlm.data.preprocessing import MAX_IMAGE_SIZE
+from model_export import encoder_forms
 from model_export.contract import LAYOUTS, PATCH_SIZE
-from model_export.encoder import compress
 
 PRECISIONS = ("float16", "float32")
 COMPUTE_UNITS = ("CPU_AND_NE", "CPU_AND_GPU", "CPU_ONLY", "ALL")
@@ -29,7 +29,7 @@ class ExportConfig:
     `resolutions` are further sizes, each a function of the package. `minimum_deployment_target` None is
     DEFAULT_TARGET, or whatever newer one the rest needs. `calibration_data` is what `conversations.load` reads: its
     pictures choose float16's powers of two, its questions calibrate the language model; None are drawn ones.
-    `vision_quant` compresses the encoder (see `compress.load`) unless `quant` does; `min_snr` (dB) looks for the
+    `vision_quant` compresses the encoder (see `encoder_forms.load`) unless `quant` does; `min_snr` (dB) looks for the
     smallest one that keeps it.
 
     `compute_units` is a load-time choice in Core ML: the package cannot hold it, so the manifest and the package's
@@ -47,7 +47,7 @@ class ExportConfig:
     image_size: int | None = None
     resolutions: tuple[int, ...] = ()
     calibration_data: Path | None = None
-    vision_quant: str = compress.NONE
+    vision_quant: str = encoder_forms.NONE
     min_snr: float | None = None
     layout: str = "app"
     overwrite: bool = False
@@ -77,10 +77,12 @@ class ExportConfig:
         return stated in DEPLOYMENT_TARGETS and DEPLOYMENT_TARGETS.index(stated) < DEPLOYMENT_TARGETS.index(target)
 
     @property
-    def compression(self) -> compress.VisionQuant:
+    def compression(self) -> encoder_forms.VisionQuant:
         """The encoder's forms: by `vision_quant`, or else by the recipe."""
         return (
-            compress.load(self.vision_quant) if self.vision_quant != compress.NONE else compress.of_recipe(self.quant)
+            encoder_forms.load(self.vision_quant)
+            if self.vision_quant != encoder_forms.NONE
+            else encoder_forms.of_recipe(self.quant)
         )
 
     @property
@@ -94,7 +96,9 @@ class ExportConfig:
         for key in ("checkpoint", "output_dir", "overwrite", "calibration_data"):
             del document[key]
         document["quant"] = Path(self.quant).name  # a recipe of the user's may be a file anywhere
-        if self.vision_quant not in compress.FORMS or (self.vision_quant == compress.NONE and self.compression.rules):
+        if self.vision_quant not in encoder_forms.FORMS or (
+            self.vision_quant == encoder_forms.NONE and self.compression.rules
+        ):
             document["vision_quant"] = self.compression.to_json()
         document |= {"minimum_deployment_target": self.deployment_target, "resolutions": list(self.resolutions)}
         return document | ({"newer_target": self.newer_target} if self.newer_target else {})
@@ -126,7 +130,7 @@ class ExportConfig:
         ]
 
     def _compression_faults(self) -> list[str]:
-        given = {"--vision-quant": self.vision_quant != compress.NONE, "--min-snr": self.min_snr is not None}
+        given = {"--vision-quant": self.vision_quant != encoder_forms.NONE, "--min-snr": self.min_snr is not None}
         faults = []
         if all(given.values()):
             faults.append("--vision-quant and --min-snr: one says the form of each layer, the other looks for it")
@@ -140,8 +144,8 @@ class ExportConfig:
         if self.min_snr is not None and not 0 < self.min_snr < 100:
             faults.append(f"--min-snr: got {self.min_snr:g}, expected decibels between 0 and 100")
         try:
-            compress.load(self.vision_quant)
-            if compress.of_recipe(self.quant).rules and any(given.values()):
+            encoder_forms.load(self.vision_quant)
+            if encoder_forms.of_recipe(self.quant).rules and any(given.values()):
                 flag = next(flag for flag, present in given.items() if present)
                 faults.append(f"{flag} and --quant {self.quant}: the recipe has rules for the encoder: leave one out")
         except UserError as error:

@@ -11,8 +11,7 @@ from typing import Any
 from fastvlm.checkpoint.exported import Exported
 from fastvlm.common.errors import UserError
 from fastvlm.data.preprocessing import read_preprocessor
-from model_export import contract
-from model_export.encoder import compress
+from model_export import contract, encoder_forms
 
 UNKNOWN = ("the checkpoint it was made from", "the recipe", "the proof against the checkpoint", "its files' sha256")
 _BUILT_WITH = {6: "iOS15", 7: "iOS16", 8: "iOS17", 9: "iOS18", 10: "iOS26"}  # specification -> deployment target
@@ -83,7 +82,7 @@ def _of_package(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
             "compute_precision": "float16" if half else "float32",
             "minimum_deployment_target": _BUILT_WITH.get(program.specification_version),
             "resolutions": [],
-            "vision_quant": "compressed" if compressed else compress.NONE,
+            "vision_quant": "compressed" if compressed else encoder_forms.NONE,
         },
         "image": {
             "image_size": side,
@@ -95,7 +94,7 @@ def _of_package(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _of_weights(folder: Path) -> dict[str, Any]:
-    from model_export.runtime.language import StoredTensors
+    from model_export.stored import StoredTensors
 
     stored = StoredTensors(folder)
     parameters = sum(math.prod(stored.shape(name)) for name in stored.names())

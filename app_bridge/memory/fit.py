@@ -50,7 +50,7 @@ def stored(artefact: Path) -> tuple[Model, "Shape"]:
 
     Raises UserError for a folder that is no whole artefact for the app.
     """
-    from model_export.runtime.language import StoredTensors
+    from model_export.stored import StoredTensors
 
     document = exported.read_whole(artefact)
     exported.check_for_app(artefact, document)

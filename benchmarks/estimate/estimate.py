@@ -16,6 +16,7 @@ from benchmarks.estimate.model import STAGES, Time
 from benchmarks.estimate.work import SPILL, EncoderWork, LanguageModel, encoder_work
 from benchmarks.peers.shapes import TEXT_TOKENS
 from fastvlm.common.errors import UserError
+from model_export import encoder_forms
 from model_export.encoder import compress
 from quantization.catalogue import SIZES
 
@@ -143,7 +144,7 @@ def stored_bytes(recipe: "Recipe", shape: "Shape") -> dict[str, float]:
 
 def encoder_bytes(recipe: str, work: EncoderWork) -> float:
     """Bytes of the encoder's weights: float16 but where the recipe has rules about them."""
-    quant = compress.of_recipe(recipe)
+    quant = encoder_forms.of_recipe(recipe)
     if not quant.rules:
         return work.weights
     table = json.loads((Path(fastvlm.__file__).parent / "checkpoint/fastvithd.json").read_text(encoding="utf-8"))[

@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks import environment
+from benchmarks import environment, shared_exports
 from benchmarks.quality import job, sweep_point
 from fastvlm.common.cli import log, progress
 from fastvlm.common.errors import UserError
@@ -103,11 +103,17 @@ def run_sweep(args: argparse.Namespace) -> dict[str, Any]:
         "count": args.count,
         "text": _resolved(args.text),
         "calibration_data": _resolved(args.calibration_data),
-        "common": sweep_point.digest(inputs, sweep_point.identity()),
+        "common": shared_exports.digest(inputs, shared_exports.identity()),
     }
     weights = sum(info.size for info in checkpoint.tensors.values())
     plan = engine.Sweep(
-        sweep_point.measure, settings, inputs, sweep_point.identity, partial(_need, weights), work, partial(_tidy, work)
+        sweep_point.measure,
+        settings,
+        inputs,
+        shared_exports.identity,
+        partial(_need, weights),
+        work,
+        partial(_tidy, work),
     )
     outcome = engine.run(plan, points, args.jobs, args.memory and args.memory * 1e9, args.scheduler)
     log(f"{len(outcome.results)} of {len(points)} points, {outcome.found} of them were there already")

@@ -1,8 +1,6 @@
 """What is measured of a sweep's point: an encoder and a language model, each exported once for all points that share
 it, put together as `model_export all` would, and held against what the checkpoint says (`quality`)."""
 
-import hashlib
-import json
 import os
 import statistics
 import tempfile
@@ -10,25 +8,20 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from benchmarks import environment
 from benchmarks.quality import job
+from benchmarks.shared_exports import Remembered, digest, export_apart
 from benchmarks.ttft.runner import STAGES, one_round, stages_of, totals
-from fastvlm.common.staging import once, replaced, write_file
+from fastvlm.common.staging import once, replaced
 from fastvlm.data.conversations import Sample
-from model_export import contract
-from model_export.config import ExportConfig
 from quantization.recipe import recipe_from_json
 from quantization.sweep import engine
 from quantization.sweep.server import apart
 
 if TYPE_CHECKING:
-    from fastvlm.model.surface import Vision
+    pass
 
 # How often the first token is asked for: at least so often, and for so many seconds, but not more often than that.
 TIMED, TIMED_SECONDS, TIMED_MOST = 5, 2.0, 25
@@ -69,28 +62,6 @@ def measure(point: engine.Point, settings: Mapping[str, Any]) -> dict[str, Any]:
     return {name: found[name] for name in ("figures", "timings", "answers")}
 
 
-class Remembered:
-    """An encoder that several points share (`manifest`: of an artefact that has it): it sees each picture once."""
-
-    def __init__(self, vision: "Vision", work: Path, manifest: Mapping[str, Any]) -> None:
-        self.vision, self.name, self.remedy = vision, vision.name, vision.remedy
-        package = {name: file for name, file in manifest["files"].items() if name.startswith(contract.PACKAGE)}
-        self.shared, self.encoder = work / "shared", digest(package, vision.name)
-
-    def encode(self, pixel_values: np.ndarray) -> np.ndarray:
-        """As the encoder's own."""
-        from torch import get_num_threads  # which decides the last bits
-
-        folder = self.shared / f"features-{self.encoder}-{get_num_threads()}"
-        file = folder / f"{hashlib.sha256(pixel_values.tobytes()).hexdigest()}.npy"
-        if not file.exists():
-            content = BytesIO()
-            np.save(content, self.vision.encode(pixel_values))
-            write_file(file, content.getvalue())
-        features: np.ndarray = np.load(file)
-        return features
-
-
 def first_token(model: Any, samples: Sequence[Sample]) -> dict[str, float]:
     """Medians in seconds of encoding, projection and prefill, and of their sum, for the first picture's question."""
     from benchmarks.ttft.models import ModelRunner
@@ -107,11 +78,6 @@ def first_token(model: Any, samples: Sequence[Sample]) -> dict[str, float]:
         rounds.append({**spent, **totals(spent)})
     keys = {"encode": "ttft_encode_s", "project": "ttft_project_s", "prefill": "ttft_prefill_s", "ttft_paper": "ttft_s"}
     return {key: statistics.median(one[stage] for one in rounds[1:]) for stage, key in keys.items()}  # after a warm-up
-
-
-def identity() -> dict[str, Any]:
-    """The code and the packages that decide a result."""
-    return {"sources": engine.sources_sha256(), "packages": environment.versions()}
 
 
 def _ask_reference(settings: Mapping[str, Any], target: Path) -> None:
@@ -155,44 +121,3 @@ def _shared(
     name = f"{'-'.join(parts)}-{digest(settings['common'], options)}"
     make = partial(export_apart, settings, parts, options, encoder=encoder)
     return once(Path(settings["work"]) / "shared" / name, make)
-
-
-def export_apart(
-    settings: Mapping[str, Any],
-    parts: Sequence[str],
-    options: dict[str, Any],
-    target: Path,
-    encoder: Path | None = None,
-) -> None:
-    """`export_here` in a process of its own, so that its memory is not the point's."""
-    apart(export_here, settings, parts, options, target, encoder)
-
-
-def export_here(
-    settings: Mapping[str, Any],
-    parts: Sequence[str],
-    options: dict[str, Any],
-    target: Path,
-    encoder: Path | None = None,
-) -> None:
-    """Export `parts` with these options of `ExportConfig` ("quant" a recipe's document); what calibrates sees through
-    the encoder of the artefact `encoder`."""
-    from model_export import artefact, export, runtime
-
-    options, sees = dict(options), None
-    if encoder is not None:
-        sees = Remembered(runtime.ExecutorVision(encoder), Path(settings["work"]), artefact.read_manifest(encoder))
-    with tempfile.TemporaryDirectory() as folder:
-        if "quant" in options:
-            path = Path(folder, "recipe.json")
-            path.write_text(json.dumps(options["quant"]))
-            options["quant"] = str(path)
-        if settings["calibration_data"] and (encoder or "vision" in parts):
-            options["calibration_data"] = Path(settings["calibration_data"])
-        config = ExportConfig(checkpoint=Path(settings["checkpoint"]), output_dir=target, **options)
-        export.export(export.plan(config, tuple(parts)), vision=sees)
-
-
-def digest(*parts: Any) -> str:
-    """Sixteen letters that stand for JSON values."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]

@@ -74,7 +74,7 @@ def config(folder: Path) -> dict[str, Any]:
 def load(folder: Path, vision: str = "auto", llm: str = "auto", resolution: int | None = None) -> "FastVLM | TextModel":
     """The folder's model. `vision`, `llm` and `resolution` as in `model_export.runtime.load`; a checkpoint of FastVLM
     runs in PyTorch in float32 whatever they say. Raises UserError for what cannot be loaded."""
-    from model_export import runtime
+    from model_export import runtime, stored
     from model_export.runtime import language, mlx_language
 
     what, use_mlx = kind(folder), llm == "mlx" or (llm == "auto" and sys.platform == "darwin")
@@ -87,7 +87,7 @@ def load(folder: Path, vision: str = "auto", llm: str = "auto", resolution: int 
     if recognise(folder) and config(folder).get("model_type") == contract.MODEL_TYPE:
         from fastvlm.checkpoint import layouts
 
-        document = language.read_config(folder)
+        document = stored.read_config(folder)
         speaker: Language = (mlx_language.mlx_language if use_mlx else language.torch_language)(folder)[0]
         return TextModel(layouts.load_tokenizer(folder, document["image_token_index"]), speaker)
     tokenizer = _tokenizer(folder)

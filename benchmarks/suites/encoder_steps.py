@@ -295,6 +295,7 @@ def _prepared(checkpoint: str) -> Any:
 def sizes(checkpoint: str, package: str) -> dict[str, Any]:
     """Bytes of the encoder's convolution weights in every form ("fp16": as they are), by the forms' own arithmetic; and
     the bytes of `package`'s weight file over what is predicted for RIVAL_FORM."""
+    from model_export import encoder_forms
     from model_export.encoder import compress
     from model_export.encoder.package import WEIGHTS
     from quantization.coreml.compression import COMPRESSIONS
@@ -302,12 +303,12 @@ def sizes(checkpoint: str, package: str) -> dict[str, Any]:
     encoder = _prepared(checkpoint)
     shapes = compress.layer_shapes(encoder)
     found = {
-        name: compress.size_of(shapes, compress.assign(compress.load(name), shapes).forms) for name in COMPRESSIONS
+        name: compress.size_of(shapes, compress.assign(encoder_forms.load(name), shapes).forms) for name in COMPRESSIONS
     }
     biases = 2 * sum(layer.bias.numel() for layer in encoder.modules() if getattr(layer, "bias", None) is not None)
     written = (Path(package) / WEIGHTS).stat().st_size
     return {
-        "weight_bytes": {compress.NONE: compress.size_of(shapes, {}), **found},
+        "weight_bytes": {encoder_forms.NONE: compress.size_of(shapes, {}), **found},
         "predicted": found[RIVAL_FORM] + biases,
         "written": written,
     }

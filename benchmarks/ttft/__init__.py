@@ -1,5 +1,5 @@
 """Time to first token, stage by stage, of every runner, and the comparison of two runs.
 
-Imports `benchmarks.peers`, and of `benchmarks.quality` the cache of exports. `runner` (the clock, the stages), `models`
+Imports `benchmarks.peers`, and the shared exports. `runner` (the clock, the stages), `models`
 and `figures` may be imported from elsewhere.
 """

@@ -13,8 +13,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from benchmarks import shared_exports
 from benchmarks.peers.shapes import against
-from benchmarks.quality import sweep_point
 from benchmarks.ttft.run import Effort
 from fastvlm.common import children
 from fastvlm.common.cli import log
@@ -183,13 +183,13 @@ def exported(
 ) -> Path:  # fmt: skip
     """The artefact of a recipe in the work folder, exported unless the same code made it from the same sources."""
     options = {"quant": recipe, **options}
-    key = sweep_point.digest(identity["sha256"], options, parts, sweep_point.identity())
+    key = shared_exports.digest(identity["sha256"], options, parts, shared_exports.identity())
     settings = {"checkpoint": str(request.checkpoint.resolve()), "calibration_data": None}
     name = f"{request.checkpoint.resolve().name}-{recipe['name'].replace('/', '-')}-{key}"
     target = request.work.resolve() / "artefacts" / name
     if not target.exists():
         say(f"exporting {recipe['name']}{' for mlx-vlm' if 'layout' in options else ''}")
-    return once(target, lambda folder: sweep_point.export_apart(settings, parts, options, folder))
+    return once(target, lambda folder: shared_exports.export_apart(settings, parts, options, folder))
 
 
 def check_weights(artefact: Path, identity: Mapping[str, Any]) -> None:

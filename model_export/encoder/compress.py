@@ -13,36 +13,17 @@ import numpy as np
 
 from fastvlm.common.errors import CheckFailed, UserError
 from model_export.encoder.coreml import coremltools
-from quantization.coreml.compression import COMPRESSIONS, Compressed, Compression, applies, compress, nbytes
+from model_export.encoder_forms import VisionQuant
+from quantization.coreml.compression import Compressed, Compression, applies, compress, nbytes
 from quantization.coreml.palettes import Palette
-from quantization.recipe import load_recipe
 
 if TYPE_CHECKING:
     from torch import nn  # read by `config`, so by every command: torch is imported where it is needed
 
-NONE = "fp16"  # the name of leaving weights as they are
-FORMS = (NONE, *COMPRESSIONS)
 # A weight below this share of the encoder's bytes stays in float16: it saves nothing, and the small ones (depthwise
 # kernels, the stem) are the ones that cost most.
 _WORTHWHILE = 1e-4
 _CAST = "_to_fp16"  # what coremltools appends to the name of a constant that it casts
-
-
-@dataclass(frozen=True)
-class VisionQuant:
-    """Ordered rules: the first glob that matches a layer's name (timm's) decides; a layer without one stays fp16."""
-
-    name: str
-    rules: tuple[tuple[str, Compression | None], ...] = ()
-
-    @property
-    def targets(self) -> dict[str, str]:
-        """Form -> the deployment target that it needs."""
-        return {form.name: form.target for _, form in self.rules if form is not None}
-
-    def to_json(self) -> dict[str, str]:
-        """Pattern -> form."""
-        return {pattern: form.name if form else NONE for pattern, form in self.rules}
 
 
 @dataclass(frozen=True)
@@ -51,36 +32,6 @@ class Assignment:
 
     forms: Mapping[str, Compression]
     uncompressed: Mapping[str, str]
-
-
-def load(text: str) -> VisionQuant:
-    """A form's name, for all layers; `fp16`; or a recipe's .json file, of which the encoder's rules count here.
-
-    Raises UserError with every fault.
-    """
-    if text == NONE:
-        return VisionQuant(NONE)
-    if not text.endswith(".json"):
-        if text not in COMPRESSIONS:
-            raise UserError(
-                f"--vision-quant {text}: expected {NONE}, {', '.join(COMPRESSIONS)}, or a recipe's .json file"
-            )
-        return VisionQuant(text, (("*", COMPRESSIONS[text]),))
-    found = of_recipe(text)
-    if not found.rules:
-        raise UserError(
-            f"--vision-quant {text}: the recipe has no rule for the encoder: expected patterns vision_encoder.*"
-        )
-    return found
-
-
-def of_recipe(text: str) -> VisionQuant:
-    """The encoder's rules of a recipe (its name or .json file). Raises UserError with every fault."""
-    recipe = load_recipe(text)
-    forms = {name: COMPRESSIONS.get(name) for _, name in recipe.vision}
-    return VisionQuant(
-        recipe.name if recipe.vision else NONE, tuple((glob, forms[name]) for glob, name in recipe.vision)
-    )
 
 
 def weights(fastvit: "nn.Module") -> dict[str, np.ndarray]:

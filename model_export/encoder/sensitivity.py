@@ -22,7 +22,7 @@ from fastvlm.common.cli import log, progress
 from fastvlm.common.documents import load
 from fastvlm.common.errors import UserError
 from fastvlm.common.staging import write_file
-from model_export import contract, mil
+from model_export import contract, encoder_forms, mil
 from model_export.config import DEPLOYMENT_TARGETS, ExportConfig
 from model_export.encoder import compress
 from model_export.encoder.channel_first import Encoder
@@ -42,7 +42,9 @@ _LEAST_ADDED = 1e-3  # of the budget: bounds what a round that added next to not
 
 Noise = dict[str, dict[str, float]]  # layer -> form -> noise power relative to the features'
 Write = Callable[[Mapping[str, Compression], Path], Any]
-Options = Mapping[str, Mapping[str, tuple[int, float]]]  # layer -> form, `compress.NONE` among them -> (bytes, noise)
+Options = Mapping[
+    str, Mapping[str, tuple[int, float]]
+]  # layer -> form, `encoder_forms.NONE` among them -> (bytes, noise)
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ def search(
     cache = config.output_dir.with_name(config.output_dir.name + ".sensitivity.json")
     noise = measure(encoder.fastvit, options, small, cache)
     layers = {
-        name: {compress.NONE: (2 * int(np.prod(shape)), 0.0)}
+        name: {encoder_forms.NONE: (2 * int(np.prod(shape)), 0.0)}
         | {form.name: (nbytes(shape, form), noise[name][form.name]) for form in options[name]}
         for name, shape in shapes.items()
     }
@@ -151,7 +153,7 @@ def fit(
 
 
 def _forms(chosen: Mapping[str, str]) -> dict[str, Compression]:
-    return {name: COMPRESSIONS[form] for name, form in chosen.items() if form != compress.NONE}
+    return {name: COMPRESSIONS[form] for name, form in chosen.items() if form != encoder_forms.NONE}
 
 
 def measure(
@@ -248,7 +250,7 @@ def _legal(form: Compression, target: str) -> bool:
 
 def _why(options: Mapping[str, tuple[int, float]], faults: Sequence[str | None]) -> str:
     """Why a layer stayed float16; `faults` are those of each form for its shape."""
-    noises = {form: noise for form, (_, noise) in options.items() if form != compress.NONE}
+    noises = {form: noise for form, (_, noise) in options.items() if form != encoder_forms.NONE}
     if not noises:
         return "; ".join(dict.fromkeys(fault for fault in faults if fault))
     least = min(noises, key=lambda form: noises[form])

@@ -13,7 +13,7 @@ from fastvlm.data.preprocessing import read_preprocessor
 from fastvlm.data.prompt import eos_ids
 from fastvlm.model.surface import FastVLM, Vision
 from model_export import artefact as manifest
-from model_export import contract, mil
+from model_export import contract, mil, stored
 from model_export.config import COMPUTE_UNITS, COMPUTES, LLM_RUNNERS, VISION_RUNNERS
 from model_export.encoder.coreml import coremltools
 from model_export.mil import int8
@@ -63,7 +63,7 @@ def load(
         raise UserError(f"--compute-units {units}: the executor runs the encoder, not Core ML: leave it out")
     if compute not in ("auto", "as-typed") and use_coreml and use_mlx:
         raise UserError(f"--compute {compute}: Core ML and MLX run this model: use --vision executor or --llm torch")
-    config = language.read_config(folder)
+    config = stored.read_config(folder)
     function = function_for(document, folder, resolution)
     stages = None
     if compute == "bfloat16":

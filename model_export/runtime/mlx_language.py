@@ -11,7 +11,8 @@ from fastvlm.common.errors import UserError
 from fastvlm.common.limits import positions
 from fastvlm.model.surface import Language
 from model_export import contract
-from model_export.runtime.language import REMEDY, StoredTensors, eos_ids
+from model_export.runtime.language import REMEDY
+from model_export.stored import StoredTensors, eos_ids
 
 
 class MlxLanguage(Language):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from benchmarks import shared_exports
 from benchmarks.quality import sweep, sweep_point
 from fastvlm.common import threads
 from fastvlm.common.arguments import Parser
@@ -117,7 +118,7 @@ def test_an_encoder_that_points_share_sees_each_picture_once(tmp_path):
     def ask(vision, package="1", number=1.0):
         files = {f"{contract.PACKAGE}/weights": {"sha256": package}, "model.safetensors": {"sha256": str(len(seen))}}
         pixels = np.full((1, 3, 4, 4), number, np.float32)
-        features = sweep_point.Remembered(vision, tmp_path, {"files": files}).encode(pixels)
+        features = shared_exports.Remembered(vision, tmp_path, {"files": files}).encode(pixels)
         assert features.dtype == np.float32 and np.array_equal(features, pixels[:, 0] * 2)
 
     seen: list[float] = []
@@ -140,7 +141,7 @@ def exports_here(monkeypatch):
 
     def here(settings, parts, options, target, encoder=None):
         seen.append(parts)
-        sweep_point.export_here(settings, parts, options, target, encoder)
+        shared_exports.export_here(settings, parts, options, target, encoder)
 
     monkeypatch.setattr(sweep_point, "export_apart", here)
     return seen
@@ -219,7 +220,7 @@ def test_what_is_exported_anew_for_another_resolution(name, exported, tmp_path, 
 @pytest.mark.slow
 def test_a_whole_sweep(tiny_fast_vlm, tmp_path, capsys, monkeypatch):
     """One point, from the verb to the page; asked again, it is there."""
-    monkeypatch.setattr(sweep_point, "identity", lambda: {"sources": "as they are"})  # also while someone edits them
+    monkeypatch.setattr(shared_exports, "identity", lambda: {"sources": "as they are"})  # also while someone edits them
     work, report = tmp_path / "work", tmp_path / "report"
     arguments = ["--checkpoint", tiny_fast_vlm, "--quant", "int4", "--count", 2, "--jobs", 1, "--json"]
     assert run_verb(*arguments, "--work-dir", work, "--report", report) == 0

@@ -19,7 +19,7 @@ from fastvlm.common.cli import run
 from fastvlm.common.errors import CheckFailed, UserError
 from fastvlm.data import pictures
 from fastvlm.data.preprocessing import read_preprocessor
-from model_export import contract, mil
+from model_export import contract, encoder_forms, mil
 from model_export.__main__ import build_parser
 from model_export.artefact import read_manifest
 from model_export.config import DEPLOYMENT_TARGETS, ExportConfig
@@ -427,7 +427,7 @@ def test_older_targets_are_refused(tmp_path: Path) -> None:
 
 
 def test_patterns_without_a_layer_are_all_named(tmp_path: Path) -> None:
-    rules = compress.load(str(rules_file(tmp_path, {"nothing": "int8", "*": "int8", "stages.9.*": "fp16"})))
+    rules = encoder_forms.load(str(rules_file(tmp_path, {"nothing": "int8", "*": "int8", "stages.9.*": "fp16"})))
     with pytest.raises(UserError, match=r"matches no layer: nothing, stages\.9\.\*; a layer is stages\.0\.a") as error:
         compress.assign(rules, {"stages.0.a": (64, 64, 1, 1)})
     assert "\n" not in str(error.value)
@@ -435,10 +435,10 @@ def test_patterns_without_a_layer_are_all_named(tmp_path: Path) -> None:
 
 def test_layers_that_stay_in_float16() -> None:
     shapes = {"a": (64, 64, 1, 1)}
-    nothing = compress.assign(compress.load("fp16"), shapes)
+    nothing = compress.assign(encoder_forms.load("fp16"), shapes)
     assert not nothing.forms and not nothing.uncompressed
     # a layer with too small a share of the encoder
-    some = compress.assign(compress.load("int8"), {"a": (1024, 1024, 1, 1), "b": (16, 4, 1, 1)})
+    some = compress.assign(encoder_forms.load("int8"), {"a": (1024, 1024, 1, 1), "b": (16, 4, 1, 1)})
     assert list(some.forms) == ["a"] and "64 weights, less than" in some.uncompressed["b"]
 
 

@@ -11,7 +11,7 @@ from fastvlm.data.conversations import demo_samples
 from fastvlm.data.scenes import CHECKPOINT
 from model_export.__main__ import build_parser
 from model_export.artefact import read_manifest, verify
-from model_export.runtime import language
+from model_export.stored import StoredTensors
 
 
 def call(verb: str, target: Path, *flags: object) -> int:
@@ -41,7 +41,7 @@ def gptq(questions: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def weights(folder: Path) -> dict[str, np.ndarray]:
-    stored = language.StoredTensors(folder)
+    stored = StoredTensors(folder)
     return {name: stored.read(name).float().numpy() for name in stored.names()}
 
 
@@ -79,7 +79,7 @@ def test_all_calibrates_through_the_exported_encoder(questions: Path, tmp_path: 
     bits = {entry["bits"] for entry in document["llm"]["quantization"].values() if isinstance(entry, dict)}
     assert len(bits) > 1 and document["llm"]["recipe"]["name"] == "fit:4.9bpw"
     assert "budget" not in document["llm"]["recipe"]  # the choices are made
-    stored = language.StoredTensors(target)
+    stored = StoredTensors(target)
     assert "/" in stored.label
 
 

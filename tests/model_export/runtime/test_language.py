@@ -14,8 +14,9 @@ from fastvlm.checkpoint.checkpoint import open_checkpoint
 from fastvlm.common.errors import UserError
 from model_export.language.llm import export_llm
 from model_export.mil import int8
-from model_export.runtime.language import StoredTensors, torch_language
+from model_export.runtime.language import torch_language
 from model_export.runtime.mlx_language import mlx_language
+from model_export.stored import StoredTensors
 from quantization.recipe import Recipe, load_recipe, recipe_from_json
 
 NAMES = ("fp16", "bf16", "int8", "int4")

@@ -15,11 +15,10 @@ from fastvlm import __main__ as front
 from fastvlm.common.cli import run
 from fastvlm.common.errors import CheckFailed, UserError
 from fastvlm.data.prompt import render_prompt
-from model_export import contract, runtime
+from model_export import contract, runtime, stored
 from model_export.__main__ import build_parser
 from model_export.config import ExportConfig
 from model_export.export import export, plan
-from model_export.runtime import language
 
 RUNNERS = ["--vision", "executor", "--compute", "as-typed"]
 PROMPT = 32  # tokens of the prompt below, 4 of them for the picture
@@ -61,7 +60,7 @@ def test_a_setting_that_makes_another_prompt_is_refused_by_every_verb(tiny_llava
         assert len(errors) == 1 and "config.json: mm_use_im_start_end: prompts with <im_start>" in errors[0]
     assert not Path(target).exists()
     with pytest.raises(UserError, match=r"config\.json: mm_use_im_start_end: prompts with <im_start>"):
-        language.read_config(configured(tiny_artefact, tmp_path / "made elsewhere", mm_use_im_start_end=True))
+        stored.read_config(configured(tiny_artefact, tmp_path / "made elsewhere", mm_use_im_start_end=True))
 
 
 @pytest.mark.parametrize(
