@@ -5,7 +5,7 @@ from typing import Any
 
 from benchmarks.estimate import report
 from benchmarks.estimate.estimate import SHAPE_NAMES, UNITS, estimate, known_devices
-from benchmarks.peers.peers import TEXT_TOKENS
+from benchmarks.peers.shapes import TEXT_TOKENS
 from fastvlm.common.cli import add_common
 
 

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import environment
+from benchmarks.suites.suite import SIGNS
 from fastvlm.common import documents
 from fastvlm.common.errors import UserError
 from fastvlm.common.files import Output, read_text
 from fastvlm.common.staging import write_file
 
 PAGE = Path("docs/BENCHMARKS.md")
-SIGNS = {"<=": "≤", ">=": "≥", "<": "<"}
 
 
 def add_document(verbs: Any) -> None:

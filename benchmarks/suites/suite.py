@@ -21,7 +21,7 @@ from fastvlm.common.files import Output
 from fastvlm.common.terminal import mark, print_table
 
 DEMO = ROOT / "fastvlm" / "demo_checkpoint"
-_SIGNS = {"<=": "≤", ">=": "≥", "<": "<"}
+SIGNS = {"<=": "≤", ">=": "≥", "<": "<"}
 
 
 @dataclass
@@ -115,7 +115,7 @@ def print_document(title: str, document: dict[str, Any]) -> None:
     """Figure, value, bar and mark, then the machine."""
     rows = []
     for figure in document["figures"].values():
-        bar = "" if figure["bound"] is None else f"{_SIGNS[figure['sense']]} {figure['bound']:g} {figure['unit']}"
+        bar = "" if figure["bound"] is None else f"{SIGNS[figure['sense']]} {figure['bound']:g} {figure['unit']}"
         value = "not finite" if figure["value"] is None else f"{figure['value']:.8g} {figure['unit']}"
         rows.append((figure["figure"], value, bar, "" if figure["passed"] is None else mark(figure["passed"])))
     print_table(title, ("figure", "measured", "bar", ""), rows, numbers=("measured", "bar"))

@@ -8,7 +8,7 @@ import pytest
 from benchmarks import environment
 from benchmarks.__main__ import build_parser
 from benchmarks.suites import encoder, export, quantization
-from benchmarks.suites.suite import Bar, judge
+from benchmarks.suites.suite import judge
 from fastvlm.common.cli import run
 
 ROOT = Path(__file__).parents[3]
@@ -17,10 +17,10 @@ ROOT = Path(__file__).parents[3]
 @pytest.fixture
 def saved(tmp_path) -> Path:
     figures = {
-        "time": judge(Bar("time of | all", "<=", 10, "s"), 9.5),
-        "ratio": judge(Bar("  a ratio", "<", 0.4, ""), 0.5),
-        "peak": judge(Bar("peak", "<=", None, "GB"), 1.25),
-        "snr": judge(Bar("snr", ">=", 50, "dB"), float("nan")),
+        "time": judge("time of | all", 9.5, "s", "<=", 10),
+        "ratio": judge("  a ratio", 0.5, "", "<", 0.4),
+        "peak": judge("peak", 1.25, "GB", "<=", None),
+        "snr": judge("snr", float("nan"), "dB", ">=", 50),
     }
     document = {"suite": "export", "figures": figures, "environment": environment.describe()}
     path = tmp_path / "run.json"
