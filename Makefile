@@ -11,12 +11,13 @@ VENV    ?= .venv
 RUN      = $(VENV)/bin/python -m fastvlm
 READY    = $(VENV)/.ready
 EXTRA   ?=
+JOBS    ?= 2
 
 # $(call needs,VARIABLE,what it is,an example): end with one line where it was not given
 needs    = test -n "$($(1))" || { echo "error: $(1): is missing, expected $(2): make $@ $(1)=$(3)" >&2; exit 2; }
 
 .DEFAULT_GOAL := help
-.PHONY: help setup export parity verify audit ranges recipes sweep app validate plan demo bench bench-export bench-encoder bench-quantization mac-report test lint clean
+.PHONY: help setup export parity verify audit ranges recipes sweep app validate plan demo bench bench-export bench-encoder bench-quantization mac-report test test-fast lint clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -89,8 +90,11 @@ lint: $(READY) ## Checks of format, style, imports between modules, workflows an
 	@$(VENV)/bin/zizmor --offline --quiet .github/workflows
 	@$(VENV)/bin/mypy
 
-test: lint ## Lint, then all tests (offline)
-	@$(VENV)/bin/python -m pytest $(EXTRA)
+test: lint ## Lint, then all tests (offline), JOBS at once
+	@OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(JOBS) --dist worksteal $(EXTRA)
+
+test-fast: $(READY) ## The tests that take no time: while you write
+	@OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(JOBS) --dist worksteal -m "not slow" $(EXTRA)
 
 clean: ## Remove what the targets made, the virtual environment included
 	rm -rf build $(VENV)

@@ -125,4 +125,4 @@ def test_a_text_model_that_is_not_there_is_said(monkeypatch, run, capsys):
     monkeypatch.delenv(quantization_sweep.TEXT_MODEL, raising=False)
     quantization_sweep.text(run)
     assert not run.figures
-    assert f"set {quantization_sweep.TEXT_MODEL}" in capsys.readouterr().err
+    assert f"skipped, no bar judged: {quantization_sweep.TEXT_MODEL}" in capsys.readouterr().err

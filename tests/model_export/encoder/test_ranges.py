@@ -438,15 +438,15 @@ def hot_checkpoint(tiny_fast_vlm: Path, tmp_path_factory: pytest.TempPathFactory
 
 def test_verb_on_a_hot_checkpoint(capsys: pytest.CaptureFixture[str], hot_checkpoint: Path, tmp_path: Path) -> None:
     before = listing(hot_checkpoint)
-    code, out, _ = ranges(
+    code, out, told = ranges(
         capsys, "--checkpoint", hot_checkpoint, "--limit", 1, "--top", 3, "--plot", tmp_path / "new" / "a.svg", "--json"
     )
     assert code == 0 and listing(hot_checkpoint) == before
-    *_, verdict, plot, last = out.splitlines()
-    document = json.loads(last)
+    *_, verdict, plot = told.splitlines()
+    document = json.loads(out)
     assert document["verdict"] == verdict and "overflow" in verdict and str(tmp_path) in plot
-    assert "PyTorch, the folded graph in float32, 128 x 128, 1 of 2 built-in pictures" in out
-    table = [line for line in out.splitlines() if line.startswith("  layer ")]
+    assert "PyTorch, the folded graph in float32, 128 x 128, 1 of 2 built-in pictures" in told
+    table = [line for line in told.splitlines() if line.startswith("  layer ")]
     assert len(table) == 3 and "stages.4.blocks.0.norm" in table[0] and "stages.4" in table[1]
     operations = document["operations"]
     assert operations[0]["layer"] == "stem.0.reparam_conv" and len(operations) > 80

@@ -191,7 +191,7 @@ def test_parity_at_a_resolution(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     command = ["parity", "--reference", str(tiny_checkpoint), "--candidate", str(several), "--limit", "1"]
-    command += ["--output-dir", str(tmp_path / "page"), "--json", "--resolution"]
+    command += ["--output", str(tmp_path / "page.html"), "--json", "--resolution"]
     monkeypatch.setattr(sys, "argv", ["benchmarks", *command])
     for resolution in (64, 192):
         code = run(benchmarks.build_parser, [*command, str(resolution)])

@@ -56,10 +56,11 @@ def test_a_setting_that_makes_another_prompt_is_refused_by_every_verb(tiny_llava
         (build_parser, "llm", "--checkpoint", str(folder), "--output-dir", target, "--dry-run"),
     ):
         assert run(parser, command) == 2
-        errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-        assert len(errors) == 1 and "config.json: mm_use_im_start_end: prompts with <im_start>" in errors[0]
+        out, err = capsys.readouterr()
+        assert sum(line.startswith("error: ") for line in err.splitlines()) == 1
+        assert "mm_use_im_start_end" in out + err and "prompts with <im_start>" in out + err
     assert not Path(target).exists()
-    with pytest.raises(UserError, match=r"config\.json: mm_use_im_start_end: prompts with <im_start>"):
+    with pytest.raises(UserError, match=r"config\.json: mm_use_im_start_end: got true: prompts with <im_start>"):
         stored.read_config(configured(tiny_artefact, tmp_path / "made elsewhere", mm_use_im_start_end=True))
 
 

@@ -43,6 +43,7 @@ def fake(point, settings):
     figures = {
         "bytes": 1000 + digest[0], "bytes_vision": 500, "bytes_language": 500 + digest[0],
         "answer_kl_mean": digest[1] / 2560, "same_answers": 1 - digest[1] / 2560,
+        "questions": 40,
     }  # fmt: skip
     timings = {"ttft_s": time.perf_counter() % 1, "threads": int(os.environ["OMP_NUM_THREADS"])}
     timings |= {"process": os.getpid(), "prepared": prepared}
