@@ -49,7 +49,7 @@ def _whole(run: Run) -> None:
     checkpoint, artefact = synthetic(run.store), run.work / "whole"
     # Random weights in 4 bit may leave a tolerance; what is measured is the way there.
     done = run_step("exporting 0.5B, whole", export("all", checkpoint, artefact, "--quant", "int4"), check=False)
-    sides = ["--reference", str(checkpoint), "--candidate", str(artefact), "--output-dir", str(run.work / "page")]
+    sides = ["--reference", str(checkpoint), "--candidate", str(artefact), "--output", str(run.work / "page.html")]
     alone = run_step("parity of it alone", [sys.executable, "-m", "benchmarks", "parity", *sides], check=False)
     run.add_cost("whole", "`model_export all --quant int4`, 0.5B at 1024 x 1024, parity included", done, 80, peak=3)
     run.add_cost("parity", "  `benchmarks parity` alone, four pictures", alone, 45)

@@ -15,7 +15,7 @@ from benchmarks import environment
 from benchmarks.suites import step, steps
 from fastvlm.common import children, threads
 from fastvlm.common.children import ROOT, Finished
-from fastvlm.common.cli import add_common, log, progress
+from fastvlm.common.cli import EXIT_CHECK_FAILED, add_common, log, progress
 from fastvlm.common.errors import CheckFailed
 from fastvlm.common.files import Output
 from fastvlm.common.terminal import mark, print_table
@@ -128,10 +128,11 @@ def print_document(title: str, document: dict[str, Any]) -> None:
 
 
 def run_step(description: str, command: Sequence[str], check: bool = True) -> Finished:
-    """Run a command in a process of its own. Raises CheckFailed when it fails, unless `check` is False."""
+    """Run a command in a process of its own. Raises CheckFailed when it fails; without `check` it may end with 1, a
+    check of its own that failed."""
     with progress(description):
         done = children.run(command, log)
-    if done.returncode and check:
+    if done.returncode not in ((0,) if check else (0, EXIT_CHECK_FAILED)):
         raise CheckFailed(f"{description}: exit {done.returncode}: {' '.join(command)}")
     return done
 

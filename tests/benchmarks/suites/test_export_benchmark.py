@@ -54,7 +54,9 @@ def test_a_function_is_called_in_a_process_of_its_own():
     assert suite.call("adding", operator.add, [1], ["two"]) == [1, "two"]
     with pytest.raises(CheckFailed, match="exit 1"):
         suite.call("failing", operator.add, 1, "two")
-    assert suite.run_step("failing", [sys.executable, "-c", "import sys; sys.exit(7)"], check=False).returncode == 7
+    assert suite.run_step("failing", [sys.executable, "-c", "import sys; sys.exit(1)"], check=False).returncode == 1
+    with pytest.raises(CheckFailed, match="exit 2"):  # a usage error is no measurement
+        suite.run_step("misused", [sys.executable, "-c", "import sys; sys.exit(2)"], check=False)
 
 
 @pytest.mark.parametrize(("value", "code"), [(0.0, 0), (3.0, 1)])
