@@ -27,6 +27,8 @@ from model_export.config import COMPUTE_UNITS, DEPLOYMENT_TARGETS, PRECISIONS, E
 from model_export.encoder import package, vision
 from model_export.export import _rounded, export, plan
 
+pytestmark = pytest.mark.slow
+
 DEMO = Path(fastvlm.__file__).with_name("demo_checkpoint")
 
 

@@ -10,6 +10,8 @@ import pytest
 
 from model_export import contract
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 
 

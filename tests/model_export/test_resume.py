@@ -26,6 +26,8 @@ from model_export.config import ExportConfig
 from model_export.export import export, plan
 from model_export.language import llm
 
+pytestmark = pytest.mark.slow
+
 SMALL = 6_000  # bytes of a shard here: the tiny model in int4 has more than ten
 
 

@@ -14,6 +14,8 @@ import pytest
 from fastvlm.common import staging
 from tests.app_bridge.models import Snapshot, call, contents, make_artefact, make_foreign, model, previous, snapshot
 
+pytestmark = pytest.mark.slow
+
 Stopper = Callable[..., bool]
 
 

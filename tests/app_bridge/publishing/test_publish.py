@@ -16,6 +16,8 @@ from fastvlm.common.arguments import Parser
 from model_export import artefact as exported
 from tests.app_bridge.publishing.hub_server import LARGE_FROM, TOKEN, Fault, HubServer, Repository
 
+pytestmark = pytest.mark.slow
+
 Captured = pytest.CaptureFixture[str]
 
 REPO = "acme/FastVLM-tiny"

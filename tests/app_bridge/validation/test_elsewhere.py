@@ -22,6 +22,8 @@ from tests.app_bridge.app.conftest import VIEWER, viewer_is_published  # noqa: F
 from tests.app_bridge.models import call, contents, snapshot
 from tests.elsewhere import write_elsewhere
 
+pytestmark = pytest.mark.slow
+
 Make = Callable[[int | None], Path]
 Told = Callable[..., tuple[int, dict[str, Any]]]
 

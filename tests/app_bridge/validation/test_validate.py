@@ -25,6 +25,8 @@ from tests.app_bridge import broken
 from tests.app_bridge.app.conftest import VIEWER, fingerprinted
 from tests.app_bridge.broken import gone, in_json
 
+pytestmark = pytest.mark.slow
+
 OPSETS = ("CoreML5", "CoreML6", "CoreML7", "CoreML8")
 # What other versions of the app use of their packages (app_bridge/packages.json), by the loader that these are.
 APIS = {

@@ -26,6 +26,8 @@ from tests.app_bridge.broken import (
     without,
 )
 
+pytestmark = pytest.mark.slow
+
 CONFIG, PREPROCESSOR, TOKENIZER = "config.json", "preprocessor_config.json", "tokenizer.json"
 PACKAGE = "fastvithd.mlpackage"
 

@@ -26,6 +26,8 @@ from tests.app_bridge.broken import (
     without,
 )
 
+pytestmark = pytest.mark.slow
+
 CONFIG, TOKENIZER, TOKENIZER_CONFIG = "config.json", "tokenizer.json", "tokenizer_config.json"
 PACKAGE, WEIGHTS, PROJECTOR = "fastvithd.mlpackage", "model.safetensors", "multi_modal_projector.safetensors"
 LAYER = "language_model.model.layers.1."

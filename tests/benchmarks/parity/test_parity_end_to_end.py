@@ -19,6 +19,8 @@ from fastvlm.data import scenes
 from model_export import contract
 from model_export.config import ExportConfig
 
+pytestmark = pytest.mark.slow
+
 LAYER = "stages.2.blocks.0.mlp.fc1"
 
 

@@ -15,6 +15,8 @@ from fastvlm.common.children import Finished
 from fastvlm.common.errors import CheckFailed, UserError
 from fastvlm.data import scenes
 
+pytestmark = pytest.mark.slow
+
 TEXT = "Where is the red circle? The red circle is at the top left. " * 20
 IDS = np.array([[5, 9, 300, 17, 17, 250, 3, 88]])
 

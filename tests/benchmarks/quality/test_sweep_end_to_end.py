@@ -18,6 +18,8 @@ from model_export import artefact, contract, export
 from model_export.config import ExportConfig
 from quantization.recipe import load_recipe
 
+pytestmark = pytest.mark.slow
+
 
 def parser() -> argparse.ArgumentParser:
     built = Parser()

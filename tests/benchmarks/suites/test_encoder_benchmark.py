@@ -16,6 +16,8 @@ from model_export import __main__ as model_export_main
 from model_export.contract import PACKAGE
 from model_export.encoder import compress
 
+pytestmark = pytest.mark.slow
+
 Export = Callable[..., Path]
 
 

@@ -21,6 +21,8 @@ from model_export.artefact import read_manifest
 from model_export.config import ExportConfig
 from quantization.recipe import load_recipe
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def demo_artefact(tmp_path_factory):

@@ -11,6 +11,8 @@ from benchmarks.ttft.run import Effort
 from benchmarks.ttft.runner import STAGES, one_round, parse_delays, totals
 from fastvlm.common.children import ROOT
 
+pytestmark = pytest.mark.slow
+
 TAKES = {stage: 2.0**number for number, stage in enumerate(STAGES)}  # s by the fake clock; sums tell them apart
 READY = 'echo \'{"ready": true, "load_s": 1, "import_s": 1, "settings": {}, "delay": ""}\''
 ROUND = ["read line", 'echo \'{"stages": {"encode": 1}, "waited": {}}\'']

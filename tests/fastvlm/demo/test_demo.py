@@ -11,6 +11,8 @@ from fastvlm.common.cli import run
 from fastvlm.data import scenes
 from fastvlm.model.predict import generate_batch
 
+pytestmark = pytest.mark.slow
+
 EXACT, ASKED = 95, 100  # per cent that the checkpoint must reach; the 500 are asked by `fastvlm demo --count 500`
 
 

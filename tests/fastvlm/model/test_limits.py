@@ -21,6 +21,8 @@ from fastvlm.common.errors import CheckFailed, UserError
 from fastvlm.common.limits import positions, warn_once
 from fastvlm.model.session import Session
 
+pytestmark = pytest.mark.slow
+
 SINGLE, BEAMS, BATCH = [], ["--num_beams", "2"], ["--prompt", "What is it?", "Describe the image."]
 SAMPLED = ["--temperature", "1.5", "--top_p", "0.9"]
 PROMPT = 32  # tokens of the default prompt, 4 of them for the picture

@@ -14,6 +14,8 @@ from torch import nn
 from fastvlm.common.errors import CheckFailed
 from fastvlm.model import fold
 
+pytestmark = pytest.mark.slow
+
 TINY = {"layers": (1, 2, 1, 1, 1), "embed_dims": (8, 16, 32, 64, 128), "num_classes": 0}
 SMALL = 128  # pixels: enough for tests that do not ask whether every kernel tap is seen
 

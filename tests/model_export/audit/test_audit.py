@@ -34,6 +34,8 @@ import coremltools as ct  # noqa: E402
 from coremltools.converters.mil import Builder as mb  # noqa: E402
 from coremltools.converters.mil.mil import types  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 Shape = tuple[int, ...]
 
 

@@ -31,6 +31,8 @@ from model_export.encoder.channel_first import ChannelNorm, Encoder, channel_fir
 from model_export.encoder.fp16 import Gain
 from model_export.encoder.scaled import SCALED
 
+pytestmark = pytest.mark.slow
+
 EXACT = 1e-12
 # Nothing of it depends on widths. The plain trace of the real one has 37 transposes, 25 reshapes and 18 squeezes.
 TINY_COUNTS = {

@@ -32,6 +32,8 @@ from model_export.mil.plan import make_plan
 from quantization.coreml.compression import COMPRESSIONS
 from quantization.coreml.compression import compress as compressed_weight
 
+pytestmark = pytest.mark.slow
+
 # Every form, each on layers of several shapes; the first match decides, and some do not fit.
 NEW = {
     "stem.*": "palette8",

@@ -17,6 +17,8 @@ from model_export.encoder import fp16
 from model_export.encoder.channel_first import channel_first
 from model_export.encoder.ranges import measure_modules
 
+pytestmark = pytest.mark.slow
+
 EXACT = 1e-12
 LARGEST = 65504.0
 DEPTHS, WIDTHS = (2, 1, 1, 2, 1), (2, 4, 4, 32, 64)

@@ -29,6 +29,8 @@ from model_export.config import ExportConfig
 from model_export.encoder import fp16, vision
 from model_export.export import export, plan
 
+pytestmark = pytest.mark.slow
+
 PEAKS = (3e4, 3e5, 3e6)
 SIZE = 128
 POLICIES = ("as-typed", "strict-fp16")

@@ -41,6 +41,8 @@ from model_export.encoder.ranges import (
     subnormal_share,
 )
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def fastvit(tiny_checkpoint: Path) -> nn.Module:

@@ -24,6 +24,8 @@ from model_export.config import ExportConfig
 from model_export.encoder.package import WEIGHTS, check_package, describe_package
 from model_export.export import export, plan
 
+pytestmark = pytest.mark.slow
+
 SIZES = {"main": 128, "encode_64": 64, "encode_128": 128, "encode_192": 192}
 
 

@@ -36,6 +36,8 @@ from model_export.encoder.package import WEIGHTS
 from quantization.coreml.compression import COMPRESSIONS, Compression
 from quantization.coreml.compression import compress as compressed_weight
 
+pytestmark = pytest.mark.slow
+
 SIZE = 64
 ASKED = 42.0
 LAYERS = {

@@ -24,6 +24,8 @@ from model_export.encoder.coreml import coremltools
 from model_export.encoder.package import SPECIFICATION, WEIGHTS, check_package, describe_package, finish_package
 from model_export.encoder.vision import PackageNotes, Pictures, _power_of_ten_above, export_vision
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def pixels() -> np.ndarray:

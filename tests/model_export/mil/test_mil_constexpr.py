@@ -13,6 +13,8 @@ from model_export import mil
 from model_export.mil.ops import constexpr
 from model_export.mil.registry import supported
 
+pytestmark = pytest.mark.slow
+
 RANDOM = np.random.default_rng(0)
 FLOAT16 = RANDOM.normal(size=64).astype(np.float16)
 

@@ -12,6 +12,8 @@ import torch
 from model_export import mil
 from model_export.mil.program import Operation
 
+pytestmark = pytest.mark.slow
+
 FLOAT32_DB = 100.0
 AS_TYPED_DB = 50.0
 

@@ -20,6 +20,8 @@ from model_export.__main__ import build_parser
 from model_export.config import ExportConfig
 from model_export.export import export, plan
 
+pytestmark = pytest.mark.slow
+
 RUNNERS = ["--vision", "executor", "--compute", "as-typed"]
 PROMPT = 32  # tokens of the prompt below, 4 of them for the picture
 

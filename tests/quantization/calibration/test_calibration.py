@@ -22,6 +22,8 @@ from quantization.calibration.tensors import as_stored, decode, encode
 from quantization.recipe import recipe_from_json
 from quantization.schemes import Affine, Cast, nbytes
 
+pytestmark = pytest.mark.slow
+
 INT4 = Affine(4, 64, "float32")
 SCHEMES = [Affine(bits, 64, "float32") for bits in (3, 4, 8)]
 TABLE = "model.embed_tokens.weight"

@@ -23,6 +23,8 @@ from quantization.sweep import engine, server
 from quantization.sweep import report as sweep_report
 from quantization.sweep.recommend import Constraints
 
+pytestmark = pytest.mark.slow
+
 HERE = Path(__file__).parent
 ROOT = HERE.parents[2]
 
