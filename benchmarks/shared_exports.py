@@ -4,6 +4,7 @@ import hashlib
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,17 +49,6 @@ def identity() -> dict[str, Any]:
     return {"sources": engine.sources_sha256(), "packages": environment.versions()}
 
 
-def export_apart(
-    settings: Mapping[str, Any],
-    parts: Sequence[str],
-    options: dict[str, Any],
-    target: Path,
-    encoder: Path | None = None,
-) -> None:
-    """`export_here` in a process of its own, so that its memory is not the point's."""
-    apart(export_here, settings, parts, options, target, encoder)
-
-
 def export_here(
     settings: Mapping[str, Any],
     parts: Sequence[str],
@@ -82,6 +72,9 @@ def export_here(
             options["calibration_data"] = Path(settings["calibration_data"])
         config = ExportConfig(checkpoint=Path(settings["checkpoint"]), output_dir=target, **options)
         export.export(export.plan(config, tuple(parts)), vision=sees)
+
+
+export_apart = partial(apart, export_here)  # a process of its own: its memory is not the caller's
 
 
 def digest(*parts: Any) -> str:

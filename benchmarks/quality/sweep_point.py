@@ -119,5 +119,5 @@ def _shared(
     settings: Mapping[str, Any], parts: Sequence[str], options: dict[str, Any], encoder: Path | None = None
 ) -> Path:
     name = f"{'-'.join(parts)}-{digest(settings['common'], options)}"
-    make = partial(export_apart, settings, parts, options, encoder=encoder)
-    return once(Path(settings["work"]) / "shared" / name, make)
+    target = Path(settings["work"]) / "shared" / name
+    return once(target, lambda folder: export_apart(settings, parts, options, folder, encoder))
