@@ -72,7 +72,7 @@ PUBLISHED_APP = next(loader.name for loader in LOADERS if loader.app)  # the app
 def add_recipes(verbs: Any) -> None:
     """The verb `recipes`."""
     text = "the recipes, what the published models become by them, and what loads the result"
-    parser = verbs.add_parser("recipes", help=text, description=text)
+    parser = verbs.add_parser("recipes", description=text)
     parser.add_argument(
         "recipe", nargs="*", metavar="RECIPE", help="a name, a name with a size (fit:400MB), or a .json: its rules, too"
     )

@@ -17,7 +17,7 @@ from app_bridge.install.describe import describe, line
 from app_bridge.install.place import Place, holds, locked, used_by_bundle
 from app_bridge.validation import validate
 from fastvlm.common import findings, staging
-from fastvlm.common.cli import add_common, log, progress
+from fastvlm.common.cli import log, progress
 from fastvlm.common.documents import object_or_empty
 from fastvlm.common.errors import UserError
 from fastvlm.common.files import Output
@@ -31,7 +31,7 @@ Files = dict[str, dict[str, Any]]  # name -> {"size", "sha256"}
 def add_parsers(verbs: Any) -> None:
     """Add the verbs `bundle` and `restore`."""
     text = "put an artefact where an app looks for its model, checked first; the model that was there is kept"
-    parser = verbs.add_parser("bundle", help=text, description=text)
+    parser = verbs.add_parser("bundle", description=text)
     parser.add_argument("artefact", type=Path, metavar="ARTEFACT")
     target = parser.add_mutually_exclusive_group(required=True)
     target.add_argument("--app", type=Output(), metavar="FOLDER", help="app/ of a checkout of apple/ml-fastvlm")
@@ -41,14 +41,12 @@ def add_parsers(verbs: Any) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier bundle in --output-dir")
     parser.add_argument("--dry-run", action="store_true", help="check everything, say what would happen, write nothing")
     parser.set_defaults(run=run_bundle)
-    add_common(parser)
     text = "bring back the model that `bundle` replaced; what is there now is kept in turn"
-    parser = verbs.add_parser("restore", help=text, description=text)
+    parser = verbs.add_parser("restore", description=text)
     parser.add_argument(
         "--app", type=Path, required=True, metavar="FOLDER", help="app/ of a checkout of apple/ml-fastvlm"
     )
     parser.set_defaults(run=run_restore)
-    add_common(parser)
 
 
 def run_bundle(args: argparse.Namespace) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from app_bridge.memory import fit, measure, report
 from app_bridge.memory.limits import MIB, measured_limits, reported_limits
 from benchmarks.estimate.estimate import devices
 from benchmarks.peers.shapes import TEXT_TOKENS
-from fastvlm.common.cli import add_common, progress
+from fastvlm.common.cli import progress
 from fastvlm.common.errors import UserError
 from quantization.catalogue import SIZES
 from quantization.recipe import load_recipe
@@ -25,7 +25,6 @@ def add_parser(verbs: Any) -> None:
     """Add the verb `plan`."""
     parser = verbs.add_parser(
         "plan",
-        help="whether a model fits the memory that a device lets the app have",
         description="Weights, KV cache, activations and the app itself against a device's memory limit, with and"
         " without the increased-memory entitlement. Exit 1 unless it fits, and then the largest recipe that does.",
     )
@@ -42,7 +41,6 @@ def add_parser(verbs: Any) -> None:
     add("--table", action="store_true", help="all devices and recipes for the published models, in Markdown")
     text = "with an artefact: run its language model with MLX here, and compare the peak with the plan's"
     add("--measure", action="store_true", help=text)
-    add_common(parser)
     parser.set_defaults(run=run_plan)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from app_bridge import licence
 from app_bridge.publishing import card, checks, publish
 from app_bridge.publishing.hub import MAIN, Contents, Hub
-from fastvlm.common.cli import add_common, log, progress
+from fastvlm.common.cli import log, progress
 from fastvlm.common.errors import UserError
 from fastvlm.common.files import Output
 from fastvlm.common.staging import write_file
@@ -26,7 +26,7 @@ _BRANCH = re.compile(r"(?!.*(?:\.\.|//|/\.|\.lock(?:/|\Z)))\w(?:[\w./-]*[\w-])?"
 def add_parsers(verbs: Any) -> None:
     """Add the verbs `card` and `publish`."""
     text = "write a model card with the parity, quality and size figures of an artefact"
-    parser = verbs.add_parser("card", help=text, description=text)
+    parser = verbs.add_parser("card", description=text)
     add = parser.add_argument
     add("artefact", type=Path, metavar="ARTEFACT", help="what `python -m model_export all` wrote")
     add("--output", type=Output(), metavar="FILE", help="where it goes (default: stdout)")
@@ -34,10 +34,9 @@ def add_parsers(verbs: Any) -> None:
     add("--quality", type=Path, metavar="FILE", help="the JSON that `python -m quantization evaluate --json` printed")
     add("--base-model", metavar="ORG/NAME", help="the hub repository of the checkpoint (the export does not know it)")
     add("--repo", metavar="ORG/NAME", help="where it will be published (for its title and the download command)")
-    add_common(parser)
     parser.set_defaults(run=run_card)
     text = "upload an artefact with its card to a hub's repository, in one commit (a dry run, unless --upload is given)"
-    parser = verbs.add_parser("publish", help=text, description=text)
+    parser = verbs.add_parser("publish", description=text)
     add = parser.add_argument
     add("artefact", type=Path, metavar="ARTEFACT", help="what `python -m model_export all` wrote")
     add("--repo", required=True, metavar="ORG/NAME", help="the repository; it is made if it isn't there")
@@ -45,7 +44,6 @@ def add_parsers(verbs: Any) -> None:
     add("--revision", default=MAIN, metavar="BRANCH", help="the branch; it is made if it isn't there (default: main)")
     add("--card", type=Path, metavar="FILE", help="a card from `app_bridge card --output`, perhaps edited")
     add("--upload", action="store_true", help="do it; without, only say what would be done")
-    add_common(parser)
     parser.set_defaults(run=run_publish)
 
 

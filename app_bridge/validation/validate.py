@@ -16,7 +16,7 @@ from app_bridge.validation.check_tokenizer import check_tokenizer
 from app_bridge.validation.check_weights import check_weights
 from app_bridge.validation.subject import AGAIN, Encoder, Subject, error_at, listed, warn_at
 from fastvlm.common import findings
-from fastvlm.common.cli import add_common, log, progress
+from fastvlm.common.cli import log, progress
 from fastvlm.common.errors import UserError
 from fastvlm.common.findings import Finding, Steps, collect
 from model_export import artefact as exported
@@ -34,7 +34,7 @@ _APPS = {"model-type": "model_type", "processor-class": "processor_class", "key-
 def add_parser(verbs: Any) -> None:
     """The verb `validate`."""
     text = "hold an artefact to what the app will do with it, before Xcode opens; exit 1 if the app can't run it"
-    parser = verbs.add_parser("validate", help=text, description=text)
+    parser = verbs.add_parser("validate", description=text)
     parser.add_argument("artefact", type=Path, metavar="ARTEFACT")
     parser.add_argument(
         "--app",
@@ -42,7 +42,6 @@ def add_parser(verbs: Any) -> None:
         metavar="FOLDER",
         help="read the app's sources and project in ml-fastvlm/app (default: our table of it)",
     )
-    add_common(parser)
     parser.set_defaults(run=run_validate)
 
 

@@ -6,14 +6,12 @@ from typing import Any
 from benchmarks.estimate import report
 from benchmarks.estimate.estimate import SHAPE_NAMES, UNITS, estimate, known_devices
 from benchmarks.peers.shapes import TEXT_TOKENS
-from fastvlm.common.cli import add_common
 
 
 def add_parser(subparsers: Any) -> None:
     """Add the verb `estimate`."""
     parser = subparsers.add_parser(
         "estimate",
-        help="time to first token on an Apple device that isn't at hand",
         description="Estimate, from the model's arithmetic and published measurements, the time to first token of an"
         " exported model on an Apple device: always a range, with what it rests on.",
     )
@@ -34,7 +32,6 @@ def add_parser(subparsers: Any) -> None:
         help="what runs the encoder; the language model runs on the GPU (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument("--list", action="store_true", help="the devices and their figures")
-    add_common(parser)
     parser.set_defaults(run=run_estimate)
 
 

@@ -25,7 +25,7 @@ from benchmarks.mac.check import Check
 from benchmarks.suites.suite import DEMO
 from benchmarks.ttft.report import shown
 from fastvlm.common import page
-from fastvlm.common.cli import add_common, log, progress
+from fastvlm.common.cli import log, progress
 from fastvlm.common.errors import UserError
 from fastvlm.common.files import Output
 from fastvlm.common.staging import write_file
@@ -41,7 +41,7 @@ _LARGEST = 1 << 20  # characters of a check's JSON document that the page keeps
 def add_parser(subparsers: Any) -> None:
     """Add the verb `mac-report`."""
     text = "run everything that only a Mac can verify and write one page (elsewhere: what each check would establish)"
-    parser = subparsers.add_parser("mac-report", help=text, description=text)
+    parser = subparsers.add_parser("mac-report", description=text)
     parser.add_argument("--model", type=Path, metavar="ARTEFACT", help="default: --checkpoint, exported first")
     parser.add_argument(
         "--checkpoint",
@@ -53,7 +53,6 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--output", type=Output(), default=Path("build/mac-report.html"), metavar="FILE", help="(default: %(default)s)"
     )
-    add_common(parser)
     parser.set_defaults(run=run_mac_report)
 
 

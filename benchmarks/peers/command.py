@@ -7,14 +7,13 @@ from benchmarks.peers.claims import compare
 from benchmarks.peers.report import print_peers
 from benchmarks.peers.shapes import TEXT_TOKENS, names
 from fastvlm.common.arguments import whole_number
-from fastvlm.common.cli import add_common, progress
+from fastvlm.common.cli import progress
 
 
 def add_parser(subparsers: Any) -> None:
     """Add `peers`."""
     parser = subparsers.add_parser(
         "peers",
-        help="what the paper compares FastVLM with: parameters, visual tokens, MACs",
         description="Parameters, visual tokens and multiply-accumulates of FastVLM and of the models that its paper"
         " compares it with, counted without weights. `ttft --against` also times them.",
     )
@@ -26,7 +25,6 @@ def add_parser(subparsers: Any) -> None:
         metavar="N",
         help="tokens of the prompt without its picture (default: %(default)s)",
     )
-    add_common(parser)
     parser.set_defaults(run=run)
 
 

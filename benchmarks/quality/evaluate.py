@@ -52,7 +52,7 @@ _SHARES = ("first_top1", "prompt_top1", "answer_top1", "text_top1", "same_answer
 def add_evaluate(verbs: Any) -> None:
     """Add the verb to a command line's subparsers (which add the common flags)."""
     text = "what a candidate keeps of its reference: logits, perplexity, answers; and its size, memory and rates"
-    parser = verbs.add_parser("evaluate", help=text, description=f"Measure {text}.")
+    parser = verbs.add_parser("evaluate", description=f"Measure {text}.")
     parser.add_argument(
         "--model", required=True, nargs="+", type=Path, metavar="FOLDER", help="artefacts, or mlx-lm folders"
     )

@@ -48,7 +48,7 @@ _BYTES_PER_WEIGHT, _LIBRARIES, _BYTES_PER_PIXEL = 5, 1500 << 20, 1500
 def add_sweep(verbs: Any) -> None:
     """Add the verb to a command line's subparsers (which add the common flags)."""
     text = "export and measure recipes x encoder forms x resolutions, and say which to ship"
-    parser = verbs.add_parser("sweep", help=text, description=f"{text[0].upper()}{text[1:]}.")
+    parser = verbs.add_parser("sweep", description=f"{text[0].upper()}{text[1:]}.")
     parser.add_argument("--checkpoint", required=True, type=Path, metavar="FOLDER", help="what goes in (read-only)")
     parser.add_argument(
         "--quant",

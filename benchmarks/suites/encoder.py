@@ -33,7 +33,7 @@ _INPUTS = {"": "picture", "noise_": "N(0, 1) noise"}  # prefix of a figure's key
 def add_parser(subparsers: Any) -> None:
     """Add the verb `encoder`."""
     suite.add_suite(
-        subparsers, SUITE, help="the exported encoder: range, graph, resolutions, compression",
+        subparsers, SUITE,
         description="Measure the exported encoder on the real shape with random weights, and compressed encoders on the"
         f" demo checkpoint (their curve goes to DIR/{CURVE}).",
     )  # fmt: skip

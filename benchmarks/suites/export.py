@@ -18,7 +18,7 @@ BUSY = 4  # processes beside an export
 def add_parser(subparsers: Any) -> None:
     """Add the verb `export`."""
     suite.add_suite(
-        subparsers, SUITE, help="what exporting costs: time, memory, executor speed, parity, answers",
+        subparsers, SUITE,
         description="Measure export, executor and parity on the demo checkpoint and on the real shape with random"
         " weights.",
     )  # fmt: skip

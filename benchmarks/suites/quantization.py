@@ -50,7 +50,6 @@ def add_parser(subparsers: Any) -> None:
     """Add the verb `quantization`."""
     suite.add_suite(
         subparsers, SUITE,
-        help="what quantizing costs beside mlx_lm.convert and mlx_vlm.convert, and whose bytes it gives",
         description="Convert random checkpoints of the real shapes, the peers and ours in turns. mlx_vlm.convert runs"
         f" with the Python in {MLX_VLM_PYTHON}.",
     )  # fmt: skip

@@ -15,7 +15,7 @@ from benchmarks import environment
 from benchmarks.suites import step, steps
 from fastvlm.common import children, threads
 from fastvlm.common.children import ROOT, Finished
-from fastvlm.common.cli import EXIT_CHECK_FAILED, add_common, log, progress
+from fastvlm.common.cli import EXIT_CHECK_FAILED, log, progress
 from fastvlm.common.errors import CheckFailed
 from fastvlm.common.files import Output
 from fastvlm.common.terminal import mark, print_table
@@ -62,9 +62,9 @@ class Suite:
     sections: Mapping[str, Section]
 
 
-def add_suite(subparsers: Any, suite: Suite, help: str, description: str) -> None:
+def add_suite(subparsers: Any, suite: Suite, description: str) -> None:
     """Add the suite's verb."""
-    parser = subparsers.add_parser(suite.name, help=help, description=f"{description} Exit 1 when a bar is missed.")
+    parser = subparsers.add_parser(suite.name, description=f"{description} Exit 1 when a bar is missed.")
     parser.add_argument(
         "--section", nargs="+", choices=tuple(suite.sections), default=list(suite.sections), metavar="NAME",
         help=f"of {', '.join(suite.sections)} (default: all)",
@@ -73,7 +73,6 @@ def add_suite(subparsers: Any, suite: Suite, help: str, description: str) -> Non
         "--work-dir", type=Output(), default="build/benchmarks", metavar="DIR",
         help="where the synthetic checkpoints are kept, 1.3 GB, and 15 GB of 7B (default: %(default)s)",
     )  # fmt: skip
-    add_common(parser)
     parser.set_defaults(run=partial(run, suite))
 
 

@@ -28,7 +28,6 @@ def add_parser(subparsers: Any) -> None:
     """Add the verb `ttft` with `show`, `diff` and `repeatability`."""
     parser = subparsers.add_parser(
         "ttft",
-        help="time to first token: the artefact, Transformers, mlx-vlm, side by side and interleaved",
         description="Measure load, preprocess, encode, project, prefill, first token, decode and a second question on"
         " the same picture, for each runner in its own process, in interleaved rounds. Without --artefact it exports"
         " one for each --quant.",
@@ -88,13 +87,13 @@ def _add_effort(parser: argparse.ArgumentParser, effort: Effort) -> None:
 def _add_shown(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Output(file=True), metavar="PAGE.html", help="write the page")
     parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
-    add_common(parser)
 
 
 def _add_show(verbs: Any) -> None:
     parser = verbs.add_parser("show", help="a saved run again: table, page, Markdown")
     parser.add_argument("saved", type=Path, metavar="RUN.json")
     _add_shown(parser)
+    add_common(parser)
     parser.set_defaults(run=show)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastvlm.common.cli import add_common, progress
+from fastvlm.common.cli import progress
 from fastvlm.common.errors import UserError
 from fastvlm.common.findings import Finding
 from fastvlm.common.image_tokens import APP_OUTPUT_SHAPE, tokens_per_image
@@ -180,10 +180,11 @@ def _export(checkpoint: "Checkpoint") -> dict[str, Any]:
 
 def add_parser(subparsers: Any) -> None:
     """Add the verb to the package's command line."""
-    parser = subparsers.add_parser("doctor", help="say what a checkpoint is and everything that is wrong with it")
+    parser = subparsers.add_parser(
+        "doctor",
+    )
     parser.add_argument("path", metavar="PATH", help="a checkpoint's folder")
     parser.add_argument("--quick", action="store_true", help="don't read the weights (no check for NaN)")
-    add_common(parser)
     parser.set_defaults(run=run)
 
 

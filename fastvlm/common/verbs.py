@@ -33,10 +33,8 @@ class Verb:
         module, _, function = self.target.partition(":")
         made = _Subparsers(prog)
         getattr(importlib.import_module(module), function)(made)
-        parser = made.parsers[self.name]
-        if "--json" not in parser._option_string_actions:
-            add_common(parser)
-        return parser
+        add_common(made.parsers[self.name])
+        return made.parsers[self.name]
 
 
 class _Subparsers:
@@ -46,7 +44,7 @@ class _Subparsers:
         self.parsers: dict[str, Parser] = {}
         self._prog = prog
 
-    def add_parser(self, name: str, help: str = "", **options: Any) -> Parser:
+    def add_parser(self, name: str, **options: Any) -> Parser:
         self.parsers[name] = Parser(prog=self._prog, **options)
         return self.parsers[name]
 

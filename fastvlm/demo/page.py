@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from fastvlm.common import page
-from fastvlm.common.cli import add_common, log, progress
+from fastvlm.common.cli import log, progress
 from fastvlm.common.errors import UserError
 from fastvlm.common.files import Output, output_faults
 from fastvlm.common.staging import write_file
@@ -20,7 +20,6 @@ PASS_MARK = 0.95  # of the held-out questions, for a checkpoint that is trained 
 def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "demo",
-        help="draw pictures, ask the demo checkpoint, show question, answer and truth",
         description="Draw held-out pictures, ask a checkpoint, show question, answer and truth here and as a page.",
     )
     parser.add_argument(
@@ -40,7 +39,6 @@ def add_parser(subparsers: Any) -> None:
         "--train", action="store_true", help="train a new demo checkpoint from nothing (under two hours on 2 cores)"
     )
     parser.add_argument("--overwrite", action="store_true", help="with --train: replace an existing checkpoint")
-    add_common(parser)
     parser.set_defaults(run=run)
 
 

@@ -22,7 +22,7 @@ from urllib.parse import quote
 from rich.filesize import decimal
 
 from fastvlm.checkpoint.folder_kind import REPOSITORY
-from fastvlm.common.cli import add_common, log, one_line, progress
+from fastvlm.common.cli import log, one_line, progress
 from fastvlm.common.documents import loads, object_or_empty
 from fastvlm.common.errors import UserError
 from fastvlm.common.staging import PARTIAL, held, remove
@@ -56,7 +56,7 @@ LISTING_LIMIT = 64 << 20  # bytes of a hub's answer that are read
 def add_parser(subparsers: Any) -> None:
     """Add the verb `download`."""
     parser = subparsers.add_parser(
-        "download", help="download a published checkpoint or ready-made model, or a hub repository"
+        "download",
     )
     add = parser.add_argument
     names = f"{', '.join(PUBLISHED)}, 0.5B for fastvlm_0.5b_stage3, or a hub's org/name[@revision]"
@@ -65,7 +65,6 @@ def add_parser(subparsers: Any) -> None:
     add("--output-dir", type=Path, default=Path("checkpoints"), help="makes NAME in it (default: %(default)s)")
     add("--overwrite", action="store_true", help="download again; the new one replaces the old when it is whole")
     add("--dry-run", action="store_true", help="say what would be downloaded, and how many bytes")
-    add_common(parser)
     parser.set_defaults(run=run)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from fastvlm.common.arguments import number, whole_number
-from fastvlm.common.cli import add_common, log, progress, shown
+from fastvlm.common.cli import log, progress, shown
 from fastvlm.common.dtypes import DEVICES, choose_device
 from fastvlm.common.errors import UserError
 from fastvlm.data import scenes
@@ -32,7 +32,6 @@ class Job:
 def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "predict",
-        help="ask a checkpoint about pictures (PyTorch)",
         description="Ask every prompt about every picture; one that names <image> several times, about all of them.",
     )
     parser.add_place("--model-path", type=str, metavar="CHECKPOINT", help="a checkpoint's folder")
@@ -69,7 +68,6 @@ def add_parser(subparsers: Any) -> None:
         default="sdpa",
         help="of the text decoder only; the vision backbone is eager",
     )
-    add_common(parser)
     parser.check(_faults)
     parser.set_defaults(run=run)
 

@@ -33,7 +33,7 @@ Predict = Callable[[str, str, np.ndarray], np.ndarray]  # function, compute unit
 def add_mac(verbs: Any) -> None:
     """Add the verb `mac` to the sub-parsers of `python -m model_export`."""
     text = "run a package in Core ML on every compute unit against the executor (macOS; elsewhere: skipped, with why)"
-    parser = verbs.add_parser("mac", help=text, description=text)
+    parser = verbs.add_parser("mac", description=text)
     parser.add_argument("--model", required=True, type=Path, metavar="PATH", help="an artefact, or an .mlpackage")
     parser.add_argument(
         "--units",

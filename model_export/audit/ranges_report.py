@@ -31,7 +31,7 @@ PLOTS = (".png", ".svg")
 def add_ranges(verbs: Any) -> argparse.ArgumentParser:
     """Add the verb to a parser's sub-parsers."""
     text = "the largest values of every operation, and the room that float16 leaves them"
-    parser: argparse.ArgumentParser = verbs.add_parser("ranges", help=text, description=text)
+    parser: argparse.ArgumentParser = verbs.add_parser("ranges", description=text)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--checkpoint", type=Path, metavar="FOLDER", help="a checkpoint: its folded encoder in PyTorch")
     what.add_argument("--model", type=Path, metavar="PATH", help="an artefact, or an .mlpackage: its saved program")

@@ -1,6 +1,5 @@
 """`plan`: sizes against the artefact's files, verdicts, exit codes, and the table of limits."""
 
-import argparse
 import json
 import shutil
 from collections.abc import Callable
@@ -11,10 +10,10 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from app_bridge.memory import fit, limits, plan, report
+from app_bridge.__main__ import build_parser
+from app_bridge.memory import fit, limits, report
 from app_bridge.memory.limits import FITS, MIB, NOT, TIGHT, Limit
 from benchmarks.estimate.estimate import devices, facts
-from fastvlm.common.arguments import Parser
 from fastvlm.common.cli import run
 from fastvlm.synthetic.checkpoint import SHAPES
 from quantization.recipe import load_recipe
@@ -22,17 +21,11 @@ from quantization.recipe import load_recipe
 Run = Callable[..., tuple[int, str, str]]
 
 
-def build() -> argparse.ArgumentParser:
-    parser = Parser(prog="test")
-    plan.add_parser(parser.add_subparsers(required=True))
-    return parser
-
-
 @pytest.fixture
 def command(capsys: pytest.CaptureFixture[str]) -> Run:
     def call(*arguments: object) -> tuple[int, str, str]:
         try:
-            code = run(build, ["plan", *map(str, arguments)])
+            code = run(build_parser, ["plan", *map(str, arguments)])
         except SystemExit as error:  # argparse's own refusals
             code = int(error.code or 0)
         captured = capsys.readouterr()

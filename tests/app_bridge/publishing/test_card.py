@@ -1,6 +1,5 @@
 """The model card: what is in the manifest is in it, what isn't is not; the hub can read it; nothing of the machine."""
 
-import argparse
 import json
 import os
 import re
@@ -15,9 +14,9 @@ import pytest
 import yaml
 from markdown_it import MarkdownIt
 
-from app_bridge.publishing import card, checks, verbs
+from app_bridge.__main__ import build_parser
+from app_bridge.publishing import card, checks
 from fastvlm.common import cli
-from fastvlm.common.arguments import Parser
 from model_export import artefact as exported
 
 Make = Callable[..., Path]
@@ -70,12 +69,7 @@ def made(app_artefact: Path, tmp_path: Path) -> Make:
 
 
 def command(*argv: str | Path) -> int:
-    def build() -> argparse.ArgumentParser:
-        parser = Parser()
-        verbs.add_parsers(parser.add_subparsers(required=True))
-        return parser
-
-    return cli.run(build, ["card", *map(str, argv)])
+    return cli.run(build_parser, ["card", *map(str, argv)])
 
 
 def written(folder: Path, *argv: str | Path) -> str:

@@ -1,6 +1,5 @@
 """Publishing to a local hub: what arrives, byte for byte; what a dry run says; what is refused; what interrupts it."""
 
-import argparse
 import hashlib
 import json
 import random
@@ -10,9 +9,9 @@ from typing import Any
 
 import pytest
 
+from app_bridge.__main__ import build_parser
 from app_bridge.publishing import hub, verbs
 from fastvlm.common import cli
-from fastvlm.common.arguments import Parser
 from model_export import artefact as exported
 from tests.app_bridge.publishing.hub_server import LARGE_FROM, TOKEN, Fault, HubServer, Repository
 
@@ -53,12 +52,7 @@ def make(folder: Path, of: Path, content: dict[str, bytes] = CONTENT, **changed:
 
 
 def command(folder: Path, *argv: str | Path, repo: str = REPO) -> int:
-    def build() -> argparse.ArgumentParser:
-        parser = Parser()
-        verbs.add_parsers(parser.add_subparsers(required=True))
-        return parser
-
-    return cli.run(build, ["publish", str(folder), "--repo", repo, *map(str, argv)])
+    return cli.run(build_parser, ["publish", str(folder), "--repo", repo, *map(str, argv)])
 
 
 def refusal(capsys: Captured) -> str:

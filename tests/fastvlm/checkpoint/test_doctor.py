@@ -12,8 +12,7 @@ import torch
 from edits import edit_config, edit_header, edit_json, edit_tensors
 from safetensors.torch import load_file, save_file
 
-from fastvlm.checkpoint import doctor
-from fastvlm.common.arguments import Parser
+from fastvlm.__main__ import build_parser
 from fastvlm.common.cli import run
 from fastvlm.synthetic.checkpoint import write_checkpoint
 
@@ -23,11 +22,6 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c
 
 
 def main(*arguments: str) -> int:
-    def build_parser() -> Parser:
-        parser = Parser(prog="test")
-        doctor.add_parser(parser.add_subparsers())
-        return parser
-
     return run(build_parser, ["doctor", *arguments])
 
 

@@ -3,7 +3,6 @@
 They import it too, before pytest would load it (PYTEST_DONT_REWRITE).
 """
 
-import argparse
 import contextlib
 import fcntl
 import hashlib
@@ -27,8 +26,8 @@ from typing import Any
 
 import pytest
 
+from fastvlm.__main__ import build_parser
 from fastvlm.common import cli
-from fastvlm.common.arguments import Parser
 from fastvlm.common.errors import UserError
 from fastvlm.download import download, fetch
 
@@ -204,12 +203,7 @@ def get(folder: Path, retries: fetch.Retries = QUICK, name: str = NAME, **option
 
 
 def command(*argv: str | Path) -> int:
-    def build() -> argparse.ArgumentParser:
-        parser = Parser()
-        download.add_parser(parser.add_subparsers(required=True))
-        return parser
-
-    return cli.run(build, ["download", *map(str, argv)])
+    return cli.run(build_parser, ["download", *map(str, argv)])
 
 
 def assert_whole(folder: Path, name: str = NAME, content: dict[str, bytes] = CONTENT) -> None:
