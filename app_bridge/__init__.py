@@ -1,1 +1,1 @@
-"""From an artefact to an app: what the app will do with it, checked before Xcode opens."""
+"""Ships an artefact in an app: what the app will do with it, checked before Xcode opens."""

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from app_bridge.rules import finding
 from fastvlm.common.cli import log
 from fastvlm.common.files import read_small
 from fastvlm.common.findings import Finding
@@ -19,14 +20,6 @@ from model_export import contract
 # How the licence of Apple's code begins (LICENSE beside LICENSE_MODEL in apple/ml-fastvlm): it grants no weights.
 _OF_CODE = "This Apple software is supplied to you by Apple"
 _CHANGES = re.compile(re.escape(exported.CHANGES) + r"\n- \S")  # the heading and at least one entry
-_ADD_AND_EXPORT = (
-    "put LICENSE_MODEL from https://github.com/apple/ml-fastvlm (for weights of your own: your LICENSE) beside the"
-    " checkpoint's weights and export again"
-)
-_ADD_TO_FOLDER = (
-    f"put LICENSE_MODEL from https://github.com/apple/ml-fastvlm and a {contract.NOTICE} with the line"
-    f" {exported.APPLE_ATTRIBUTION!r} into the artefact's folder (for other weights than Apple's: their LICENSE)"
-)
 
 
 def check(artefact: Path, manifest: Mapping[str, Any]) -> list[Finding]:
@@ -43,29 +36,22 @@ def check(artefact: Path, manifest: Mapping[str, Any]) -> list[Finding]:
         for name in (*licences, contract.NOTICE)
         if ours and name in manifest["files"] and _differs(artefact / name, manifest["files"][name]["sha256"])
     }
-    findings = [
-        Finding(
-            "licence-changed", name, "other bytes than the export wrote", "the text as it was exported",
-            "export again: to change it, change it beside the checkpoint's weights",
-        )
-        for name in sorted(changed)
-    ]  # fmt: skip
+    findings = [finding("licence-changed", name, "other bytes than the export wrote") for name in sorted(changed)]
+    elsewhere, values = (
+        "" if ours else "/elsewhere",
+        {"notice": contract.NOTICE, "sentence": repr(exported.APPLE_ATTRIBUTION)},
+    )
     if not changed & {*licences} and all(_OF_CODE in text for text in texts.values()):
-        got, remedy = _instead_of_licence(artefact, licences, texts), _ADD_AND_EXPORT if ours else _ADD_TO_FOLDER
-        findings.append(Finding("licence-missing", "LICENSE*", got, "the licence of the weights", remedy))
+        got = _instead_of_licence(artefact, licences, texts)
+        findings.append(finding(f"licence-missing{elsewhere}", "LICENSE*", got, **values))
     if contract.NOTICE in changed:
         return findings
     if any(map(exported.is_apples, texts.values())) and exported.APPLE_ATTRIBUTION not in notice:
-        expected = f"the sentence that the weights' licence asks for: {exported.APPLE_ATTRIBUTION!r}"
-        remedy = "export again: the export writes it where the checkpoint carries the licence"
-        if not ours:
-            remedy = f"write that sentence into {contract.NOTICE} in the artefact's folder"
         got = "a notice without it" if notice else "no text"
-        findings.append(Finding("licence-attribution-missing", contract.NOTICE, got, expected, remedy))
+        findings.append(finding(f"licence-attribution-missing{elsewhere}", contract.NOTICE, got, **values))
     if ours and not _CHANGES.search(_raw(artefact / contract.NOTICE)):
-        got, expected = "nothing of what was changed" if notice else "no text", "a list of what was changed"
-        remedy = "export again: the export writes it"
-        findings.append(Finding("licence-change-record-missing", contract.NOTICE, got, expected, remedy))
+        got = "nothing of what was changed" if notice else "no text"
+        findings.append(finding("licence-change-record-missing", contract.NOTICE, got))
     return findings
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 
 from fastvlm.common import threads
+from fastvlm.common.units import counted
 
 _PACKAGES = "torch timm transformers coremltools mlx mlx-lm numpy pillow safetensors tokenizers"
 # Processor features that change how fast (and in which precision) PyTorch's kernels run.
@@ -56,8 +57,9 @@ def machine_line(environment: Mapping[str, Any] | None = None) -> str:
     """One line naming the machine, for a table's foot."""
     known = environment or describe()
     features = f" ({', '.join(known['cpu_features'])})" if known["cpu_features"] else ""
-    threads = f", {known['torch_threads']} threads" if known["torch_threads"] else ""
-    return f"{known['cpu']}{features}, {known['cores']} cores{threads}, {known['memory_gib']} GiB, {known['system']}"
+    threads = f", {counted(known['torch_threads'], 'thread')}" if known["torch_threads"] else ""
+    cores = counted(known["cores"], "core")
+    return f"{known['cpu']}{features}, {cores}{threads}, {known['memory_gib']} GiB, {known['system']}"
 
 
 def notes(environment: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -67,13 +69,12 @@ def notes(environment: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [("Machine", machine_line(environment)), ("Versions", versions)]
 
 
-def _sysctl(name: str) -> str:
-    try:
-        return subprocess.run(
-            ["sysctl", "-n", name], capture_output=True, text=True, check=True, timeout=10
-        ).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return ""
+def output_of(*command: str) -> str:
+    """The output of a system command, on one line; empty where it is missing or fails."""
+    with suppress(OSError, subprocess.SubprocessError):
+        printed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+        return ", ".join(printed.strip().splitlines())
+    return ""
 
 
 def _cpu_info(*keys: str) -> str:
@@ -87,7 +88,7 @@ def _cpu_info(*keys: str) -> str:
 
 def _cpu_model() -> str:
     if sys.platform == "darwin":
-        return _sysctl("machdep.cpu.brand_string") or platform.machine()
+        return output_of("sysctl", "-n", "machdep.cpu.brand_string") or platform.machine()
     return _cpu_info("model name") or platform.processor() or platform.machine()
 
 

@@ -1,4 +1,4 @@
-"""How far a candidate is from its reference: plain formulas in float64, in which NaN and infinity never look good.
+"""Distances of a candidate from its reference: plain formulas in float64, in which NaN and infinity never look good.
 
 A reference or candidate that is not finite gets the worst value of the metric. Arrays that cannot be compared
 (empty, or of two shapes) raise ValueError: a comparison that cannot happen has no figure.
@@ -60,10 +60,10 @@ def snr_db(reference: Any, candidate: Any) -> float:
     unit = 1.0 if a.dtype.itemsize <= 4 and b.dtype.itemsize <= 4 else max(_largest(a), _largest(b)) or 1.0
     signal = noise = 0.0
     for r, c in _parts(a, b):
-        found = _squares_in_float32(r, c) or _squares(r, c, unit)
-        if found is None:
+        squares = _squares_in_float32(r, c) or _squares(r, c, unit)
+        if squares is None:
             return -math.inf
-        signal, noise = signal + found[0], noise + found[1]
+        signal, noise = signal + squares[0], noise + squares[1]
     if noise == 0:
         return math.inf
     return 10 * (math.log10(signal) - math.log10(noise)) if signal else -math.inf
@@ -135,7 +135,7 @@ def kl_positions(reference: Any, candidate: Any) -> np.ndarray:
     a, b = a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1])
     if not _finite(a, b):
         return np.full(len(a), math.inf)
-    found = np.empty(len(a))
+    divergences = np.empty(len(a))
     for start in range(0, len(a), _POSITIONS_AT_ONCE):
         part = slice(start, start + _POSITIONS_AT_ONCE)
         x, y = (values[part].astype(np.float64) for values in (a, b))
@@ -143,8 +143,8 @@ def kl_positions(reference: Any, candidate: Any) -> np.ndarray:
             shifted -= shifted.max(axis=-1, keepdims=True)  # so that nothing overflows
         weights = np.exp(x)
         total, other = weights.sum(axis=-1), np.exp(y).sum(axis=-1)
-        found[part] = np.vecdot(weights, x - y) / total - np.log(total / other)
-    return np.maximum(found, 0.0)  # rounding can leave −1e-17
+        divergences[part] = np.vecdot(weights, x - y) / total - np.log(total / other)
+    return np.maximum(divergences, 0.0)  # rounding can leave −1e-17
 
 
 def negative_log_likelihood(logits: Any, tokens: Any) -> np.ndarray:
@@ -155,11 +155,11 @@ def negative_log_likelihood(logits: Any, tokens: Any) -> np.ndarray:
     x, chosen = np.asarray(logits), np.asarray(tokens)
     if len(x) != len(chosen) or len(x) == 0:
         raise ValueError(f"cannot score {len(chosen)} tokens by {len(x)} positions")
-    found = np.empty(len(x))
+    nats = np.empty(len(x))
     for start in range(0, len(x), _POSITIONS_AT_ONCE):
         part = slice(start, start + _POSITIONS_AT_ONCE)
-        found[part] = -np.take_along_axis(log_softmax(x[part]), chosen[part, None], axis=-1)[:, 0]
-    return found
+        nats[part] = -np.take_along_axis(log_softmax(x[part]), chosen[part, None], axis=-1)[:, 0]
+    return nats
 
 
 def top1_agreement(reference: Any, candidate: Any) -> float:

@@ -16,7 +16,7 @@ from fastvlm.common.staging import write_file
 from model_export import contract
 from model_export.config import ExportConfig
 from quantization.sweep import engine
-from quantization.sweep.server import apart
+from quantization.sweep.point import apart
 
 if TYPE_CHECKING:
     from fastvlm.model.surface import Vision
@@ -31,7 +31,7 @@ class Remembered:
         self.shared, self.encoder = work / "shared", digest(package, vision.name)
 
     def encode(self, pixel_values: np.ndarray) -> np.ndarray:
-        """As the encoder's own."""
+        """Encode as the encoder itself does, or read the features of an earlier run."""
         from torch import get_num_threads  # which decides the last bits
 
         folder = self.shared / f"features-{self.encoder}-{get_num_threads()}"

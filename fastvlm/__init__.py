@@ -20,12 +20,16 @@ def load(path: str | PathLike[str], dtype: str = "float32", device: str = "cpu")
     """Load a checkpoint folder, in LLaVA's or Transformers' layout, to be run by PyTorch.
 
     Args:
+        path: the folder.
         dtype: "float32", "float16" or "bfloat16", or "auto": as the weights are stored, as far as the device can.
         device: "cpu", "cuda" or "mps", or "auto": the first of cuda, mps and cpu that is there.
+
+    Returns:
+        The model: `generate`, and its stages `preprocess`, `encode_image`, `project` and `merge`, NumPy in and out.
 
     Raises:
         UserError (`fastvlm.common.errors`): the folder is no usable checkpoint, or the device is not on this machine.
     """
-    from fastvlm.model.surface import load_checkpoint  # torch and transformers take seconds: not at import
+    from fastvlm.model.torch_parts import load_checkpoint  # torch and transformers take seconds: not at import
 
     return load_checkpoint(path, dtype, device)

@@ -1,1 +1,1 @@
-"""Checkpoint to artefact, and the artefact run from its bytes."""
+"""Exports a checkpoint to an artefact, and runs the artefact from its bytes; `runtime.load` is the way in."""

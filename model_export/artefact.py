@@ -1,16 +1,18 @@
-"""An artefact folder: what it says of itself, its licences, and whether every byte is what the export wrote."""
+"""An artefact folder: its manifest, its licences, and whether every byte is what the export wrote."""
 
 import hashlib
 import json
 import os
 import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastvlm.checkpoint import folder_kind
 from fastvlm.checkpoint.exported import recognise
+from fastvlm.common import threads
 from fastvlm.common.cli import progress
 from fastvlm.common.documents import Unreadable, load
 from fastvlm.common.errors import UserError
@@ -68,7 +70,7 @@ def check_target(target: Path, overwrite: bool) -> None:
 
 
 def sources(checkpoint: "Checkpoint", advance: Callable[[int], Any] | None = None) -> dict[str, Any]:
-    """What the checkpoint is: its layout, and sha256 and size of each file that was read; `sha256` is over all of them.
+    """The checkpoint's identity: its layout, sha256 and size of each file that was read, and `sha256` over all of them.
 
     `advance(n)` after every n bytes. Names only, no paths: the same checkpoint elsewhere is the same source.
     """
@@ -85,7 +87,7 @@ def sources(checkpoint: "Checkpoint", advance: Callable[[int], Any] | None = Non
 
 
 def carry_licences(checkpoint: Path, folder: Path, changes: Sequence[str]) -> list[str]:
-    """Copy the checkpoint's licence files into `folder`, and write a NOTICE that says what was changed.
+    """Copy the checkpoint's licence files into `folder`, and write a NOTICE of the changes.
 
     Returns the copied names. Apple's licence asks for its text and attribution passed on, and modifications disclosed.
     """
@@ -133,16 +135,14 @@ def files_in(folder: Path) -> list[str]:
     return sorted(name for path in paths if (name := path.relative_to(folder).as_posix()) != contract.MANIFEST)
 
 
-def write_manifest(
-    folder: Path, document: Mapping[str, Any], known: Mapping[str, Mapping[str, Any]] | None = None
-) -> dict[str, Any]:
+def write_manifest(folder: Path, document: Mapping[str, Any]) -> dict[str, Any]:
     """Write export.json: `document` and the sha256 and size of every file in `folder`. Returns what was written.
 
-    The bytes are canonical JSON with a hash of themselves, so that a change to the manifest shows, too. What is `known`
-    of files as `hash_files` has it is taken as it is.
+    The bytes are canonical JSON with a hash of themselves, so that a change to the manifest shows, too.
     """
-    known, names = dict(known or {}), files_in(folder)
-    files = document.get("files") or known | hash_files(folder, set(names) - set(known))
+    names = files_in(folder)
+    with ThreadPoolExecutor(threads.count()) as pool:
+        files = document.get("files") or dict(zip(names, pool.map(lambda name: hash_file(folder / name), names)))
     complete = {"format": FORMAT, "format_version": FORMAT_VERSION, **document, "files": files}
     complete[_SELF] = _self_hash(complete)
     (folder / contract.MANIFEST).write_bytes(_canonical(complete))
@@ -162,10 +162,12 @@ def read_manifest(artefact: Path, older: bool = False) -> dict[str, Any]:
     except Unreadable as error:
         if error.rule != "file-missing":
             raise UserError(f"{error.finding(str(path))}: export again") from None
-        made = "it was exported elsewhere" if recognise(artefact) else "is no artefact"
+        if not recognise(artefact):
+            names = f"{contract.CONFIG}, model.safetensors, {contract.PACKAGE} and, if it was exported here"
+            raise UserError(f"{artefact}: expected an artefact: a folder with {names}, {contract.MANIFEST}") from None
         raise UserError(
-            f"{artefact}: {made}: it has no {contract.MANIFEST}, the record of sources and sha256 that this needs:"
-            " export the checkpoint with `model_export all`"
+            f"{artefact}: it was exported elsewhere: it has no {contract.MANIFEST}, the record of sources and sha256"
+            " that this needs: export the checkpoint with `fastvlm export`"
         ) from None
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise UserError(f"{path}: is not the manifest of an artefact (no format {FORMAT!r})")
@@ -181,7 +183,7 @@ def read_manifest(artefact: Path, older: bool = False) -> dict[str, Any]:
 
 
 def read(artefact: Path) -> dict[str, Any]:
-    """What the artefact says of itself: its export.json, or for one made elsewhere the same keys as far as names tell.
+    """The artefact's manifest: its export.json, or for one made elsewhere the same keys as far as names tell.
 
     Nothing of an artefact made elsewhere is opened. UserError for a folder that is no artefact.
     """
@@ -275,8 +277,8 @@ def _missing_or_resized(artefact: Path, files: Mapping[str, Mapping[str, Any]]) 
 def _extra(artefact: Path, listed: set[str]) -> list[str]:
     """Files and folders that the manifest does not have, but for what macOS adds."""
     folders = {parent.as_posix() for name in listed for parent in Path(name).parents}
-    found = [path.relative_to(artefact).as_posix() for path in sorted(artefact.rglob("*")) if not is_macs(path.name)]
-    return [name for name in found if name not in listed and name not in folders]
+    names = [path.relative_to(artefact).as_posix() for path in sorted(artefact.rglob("*")) if not is_macs(path.name)]
+    return [name for name in names if name not in listed and name not in folders]
 
 
 def _listed_files(document: Mapping[str, Any]) -> set[str]:

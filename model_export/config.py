@@ -1,9 +1,11 @@
 """The settings of an export, checked all at once."""
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from fastvlm.common.arguments import whole_number
 from fastvlm.common.errors import UserError
 from fastvlm.common.files import Output, output_faults
 from fastvlm.data.preprocessing import MAX_IMAGE_SIZE
@@ -19,6 +21,8 @@ VISION_RUNNERS = ("auto", "coreml", "executor")
 LLM_RUNNERS = ("auto", "mlx", "torch")
 # How the executor and PyTorch compute: the proofs' policies, those for speed, the faster of float32 and bfloat16 here.
 COMPUTES = ("as-typed", "float32", "strict-fp16", "bfloat16", "int8", "auto")
+
+image_size = whole_number(PATCH_SIZE, PATCH_SIZE, MAX_IMAGE_SIZE)  # the argparse type of a picture's pixels per side
 
 
 @dataclass(frozen=True)
@@ -56,9 +60,7 @@ class ExportConfig:
         object.__setattr__(self, "checkpoint", Path(self.checkpoint))
         object.__setattr__(self, "output_dir", Path(self.output_dir))
         object.__setattr__(self, "resolutions", tuple(self.resolutions or ()))
-        faults = [*self._unknown_values(), *self._precision_faults(), *self._compression_faults(), *self._paths()]
-        if not faults:
-            faults = self._target_faults()
+        faults = [*self._faults()] or [*self._target_faults()]
         if faults:
             raise UserError("; ".join(faults))
 
@@ -79,15 +81,13 @@ class ExportConfig:
     @property
     def compression(self) -> encoder_forms.VisionQuant:
         """The encoder's forms: by `vision_quant`, or else by the recipe."""
-        return (
-            encoder_forms.load(self.vision_quant)
-            if self.vision_quant != encoder_forms.NONE
-            else encoder_forms.of_recipe(self.quant)
-        )
+        if self.vision_quant != encoder_forms.NONE:
+            return encoder_forms.load(self.vision_quant)
+        return encoder_forms.of_recipe(self.quant)
 
     @property
     def deployment_target(self) -> str:
-        """The target that is written: as asked for, or else the oldest from DEFAULT_TARGET on that can hold it all."""
+        """The target that is written: the requested one, or the oldest from DEFAULT_TARGET on that can hold it all."""
         return self.minimum_deployment_target or max([DEFAULT_TARGET, *self.newer_target.values()])
 
     def document(self) -> dict[str, Any]:
@@ -103,67 +103,59 @@ class ExportConfig:
         document |= {"minimum_deployment_target": self.deployment_target, "resolutions": list(self.resolutions)}
         return document | ({"newer_target": self.newer_target} if self.newer_target else {})
 
-    def _unknown_values(self) -> list[str]:
-        legal = {
-            "compute_precision": PRECISIONS,
-            "compute_units": COMPUTE_UNITS,
-            "minimum_deployment_target": DEPLOYMENT_TARGETS,
-            "layout": LAYOUTS,
-        }
-        faults = [
-            f"{_flag(name)}: got {getattr(self, name)!r}, expected one of {', '.join(values)}"
-            for name, values in legal.items()
-            if getattr(self, name) not in values and (name, getattr(self, name)) != ("minimum_deployment_target", None)
-        ]
-        sizes = [("--image-size", self.image_size)] if self.image_size is not None else []
-        for flag, size in [*sizes, *(("--resolutions", size) for size in self.resolutions)]:
-            faults += size_faults(flag, size)
-        return faults
-
-    def _target_faults(self) -> list[str]:
-        stated = self.minimum_deployment_target
-        return [
-            f"--minimum-deployment-target {stated}: too old for {why}, new in {needed}:"
-            f" ask for {needed}, or leave the flag out"
-            for why, needed in self.newer_target.items()
-            if self._stated_before(needed)
-        ]
-
-    def _compression_faults(self) -> list[str]:
-        given = {"--vision-quant": self.vision_quant != encoder_forms.NONE, "--min-snr": self.min_snr is not None}
-        faults = []
-        if all(given.values()):
-            faults.append("--vision-quant and --min-snr: one says the form of each layer, the other looks for it")
-        if self.compute_precision == "float32" and any(given.values()):
-            flag = next(flag for flag, present in given.items() if present)
-            faults.append(f"{flag} with --compute-precision float32: compressed weights are float16; use float16")
-        if given["--min-snr"] and self.minimum_deployment_target == "iOS15":
-            faults.append(
-                "--min-snr with --minimum-deployment-target iOS15, which has no compressed weights: ask for iOS16"
-            )
-        if self.min_snr is not None and not 0 < self.min_snr < 100:
-            faults.append(f"--min-snr: got {self.min_snr:g}, expected decibels between 0 and 100")
-        try:
-            encoder_forms.load(self.vision_quant)
-            if encoder_forms.of_recipe(self.quant).rules and any(given.values()):
-                flag = next(flag for flag, present in given.items() if present)
-                faults.append(f"{flag} and --quant {self.quant}: the recipe has rules for the encoder: leave one out")
-        except UserError as error:
-            faults.append(str(error))
-        return faults
-
-    def _precision_faults(self) -> list[str]:
+    def _faults(self) -> Iterator[str]:
+        for name, legal in (
+            ("compute_precision", PRECISIONS),
+            ("compute_units", COMPUTE_UNITS),
+            ("minimum_deployment_target", (*DEPLOYMENT_TARGETS, None)),
+            ("layout", LAYOUTS),
+        ):
+            if getattr(self, name) not in legal:
+                known = ", ".join(filter(None, legal))
+                yield f"--{name.replace('_', '-')}: got {getattr(self, name)!r}, expected one of {known}"
+        if self.image_size is not None:
+            yield from size_faults("--image-size", self.image_size)
+        for size in self.resolutions:
+            yield from size_faults("--resolutions", size)
         if self.compute_precision == "float32" and self.compute_units == "CPU_AND_NE":
-            return [
+            yield (
                 "--compute-precision float32 with --compute-units CPU_AND_NE: the Neural Engine has no float32, so"
                 " nothing would run on it; use float16, or --compute-units CPU_AND_GPU, CPU_ONLY or ALL"
-            ]
-        return []
-
-    def _paths(self) -> list[str]:
+            )
+        yield from self._compression_faults()
         read = {"--checkpoint": self.checkpoint, "--calibration-data": self.calibration_data}
         given = [(flag, path) for flag, path in read.items() if path is not None]
-        return output_faults({"--output-dir": (self.output_dir, Output(whole=True))}, given)
+        yield from output_faults({"--output-dir": (self.output_dir, Output(whole=True))}, given)
+
+    def _compression_faults(self) -> Iterator[str]:
+        flags = {"--vision-quant": self.vision_quant != encoder_forms.NONE, "--min-snr": self.min_snr is not None}
+        given = [flag for flag, present in flags.items() if present]
+        if len(given) > 1:
+            yield "--vision-quant and --min-snr: one says the form of each layer, the other looks for it"
+        if self.compute_precision == "float32" and given:
+            yield f"{given[0]} with --compute-precision float32: compressed weights are float16; use float16"
+        if self.min_snr is not None and self.minimum_deployment_target == "iOS15":
+            yield "--min-snr with --minimum-deployment-target iOS15, which has no compressed weights: ask for iOS16"
+        if self.min_snr is not None and not 0 < self.min_snr < 100:
+            yield f"--min-snr: got {self.min_snr:g}, expected decibels between 0 and 100"
+        try:
+            encoder_forms.load(self.vision_quant)
+        except UserError as error:
+            yield f"--vision-quant: {error}"
+        try:
+            if encoder_forms.of_recipe(self.quant).rules and given:
+                yield f"{given[0]} and --quant {self.quant}: the recipe has rules for the encoder: leave one out"
+        except UserError as error:
+            yield f"--quant: {error}"
+
+    def _target_faults(self) -> Iterator[str]:
+        stated = self.minimum_deployment_target
+        for why, needed in self.newer_target.items():
+            if self._stated_before(needed):
+                yield (
+                    f"--minimum-deployment-target {stated}: too old for {why}, new in {needed}:"
+                    f" ask for {needed}, or leave the flag out"
+                )
 
 
 def size_faults(flag: str, size: Any) -> list[str]:
@@ -172,7 +164,3 @@ def size_faults(flag: str, size: Any) -> list[str]:
     if whole and PATCH_SIZE <= size <= MAX_IMAGE_SIZE and size % PATCH_SIZE == 0:
         return []
     return [f"{flag}: got {size!r}, expected a multiple of {PATCH_SIZE} from {PATCH_SIZE} to {MAX_IMAGE_SIZE}"]
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")

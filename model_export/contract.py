@@ -32,7 +32,7 @@ IO_DTYPE = "float32"
 MODEL_TYPE = "llava_qwen2"
 PROCESSOR_CLASS = "LlavaProcessor"
 IMAGE_TOKEN = "<image>"
-# The preprocessing that the app does whatever preprocessor_config.json says.
+# The preprocessing that the app does whatever preprocessor_config.json has.
 APP_IMAGE_STRATEGY = "center_crop"
 
 # Weight keys: `language_model.` in front of Qwen2's own names, and the projector's two linear layers.

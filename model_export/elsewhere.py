@@ -1,5 +1,5 @@
 """An artefact without export.json, as Apple's ready-made models and mlx-vlm's converter have it, described from its own
-bytes in the terms of a manifest. What only a manifest can tell is left out, and `UNKNOWN` says so.
+bytes in the terms of a manifest. What only a manifest has is left out, as `UNKNOWN` notes.
 """
 
 import math
@@ -18,7 +18,7 @@ _BUILT_WITH = {6: "iOS15", 7: "iOS16", 8: "iOS17", 9: "iOS18", 10: "iOS26"}  # s
 
 
 def listed(folder: Path, exported: Exported, ignored: Iterable[str]) -> dict[str, Any]:
-    """Which files there are (`ignored` ones aside, and hidden ones), halves and layout; nothing is opened.
+    """The files (without `ignored` and hidden ones), the halves and the layout; nothing is opened.
 
     UserError for links that leave the folder, but into the hub cache's own blobs.
     """

@@ -1,7 +1,8 @@
-"""What `--vision-quant` and a recipe say of the encoder: rules from layers' names to forms of their weights."""
+"""The forms of the encoder's weights, by `--vision-quant` or a recipe: rules from layers' names to forms."""
 
 from dataclasses import dataclass
 
+from fastvlm.common.arguments import nearest
 from fastvlm.common.errors import UserError
 from quantization.coreml.compression import COMPRESSIONS, Compression
 from quantization.recipe import load_recipe
@@ -36,16 +37,18 @@ def load(text: str) -> VisionQuant:
         return VisionQuant(NONE)
     if not text.endswith(".json"):
         if text not in COMPRESSIONS:
-            raise UserError(
-                f"--vision-quant {text}: expected {NONE}, {', '.join(COMPRESSIONS)}, or a recipe's .json file"
-            )
+            raise UserError(f"got {text}, expected {', '.join(FORMS)}, or a recipe's .json file{nearest(text, FORMS)}")
         return VisionQuant(text, (("*", COMPRESSIONS[text]),))
-    found = of_recipe(text)
-    if not found.rules:
-        raise UserError(
-            f"--vision-quant {text}: the recipe has no rule for the encoder: expected patterns vision_encoder.*"
-        )
-    return found
+    rules = of_recipe(text)
+    if not rules.rules:
+        raise UserError(f"{text}: the recipe has no rule for the encoder: expected patterns vision_encoder.*")
+    return rules
+
+
+def usable(text: str) -> str:
+    """The argparse type of a flag that takes what `load` takes: the text as it is."""
+    load(text)
+    return text
 
 
 def of_recipe(text: str) -> VisionQuant:

@@ -1,9 +1,9 @@
-"""The export of a checkpoint to an artefact: the stages of `python -m model_export all`, `vision` and `llm`."""
+"""The export of a checkpoint to an artefact: the stages of `fastvlm export`, `export-vision` and `export-llm`."""
 
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -15,8 +15,9 @@ from fastvlm.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from fastvlm.common.cli import log, progress
 from fastvlm.common.errors import CheckFailed, UserError
 from fastvlm.common.staging import staged
+from fastvlm.common.units import format_bytes
 from fastvlm.data import conversations, pictures
-from model_export import artefact, contract, resume
+from model_export import artefact, contract
 from model_export.config import DEFAULT_TARGET, ExportConfig
 from model_export.encoder import compress
 from model_export.language import llm, tokenizer
@@ -44,6 +45,7 @@ class Plan:
     recipe: Recipe
     calibration: list[conversations.Sample] | None
     sizes: dict[str, int]
+    signature: list[tuple[str, int, int, int]]  # of the checkpoint's files, as `_signature` has it
 
     def document(self) -> dict[str, Any]:
         """The files to be written, with estimated sizes in bytes."""
@@ -60,51 +62,15 @@ class Plan:
         }
 
 
-class Sources:
-    """Hashes the checkpoint beside the other work, from `begin` on until its context ends."""
-
-    def __init__(self) -> None:
-        self.before: list[tuple[str, int, int, int]] = []  # its files then, as `_signature` has them
-        self._pool, self._ended = ThreadPoolExecutor(1), threading.Event()
-        self._found: Future[dict[str, Any]] | None = None
-
-    def __enter__(self) -> "Sources":
-        return self
-
-    def begin(self, checkpoint: Checkpoint) -> None:
-        if self._found is None:
-            self.before = _signature(checkpoint)
-            self._found = self._pool.submit(artefact.sources, checkpoint, self._advance)
-
-    def result(self) -> dict[str, Any]:
-        """The result of `artefact.sources`, waited for."""
-        assert self._found is not None
-        return self._found.result()
-
-    def _advance(self, count: int) -> None:
-        if self._ended.is_set():
-            raise InterruptedError("the export has ended")
-
-    def __exit__(self, *exception: object) -> None:
-        self._ended.set()
-        self._pool.shutdown()
-
-
-def plan(
-    config: ExportConfig, parts: tuple[str, ...] = PARTS, begin: Callable[[Checkpoint], None] | None = None
-) -> Plan:
-    """Resolve an export without writing anything. Raises UserError for whatever would stop it, disk space included.
-
-    `begin(checkpoint)` is called as soon as that is open (`Sources.begin`).
-    """
+def plan(config: ExportConfig, parts: tuple[str, ...] = PARTS) -> Plan:
+    """Resolve an export without writing anything. Raises UserError for whatever would stop it, disk space included."""
     recipe = load_recipe(config.quant)
     artefact.check_target(config.output_dir, config.overwrite)
     checkpoint = open_checkpoint(config.checkpoint)
     if config.image_size:
         preprocessor = replace(checkpoint.preprocessor, image_size=config.image_size)
         checkpoint = replace(checkpoint, preprocessor=preprocessor)
-    if begin is not None:
-        begin(checkpoint)
+    signature = _signature(checkpoint)
     calibration = _calibration(config, recipe, parts)
     for why, target in config.newer_target.items():
         if config.deployment_target != DEFAULT_TARGET:
@@ -122,7 +88,7 @@ def plan(
         recipe = _without_idle_budget(recipe, checkpoint, config.layout)
         sizes[contract.WEIGHTS_GLOB] = llm.planned_bytes(checkpoint, recipe, config.layout)
     _check_space(config.output_dir, sizes, copies=len(config.resolutions))
-    return Plan(config, parts, checkpoint, recipe, calibration, sizes)
+    return Plan(config, parts, checkpoint, recipe, calibration, sizes, signature)
 
 
 def _without_idle_budget(recipe: Recipe, checkpoint: Checkpoint, layout: str) -> Recipe:
@@ -132,16 +98,15 @@ def _without_idle_budget(recipe: Recipe, checkpoint: Checkpoint, layout: str) ->
     shapes = llm.weight_shapes(checkpoint, layout)
     settled = budget.within_reach(recipe, shapes, llm.ELSEWHERE_OF[layout])
     if settled is not None:
-        log(f"recipe {recipe.name}: every weight fits in its largest form: nothing to choose, nothing to calibrate")
+        widths = [getattr(scheme, "bits", 16) for rule in recipe.rules for scheme in rule.choices]
+        largest = f"{max(widths)} bit, the largest that {recipe.name.partition(':')[0]} chooses among"
+        log(f"recipe {recipe.name}: every weight fits at {largest}: nothing to calibrate")
     return settled or recipe
 
 
-def export(
-    plan: Plan, parity: Parity | None = None, sources: Sources | None = None, vision: "Vision | None" = None
-) -> dict[str, Any]:
-    """Write the artefact and return its manifest, with `output_dir` and `seconds` by stage added. `sources` may have
-    begun. `vision` is what the language model is calibrated on where no encoder is exported with it (None: the
-    checkpoint's own).
+def export(plan: Plan, parity: Parity | None = None, vision: "Vision | None" = None) -> dict[str, Any]:
+    """Write the artefact and return its manifest, with `output_dir` and `seconds` by stage added. `vision` is what the
+    language model is calibrated on where no encoder is exported with it (None: the checkpoint's own).
 
     `parity(folder)` compares the staged artefact with the checkpoint before it is published and returns a document with
     "passed"; what it returns goes into the manifest. When it did not pass, nothing is published. Raises CheckFailed for
@@ -151,48 +116,45 @@ def export(
     seconds: dict[str, float] = {}
     for warning in checkpoint.warnings:
         log(f"warning: {warning}")
-    sources = sources or Sources()
-    sources.begin(checkpoint)
-    with (
-        sources,
-        resume.finished_files(config.output_dir, _resume_key(plan, sources.before)) as finished,
-        staged(config.output_dir, replace=config.overwrite) as folder,
-    ):
-        document = _write_parts(plan, folder, sources.result, finished, seconds, vision)
+    with _hashed(checkpoint) as sources, staged(config.output_dir, replace=config.overwrite) as folder:
+        document = _write_parts(plan, folder, sources.result, seconds, vision)
         with _stage("hash the artefact", seconds):
-            document = artefact.write_manifest(folder, document, finished.hashes)
+            document = artefact.write_manifest(folder, document)
         if parity is not None:
             with _timed("parity", seconds):  # it shows its own progress
                 result = _rounded(dict(parity(folder)))
             document = artefact.write_manifest(folder, document | {"parity": result})
             if result.get("passed") is not True:
                 raise CheckFailed(f"parity: {result.get('verdict', 'a tolerance is broken')}; nothing was written")
-        if _signature(checkpoint) != sources.before:
+        if _signature(checkpoint) != plan.signature:
             raise UserError(f"{checkpoint.path}: changed while it was exported: nothing was written; export again")
     return {**document, "output_dir": str(config.output_dir), "seconds": seconds}
 
 
-def _resume_key(plan: Plan, signature: list[tuple[str, int, int, int]]) -> dict[str, Any]:
-    """Whatever the language model's files are made from: another key, and an interrupted run is not taken up."""
-    return {
-        "checkpoint": signature,
-        "recipe": plan.recipe.to_json(),
-        "layout": plan.config.layout,
-        "shard_bytes": llm.SHARD_BYTES,
-        "format_version": artefact.FORMAT_VERSION,
-        "versions": artefact.versions(),
-    }
+@contextmanager
+def _hashed(checkpoint: Checkpoint) -> Iterator[Future[dict[str, Any]]]:
+    """The result of `artefact.sources`, made beside the other work until the block ends."""
+    ended = threading.Event()
+
+    def advance(count: int) -> None:
+        if ended.is_set():
+            raise InterruptedError("the export has ended")
+
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            yield pool.submit(artefact.sources, checkpoint, advance)
+        finally:
+            ended.set()
 
 
 def _write_parts(
     plan: Plan,
     folder: Path,
     sources: Callable[[], dict[str, Any]],
-    finished: resume.FinishedFiles,
     seconds: dict[str, float],
     sees: "Vision | None",
 ) -> dict[str, Any]:
-    """All files of the artefact but its manifest; returns what the manifest says about them."""
+    """Write all files of the artefact but its manifest; returns the manifest's entries about them."""
     config, checkpoint, preprocessor = plan.config, plan.checkpoint, plan.checkpoint.preprocessor
     strategy = preprocessor.image_strategy
     document: dict[str, Any] = {
@@ -208,20 +170,19 @@ def _write_parts(
     changes = {}
     calibrated = plan.recipe.calibrates
     if "llm" in plan.parts and not calibrated:
-        document["llm"], changes["llm"] = _write_language(plan, folder, finished, seconds, None)
+        document["llm"], changes["llm"] = _write_language(plan, folder, seconds, None)
     if "vision" in plan.parts:
         from model_export.encoder import vision  # noqa: F401  imported beside the hashing, not after it
     with _stage("hash the checkpoint", seconds):  # what is left of it
         document["sources"] = sources()
     if "vision" in plan.parts:
-        notes = (strategy, document["sources"]["sha256"])
-        document["vision"], changes["vision"] = _write_encoder(plan, folder, notes, seconds)
+        document["vision"], changes["vision"] = _write_encoder(plan, folder, document["sources"]["sha256"], seconds)
     if "llm" in plan.parts and calibrated:  # on what the exported encoder gives
         if "vision" in plan.parts:
             from model_export.runtime import ExecutorVision
 
             sees = ExecutorVision(folder)
-        document["llm"], changes["llm"] = _write_language(plan, folder, finished, seconds, sees)
+        document["llm"], changes["llm"] = _write_language(plan, folder, seconds, sees)
     if config.layout != "mlx-lm":
         tokenizer.write_processors(folder, checkpoint.image_size, strategy, preprocessor.mean, preprocessor.std)
     document["licences"] = artefact.carry_licences(checkpoint.path, folder, [changes[part] for part in sorted(changes)])
@@ -229,7 +190,7 @@ def _write_parts(
 
 
 def _write_language(
-    plan: Plan, folder: Path, finished: resume.FinishedFiles, seconds: dict[str, float], sees: "Vision | None"
+    plan: Plan, folder: Path, seconds: dict[str, float], sees: "Vision | None"
 ) -> tuple[dict[str, Any], str]:
     """The language model's files, calibrated on what `sees` gives; returns the manifest's facts and a sentence for the
     NOTICE."""
@@ -240,22 +201,20 @@ def _write_language(
         from model_export.language.calibrate import calibrate
 
         with _stage("calibration", seconds):
-            found = calibrate(checkpoint, recipe, checkpoint.preprocessor, plan.calibration, sees, config.layout)
-        recipe, ready, facts = found.recipe, found.parts, {"calibration": found.facts}
+            recipe, ready, facts["calibration"] = calibrate(
+                checkpoint, recipe, checkpoint.preprocessor, plan.calibration, sees, config.layout
+            )
     size = llm.bytes_to_read(checkpoint, recipe, config.layout)
     with _stage("language model", seconds, size) as advance:
-        # what was calibrated depends on more than the key of the finished files
-        facts |= llm.export_llm(checkpoint, recipe, folder, advance, config.layout, None if ready else finished, ready)
+        facts |= llm.export_llm(checkpoint, recipe, folder, advance, config.layout, ready)
     tokenizer.write_tokenizer(checkpoint, folder)
     what = "The language model is" if config.layout == "mlx-lm" else "The language model and the projector are"
     return facts, f"{what} stored for MLX by recipe {recipe.name}."
 
 
-def _write_encoder(
-    plan: Plan, folder: Path, notes: tuple[str, str], seconds: dict[str, float]
-) -> tuple[dict[str, Any], str]:
+def _write_encoder(plan: Plan, folder: Path, source: str, seconds: dict[str, float]) -> tuple[dict[str, Any], str]:
     """The encoder's package; returns the manifest's facts and a sentence for the NOTICE."""
-    from model_export.encoder.vision import PackageNotes, export_vision
+    from model_export.encoder.vision import export_vision
 
     config, given = plan.config, None
     if plan.calibration is not None:
@@ -266,14 +225,15 @@ def _write_encoder(
             config,
             folder / contract.PACKAGE,
             lambda size: pictures.pixels(plan.checkpoint.preprocessor, size, given or None),
-            PackageNotes(*notes),
+            source,
         )
     if "fp16" in facts:
         facts["fp16"]["pictures"] = f"{len(given)} given and noise" if given else "a drawn one and noise"
     compressed = ", its weights compressed." if facts.get("compression", {}).get("forms") else "."
+    sizes = " and ".join(f"{size} x {size}" for size in facts["resolutions"])
     return facts, (
         "The vision encoder's branches and normalizations are folded into convolutions; it is stored as a Core ML"
-        f" program in {config.compute_precision} for {_listed(facts['resolutions'])} pixels{compressed}"
+        f" program in {config.compute_precision} for {sizes} pixels{compressed}"
     )
 
 
@@ -291,10 +251,6 @@ def _calibration(config: ExportConfig, recipe: Recipe, parts: tuple[str, ...]) -
     if len(used) < len(samples):
         log(f"--calibration-data: {len(used)} of {len(samples)} questions are used")
     return used
-
-
-def _listed(sizes: Sequence[int]) -> str:
-    return " and ".join(f"{size} x {size}" for size in sizes)
 
 
 def _rounded(value: Any) -> Any:
@@ -331,8 +287,8 @@ def _check_space(target: Path, sizes: Mapping[str, int], copies: int) -> None:
     """coremltools writes the encoder's weights twice before one copy goes, and once for each of several functions."""
     needed = sum(sizes.values()) + (1 + copies) * sizes.get(contract.PACKAGE, 0) + _SPARE_BYTES
     parent = next(folder for folder in target.expanduser().resolve().parents if folder.exists())
-    free = shutil.disk_usage(parent).free + resume.waiting(target)
+    free = shutil.disk_usage(parent).free
     if free < needed:
         raise UserError(
-            f"--output-dir {target}: {free / 1e9:.1f} GB free, the export needs {needed / 1e9:.1f} GB: free some"
+            f"--output-dir {target}: {format_bytes(free)} free, the export needs {format_bytes(needed)}: free some"
         )

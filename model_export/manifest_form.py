@@ -49,7 +49,7 @@ def _faults(value: Any, form: Any, where: str, complete: bool) -> list[str]:
         if not isinstance(value, list):
             return [f"{where} is no list"]
         return [
-            fault for place, one in enumerate(value) for fault in _faults(one, form[0], f"{where}[{place}]", complete)
+            fault for place, item in enumerate(value) for fault in _faults(item, form[0], f"{where}[{place}]", complete)
         ]
     wrong = not isinstance(value, form) or isinstance(value, bool)
     expected = "text" if form is str else "a number" if form in (int, _NUMBER) else "a list or an object"

@@ -1,4 +1,4 @@
-"""The tensors of an MLX folder by name, and its config.json: what is stored, and what values that stands for."""
+"""The tensors of an MLX folder by name, and its config.json: as they are stored, and their values."""
 
 from pathlib import Path
 from typing import Any
@@ -40,11 +40,11 @@ class StoredTensors:
         """The stored tensors whose names begin so as MLX's arrays, by the rest of their names."""
         import mlx.core as mx
 
-        found: dict[str, Any] = {}
+        arrays: dict[str, Any] = {}
         for path in {path for name, path in self._files.items() if name.startswith(prefix)}:
             loaded: Any = mx.load(str(path))  # lazy: only what is used is read
-            found |= {name.removeprefix(prefix): value for name, value in loaded.items() if name.startswith(prefix)}
-        return found
+            arrays |= {name.removeprefix(prefix): value for name, value in loaded.items() if name.startswith(prefix)}
+        return arrays
 
     def names(self) -> set[str]:
         """The weights' names, without the `.scales` and `.biases` that belong to quantized ones."""
@@ -65,7 +65,7 @@ class StoredTensors:
         return {"mode": "affine"} | {key: scheme[key] for key in ("group_size", "bits", "mode") if key in scheme}
 
     def _parts(self, module: str) -> tuple[str, ...]:
-        """What is stored of a quantized module beside its weight."""
+        """The names of a quantized module's tensors beside its weight."""
         return ("scales", "biases") if self.scheme(module)["mode"] == "affine" else ("scales",)
 
     def read(self, name: str) -> Tensor:
@@ -97,7 +97,7 @@ class StoredTensors:
         return self.read(name).__getitem__
 
     def mapped(self, name: str) -> Rows:
-        """The same out of a mapping of its own, dequantized when they are asked for, to float32."""
+        """The same out of a mapping of its own, dequantized at their use, to float32."""
         parts = self.stored(name)
         return lambda index: self.value(name, {part: tensor[index] for part, tensor in parts.items()}, as_float32=True)
 
@@ -105,7 +105,7 @@ class StoredTensors:
         return UserError(f"{self.folder}: {module}: unusable quantized weight ({error}); export again")
 
     def value(self, name: str, stored: dict[str, Tensor], as_float32: bool = False) -> Tensor:
-        """What the stored parts of a weight, or the same rows of all of them, stand for; `as_float32`: quantized ones
+        """The values of a weight from its stored parts, or the same rows of all of them; `as_float32`: quantized ones
         in float32. UserError as `read`."""
         module = name.removesuffix(".weight")
         if "scales" not in stored:
@@ -136,9 +136,9 @@ class StoredTensors:
 
     @property
     def label(self) -> str:
-        """What is stored, in a word or two: "int4", "mixed int4/int8", "mxfp4", "float16"."""
+        """The stored form in a word or two: "int4", "mixed int4/int8", "mxfp4", "float16"."""
         schemes = [self.scheme(module) for module in self._modules()]
-        kinds = sorted({contract.stored_as(one) for one in schemes})
+        kinds = sorted({contract.stored_as(scheme) for scheme in schemes})
         if not kinds:
             return dtype_name(self._get("language_model.model.norm.weight").dtype)
         return ("mixed " if len(kinds) > 1 else "") + "/".join(kinds)
@@ -150,7 +150,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         config = load(path)
     except Unreadable as error:
-        raise UserError(f"{path}: not readable as JSON ({error}); expected an artefact's folder") from None
+        raise UserError(f"{path}: {error}: expected an artefact's folder") from None
     if not isinstance(config, dict) or config.get("model_type") != contract.MODEL_TYPE:
         raise UserError(f"{path}: not an artefact's: expected an object with model_type {contract.MODEL_TYPE}")
     wrong = [key for key, kind in contract.CONFIG_REQUIRED.items() if type(config.get(key)) is not kind]

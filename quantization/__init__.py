@@ -1,1 +1,1 @@
-"""Recipes and storage schemes for weights: formats, calibration, sweeps."""
+"""Recipes and storage schemes for weights, calibration, and the engine of sweeps over recipes."""

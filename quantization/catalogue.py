@@ -1,4 +1,4 @@
-"""`python -m quantization recipes`: what the recipes are, how large they make the published models, what loads them."""
+"""`fastvlm recipes`: what the recipes are, how large they make the published models, what loads them."""
 
 import argparse
 import math
@@ -7,15 +7,13 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
-from rich.markup import escape
-from rich.table import Table
-
 from fastvlm.checkpoint import naming
 from fastvlm.checkpoint.shapes import language_shapes
 from fastvlm.common.cli import wide_console
 from fastvlm.common.errors import UserError
-from fastvlm.common.terminal import Console
-from quantization.recipe import ELSEWHERE, Recipe, Rule, load_recipe, named_recipes
+from fastvlm.common.terminal import Console, print_table
+from fastvlm.common.units import format_bytes
+from quantization.recipe import ELSEWHERE, Recipe, Rule, load_recipe, named_recipes, usable_recipe
 from quantization.schemes import Scheme, nbytes
 
 if TYPE_CHECKING:
@@ -47,7 +45,6 @@ class Loader:
         )
 
 
-_WIDE = 140  # columns from which on a row has room for what a recipe is
 _BITS = (2, 3, 4, 5, 6, 8)
 _OLD_BITS = (2, 3, 4, 6, 8)  # mlx before 0.26 has no kernels for 5 (mlx/backend/metal/kernels/quantized.metal)
 _MODES = ("affine", "mxfp4", "mxfp8", "nvfp4")
@@ -71,10 +68,14 @@ PUBLISHED_APP = next(loader.name for loader in LOADERS if loader.app)  # the app
 
 def add_recipes(verbs: Any) -> None:
     """The verb `recipes`."""
-    text = "the recipes, what the published models become by them, and what loads the result"
+    text = "List the recipes, the size of each published model under them, and what loads the result."
     parser = verbs.add_parser("recipes", description=text)
     parser.add_argument(
-        "recipe", nargs="*", metavar="RECIPE", help="a name, a name with a size (fit:400MB), or a .json: its rules, too"
+        "recipe",
+        nargs="*",
+        type=usable_recipe,
+        metavar="RECIPE",
+        help="a name, a name with a size (fit:400MB), or a .json: its rules, too",
     )
     parser.set_defaults(run=run_recipes)
 
@@ -84,17 +85,26 @@ def run_recipes(args: argparse.Namespace) -> dict[str, Any]:
     recipes = [load_recipe(name) for name in args.recipe] or list(named_recipes().values())
     rows = [describe(recipe) for recipe in recipes]
     console = wide_console(180)
-    console.print(_table(rows if args.recipe else sorted(rows, key=_smallest), console.width))
+    _print_rows(rows if args.recipe else sorted(rows, key=_smallest), console)
     if not args.recipe:
         console.print(
             f"→ {START[0]}: the one to start with: {START[1]}. `recipes NAME` says what one is.", markup=False
         )
-    console.print(f"Sizes are of the language model and the projector; {ENCODER}.")
+    console.print(f"Sizes are of the language model and the projector; {ENCODER}.", markup=False)
     for loader in LOADERS:
         console.print(f"{loader.name}: {loader.source}", markup=False)
-    if args.recipe:
-        for recipe, row in zip(recipes, rows, strict=True):
-            _print_rules(console, recipe, row)
+    for recipe, row in zip(recipes, rows) if args.recipe else ():
+        console.print()
+        print_table(
+            f"{recipe.name}, the first rule that matches decides",
+            ("weights", "become", "because"),
+            [(rule.pattern + _layers(rule), " or ".join(map(_in_words, rule.schemes)), rule.why)
+             for rule in recipe.rules],
+            console=console,
+        )  # fmt: skip
+        for name, size in row["sizes"].items():
+            if "fault" in size:
+                console.print(f"{name}: {size['fault']}", markup=False)
     return {"recipes": rows, "loaders": {loader.name: loader.source for loader in LOADERS}}
 
 
@@ -109,8 +119,8 @@ def describe(recipe: Recipe) -> dict[str, Any]:
     sizes, settings = {}, set()
     for key, name in SIZES.items():
         try:
-            sizes[name], found = _size(recipe, weight_shapes(SHAPES[key]))
-            settings |= found
+            sizes[name], needed = _size(recipe, weight_shapes(SHAPES[key]))
+            settings |= needed
         except UserError as error:
             sizes[name] = {"fault": str(error)}
     fits = any("fault" not in size for size in sizes.values())
@@ -151,7 +161,7 @@ def _size(recipe: Recipe, shapes: dict[str, tuple[int, ...]]) -> tuple[dict[str,
     if recipe.budget:
         limit = recipe.budget.limit(parameters)
         if limit < least:
-            raise UserError(f"at least {human(least)} ({8 * least / parameters:.2f} bits per weight)")
+            raise UserError(f"at least {format_bytes(least)} ({8 * least / parameters:.2f} bits per weight)")
         size |= _figures(min(limit, most), parameters)
     elif least == most:
         recipe.plan(shapes, ELSEWHERE)  # what its method cannot store
@@ -168,51 +178,35 @@ def _settings(schemes: Iterable[Scheme]) -> set[tuple[str, int, int]]:
     return {(entry.get("mode", "affine"), entry["bits"], entry["group_size"]) for entry in entries if entry}
 
 
-def human(size: int) -> str:
-    """Gigabytes with two decimals, or three digits of a smaller unit."""
-    if size >= 999.5e6:
-        return f"{size / 1e9:.2f} GB"
-    if size >= 999.5e3:
-        return f"{size / 1e6:.3g} MB"
-    return f"{size / 1e3:.3g} kB" if size >= 999.5 else f"{size} B"
-
-
 def _smallest(row: dict[str, Any]) -> float:
-    """Its size for the smallest model; recipes without one are last."""
+    """A recipe's size for the smallest model; recipes without one are last."""
     return float(row["sizes"][SIZES["0.5b"]].get("bytes", math.inf))
 
 
 def _cell(size: dict[str, Any]) -> str:
     if "fault" in size:
-        return "[red]doesn't fit[/]"
-    return human(size["bytes"]) if "bytes" in size else f"{human(size['least'])} to {human(size['most'])}"
+        return "doesn't fit"
+    return format_bytes(size["bytes"]) if "bytes" in size else f"≥ {format_bytes(size['least'])}"
 
 
-def _table(rows: list[dict[str, Any]], width: int) -> Table:
-    """The recipes, a row each; what they are only where a row stays readable."""
-    table = Table(title="recipes", title_justify="left", padding=(0, 1) if width >= _WIDE else (0, 0))
-    described = ("method", "loads in", "what it is") if width >= _WIDE else ("loads in",)
-    table.add_column("recipe", no_wrap=True)
-    table.add_column("bits per weight", justify="right")
-    for name in SIZES.values():
-        table.add_column(name, justify="right")
-    for column in described:
-        table.add_column(column, overflow="fold")
+def _print_rows(rows: list[dict[str, Any]], console: Console) -> None:
+    """The recipes, a row each."""
+    numbers, described = ["bits/weight", *SIZES.values()], ["loads in", "method", "what it is"]
+    cells = []
     for row in rows:
         sizes = row["sizes"].values()
         bits = sorted({f"{size['bits_per_weight']:.1f}" for size in sizes if "bytes" in size}, key=float)
-        cells = {
-            "method": row["method"],
-            "loads in": _loaders(row["loads_in"]),
-            "what it is": escape(row["description"]),
-        }
-        table.add_row(
-            ("→ " if row["name"] == START[0] else "") + escape(row["name"]),
-            " to ".join(dict.fromkeys((bits[0], bits[-1]))) if bits else "",
-            *map(_cell, sizes),
-            *(cells[column] for column in described),
+        cells.append(
+            [
+                ("→ " if row["name"] == START[0] else "") + row["name"],
+                " to ".join(dict.fromkeys((bits[0], bits[-1]))) if bits else "",
+                *map(_cell, sizes),
+                _loaders(row["loads_in"]),
+                row["method"],
+                row["description"],
+            ]
         )
-    return table
+    print_table("recipes", ["recipe", *numbers, *described], cells, numbers, console)
 
 
 def _loaders(names: Sequence[str]) -> str:
@@ -221,18 +215,6 @@ def _loaders(names: Sequence[str]) -> str:
     if not missing:
         return "all"
     return f"all but {', '.join(missing)}" if len(missing) < len(names) else ", ".join(names)
-
-
-def _print_rules(console: Console, recipe: Recipe, row: dict[str, Any]) -> None:
-    table = Table(title=f"\n{recipe.name}, the first rule that matches decides", title_justify="left")
-    for column in ("weights", "become", "because"):
-        table.add_column(column, overflow="fold")
-    for rule in recipe.rules:
-        table.add_row(escape(rule.pattern + _layers(rule)), " or ".join(map(_in_words, rule.choices)), escape(rule.why))
-    console.print(table)
-    for name, size in row["sizes"].items():
-        if "fault" in size:
-            console.print(f"{name}: {size['fault']}", markup=False)
 
 
 def _layers(rule: Rule) -> str:

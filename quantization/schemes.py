@@ -1,12 +1,14 @@
-"""The schemes a recipe can name: each says what it stores for a weight, and turns rows of it into that.
+"""The schemes a recipe can name: each has the tensors that it stores for a weight, and encodes rows into them.
 
 A new scheme is a new class in `MODES`; nothing else asks which scheme it has.
 """
 
+import itertools
 import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, ClassVar
 
 from fastvlm.common.dtypes import ITEMSIZE, Array
@@ -28,12 +30,18 @@ class Scheme:
     LEGAL: ClassVar[Settings] = {"dtype": DTYPES}
     dtype: str  # of the stored values, or of a quantized weight's values before rounding
 
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> Any:
+        from pydantic_core.core_schema import no_info_plain_validator_function
+
+        return no_info_plain_validator_function(from_json)
+
     def to_json(self) -> dict[str, Any]:
         """The settings, as in a recipe."""
         return {"mode": self.MODE, **{key: getattr(self, key) for key in self.LEGAL}}
 
     def fault(self, shape: tuple[int, ...]) -> str | None:
-        """Why a weight of this shape cannot be stored so, or None."""
+        """The reason why a weight of this shape cannot be stored so, or None."""
         return None
 
     def parts(self, shape: tuple[int, ...]) -> dict[str, Spec]:
@@ -128,13 +136,8 @@ class Floating(Grouped):
 
     dtype: str
 
-    @property
-    def bits(self) -> int:  # type: ignore[override]
-        return floating.FORMATS[self.MODE].bits
-
-    @property
-    def group_size(self) -> int:  # type: ignore[override]
-        return floating.FORMATS[self.MODE].group_size
+    def __init_subclass__(cls) -> None:
+        cls.bits, cls.group_size = floating.FORMATS[cls.MODE].bits, floating.FORMATS[cls.MODE].group_size
 
     def parts(self, shape: tuple[int, ...]) -> dict[str, Spec]:
         rows, columns = shape
@@ -192,6 +195,21 @@ def spec_bytes(spec: Spec) -> int:
 def nbytes(scheme: Scheme, shape: tuple[int, ...]) -> int:
     """Bytes of a weight of this shape when it is stored."""
     return sum(map(spec_bytes, scheme.parts(shape).values()))
+
+
+@cache
+def _legal() -> dict[str, Scheme]:
+    every = [kind(*values) for kind in MODES.values() for values in itertools.product(*kind.LEGAL.values())]
+    return {json.dumps({"mode": scheme.MODE} | scheme.to_json(), sort_keys=True): scheme for scheme in every}
+
+
+def from_json(document: Any) -> Scheme:
+    """The scheme of a document as `to_json` gives it. Raises ValueError with the legal ones for any other."""
+    settings = {"mode": Cast.MODE} | document if isinstance(document, dict) else document
+    scheme = _legal().get(json.dumps(settings, sort_keys=True))
+    if scheme is None:
+        raise ValueError(f"no such scheme; legal: {legal_combinations()}")
+    return scheme
 
 
 def legal_combinations() -> str:

@@ -1,4 +1,4 @@
-"""What the tests of pages read them with."""
+"""The parser that the tests of pages read them with."""
 
 from html.parser import HTMLParser
 

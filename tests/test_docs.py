@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from fastvlm.__main__ import VERBS
+from fastvlm.common.verbs import verbs
 
+VERBS = verbs()
 ROOT = Path(__file__).parents[1]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 NAMES = re.compile(r"`(?:fastvlm|make) ([a-z][a-z-]+)")

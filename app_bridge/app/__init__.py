@@ -1,4 +1,1 @@
-"""What an app expects of an artefact: read from its sources (`sources`), or our table of Apple's demo app (`facts`).
-
-Imports `fastvlm.common` and `quantization.catalogue`; nothing else of this room.
-"""
+"""An app's expectations of an artefact: read from its sources, or our table of Apple's demo app."""

@@ -1,10 +1,10 @@
-"""What an app expects of a model: read from its sources (sources.py), or our table of Apple's demo app (app.json)."""
+"""An app's expectations of a model: read from its sources (sources.py), or our table of Apple's demo app (app.json)."""
 
 import ast
 import json
 import operator
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +71,7 @@ class Changed:
     facts: tuple[str, ...]
 
     def line(self) -> str:
-        """All of it in one line."""
+        """The difference on one line."""
         return f"{self.what}: differs from the published app at {self.where}: check by hand ({', '.join(self.facts)})"
 
 
@@ -114,26 +114,16 @@ class AppFacts:
     max_tokens: int  # of an answer
     # Interfaces of the packages that the sources use, of those that came and went (packages.json).
     api: tuple[str, ...] = ()
-    # Declarations that facts rest on and that differ from the published app's: nobody has said what holds there.
+    # Declarations that facts rest on and that differ from the published app's, so that these facts are unverified.
     changed: tuple[Changed, ...] = ()
-
-    def document(self) -> dict[str, Any]:
-        """As JSON."""
-        return asdict(self)
-
-
-def from_document(document: dict[str, Any]) -> AppFacts:
-    """The inverse of `AppFacts.document`. KeyError or TypeError for what is none."""
-    parts = {"config": Key, "preprocessor": Key, "layers": Layer, "packages": Package}
-    values = {field.name: document[field.name] for field in fields(AppFacts) if field.name != "changed"}
-    for name, kind in parts.items():
-        values[name] = tuple(kind(**_tuples(entry)) for entry in values[name])
-    return AppFacts(**_tuples(values))
 
 
 def table() -> AppFacts:
     """Our table: Apple's demo app as published (apple/ml-fastvlm 592b4ad)."""
-    return from_document(json.loads(TABLE.read_text(encoding="utf-8"))["facts"])
+    values = json.loads(TABLE.read_text(encoding="utf-8"))["facts"]
+    for name, kind in {"config": Key, "preprocessor": Key, "layers": Layer, "packages": Package}.items():
+        values[name] = tuple(kind(**_tuples(entry)) for entry in values[name])
+    return AppFacts(**_tuples(values))
 
 
 _OPERATORS: dict[type[ast.operator], Callable[[int, int], int]] = {

@@ -2,10 +2,9 @@
 
 import json
 import plistlib
-from collections.abc import Callable, Iterator
-from functools import wraps
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar, cast
+from typing import Any
 
 from openstep_parser import OpenStepDecoder  # pbxproj's own reader; plain dictionaries are all that is needed
 
@@ -37,25 +36,10 @@ _REQUIREMENTS = {  # kind -> (the version it names, the version that is too new)
 }
 
 Object = dict[str, Any]
-Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 class Unclear(Exception):
     """Something in the project that can't be read: one line with what, where, got and expected."""
-
-
-def _careful(method: Method) -> Method:
-    """Unclear where a reference of the project file leads nowhere, or to something else."""
-
-    @wraps(method)
-    def careful(self: "Project", *args: Any) -> Any:
-        try:
-            return method(self, *args)
-        except (LookupError, TypeError, AttributeError, ValueError) as error:
-            what = method.__name__.replace("_", " ")
-            raise Unclear(f"{what}: {self.file}: a wrong reference ({type(error).__name__}: {error})") from error
-
-    return cast(Method, careful)
 
 
 class Project:
@@ -65,12 +49,12 @@ class Project:
         if not app.is_dir():
             got = "a file" if app.exists() else "a broken link" if app.is_symlink() else "nothing there"
             raise UserError(f"--app: {app}: got {got}, expected the folder that holds the app's .xcodeproj")
-        found = sorted(app.glob("*.xcodeproj"))
-        if len(found) != 1:
+        projects = sorted(app.glob("*.xcodeproj"))
+        if len(projects) != 1:
             inner = " (did you mean its folder app/?)" if (app / "app").is_dir() else ""
-            raise UserError(f"--app: {app}: got {len(found)} .xcodeproj folders, expected one{inner}")
+            raise UserError(f"--app: {app}: got {len(projects)} .xcodeproj folders, expected one{inner}")
         self.app = app
-        self.file = f"{found[0].name}/project.pbxproj"
+        self.file = f"{projects[0].name}/project.pbxproj"
         text = read_text(app, self.file)
         try:
             document = OpenStepDecoder.ParseFromString(text)
@@ -86,27 +70,25 @@ class Project:
             raise UserError(f"{app / self.file}: got {len(applications)} targets of type {APPLICATION}, expected one")
         self.application = applications[0]
 
-    @_careful
     def swift_files(self) -> list[str]:
-        """Of the application and the targets that it depends on, relative to the app's folder. Unclear without any."""
-        found: dict[str, None] = {}
+        """Swift files of the application and its dependencies, relative to the app's folder. Unclear without any."""
+        paths: dict[str, None] = {}
         for target in self._reachable(self.application):
             for group in target.get("fileSystemSynchronizedGroups", ()):
                 folder = self.app / self._folders[group]
                 left_out = set(self._left_out(group, target))
                 files = (p for p in sorted(folder.rglob("*.swift")) if p.is_file())
-                found |= {
+                paths |= {
                     str(p.relative_to(self.app)): None for p in files if str(p.relative_to(folder)) not in left_out
                 }
-        if not found:
+        if not paths:
             raise Unclear(
                 f"Swift files: {self.file}: got none, expected folders that Xcode keeps in step with the project"
             )
-        return list(found)
+        return list(paths)
 
-    @_careful
     def model_folder(self, path: str | None) -> str:
-        """Where the model goes in the folder that a source file is in; the application's own for None."""
+        """The model's folder, inside the synchronized one that a source file is in; the application's for None."""
         target = self.application
         groups = [self._folders[each] for each in target.get("fileSystemSynchronizedGroups", ())]
         if path is not None:
@@ -124,7 +106,6 @@ class Project:
                 raise Unclear(f"model folder: {self.file}: {got}")
         return str(PurePosixPath(group) / MODEL_FOLDER)
 
-    @_careful
     def deployment(self, model_folder: str | None) -> dict[str, str]:
         """Platform -> the least version of the application and of the target that the model is built into.
 
@@ -135,30 +116,30 @@ class Project:
             folders = [self._folders[each] for each in target.get("fileSystemSynchronizedGroups", ())]
             if any(PurePosixPath(folder) in PurePosixPath(model_folder or "").parents for folder in folders):
                 targets.append(target)
-        platforms = {name for said in self.setting("SUPPORTED_PLATFORMS") for name in (said or "").split()}
-        found = {}
+        platforms = {name for value in self.setting("SUPPORTED_PLATFORMS") for name in (value or "").split()}
+        versions = {}
         for name, (platform, setting) in _PLATFORMS.items():
             if name in platforms:
                 # where a target sets none, Xcode takes the newest
-                said = [value for target in targets for value in self.setting(setting, target) if value]
-                if not said or not all(part.isdigit() for value in said for part in value.split(".")):
-                    raise Unclear(f"deployment target: {self.file}: {setting}: got {said}, expected versions")
-                found[platform] = min(said, key=lambda value: [*map(int, value.split("."))])
-        if not found:
+                values = [value for target in targets for value in self.setting(setting, target) if value]
+                if not values or not all(part.isdigit() for value in values for part in value.split(".")):
+                    raise Unclear(f"deployment target: {self.file}: {setting}: got {values}, expected versions")
+                versions[platform] = min(values, key=lambda value: [*map(int, value.split("."))])
+        if not versions:
             raise Unclear(f"deployment target: {self.file}: SUPPORTED_PLATFORMS: got none of {', '.join(_PLATFORMS)}")
-        return found
+        return versions
 
-    @_careful
     def increased_memory_limit(self) -> bool:
-        """Whether the application's entitlements have it, in every configuration."""
+        """Whether every configuration's entitlements have the increased memory limit."""
         granted = []
-        for said in dict.fromkeys(self.setting("CODE_SIGN_ENTITLEMENTS")):
-            path = next((said.removeprefix(root) for root in _ROOTS if said.startswith(root)), said) if said else None
+        for value in dict.fromkeys(self.setting("CODE_SIGN_ENTITLEMENTS")):
+            value = value or ""
+            path = next((value.removeprefix(root) for root in _ROOTS if value.startswith(root)), value)
             if path and "$" in path:
-                raise Unclear(f"entitlements: {self.file}: got {said!r}, expected a path")
+                raise Unclear(f"entitlements: {self.file}: got {value!r}, expected a path")
             try:
                 granted.append(
-                    bool(path) and plistlib.loads(read_text(self.app, path or "").encode()).get(MEMORY_LIMIT) is True
+                    bool(path) and plistlib.loads(read_text(self.app, path).encode()).get(MEMORY_LIMIT) is True
                 )
             except UserError as error:
                 raise Unclear(f"entitlements: {error}") from error
@@ -166,27 +147,26 @@ class Project:
                 raise Unclear(f"entitlements: {path}: cannot be read as a property list: {error}") from error
         return all(granted)
 
-    @_careful
     def packages(self) -> tuple[Package, ...]:
-        """By name. Unclear for a requirement of an unknown kind, and for unreadable or differing Package.resolved."""
-        resolved, found = self._resolved(), []
+        """The packages, sorted by name. Unclear for another kind of requirement, and an unusable Package.resolved."""
+        resolved, packages = self._resolved(), []
         for each in map(self.objects.__getitem__, self.root.get("packageReferences", ())):
             url = str(each.get("repositoryURL") or each.get("relativePath"))
             name = url.rstrip("/").rpartition("/")[2].removesuffix(".git")
             kind = each.get("requirement", {}).get("kind", "local" if "relativePath" in each else "")
             if kind == "local":
-                found.append(Package(name, url, kind, url, None, resolved.get(name.lower())))
+                packages.append(Package(name, url, kind, url, None, resolved.get(name.lower())))
                 continue
             least, most = _REQUIREMENTS.get(kind, ("", None))
-            said = each.get("requirement", {})
-            if least not in said or (most and most not in said):
+            rule = each.get("requirement", {})
+            if least not in rule or (most and most not in rule):
                 raise Unclear(
-                    f"packages: {self.file}: {name}: got requirement {said}, expected one of {', '.join(_REQUIREMENTS)}"
+                    f"packages: {self.file}: {name}: got requirement {rule}, expected one of {', '.join(_REQUIREMENTS)}"
                 )
-            found.append(
-                Package(name, url, kind, said[least], said[most] if most else None, resolved.get(name.lower()))
+            packages.append(
+                Package(name, url, kind, rule[least], rule[most] if most else None, resolved.get(name.lower()))
             )
-        return tuple(sorted(found, key=lambda package: package.name))
+        return tuple(sorted(packages, key=lambda package: package.name))
 
     def setting(self, name: str, target: Object | None = None) -> list[str | None]:
         """A target's (or the application's) build setting in each configuration: its own, the project's, or None."""
@@ -197,7 +177,7 @@ class Project:
         ]
 
     def _in(self, configuration: Object, name: str) -> str | None:
-        """Of a configuration's own settings, else of its .xcconfig."""
+        """The value of a setting in a configuration, or else in its .xcconfig; None where neither has it."""
         settings: Object = configuration.get("buildSettings", {})
         conditional = [key for key in settings if key.startswith(f"{name}[")]
         if conditional:
@@ -227,15 +207,15 @@ class Project:
         return [self.objects[each] for each in self.objects[owner["buildConfigurationList"]]["buildConfigurations"]]
 
     def _reachable(self, target: Object) -> list[Object]:
-        """A target and those that it depends on."""
-        found, left = [], [target]
+        """A target and its dependencies, direct and indirect."""
+        reachable, left = [], [target]
         while left:
             each = left.pop(0)
-            if each not in found:
-                found.append(each)
+            if each not in reachable:
+                reachable.append(each)
                 inner = (self.objects[dependency].get("target") for dependency in each.get("dependencies", ()))
                 left += [self.objects[name] for name in inner if name in self.objects]
-        return found
+        return reachable
 
     def _synchronized(self, group: Object, folder: PurePosixPath) -> Iterator[tuple[str, str]]:
         """(id, path) of the folders that Xcode keeps in step with the project."""
@@ -257,10 +237,10 @@ class Project:
         """Package's name in small letters -> version, of Package.resolved; {} where there is none."""
         files = [folder / "Package.resolved" for pattern in _RESOLVED for folder in sorted(self.app.glob(pattern))]
         files = [path for path in files if path.exists() or path.is_symlink()]
-        found = {str(path.relative_to(self.app)): self._pins(path) for path in files}
-        if any(pins != next(iter(found.values())) for pins in found.values()):
-            raise Unclear(f"packages: got {', '.join(found)} with different versions, expected one")
-        return next(iter(found.values()), {})
+        pins_of = {str(path.relative_to(self.app)): self._pins(path) for path in files}
+        if any(pins != next(iter(pins_of.values())) for pins in pins_of.values()):
+            raise Unclear(f"packages: got {', '.join(pins_of)} with different versions, expected one")
+        return next(iter(pins_of.values()), {})
 
     def _pins(self, path: Path) -> dict[str, str]:
         name = str(path.relative_to(self.app))
@@ -271,7 +251,7 @@ class Project:
             key = "repositoryURL" if version == 1 else "location"
             named = {pin[key].rstrip("/").rpartition("/")[2].removesuffix(".git").lower(): pin["state"] for pin in pins}
             # a branch or a revision has no version; then the revision is what is known
-            found = {name: str(state.get("version") or state["revision"]) for name, state in named.items()}
+            versions = {name: str(state.get("version") or state["revision"]) for name, state in named.items()}
         except UserError as error:
             raise Unclear(f"packages: {error}") from error
         except (ValueError, LookupError, TypeError, AttributeError) as error:
@@ -280,7 +260,7 @@ class Project:
             ) from error
         if version not in (1, 2, 3):
             raise Unclear(f"packages: {name}: got version {version}, expected 1, 2 or 3")
-        return found
+        return versions
 
 
 def read_text(app: Path, path: str) -> str:

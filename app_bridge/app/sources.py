@@ -1,4 +1,4 @@
-"""What an app expects of a model, read from its Swift sources and its project file.
+"""An app's expectations of a model, read from its Swift sources and its project file.
 
 Plain facts (keys, types, names, numbers, strings) are read by the queries of facts.scm. What they mean rests on the
 declarations around them, which are compared with those of the published app by fingerprint (published.json): where one
@@ -8,7 +8,7 @@ differs, nothing is concluded from it, and the facts that rest on it are the tab
 import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ _DEFINING = ("model_type", "processor_class", "input_name")  # an app without an
 
 @cache
 def published() -> dict[str, Any]:
-    """What the published app's declarations are: published.json, whose "about" says what its entries mean."""
+    """The published app's declarations: published.json, whose "about" says what its entries mean."""
     document: dict[str, Any] = json.loads(PUBLISHED.read_text(encoding="utf-8"))
     return document
 
@@ -50,7 +50,18 @@ def read(app: Path) -> AppFacts:
     project = Project(app)
     faults: list[str] = []
     swift: dict[str, bytes] = {}
-    for path in _or_faults(project.swift_files, faults) or ():
+
+    def of_project(what: str, part: Callable[[], Any]) -> Any:
+        """Read a part of the project; None, and a fault, where a reference leads nowhere or to something else."""
+        try:
+            return part()
+        except Unclear as error:
+            faults.append(str(error))
+        except (LookupError, TypeError, AttributeError, ValueError) as error:
+            faults.append(f"{what}: {project.file}: a wrong reference ({type(error).__name__}: {error})")
+        return None
+
+    for path in of_project("Swift files", project.swift_files) or ():
         try:
             swift[path] = read_text(app, path).encode()
         except UserError as error:
@@ -59,60 +70,16 @@ def read(app: Path) -> AppFacts:
     if not faults and not any(reading.captures[name] for name in _DEFINING):
         raise UserError(f"{app}: none of its project's {len(swift)} Swift files defines the model (registerModelType)")
     values: dict[str, Any] = reading.facts()
-    folder = _or_faults(lambda: project.model_folder(reading.bundle_source()), faults)
-    for name, part in (
-        ("model_folder", lambda: folder),
-        ("deployment", lambda: project.deployment(folder)),
-        ("packages", project.packages),
-        ("increased_memory_limit", project.increased_memory_limit),
-    ):
-        values[name] = _or_faults(part, faults)
+    folder = of_project("model folder", lambda: project.model_folder(reading.bundle_source()))
+    values |= {
+        "model_folder": folder,
+        "deployment": of_project("deployment", lambda: project.deployment(folder)),
+        "packages": of_project("packages", project.packages),
+        "increased_memory_limit": of_project("increased memory limit", project.increased_memory_limit),
+    }
     if faults:
         raise UserError(f"{app}: not understood: {'; '.join(dict.fromkeys(faults))}")
     return replace(table(), **values, changed=tuple(reading.compare()))
-
-
-def differences(read: AppFacts, table: AppFacts) -> list[str]:
-    """One line for each value that differs: where, as read, as in the table; then the declarations that differ."""
-    lines = []
-    for name in (field.name for field in fields(AppFacts) if field.name != "changed"):
-        ours, theirs = getattr(read, name), getattr(table, name)
-        if name == "api":  # without what both have
-            ours, theirs = sorted({*ours} - {*theirs}), sorted({*theirs} - {*ours})
-        here, there = _entries(name, ours), _entries(name, theirs)
-        for entry in sorted({*here, *there}):
-            ours, theirs = here.get(entry), there.get(entry)
-            if isinstance(ours, dict) and isinstance(theirs, dict):
-                lines += [
-                    _line(f"{entry}: {key}", value, theirs[key]) for key, value in ours.items() if value != theirs[key]
-                ]
-            elif ours != theirs:
-                lines.append(_line(entry, *("it" if isinstance(side, dict) else side for side in (ours, theirs))))
-    return lines + [each.line() for each in read.changed]
-
-
-def _entries(name: str, value: Any) -> dict[str, Any]:
-    """A fact by its name, or where it has several parts each of them."""
-    if name == "deployment":
-        return {f"{name} {key}": each for key, each in value.items()}
-    if name in ("config", "preprocessor", "layers", "packages"):
-        return {f"{name} {getattr(part, 'path', '') or part.name}": vars(part) for part in value}
-    return {name: value}
-
-
-def _line(entry: str, *sides: Any) -> str:
-    said = (
-        "nothing" if side is None else "it" if side == "it" else json.dumps(side, ensure_ascii=False) for side in sides
-    )
-    return "{}: the app has {}, the table {}".format(entry, *said)
-
-
-def _or_faults(part: Callable[[], Any], faults: list[str]) -> Any:
-    try:
-        return part()
-    except Unclear as error:
-        faults.append(str(error))
-    return None
 
 
 class Reading:
@@ -173,20 +140,20 @@ class Reading:
     def fingerprints(self) -> dict[str, dict[str, str]]:
         """Type -> member -> fingerprint, of what facts rest on: stored properties, initializers, and members of a name
         that published.json lists (with its labels: that one alone); a capture that it lists counts as a member."""
-        found: dict[str, dict[str, str]] = {}
+        prints: dict[str, dict[str, str]] = {}
         for name, entry in self.published["types"].items():
             for member, declared in self.program.members(name).items():
                 stored = declared[0].name is not None and declared[0].computed is None
                 if stored or {member, member.partition("(")[0]} & {"init", *entry["listed"]}:
                     made = fingerprint(declared[0].node, self._masked, self._names)
-                    found.setdefault(name, {})[member] = made
+                    prints.setdefault(name, {})[member] = made
             for capture in self.captures.keys() & {*entry["listed"]}:
                 for node in self.captures[capture]:
-                    found.setdefault(name, {})[capture] = fingerprint(node, self._masked, self._names)
-        return found
+                    prints.setdefault(name, {})[capture] = fingerprint(node, self._masked, self._names)
+        return prints
 
     def _in_scope(self, name: str, nodes: list[Node]) -> list[Node]:
-        """Of the captures, those in the types that the fact rests on, where it rests on any."""
+        """The captures in the types that the fact rests on; all of them where it rests on none."""
         types = {each for each, entry in self.published["types"].items() if name in entry["facts"] + entry["listed"]}
         return [node for node in nodes if not types or enclosing_type(node) in types]
 
@@ -194,17 +161,17 @@ class Reading:
         self._changed.append(Changed(self.program.where(node), what, tuple(facts)))
 
     def _plain(self, name: str, expected: Any) -> Any:
-        """The one value of a fact; the expected one, and a difference, for several, none, or no plain value."""
+        """The value of a fact; the expected one, and a difference, where the sources have none, several or another."""
         value, nodes = None, self.captures[name]
         for node in nodes:
             try:
-                found = self._value(node, name, expected)
+                read_value = self._value(node, name, expected)
             except (ValueError, SyntaxError, ArithmeticError):
-                found = None
-            if found is None or value not in (None, found):
+                read_value = None
+            if read_value is None or value not in (None, read_value):
                 self._differs(node, name, [name])
                 continue
-            value = found
+            value = read_value
             self._masked[node.id] = name
         if not nodes and expected:
             self._changed.append(Changed(_NOWHERE, name, (name,)))
@@ -243,7 +210,7 @@ class Reading:
         return arithmetic(expression, constant)
 
     def _keys(self, name: str, renamed: dict[str, str]) -> tuple[Key, ...]:
-        """The keys of a file, by path; `renamed` gets the published name of each that has another one here."""
+        """The keys of a file, sorted by path; adds the app's name of each published path to `renamed`."""
         keys: dict[str, Key] = {}
         known: dict[str, Key] = {key.path: key for key in getattr(self.table, name)}
         declared: list[tuple[str, Member, str, str]] = []
@@ -272,7 +239,7 @@ class Reading:
         return tuple(keys[path] for path in sorted(keys))
 
     def _default(self, type_name: str, member: str, published: Any) -> Any:
-        """The number or truth value after `??` in the property that is computed of this one, else the published one."""
+        """The number or boolean after `??` where a computed property reads this one, else the published default."""
         for computed in (each.computed for members in self.program.members(type_name).values() for each in members):
             for node in walk(computed) if computed else ():
                 value, otherwise = (node.child_by_field_name(side) for side in ("value", "if_nil"))

@@ -1,4 +1,4 @@
-"""Swift sources as syntax trees: what the queries of facts.scm capture, and the fingerprints of declarations."""
+"""Swift sources as syntax trees: the captures of facts.scm's queries, and the fingerprints of declarations."""
 
 import hashlib
 from collections.abc import Iterator, Mapping
@@ -59,12 +59,12 @@ class Program:
 
     def captures(self) -> dict[str, list[Node]]:
         """Capture of facts.scm -> its nodes in all files; a capture that nothing matches has none."""
-        found: dict[str, list[Node]] = {name: [] for name in CAPTURES}
+        nodes_of: dict[str, list[Node]] = {name: [] for name in CAPTURES}
         for tree in self._trees.values():
             for name, nodes in tree_sitter.QueryCursor(_QUERIES).captures(tree.root_node).items():
-                if name in found:
-                    found[name] += nodes
-        return found
+                if name in nodes_of:
+                    nodes_of[name] += nodes
+        return nodes_of
 
     def path(self, node: Node) -> str:
         """The file that a node is in."""
@@ -79,26 +79,26 @@ class Program:
     @cached_property
     def types(self) -> dict[str, list[Node]]:
         """Dotted name of a type -> its declarations and extensions."""
-        found: dict[str, list[Node]] = {}
+        declarations: dict[str, list[Node]] = {}
         for node in self._nodes.get("class_declaration", ()):
-            found.setdefault(enclosing_type(node), []).append(node)
-        return found
+            declarations.setdefault(enclosing_type(node), []).append(node)
+        return declarations
 
     def members(self, type_name: str) -> dict[str, list[Member]]:
         """Name of a property, "init(labels:)" or "function(labels:)" -> its declarations in a type."""
-        found: dict[str, list[Member]] = {}
+        members: dict[str, list[Member]] = {}
         for declared in self.types.get(type_name, ()):
             body = declared.child_by_field_name("body")
             for node in body.named_children if body else ():
                 if node.type in ("init_declaration", "function_declaration"):
-                    found.setdefault(_signature(node), []).append(Member(node))
+                    members.setdefault(_signature(node), []).append(Member(node))
                 for pattern in node.children_by_field_name("name") if node.type == "property_declaration" else ():
-                    found.setdefault(text(pattern), []).append(Member(node, pattern))
-        return found
+                    members.setdefault(text(pattern), []).append(Member(node, pattern))
+        return members
 
     def cases(self, type_name: str) -> dict[str, tuple[str, Node | None]]:
         """Case of an enum -> its raw value (a case without one has its name) and the literal's node."""
-        found: dict[str, tuple[str, Node | None]] = {}
+        cases: dict[str, tuple[str, Node | None]] = {}
         for declared in self.types.get(type_name, ()):
             name = ""
             for entry in (node for node in walk(declared) if node.type == "enum_entry"):
@@ -106,39 +106,39 @@ class Program:
                     field = entry.field_name_for_child(index)
                     if field == "name":
                         name = text(part)
-                        found[name] = (name, None)
+                        cases[name] = (name, None)
                     elif field == "raw_value" and part.type == "line_string_literal":
-                        found[name] = (string(part), part)
-        return found
+                        cases[name] = (string(part), part)
+        return cases
 
     @cached_property
     def constants(self) -> dict[str, str]:
         """Name of a property -> the expression that is its value, where all of the name have the same."""
-        found: dict[str, set[str]] = {}
+        values_of: dict[str, set[str]] = {}
         for node in self._nodes.get("property_declaration", ()):
             for name, value in zip(node.children_by_field_name("name"), node.children_by_field_name("value")):
-                found.setdefault(text(name), set()).add(text(value))
-        return {name: values.pop() for name, values in found.items() if len(values) == 1}
+                values_of.setdefault(text(name), set()).add(text(value))
+        return {name: values.pop() for name, values in values_of.items() if len(values) == 1}
 
     def mentioned(self) -> set[str]:
         """The names that the sources use: of types, members and variables; `A.b` of members; `f(a:b:)` and `await f` of
         calls; `let f(a:b:)` where only a call says what type a constant has, so that Swift chooses the overload."""
         kinds = ("simple_identifier", "type_identifier")
-        found = {text(node) for kind in kinds for node in self._nodes.get(kind, ())}
-        found |= {".".join(text(node).split(".")[-2:]) for node in self._nodes.get("navigation_expression", ())}
+        names = {text(node) for kind in kinds for node in self._nodes.get(kind, ())}
+        names |= {".".join(text(node).split(".")[-2:]) for node in self._nodes.get("navigation_expression", ())}
         for call in self._nodes.get("call_expression", ()):
             if (called := _called(call)) is None:
                 continue
-            found.add(called)
+            names.add(called)
             outer = call.parent
             if outer is not None and outer.type == "await_expression":
-                found.add(f"await {called.partition('(')[0]}")
+                names.add(f"await {called.partition('(')[0]}")
             while outer is not None and outer.type in ("try_expression", "await_expression", "tuple_expression"):
                 outer = outer.parent
             typed = outer is None or any(child.type == "type_annotation" for child in outer.children)
             if outer is not None and outer.type == "property_declaration" and not typed:
-                found.add(f"let {called}")
-        return found
+                names.add(f"let {called}")
+        return names
 
 
 def walk(node: Node) -> Iterator[Node]:

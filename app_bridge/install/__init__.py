@@ -1,4 +1,1 @@
-"""An artefact put into an app's project, and taken out of it.
-
-Imports `app_bridge.app` and `app_bridge.validation`.
-"""
+"""Puts an artefact into an app's project, and takes it out."""

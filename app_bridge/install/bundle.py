@@ -1,4 +1,4 @@
-"""`python -m app_bridge bundle | restore`: put a model into an app in one step, and bring the previous one back."""
+"""`fastvlm bundle | restore`: put a model into an app in one step, and bring the previous one back."""
 
 import argparse
 import errno
@@ -6,7 +6,7 @@ import json
 import os
 import shlex
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +20,17 @@ from fastvlm.common import findings, staging
 from fastvlm.common.cli import log, progress
 from fastvlm.common.documents import object_or_empty
 from fastvlm.common.errors import UserError
-from fastvlm.common.files import Output
+from fastvlm.common.files import Output, real_path
+from fastvlm.common.units import format_bytes
 from model_export import artefact as exported
 from model_export import contract
-from quantization.catalogue import human
 
 Files = dict[str, dict[str, Any]]  # name -> {"size", "sha256"}
 
 
 def add_parsers(verbs: Any) -> None:
     """Add the verbs `bundle` and `restore`."""
-    text = "put an artefact where an app looks for its model, checked first; the model that was there is kept"
+    text = "Put an artefact where an app looks for its model, checked first; the model that was there is kept."
     parser = verbs.add_parser("bundle", description=text)
     parser.add_argument("artefact", type=Path, metavar="ARTEFACT")
     target = parser.add_mutually_exclusive_group(required=True)
@@ -39,9 +39,12 @@ def add_parsers(verbs: Any) -> None:
         "--output-dir", type=Output(whole=True), metavar="FOLDER", help="a bundle for an app of your own"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier bundle in --output-dir")
-    parser.add_argument("--dry-run", action="store_true", help="check everything, say what would happen, write nothing")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check everything and print the changes, but write nothing"
+    )
+    parser.check(_faults)
     parser.set_defaults(run=run_bundle)
-    text = "bring back the model that `bundle` replaced; what is there now is kept in turn"
+    text = "Bring back the model that `bundle` replaced; the present one is kept in turn."
     parser = verbs.add_parser("restore", description=text)
     parser.add_argument(
         "--app", type=Path, required=True, metavar="FOLDER", help="app/ of a checkout of apple/ml-fastvlm"
@@ -53,12 +56,10 @@ def run_bundle(args: argparse.Namespace) -> dict[str, Any]:
     """Check the artefact, print every finding, and install it unless one is an error (exit 1)."""
     from app_bridge.app import sources  # tree-sitter
 
-    source, target = args.artefact.expanduser(), _real(args.app or args.output_dir)
+    source, target = args.artefact.expanduser(), real_path(args.app or args.output_dir)
     manifest = exported.read(source)
     framework: Path | None
     if args.app:
-        if args.overwrite:
-            raise UserError("--overwrite: is for --output-dir: with --app the model that is there is kept")
         wanted = sources.read(target)
         place = Place(target, wanted.model_folder)
         model, framework, names = place.model, place.model.parent, []
@@ -66,19 +67,19 @@ def run_bundle(args: argparse.Namespace) -> dict[str, Any]:
         _check_output(target, args.overwrite)
         wanted, model, framework, names = guide.own_app(), target / "model", resources.group(target), [guide.NAME]
     files = _files(source, manifest)
-    found = validate.validate(source, wanted)
+    problems = validate.validate(source, wanted)
     if framework is not None:
-        found = resources.collisions([*files, *names], model if args.app else target, framework) + found
-    findings.show(found, log)
+        problems = resources.collisions([*files, *names], model if args.app else target, framework) + problems
+    findings.show(problems, log)
     document = {
-        "passed": not findings.errors(found),
+        "passed": not findings.errors(problems),
         "artefact": str(source),
         "model": str(model),
-        "findings": [finding.document() for finding in found],
+        "findings": [problem.document() for problem in problems],
         "dry_run": args.dry_run,
     }
     if not document["passed"]:
-        log(f"{model}: not touched: {findings.count(found)}")
+        log(f"{model}: not touched: {findings.count(problems)}")
         return document
     licence.log_research_term(source)
     if args.app:
@@ -86,12 +87,26 @@ def run_bundle(args: argparse.Namespace) -> dict[str, Any]:
     instructions = guide.guide(source, exported.read_whole(source), wanted)
     if not exported.is_ours(manifest):  # `--overwrite` has no manifest to compare with
         instructions |= {"files": {name: entry["sha256"] for name, entry in files.items()}}
-    return document | _stand_alone(source, files, target, instructions, args)
+    if args.dry_run:
+        print(f"{target}: would become: {line(describe(source))}, {guide.NAME}")
+        return document | {"new": describe(source)}
+    with staging.staged(target, replace=args.overwrite) as folder:
+        sizes = _copy(source, files, folder / "model")
+        text = json.dumps(instructions, indent=2, ensure_ascii=False) + "\n"
+        (folder / guide.NAME).write_text(text, encoding="utf-8")
+    print(f"{target}: {line(describe(source))}: {_ways(sizes)}; the steps for its app are in {guide.NAME}")
+    return document | {"new": describe(source), "bytes": sizes}
+
+
+def _faults(args: argparse.Namespace) -> Iterator[str]:
+    """Flags that do not go together."""
+    if args.app and args.overwrite:
+        yield "--overwrite: is for --output-dir: with --app the model that is there is kept"
 
 
 def run_restore(args: argparse.Namespace) -> dict[str, Any]:
     """Exchange the app's model for the previous one. UserError if there is none."""
-    place = used_by_bundle(_real(args.app))
+    place = used_by_bundle(real_path(args.app))
     with locked(place):
         if not os.path.lexists(place.previous):
             raise UserError(f"{place.home}: nothing to restore: `bundle` has replaced no model of this app")
@@ -121,7 +136,7 @@ def _into_app(source: Path, files: Files, place: Place, dry_run: bool) -> dict[s
     print(f"{place.model}: {line(new)}: {_ways(sizes)}")
     if old:
         print(f"  replaced: {line(old)}: kept in {place.previous}")
-        print(f"  back again: python -m app_bridge restore --app {shlex.quote(str(place.app))}")
+        print(f"  back again: fastvlm restore --app {shlex.quote(str(place.app))}")
     return {"new": new, "replaced": old, "changed": True, "bytes": sizes, "kept": str(place.previous) if old else None}
 
 
@@ -132,21 +147,6 @@ def _compared(place: Place, files: Files) -> tuple[dict[str, Any] | None, bool]:
     with progress("compare with the model that is there"):
         same = holds(place.model, {name: entry["sha256"] for name, entry in files.items()})
     return describe(place.model), not same
-
-
-def _stand_alone(
-    source: Path, files: Files, target: Path, instructions: Mapping[str, Any], args: argparse.Namespace
-) -> dict[str, Any]:
-    new = describe(source)
-    if args.dry_run:
-        print(f"{target}: would become: {line(new)}, {guide.NAME}")
-        return {"new": new}
-    with staging.staged(target, replace=args.overwrite) as folder:
-        sizes = _copy(source, files, folder / "model")
-        text = json.dumps(instructions, indent=2, ensure_ascii=False) + "\n"
-        (folder / guide.NAME).write_text(text, encoding="utf-8")
-    print(f"{target}: {line(new)}: {_ways(sizes)}; what its app has to do is in {guide.NAME}")
-    return {"new": new, "bytes": sizes}
 
 
 def _check_output(target: Path, overwrite: bool) -> None:
@@ -179,7 +179,7 @@ def _copy(source: Path, files: Files, folder: Path) -> dict[str, int]:
     Raises UserError for a full disk and for a source that has changed since it was checked.
     """
     sizes = {"cloned": 0, "copied": 0}
-    total, free = sum(entry["size"] for entry in files.values()), human(shutil.disk_usage(folder.parent).free)
+    total, free = sum(entry["size"] for entry in files.values()), format_bytes(shutil.disk_usage(folder.parent).free)
     with progress("bundle", total, sized=True) as advance:
         for name, entry in sorted(files.items()):
             target = folder / name
@@ -190,7 +190,7 @@ def _copy(source: Path, files: Files, folder: Path) -> dict[str, int]:
                 if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                     raise
                 raise UserError(
-                    f"{folder.parent}: disk full: got {free} free, expected {human(total)}: free some"
+                    f"{folder.parent}: disk full: got {free} free, expected {format_bytes(total)}: free some"
                 ) from error
             sizes["cloned" if cloned else "copied"] += entry["size"]
             if exported.hash_file(target, advance)["sha256"] != entry["sha256"]:
@@ -200,10 +200,5 @@ def _copy(source: Path, files: Files, folder: Path) -> dict[str, int]:
     return sizes
 
 
-def _real(path: Path) -> Path:
-    """The absolute path without links; unlike `resolve` it does not raise for a loop of links."""
-    return Path(os.path.realpath(path.expanduser()))
-
-
 def _ways(sizes: Mapping[str, int]) -> str:
-    return " and ".join(f"{human(size)} {way}" for way, size in sizes.items() if size)
+    return " and ".join(f"{format_bytes(size)} {way}" for way, size in sizes.items() if size)

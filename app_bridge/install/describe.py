@@ -5,10 +5,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.estimate.estimate import facts
+from benchmarks.estimate.devices import facts
 from fastvlm.common.documents import object_or_empty
+from fastvlm.common.units import format_bytes
 from model_export import contract
-from quantization.catalogue import SIZES, human
+from quantization.catalogue import SIZES
 
 
 def describe(folder: Path) -> dict[str, Any]:
@@ -31,11 +32,11 @@ def describe(folder: Path) -> dict[str, Any]:
     return {
         "name": name if "hidden_size" in config else "no model that we know",
         "recipe": recipe,
-        "bytes": sum(one.st_size for one in stats),
-        "written": time.strftime("%Y-%m-%d %H:%M", time.localtime(max(one.st_mtime for one in stats))),
+        "bytes": sum(stat.st_size for stat in stats),
+        "written": time.strftime("%Y-%m-%d %H:%M", time.localtime(max(stat.st_mtime for stat in stats))),
     }
 
 
 def line(described: Mapping[str, Any]) -> str:
     """Return `describe`'s answer as one line."""
-    return f"{described['name']}, {described['recipe']}, {human(described['bytes'])}, of {described['written']}"
+    return f"{described['name']}, {described['recipe']}, {format_bytes(described['bytes'])}, of {described['written']}"

@@ -32,8 +32,20 @@ def guide(artefact: Path, manifest: Mapping[str, Any], wanted: facts.AppFacts) -
     """Return the content of bundle.json. Shapes as Core ML has them; sizes in pixels."""
     config = load_object(artefact / contract.CONFIG)
     pixels = load_object(artefact / contract.PREPROCESSOR_CONFIG)
-    functions = contract.functions(manifest["vision"]["image_size"], manifest["config"]["resolutions"])
-    channels, token = manifest["vision"]["channels"], wanted.image_token
+    image, channels, token = manifest["image"], manifest["vision"]["channels"], wanted.image_token
+
+    def feature(name: str, dtype: str, shape: tuple[int, ...]) -> dict[str, Any]:
+        return {"name": name, "dtype": dtype, "shape": list(shape)}
+
+    functions = {
+        name: {
+            "input": feature(wanted.input_name, wanted.input_dtype, contract.input_shape(size)),
+            "output": feature(wanted.output_name, wanted.output_dtype, contract.output_shape(size, channels)),
+        }
+        for name, size in contract.functions(
+            manifest["vision"]["image_size"], manifest["config"]["resolutions"]
+        ).items()
+    }
     return {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -41,17 +53,11 @@ def guide(artefact: Path, manifest: Mapping[str, Any], wanted: facts.AppFacts) -
             "package": contract.PACKAGE,
             "class": f"{wanted.model_class}, which Xcode makes from the package's name",
             "minimum_deployment_target": manifest["config"]["minimum_deployment_target"],
-            "functions": {
-                name: {
-                    "input": _feature(wanted.input_name, wanted.input_dtype, contract.input_shape(size)),
-                    "output": _feature(wanted.output_name, wanted.output_dtype, contract.output_shape(size, channels)),
-                }
-                for name, size in functions.items()
-            },
+            "functions": functions,
         },
         "preprocessing": {
-            "image_strategy": manifest["image"]["image_strategy"],
-            "size": manifest["image"]["image_size"],
+            "image_strategy": image["image_strategy"],
+            "size": image["image_size"],
             "mean": pixels["image_mean"],
             "std": pixels["image_std"],
             "pixels": "RGB, planes first, bicubic, divided by 255, then (x - mean) / std",
@@ -64,19 +70,13 @@ def guide(artefact: Path, manifest: Mapping[str, Any], wanted: facts.AppFacts) -
             },
             "quantization": config.get("quantization"),
             "checked_for": {package.name: package.minimum for package in wanted.packages},
-            "config": {key.path: key.type for key in wanted.config if key.required and "." not in key.path},
         },
         "prompt": {
             "image_token": token,
             "image_token_index": config["image_token_index"],
-            "image_tokens": manifest["image"]["tokens_per_image"],
+            "image_tokens": image["tokens_per_image"],
             "text": render_prompt("{question}"),
             "do": f"replace {token} by that many image tokens, and their embeddings by the projected image features",
-            "demo_app": "puts them after the question, without the line break",
         },
         "licence": licence.research_term(artefact),
     }
-
-
-def _feature(name: str, dtype: str, shape: tuple[int, ...]) -> dict[str, Any]:
-    return {"name": name, "dtype": dtype, "shape": list(shape)}

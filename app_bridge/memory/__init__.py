@@ -1,4 +1,1 @@
-"""Whether an artefact fits into a device's memory.
-
-Imports `app_bridge.app` and `benchmarks.estimate`.
-"""
+"""Estimates whether an artefact fits into a device's memory."""

@@ -1,6 +1,6 @@
 """Whether a model fits a device's memory limit, and the largest recipe by which it does."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,43 +10,38 @@ from app_bridge.memory import limits as known
 from app_bridge.memory import model as memory
 from app_bridge.memory.limits import FITS, Limit, Limits
 from app_bridge.memory.model import Model, Part
-from benchmarks.estimate.estimate import devices, language_model, stored_bytes
-from benchmarks.estimate.estimate import facts as published
-from benchmarks.estimate.work import EncoderWork, encoder_work
-from benchmarks.peers.shapes import TEXT_TOKENS
+from benchmarks.estimate.estimate import language_model, stored_bytes
+from benchmarks.estimate.work import TEXT_TOKENS, encoder_work
 from fastvlm.common.dtypes import ITEMSIZE
 from fastvlm.common.errors import UserError
 from model_export import artefact as exported
 from model_export import contract
 from model_export.encoder.package import WEIGHTS
-from quantization.catalogue import PUBLISHED_APP, SIZES, describe
+from quantization.catalogue import PUBLISHED_APP, describe
 from quantization.recipe import Recipe, named_recipes
 
 if TYPE_CHECKING:  # torch
     from fastvlm.synthetic.checkpoint import Shape
 
-_NORM, _PROJECTOR = "language_model.model.norm.weight", "multi_modal_projector.linear_0.weight"
+_NORM = "language_model.model.norm.weight"  # never quantized: of the type that the model computes with
 
 
 def planned(shape: "Shape", recipe: Recipe) -> Model:
     """Return the model that an export of `shape` by `recipe` would be. UserError where the recipe doesn't fit it."""
     size = stored_bytes(recipe, shape)
-    norm, projector = (recipe.choices(name)[0] for name in (_NORM, _PROJECTOR))
     return Model(
         language_model(shape),
-        features=shape.vision_width,
         language=round(size["language"] - size["projector"]),
         projector=round(size["projector"]),
-        encoder=_fastvithd(shape.image_size).weights,
-        itemsize=ITEMSIZE[norm.dtype],
-        quantized=projector.mlx() is not None,
+        encoder=encoder_work("fastvithd", shape.image_size).weights,
+        itemsize=ITEMSIZE[recipe.choices(_NORM)[0].dtype],
         image_size=shape.image_size,
         picture_tokens=contract.tokens_per_image(shape.image_size),
     )
 
 
 def stored(artefact: Path) -> tuple[Model, "Shape"]:
-    """Return the model in an artefact, from its manifest, config.json and two tensors' types, and its shape.
+    """Return the model in an artefact, from its manifest, config.json and a tensor's type, and its shape.
 
     Raises UserError for a folder that is no whole artefact for the app.
     """
@@ -58,28 +53,23 @@ def stored(artefact: Path) -> tuple[Model, "Shape"]:
     tensors = StoredTensors(artefact)
     try:
         shape = _shape(tensors.config, document["image"]["image_size"])
-        picture_tokens = int(document["image"]["tokens_per_image"])
-        projector = tensors.nbytes(contract.PROJECTOR_PREFIX)
         encoder = document["files"][f"{contract.PACKAGE}/{WEIGHTS.as_posix()}"]["size"]
-        itemsize, quantized = tensors.stored(_NORM)["weight"].dtype.itemsize, "scales" in tensors.stored(_PROJECTOR)
+        if made.get("vision_quant", "fp16") != "fp16":  # compressed: at most what FastViTHD is when decoded
+            encoder = max(encoder, encoder_work("fastvithd", 1024).weights)
+        model = Model(
+            language_model(shape),
+            language=tensors.nbytes(contract.LANGUAGE_PREFIX),
+            projector=tensors.nbytes(contract.PROJECTOR_PREFIX),
+            encoder=encoder,
+            itemsize=tensors.stored(_NORM)["weight"].dtype.itemsize,
+            encoder_itemsize=4 if made.get("compute_precision") == "float32" else 2,
+            image_size=shape.image_size,
+            picture_tokens=int(document["image"]["tokens_per_image"]),
+        )
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"{artefact}: is not what the export wrote ({error} is missing or wrong): export again"
         ) from None
-    if made.get("vision_quant", "fp16") != "fp16":  # compressed: at most what FastViTHD is when decoded
-        encoder = max(encoder, _fastvithd(1024).weights)
-    model = Model(
-        language_model(shape),
-        features=shape.vision_width,
-        language=tensors.nbytes(contract.LANGUAGE_PREFIX),
-        projector=projector,
-        encoder=encoder,
-        itemsize=itemsize,
-        encoder_itemsize=4 if made.get("compute_precision") == "float32" else 2,
-        quantized=quantized,
-        image_size=shape.image_size,
-        picture_tokens=picture_tokens,
-    )
     return model, shape
 
 
@@ -90,8 +80,8 @@ def plan(model: Model, shape: "Shape", limits: Limits, prompt: int = TEXT_TOKENS
     the published app reads (or None).
     """
     state = "increased" if app_facts().increased_memory_limit else "default"
-    found, sources = parts(model, prompt), known.table()["sources"]
-    low, high = memory.total(found)
+    needed, sources = _parts(model, prompt), known.table()["sources"]
+    low, high = memory.total(needed)
     verdicts = {
         name: {
             "low": limit.low, "high": limit.high, "verdict": limit.verdict(low, high),
@@ -101,87 +91,45 @@ def plan(model: Model, shape: "Shape", limits: Limits, prompt: int = TEXT_TOKENS
     }  # fmt: skip
     passed = verdicts[state]["verdict"] == FITS
     document = {
-        "prompt_tokens": prompt, "picture_tokens": model.picture_tokens, "parts": [part.document() for part in found],
+        "prompt_tokens": prompt, "picture_tokens": model.picture_tokens, "parts": needed,
         "need": {"low": low, "high": high}, "limits": verdicts, "state": state, "passed": passed,
     }  # fmt: skip
     return document if passed else document | _largest(model, shape, limits[state], prompt)
 
 
-def parts(model: Model, prompt: int = TEXT_TOKENS) -> list[Part]:
-    """Return `memory.parts` in the published app, with the table's overheads."""
+def sized_recipes(shape: "Shape") -> list[tuple[Recipe, Model]]:
+    """Return the named recipes of one fixed size for a model of this shape, with the model; largest first.
+
+    Recipes of equal size that need no calibration come first, then float16.
+    """
+    models = []
+    for recipe in named_recipes().values():
+        try:
+            models.append((recipe, planned(shape, recipe)))
+        except UserError:  # needs a budget, or doesn't fit these widths
+            continue
+    return sorted(
+        models, key=lambda pair: (-pair[1].language - pair[1].projector, pair[0].calibrates, pair[0].name != "fp16")
+    )
+
+
+def _parts(model: Model, prompt: int) -> list[Part]:
+    """`memory.parts` in the published app, with the table's overheads."""
     app = app_facts()
     return memory.parts(model, prompt, app.max_tokens, app.cache_limit, known.table()["overheads"])
-
-
-def sized_recipes(shape: "Shape") -> list[tuple[dict[str, Any], Model]]:
-    """Return the named recipes of one fixed size for a model of this shape, described, with the model; largest first.
-
-    Of equal ones those come first that need no pictures to calibrate with, and float16.
-    """
-
-    def models() -> Iterator[tuple[Recipe, Model]]:
-        for recipe in named_recipes().values():
-            try:
-                yield recipe, planned(shape, recipe)
-            except UserError:  # needs a budget, or doesn't fit these widths
-                continue
-
-    found = sorted(
-        models(), key=lambda one: (-one[1].language - one[1].projector, one[0].calibrates, one[0].name != "fp16")
-    )
-    return [(describe(recipe), model) for recipe, model in found]
-
-
-def overview() -> dict[str, Any]:
-    """Return verdicts for the published models: `rows` (model and recipe) by `columns` (devices with the same limits).
-
-    A recipe is left out that the published app can't read, or that has another's size.
-    """
-    from fastvlm.synthetic.checkpoint import SHAPES
-
-    columns, rows = _columns(), []
-    for key, name in SIZES.items():
-        seen = set()
-        for recipe, model in sized_recipes(SHAPES[key]):
-            if PUBLISHED_APP not in recipe["loads_in"] or model.language in seen:
-                continue
-            seen.add(model.language)
-            low, high = memory.total(parts(model))
-            verdicts = [
-                {state: limit.verdict(low, high) for state, limit in column["limits"].items()} for column in columns
-            ]
-            rows.append({"model": name, "recipe": recipe["name"], "low": low, "high": high, "verdicts": verdicts})
-    for column in columns:
-        column["limits"] = {state: vars(limit) for state, limit in column["limits"].items()}
-    return {"columns": columns, "rows": rows}
-
-
-def _columns() -> list[dict[str, Any]]:
-    """The devices by kind and limits; {"kind", "memory_gb", "devices", "limits"}, `limits` empty where not known."""
-    found: dict[Any, dict[str, Any]] = {}
-    for device in devices().values():
-        for size in device.memory_gb:
-            limits = known.limits_of(device, size)
-            column = {"kind": device.kind, "memory_gb": size, "devices": [], "limits": limits}
-            found.setdefault((device.kind, size, *limits.values()), column)["devices"].append(device.name)
-    order = ("phone", "tablet", "mac")
-    return sorted(found.values(), key=lambda column: (order.index(column["kind"]), column["memory_gb"]))
 
 
 def _largest(model: Model, shape: "Shape", limit: Limit, prompt: int) -> dict[str, Any]:
     """The largest recipes by which the same model fits for sure."""
     fitting = []
     for recipe, other in sized_recipes(shape):
-        changed = {key: getattr(other, key) for key in ("language", "projector", "itemsize", "quantized")}
-        low, high = memory.total(parts(replace(model, **changed), prompt))
+        same = replace(model, language=other.language, projector=other.projector, itemsize=other.itemsize)
+        low, high = memory.total(_parts(same, prompt))
         if limit.verdict(low, high) == FITS:
-            fitting.append({"recipe": recipe["name"], "low": low, "high": high, "loads_in": recipe["loads_in"]})
-    in_app = [one for one in fitting if PUBLISHED_APP in one["loads_in"]]
-    return {"largest": next(iter(fitting), None), "largest_in_app": next(iter(in_app), None)}
-
-
-def _fastvithd(image_size: int) -> EncoderWork:
-    return encoder_work(published("published.json")["encoders"]["fastvithd"], image_size)
+            loads_in = describe(recipe)["loads_in"]
+            fitting.append({"recipe": recipe.name, "low": low, "high": high, "loads_in": loads_in})
+    in_app = (entry for entry in fitting if PUBLISHED_APP in entry["loads_in"])
+    return {"largest": next(iter(fitting), None), "largest_in_app": next(in_app, None)}
 
 
 def _shape(config: Mapping[str, Any], image_size: int) -> "Shape":

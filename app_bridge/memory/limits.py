@@ -7,9 +7,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from benchmarks.estimate.estimate import Device, device_key, devices
+from benchmarks.estimate.devices import Device, device_key, devices
 from fastvlm.common.errors import UserError
-from quantization.catalogue import human
+from fastvlm.common.units import format_bytes
 
 STATES = ("increased", "default")  # with the increased-memory entitlement and without
 FITS, TIGHT, NOT = "fits", "tight", "does not fit"
@@ -61,22 +61,22 @@ def reported_limits(device: str, memory: str | None) -> tuple[dict[str, Limit], 
         device = device_key(device)
     except UserError as error:
         advice = "or give the limit of another: --limit 3.0GB, what os_proc_available_memory() says when the app starts"
-        raise UserError(f"{error}, {advice}") from None
-    found = devices()[device]
-    sizes = {f"{size:g}": size for size in found.memory_gb}
+        raise UserError(f"--device {error}, {advice}") from None
+    model = devices()[device]
+    sizes = {f"{size:g}": size for size in model.memory_gb}
     size = sizes.get(memory or next(iter(sizes)))
     if size is None:
-        raise UserError(f"--memory {memory}: {found.name} was sold with {' or '.join(sizes)} GB: expected one of them")
-    limits = limits_of(found, size)
+        raise UserError(f"--memory {memory}: {model.name} was sold with {' or '.join(sizes)} GB: expected one of them")
+    limits = limits_of(model, size)
     if not limits:
-        others = [f"--memory {other}" for other, gb in sizes.items() if limits_of(found, gb)]
+        others = [f"--memory {other}" for other, gb in sizes.items() if limits_of(model, gb)]
         raise UserError(
-            f"--device {device}: the limit of {found.name} with {size:g} GB is not known: measure"
+            f"--device {device}: the limit of {model.name} with {size:g} GB is not known: measure"
             " os_proc_available_memory() when the app starts on it, and give --limit 3.0GB"
             + (f" (known: {', '.join(others)})" if others else "")
         )
-    about = {"device": device, "name": found.name, "memory_gb": size, "sold_with_gb": list(found.memory_gb)}
-    return limits, about | {"kind": found.kind}
+    about = {"device": device, "name": model.name, "memory_gb": size, "sold_with_gb": list(model.memory_gb)}
+    return limits, about | {"kind": model.kind}
 
 
 def measured_limits(available: int, device: str | None) -> tuple[dict[str, Limit], dict[str, Any]]:
@@ -85,7 +85,7 @@ def measured_limits(available: int, device: str | None) -> tuple[dict[str, Limit
     That figure leaves out what the app has taken by then, which the plan counts: it is added.
     """
     started = table()["overheads"]["app"]["mib"][0] * MIB
-    source = f"{human(available)} as you measured it, and {human(started)} that the app itself has at its start"
+    source = f"{format_bytes(available)} as you measured it, and the app's own {format_bytes(started)} at its start"
     limit = Limit(available + started, available + started, (source,))
     about: dict[str, Any] = {"device": device, "name": device or "the device", "memory_gb": None, "kind": None}
     return dict.fromkeys(STATES, limit), about | {"sold_with_gb": []}

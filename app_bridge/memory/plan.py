@@ -1,24 +1,19 @@
-"""`python -m app_bridge plan`: what a model takes of a device's memory in the app, and whether that fits."""
+"""`fastvlm plan`: the memory that a model takes in the app, and whether it fits a device."""
 
 import argparse
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from app_bridge.app.facts import table as app_facts
-from app_bridge.memory import fit, measure, report
-from app_bridge.memory.limits import MIB, measured_limits, reported_limits
-from benchmarks.estimate.estimate import devices
-from benchmarks.peers.shapes import TEXT_TOKENS
-from fastvlm.common.cli import progress
-from fastvlm.common.errors import UserError
+from app_bridge.memory import fit, report
+from app_bridge.memory.limits import measured_limits, reported_limits
+from benchmarks.estimate.devices import devices
+from benchmarks.estimate.work import TEXT_TOKENS
+from fastvlm.common.arguments import size, whole_number
 from quantization.catalogue import SIZES
-from quantization.recipe import load_recipe
+from quantization.recipe import load_recipe, usable_recipe
 
 LONGEST = 2048  # tokens of text that are still answered
-_SIZE = re.compile(r"(\d{1,7}(?:\.\d{1,9})?)\s*(MB|GB|MiB|GiB)")
-_UNITS = {"MB": 10**6, "GB": 10**9, "MiB": MIB, "GiB": MIB << 10}
 
 
 def add_parser(verbs: Any) -> None:
@@ -30,40 +25,23 @@ def add_parser(verbs: Any) -> None:
     )
     add = parser.add_argument
     add("artefact", nargs="?", type=Path, metavar="ARTEFACT", help="an exported artefact")
-    add("--shape", metavar="|".join(SIZES), help="instead of an artefact: a published model")
-    add("--recipe", metavar="R", help="with --shape: how its weights are stored, as --quant (default: fp16)")
-    add("--device", metavar="D", help="one of benchmarks/devices.json, as iphone-15-pro or m1-max")
-    add("--memory", metavar="GB", help="which of the sizes that the device was sold with (default: the least)")
-    text = "as 3.0GB: what os_proc_available_memory() said when the app started (what the app had then is added)"
-    add("--limit", metavar="SIZE", help=text)
+    add("--shape", choices=list(SIZES), help="instead of an artefact: a published model")
+    text = "with --shape: the recipe of its weights, as for --quant (default: fp16)"
+    add("--recipe", type=usable_recipe, metavar="R", help=text)
+    add("--device", metavar="D", help="a device, such as iphone-15-pro or m1-max")
+    add("--memory", metavar="GB", help="memory of the device (default: the least that it was sold with)")
+    text = (
+        "what os_proc_available_memory() returned when the app started, such as 3.0GB (the app's own memory is added)"
+    )
+    add("--limit", type=size, metavar="SIZE", help=text)
     text = "tokens of text around the picture's (default: %(default)s)"
-    add("--prompt-length", type=int, default=TEXT_TOKENS, metavar="T", help=text)
-    add("--table", action="store_true", help="all devices and recipes for the published models, in Markdown")
-    text = "with an artefact: run its language model with MLX here, and compare the peak with the plan's"
-    add("--measure", action="store_true", help=text)
+    add("--prompt-length", type=whole_number(0, most=LONGEST), default=TEXT_TOKENS, metavar="T", help=text)
+    parser.check(_faults)
     parser.set_defaults(run=run_plan)
 
 
 def run_plan(args: argparse.Namespace) -> dict[str, Any]:
-    """Print one plan, the table, or a measurement; the document is the `--json` output. UserError with all faults."""
-    if faults := [*_faults(args)]:
-        raise UserError("; ".join(faults))
-    if args.table:
-        document, show = fit.overview(), report.print_overview
-    elif args.measure:
-        folder = args.artefact.expanduser()
-        model, _ = fit.stored(folder)
-        with progress("run the language model with MLX"):
-            tokens = model.picture_tokens + args.prompt_length
-            document, show = measure.measure(folder, model, tokens, app_facts().cache_limit), report.print_measurement
-    else:
-        document, show = _plan(args), report.print_plan
-    if not args.json:
-        show(document)
-    return document
-
-
-def _plan(args: argparse.Namespace) -> dict[str, Any]:
+    """Print one plan; the document is the `--json` output."""
     from fastvlm.synthetic.checkpoint import SHAPES  # torch
 
     if args.artefact:
@@ -72,39 +50,25 @@ def _plan(args: argparse.Namespace) -> dict[str, Any]:
         shape = SHAPES[args.shape]
         model = fit.planned(shape, load_recipe(args.recipe or "fp16"))
     if args.limit:
-        limits, about = measured_limits(_bytes(args.limit), args.device)
+        limits, about = measured_limits(args.limit, args.device)
     else:
         limits, about = reported_limits(args.device, args.memory)
     name = str(args.artefact or f"{SIZES[args.shape]} {args.recipe or 'fp16'}")
-    return {"model": name} | about | fit.plan(model, shape, limits, args.prompt_length)
+    document = {"model": name} | about | fit.plan(model, shape, limits, args.prompt_length)
+    if not args.json:
+        report.print_plan(document)
+    return document
 
 
 def _faults(args: argparse.Namespace) -> Iterator[str]:
-    """Flags that are wrong or do not go together."""
-    given = [name for name in ("artefact", "shape", "recipe", "device", "memory", "limit") if getattr(args, name)]
-    if args.table and given:
-        yield f"--table is of all models and devices: leave out {', '.join(given)}"
-    if args.table and args.measure:
-        yield "--table and --measure: expected one of them"
-    if not args.table and bool(args.artefact) == bool(args.shape):
-        yield f"expected an ARTEFACT or --shape {'|'.join(SIZES)}, got {'both' if args.shape else 'neither'}"
-    if args.shape and args.shape not in SIZES:
-        yield f"--shape {args.shape}: expected one of {', '.join(SIZES)}"
+    """Flags that do not go together."""
+    if not (args.artefact or args.shape):
+        yield f"ARTEFACT or --shape: is missing: expected an artefact's folder, or one of {', '.join(SIZES)}"
+    if args.artefact and args.shape:
+        yield f"--shape {args.shape}: given with an ARTEFACT: leave one out"
     if args.recipe and args.artefact:
         yield "--recipe: an artefact has its own: expected it with --shape"
-    if args.measure and not args.table and given != ["artefact"]:
-        yield "--measure: expected with an ARTEFACT alone: it runs on this machine"
-    if not (args.device or args.limit or args.table or args.measure):
-        yield f"--device or --limit is missing: expected one of {', '.join(devices())}"
+    if not (args.device or args.limit):
+        yield f"--device or --limit: is missing: expected one of {', '.join(devices())}"
     if args.memory and (args.limit or not args.device):
         yield "--memory: expected with --device and without --limit"
-    if args.limit and not _bytes(args.limit):
-        yield f"--limit {args.limit[:20]}: expected a size such as 3.0GB, 3072MiB"
-    if not 0 <= args.prompt_length <= LONGEST:
-        yield f"--prompt-length {args.prompt_length}: expected 0 to {LONGEST}"
-
-
-def _bytes(size: str) -> int:
-    """Bytes of a size such as 3.0GB, 0 for none."""
-    match = _SIZE.fullmatch(size)
-    return int(float(match[1]) * _UNITS[match[2]]) if match else 0

@@ -1,4 +1,1 @@
-"""An artefact on a hub, with its model card.
-
-Imports `app_bridge.validation`.
-"""
+"""Publishes an artefact on a hub, with its model card."""

@@ -8,8 +8,10 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from huggingface_hub import ModelCardData
+from jinja2 import Environment, TemplateError
 from markupsafe import Markup
 
 from app_bridge import licence
@@ -23,12 +25,10 @@ from fastvlm.common import documents
 from fastvlm.common.errors import UserError
 from fastvlm.common.files import read_text
 from fastvlm.common.page import templates
+from fastvlm.common.units import format_bytes
 from model_export import artefact as exported
 from model_export import contract
-from quantization.catalogue import LOADERS, human
-
-if TYPE_CHECKING:
-    from jinja2 import Environment
+from quantization.catalogue import LOADERS
 
 FILE = "README.md"
 RESEARCH_LICENCE = "apple-amlr"
@@ -47,8 +47,6 @@ def make(
 
     Raises UserError when the manifest lacks what every export records, or when the text tells a path of this machine.
     """
-    from jinja2 import TemplateError
-
     try:
         text = _render(artefact, manifest, repository, quality, base_model)
     except (TemplateError, KeyError, TypeError, AttributeError) as error:
@@ -63,20 +61,20 @@ def make(
 def read_quality(path: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
     """Return the card's figures of the one evaluated candidate that is this artefact, by its size in bytes.
 
-    Raises UserError for a file that is not `quantization evaluate --json`'s, or evaluates other models.
+    Raises UserError for a file that is not `fastvlm evaluate --json`'s, or evaluates other models.
     """
     size = sum(entry["size"] for entry in manifest["files"].values())
     try:
         document = documents.loads(read_text(path).strip().splitlines()[-1])
-        measured = [one for one in document["candidates"] if "failed" not in one]
-        sizes = [one["figures"]["bytes"] for one in measured]
+        measured = [entry for entry in document["candidates"] if "failed" not in entry]
+        sizes = [entry["figures"]["bytes"] for entry in measured]
         if sizes.count(size) != 1:
             raise UserError(
                 f"--quality {path}: expected one candidate that is this artefact ({size} bytes), got"
                 f" {sizes.count(size)} (candidates of {', '.join(map(str, sizes)) or 'nothing'}): evaluate this one"
             )
-        one, reference = measured[sizes.index(size)], document["reference"]["figures"]
-        figures, about = one["figures"], one["about"]
+        entry, reference = measured[sizes.index(size)], document["reference"]["figures"]
+        figures, about = entry["figures"], entry["about"]
         rows = [
             (label, _figure(key, reference.get(key)), _figure(key, figures[key]))
             for key, label in evaluate.LABELS.items()
@@ -86,9 +84,7 @@ def read_quality(path: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
         machine = environment.machine_line(document["environment"])
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         got = error.strerror if isinstance(error, OSError) else "is something else"
-        raise UserError(
-            f"--quality {path}: {got}: expected the JSON that `python -m quantization evaluate --json` prints"
-        ) from error
+        raise UserError(f"--quality {path}: {got}: expected the JSON that `fastvlm evaluate --json` prints") from error
     return {"rows": rows, "figures": figures, "about": about, "machine": machine, **runners}
 
 
@@ -125,19 +121,19 @@ def _render(
         mlx_lm=json.dumps(contract.MLX_LM_CONFIG),
         shape=list(shape),
         app_shape=list(contract.APP_OUTPUT_SHAPE) if shape != contract.APP_OUTPUT_SHAPE else None,
-        loaders=[(one, one.reads(settings)) for one in LOADERS if one.layout == manifest["config"]["layout"]],
+        loaders=[(known, known.reads(settings)) for known in LOADERS if known.layout == manifest["config"]["layout"]],
         notice=(artefact / contract.NOTICE).read_text("utf-8", errors="replace"),
     )  # fmt: skip
     return text.rstrip("\n") + "\n"
 
 
-def _environment() -> "Environment":
+def _environment() -> Environment:
     """Every value becomes plain text in Markdown, unless a filter made it something else."""
     pages = templates(Path(__file__).parent / "templates").overlay(autoescape=False, finalize=_plain)
     pages.filters |= {
         "code": _code,
         "fenced": _fenced,
-        "human": human,
+        "human": format_bytes,
         "figure": lambda metric: report.figure(metric["value"], metric["unit"]),
         "bound": report.bound,
         "safe": Markup,
@@ -147,8 +143,6 @@ def _environment() -> "Environment":
 
 def _metadata(artefact: Path, manifest: Mapping[str, Any], base_model: str | None) -> str:
     """The front matter, without its fences."""
-    from huggingface_hub import ModelCardData
-
     name, research_only = licence.licence_file(artefact), licence.research_only(artefact)
     smaller = manifest["llm"].get("quantization") or manifest["vision"].get("compression")
     relation: dict[str, Any] = {"base_model_relation": "quantized"} if base_model and smaller else {}
@@ -192,14 +186,14 @@ def _plain(value: Any) -> Any:
 
 
 def _code(value: str) -> Markup:
-    """As code: between more backticks than it has in a row."""
+    """The text as code, between more backticks than it has in a row."""
     text = " ".join(value.split()).replace("|", "\\|")
     ticks = _ticks(text, 1)
     return Markup(f"{ticks} {text} {ticks}" if "`" in text else f"`{text}`")
 
 
 def _fenced(value: str) -> Markup:
-    """As a block of text, as it is."""
+    """The text, unchanged, as a fenced block."""
     ticks = _ticks(value, 3)
     return Markup(f"{ticks}text\n{value.rstrip()}\n{ticks}")
 

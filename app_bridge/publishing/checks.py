@@ -1,9 +1,13 @@
-"""What forbids publishing an artefact or a card: each function returns faults, a line each."""
+"""Faults that forbid publishing an artefact or a card, a line each."""
 
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from huggingface_hub import ModelCard
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
+from yaml import YAMLError
 
 from fastvlm.common.errors import UserError
 from model_export import artefact as exported
@@ -23,15 +27,13 @@ def artefact_faults(artefact: Path, manifest: Mapping[str, Any]) -> list[str]:
         exported.check_for_app(artefact, manifest)
     except UserError as error:
         faults.append(str(error))
-    return faults + [f"{artefact}: {fault}" for fault in exported.verify_aloud(artefact, manifest)]
+    changes = exported.verify_aloud(artefact, manifest)
+    remedy = "move extra files away, and export again what changed or is missing"
+    return faults + ([f"{artefact}: {'; '.join(changes)}: {remedy}"] if changes else [])
 
 
 def card_faults(text: str) -> list[str]:
     """Return a card's faults: front matter that the hub can't read, a licence without a name, a machine's path."""
-    from huggingface_hub import ModelCard
-    from huggingface_hub.repocard import REGEX_YAML_BLOCK
-    from yaml import YAMLError
-
     faults = []
     if not REGEX_YAML_BLOCK.match(text):
         faults.append("it has no front matter: expected it to begin with YAML between two lines `---`")
@@ -46,28 +48,16 @@ def card_faults(text: str) -> list[str]:
     return faults + [f"line {number} tells a path of this machine, {path}" for number, path in lines if path]
 
 
-def repository_faults(name: str) -> list[str]:
-    """Return why `name` is no ORG/NAME of a hub."""
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
-
-    try:
-        validate_repo_id(name)
-    except HFValidationError as error:
-        return [f"{error}"]
-    return [] if name.count("/") == 1 else [f"{name!r}: expected ORG/NAME, a user or an organization and a name"]
-
-
 def machine_path(text: str) -> str | None:
     """Return the first absolute path in a text of one line, None without one."""
-    found = _PATH.search(text)
-    return found[0] if found else None
+    match = _PATH.search(text)
+    return match[0] if match else None
 
 
 def machine_paths(value: Any, where: str = "") -> Iterator[tuple[str, str]]:
     """Yield (dotted key, path) for every text in a JSON value that tells a path of this machine."""
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, one in items:
-        yield from machine_paths(one, f"{where}.{key}".strip("."))
+    for key, item in items:
+        yield from machine_paths(item, f"{where}.{key}".strip("."))
     if isinstance(value, str) and (path := machine_path(value)):
         yield where, path

@@ -7,9 +7,11 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import ModelInfo
+
 from app_bridge import licence
 from app_bridge.publishing import card, checks
-from app_bridge.publishing.hub import Contents, Hub, Upload
+from app_bridge.publishing.hub import Hub, Upload
 from fastvlm.common.errors import CheckFailed, UserError
 from fastvlm.common.files import read_small, read_text
 from model_export import artefact as exported
@@ -28,9 +30,8 @@ def prepare(artefact: Path, repository: str, own_card: Path | None = None) -> tu
 
     Raises UserError with everything that forbids publishing them.
     """
-    faults = checks.repository_faults(repository)
     manifest = exported.read_manifest(artefact)
-    faults += checks.artefact_faults(artefact, manifest)
+    faults = checks.artefact_faults(artefact, manifest)
     faults += [finding.line() for finding in licence.check(artefact, manifest)]
     faults += [
         f"{contract.MANIFEST}: {where} tells a path of this machine, {path}: export again, with a relative one"
@@ -52,21 +53,12 @@ def prepare(artefact: Path, repository: str, own_card: Path | None = None) -> tu
     return sorted(files, key=lambda file: file.name), text
 
 
-def stale_files(files: Sequence[Upload], before: Contents) -> list[str]:
-    """Return the repository's parts of a model that are not among `files`."""
-
-    def is_part(name: str) -> bool:
-        folder, _, rest = name.partition("/")
-        return folder == contract.PACKAGE or (not rest and any(fnmatchcase(name, one) for one in _MODEL_FILES))
-
-    return sorted(name for name in set(before.files) - {file.name for file in files} if is_part(name))
-
-
-def check_repository(hub: Hub, files: Sequence[Upload], before: Contents, private: bool) -> None:
+def check_repository(hub: Hub, files: Sequence[Upload], before: ModelInfo, private: bool) -> None:
     """Raise UserError for a repository with somebody else's model, or a public one where a private one is wanted."""
-    lost = [f.name for f in files if f.name in before.files and f.name != card.FILE and not before.has(f)]
-    theirs = stale_files(files, before) + lost
-    if theirs and contract.MANIFEST not in before.files:
+    held = _names(before)
+    lost = [f.name for f in files if f.name in held and f.name != card.FILE and not f.is_in(before)]
+    theirs = _stale(files, before) + lost
+    if theirs and contract.MANIFEST not in held:
         raise UserError(
             f"{hub.name} holds another model, which this command did not put there ({', '.join(theirs)}): its files"
             " would be loaded with these, or lost; choose another repository, or delete them on its page"
@@ -75,40 +67,55 @@ def check_repository(hub: Hub, files: Sequence[Upload], before: Contents, privat
         raise UserError(f"{hub.name} exists and is public: --private makes a new one; choose another, or leave it out")
 
 
-def changes(hub: Hub, files: Sequence[Upload], before: Contents | None) -> dict[str, Any]:
+def changes(hub: Hub, files: Sequence[Upload], before: ModelInfo | None) -> dict[str, Any]:
     """Return what would become of each file of the repository, as JSON; `before` is None for a new repository."""
 
     def status(file: Upload) -> str:
-        if before is None or file.name not in before.files:
+        if before is None or file.name not in _names(before):
             return "new"
-        return "same" if before.has(file) else "changed"
+        return "same" if file.is_in(before) else "changed"
 
     return {
         "repository": hub.name,
         "revision": hub.revision,
         "endpoint": hub.endpoint,
-        "deleted": stale_files(files, before) if before else [],
+        "deleted": _stale(files, before) if before else [],
         "files": [{"name": f.name, "size": f.size, "sha256": f.sha256, "status": status(f)} for f in files],
     }
 
 
-def upload(hub: Hub, files: Sequence[Upload], before: Contents) -> dict[str, Any]:
+def upload(hub: Hub, files: Sequence[Upload], before: ModelInfo) -> dict[str, Any]:
     """Send what is missing, commit once, and compare the hub's listing with the manifest.
 
     Returns {"commit", "sent"}, `sent` being the bytes of the files that the repository lacked. Raises CheckFailed when
     the listing has other names, sizes or sha256.
     """
-    missing, stale = [file for file in files if not before.has(file)], stale_files(files, before)
-    commit = hub.commit(missing, stale, before) if missing or stale else before.commit
+    missing, stale = [file for file in files if not file.is_in(before)], _stale(files, before)
+    commit = hub.commit(missing, stale, str(before.sha)) if missing or stale else str(before.sha)
     after = hub.contents(commit)
     if after is None:
         raise CheckFailed(f"{hub.name} at {commit}: is not there after the upload: run it again")
-    if wrong := [file.name for file in files if not after.has(file)] + stale_files(files, after):
+    if wrong := [file.name for file in files if not file.is_in(after)] + _stale(files, after):
         raise CheckFailed(
             f"{hub.name} at {commit}: after the upload its listing is not what the manifest says ({', '.join(wrong)}):"
             " do not use that commit; run it again"
         )
     return {"commit": commit, "sent": sum(file.size for file in missing)}
+
+
+def _names(contents: ModelInfo) -> set[str]:
+    return {file.rfilename for file in contents.siblings or ()}
+
+
+def _stale(files: Sequence[Upload], contents: ModelInfo) -> list[str]:
+    """The repository's parts of a model that are not among `files`."""
+    others = sorted(_names(contents) - {file.name for file in files})
+    return [
+        name
+        for name in others
+        if name.startswith(f"{contract.PACKAGE}/")
+        or ("/" not in name and any(fnmatchcase(name, pattern) for pattern in _MODEL_FILES))
+    ]
 
 
 def _read_card(path: Path, research_only: bool) -> str:
@@ -117,7 +124,7 @@ def _read_card(path: Path, research_only: bool) -> str:
         text = read_text(path)
     except (UnicodeDecodeError, OSError) as error:
         why = f"is not UTF-8 ({error.reason})" if isinstance(error, UnicodeDecodeError) else error.strerror
-        raise UserError(f"--card {path}: {why}: expected Markdown, as `app_bridge card` writes it") from error
+        raise UserError(f"--card {path}: {why}: expected Markdown, as `fastvlm card` writes it") from error
     faults = checks.card_faults(text)
     if research_only and not re.search(rf"^license: {card.RESEARCH_LICENCE}$", text, re.MULTILINE):
         faults.append(f"the weights are for research only: expected `license: {card.RESEARCH_LICENCE}` in it")

@@ -5,7 +5,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from app_bridge.app.facts import Key
-from app_bridge.validation.subject import Encoder, Subject, error_at, kind_of, listed, warn_at
+from app_bridge.rules import finding
+from app_bridge.validation.subject import Encoder, Subject, kind_of, listed
 from fastvlm.common.findings import Finding, Steps
 from model_export import contract
 
@@ -41,27 +42,14 @@ def check_config(subject: Subject) -> Steps[dict[str, Any] | None]:
     for key in keys:
         where, value = f"{contract.CONFIG}: {key.path}", integer(config.get(key.path))
         if key.type == "Int" and key.path != "image_token_index" and value is not None and value < 1:
-            yield error_at("config-value", where, str(value), "a positive number")
+            yield finding("config-value", where, value)
         if key.path in _ASSUMED and config.get(key.path) is None and not key.required:
-            got = f"nothing, so the app takes {key.default}"
-            remedy = "write the value that the model was trained with"
-            yield warn_at("config-default", where, got, "the model's own value", remedy)
+            yield finding("config-default", where, f"nothing, so the app takes {key.default}")
     for name, computed in _COMPUTED.items():
         if config.get(name, computed) not in (computed, None):
-            where, expected = f"{contract.CONFIG}: {name}", f"{kind_of(computed)}, which the app computes"
-            remedy = "the app can't run another model than Qwen2 with FastVLM's projector and prompt"
-            yield error_at("config-value", where, kind_of(config[name]), expected, remedy)
-    if not any(path.partition(".")[0] == "rope_scaling" for path in faulty):
-        yield from _check_rope({key.path for key in keys}, config.get("rope_scaling"))
-    subject.checked.append(
-        f"{contract.CONFIG}: {len(keys)} keys, model_type, what the app computes; the numbers of heads, "
-        "rms_norm_eps and rope_theta only by a manifest's sha256 of the file: no weight's shape tells them"
-    )
-    return config
-
-
-def _check_rope(decoded: set[str], scaling: Any) -> Steps[None]:
-    """Name what in rope_scaling a model computes with and the app doesn't."""
+            where = f"{contract.CONFIG}: {name}"
+            yield finding("config-value/computed", where, kind_of(config[name]), computed=kind_of(computed))
+    scaling, decoded = config.get("rope_scaling"), {key.path for key in keys}
     ignored = [
         f"{name} {kind_of(value)}"
         for name, value in (scaling.items() if isinstance(scaling, dict) else ())
@@ -69,10 +57,13 @@ def _check_rope(decoded: set[str], scaling: Any) -> Steps[None]:
         and f"rope_scaling.{name}" not in decoded
         and not (name in ("type", "rope_type") and value in _UNSCALED)
     ]
-    if ignored:
-        expected = "no scaling: the app computes RoPE without it, and would answer wrongly"
-        remedy = "use a model that was trained without it; the app can't run this one"
-        yield error_at("config-value", f"{contract.CONFIG}: rope_scaling", listed(ignored), expected, remedy)
+    if ignored and not any(path.partition(".")[0] == "rope_scaling" for path in faulty):
+        yield finding("config-value/rope", f"{contract.CONFIG}: rope_scaling", listed(ignored))
+    subject.checked.append(
+        f"{contract.CONFIG}: {len(keys)} keys, model_type, what the app computes; the numbers of heads, "
+        "rms_norm_eps and rope_theta only by a manifest's sha256 of the file: no weight's shape tells them"
+    )
+    return config
 
 
 def check_preprocessor(subject: Subject, encoder: Encoder | None, config: Mapping[str, Any] | None) -> Steps[None]:
@@ -91,48 +82,35 @@ def check_preprocessor(subject: Subject, encoder: Encoder | None, config: Mappin
     for key in facts.preprocessor:
         value = _value(document, key.path)
         if key.type == "[CGFloat]" and key.path not in faulty and isinstance(value, list) and len(value) < 3:
-            expected = "3, one for each colour: the app reads the third"
-            yield error_at("list-length", f"{name}: {key.path}", f"{len(value)} numbers", expected)
+            yield finding("list-length", f"{name}: {key.path}", f"{len(value)} numbers")
             faulty.add(key.path)
+    # Mean and deviation are what the export took from the checkpoint, whatever that was, unless the file changed.
     for path, published in (("image_mean", 0.0), ("image_std", 1.0)):
-        if path not in faulty and isinstance(value := document.get(path), list):
-            yield from _check_normalisation(subject, path, value[:3], published)
+        value = document.get(path)
+        if path in faulty or not isinstance(value, list):
+            continue
+        if path == "image_std" and 0 in value[:3]:
+            yield finding("normalisation/zero", f"{name}: {path}", value[:3])
+        elif name in subject.changed and any(item != published for item in value[:3]):
+            yield finding("normalisation", f"{name}: {path}", value[:3], published=published)
     trained = "pad" if (config or {}).get("image_aspect_ratio") == "pad" else contract.APP_IMAGE_STRATEGY
     if (strategy := document.get("image_strategy", trained)) != contract.APP_IMAGE_STRATEGY:
-        expected = f"{contract.APP_IMAGE_STRATEGY}: the demo app crops whatever the file says"
-        remedy = "expect other answers at the edges of wide pictures, or let the app pad"
-        yield warn_at("image-strategy", f"{name}: image_strategy", kind_of(strategy), expected, remedy)
+        where = f"{name}: image_strategy"
+        yield finding("image-strategy", where, kind_of(strategy), strategy=contract.APP_IMAGE_STRATEGY)
     if encoder is None or encoder.side is None:
         subject.checked.append(f"{name}: keys; not compared with the encoder's input, which is unknown")
         return
-    yield from _check_size(document, encoder.side, faulty)
-    subject.checked.append(f"{name}: {len(facts.preprocessor)} keys, processor_class, sizes of pictures")
-
-
-def _check_size(document: Mapping[str, Any], side: int, faulty: set[str]) -> Steps[None]:
-    name = contract.PREPROCESSOR_CONFIG
     height, width, edge = (
         None if path in faulty else integer(_value(document, path))
         for path in ("crop_size.height", "crop_size.width", "size.shortest_edge")
     )
+    side = encoder.side
     if height is not None and width is not None and (height, width) != (side, side):
-        expected = f"{side} x {side}, as the encoder in the package takes it"
-        yield error_at("crop-size", f"{name}: crop_size", f"{height} x {width}", expected)
+        yield finding("crop-size", f"{name}: crop_size", f"{height} x {width}", side=side)
     if edge is not None and edge != side:
-        short = edge < side
-        of = "a smaller picture can't be cropped to the encoder's input" if short else "else only the middle is seen"
-        at = error_at if short else warn_at
-        yield at("shortest-edge", f"{name}: size.shortest_edge", str(edge), f"{side}: {of}")
-
-
-def _check_normalisation(subject: Subject, path: str, value: list[float], published: float) -> Steps[None]:
-    """Mean and deviation are what the export took from the checkpoint, whatever that was, unless the file changed."""
-    where = f"{contract.PREPROCESSOR_CONFIG}: {path}"
-    if path == "image_std" and 0 in value:
-        yield error_at("normalisation", where, str(value), "nothing that divides by zero")
-    elif contract.PREPROCESSOR_CONFIG in subject.changed and any(item != published for item in value):
-        expected = f"what the export wrote ({published} in every published FastVLM): the encoder was trained with it"
-        yield error_at("normalisation", where, str(value), expected)
+        rule = "shortest-edge" if edge < side else "shortest-edge/longer"
+        yield finding(rule, f"{name}: size.shortest_edge", edge, side=side)
+    subject.checked.append(f"{name}: {len(facts.preprocessor)} keys, processor_class, sizes of pictures")
 
 
 def _check_keys(
@@ -155,23 +133,21 @@ def _check_keys(
             if ":" in taken.type and absent != key.path and key.path[len(absent) + 1 :] not in default:
                 faulty.add(key.path)
                 got = f"nothing, so the app takes {kind_of(default) if default else 'nothing'}"
-                yield error_at("key-missing", f"{file}: {key.path}", got, f"Swift's {key.type}: the app ends")
+                yield finding("key-missing/default", f"{file}: {key.path}", got, type=key.type)
         elif absent is not None:
             faulty.add(key.path)
             if absent not in reported:
                 yield _wrong(document, file, absent, key.type if absent == key.path else "object")
             reported.add(absent)
         elif (fits := _fits(key.type, _value(document, key.path))) is None:
-            got, expected = f"Swift type {key.type}", "one that this check knows"
-            yield warn_at("type-unknown", f"{file}: {key.path}", got, expected, "compare it by hand")
+            yield finding("type-unknown", f"{file}: {key.path}", f"Swift type {key.type}")
         elif not fits:
             faulty.add(key.path)
             reported.add(key.path)
             yield _wrong(document, file, key.path, key.type)
     value = document.get(registry)
     if isinstance(value, str) and value != registered:
-        expected = f"{registered!r}, the one that the app registers"
-        yield error_at(registry.replace("_", "-"), f"{file}: {registry}", repr(value), expected)
+        yield finding(registry.replace("_", "-"), f"{file}: {registry}", repr(value), registered=repr(registered))
     return faulty
 
 
@@ -180,8 +156,8 @@ def _wrong(document: Mapping[str, Any], file: str, path: str, kind: str) -> Find
     parent = _value(document, owner) if owner else document
     wanted = {"object": "an object", "Int": "an integer (Swift's Int)"}.get(kind, f"Swift's {kind}")
     if leaf not in parent:
-        return error_at("key-missing", f"{file}: {path}", "nothing", f"{wanted}: the app's decoder throws without it")
-    return error_at("key-type", f"{file}: {path}", kind_of(parent[leaf]), wanted)
+        return finding("key-missing", f"{file}: {path}", "nothing", wanted=wanted)
+    return finding("key-type", f"{file}: {path}", kind_of(parent[leaf]), wanted=wanted)
 
 
 def _absent(document: Mapping[str, Any], path: str) -> tuple[Any, str | None]:
@@ -196,7 +172,7 @@ def _absent(document: Mapping[str, Any], path: str) -> tuple[Any, str | None]:
 
 
 def _value(document: Mapping[str, Any], path: str) -> Any:
-    """What is at a dotted path; None where nothing is."""
+    """The value at a dotted path; None where there is none."""
     value: Any = document
     for part in path.split("."):
         value = value.get(part) if isinstance(value, dict) else None

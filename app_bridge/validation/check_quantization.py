@@ -1,4 +1,4 @@
-"""Quantized weights: config.json's `quantization`, what the app's loader makes of it, and what is stored.
+"""Quantized weights: config.json's `quantization`, and the stored tensors, as the app's loader reads them.
 
 The published app's loader (mlx-swift-examples 2.21.2, `MLXLMCommon/Load.swift` and `LanguageModel.swift`) reads one
 group_size and one bits, and quantizes by them the modules that have `.scales`; from 2.25 on a module can have an entry
@@ -9,8 +9,9 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from app_bridge.rules import finding
 from app_bridge.validation.check_config import integer
-from app_bridge.validation.subject import error_at, kind_of, listed, warn_at
+from app_bridge.validation.subject import kind_of, listed
 from fastvlm.common.findings import Steps
 from model_export import contract
 from quantization.catalogue import LOADERS, Loader
@@ -40,7 +41,7 @@ class Block:
     modules: Mapping[str, Setting | None]
 
     def settings(self) -> set[Setting]:
-        """All that it says, of modules or of all."""
+        """Every setting in the block."""
         return {self.base, *(setting for setting in self.modules.values() if setting)}
 
     def of(self, module: str) -> Setting | None:
@@ -52,7 +53,7 @@ def parse_block(document: Any) -> tuple[Block | None, list[str]]:
     """Parse a `quantization` block as of config.json or the manifest.
 
     Returns:
-        The block, None for none and for what is none; and what is wrong with it, a line each.
+        The block, None where there is none or no valid one; and its faults, a line each.
     """
     if document is None:
         return None, []
@@ -78,7 +79,7 @@ def read_block(config: dict[str, Any], loader: Loader) -> Steps[tuple[Block | No
             if not isinstance(entry, dict) and entry is not False and not _decoded(key, entry, loader)
         ]
     if faults:
-        yield error_at("quantization-block", _WHERE, "; ".join(faults[:3]), "group_size and bits, both integers")
+        yield finding("quantization-block", _WHERE, "; ".join(faults[:3]))
         return None, False
     return block, True
 
@@ -103,28 +104,26 @@ def check_block(block: Block | None, quantized: set[str], loader: Loader) -> Ste
     """Check the block against which modules are quantized; return whether the loader reads what it says."""
     if block is None:
         if quantized:
-            got = f"nothing, but {len(quantized)} modules have .scales"
-            yield error_at("quantization-missing", _WHERE, got, "the setting that they are stored by")
+            yield finding("quantization-missing", _WHERE, f"nothing, but {len(quantized)} modules have .scales")
         return False
     if not quantized:
-        remedy = "export again, or remove the block"
-        yield warn_at("quantization-unused", _WHERE, _words({block.base}), "nothing: no module has .scales", remedy)
+        yield finding("quantization-unused", _WHERE, _words({block.base}))
         return True
     stray = sorted(
         module for module, setting in block.modules.items() if (module not in quantized) == (setting is not None)
     )
     if stray:
-        expected = "entries for quantized modules only, false for the others"
-        yield error_at("quantization-entry", _WHERE, listed(stray), expected)
+        yield finding("quantization-entry", _WHERE, listed(stray))
     settings = {setting for module in quantized if (setting := block.of(module)) is not None}
     if loader.reads(settings) and all(mode != "affine" or group in GROUP_SIZES for mode, _, group in settings):
         return True
-    able = [f"{one.name} ({one.source})" for one in LOADERS if one.app and one.reads(settings)]
-    remedy = f"read by {'; '.join(able)}" if able else "no version of the app that is known here reads it"
+    able = [f"{known.name} ({known.source})" for known in LOADERS if known.app and known.reads(settings)]
+    readers = f"read by {'; '.join(able)}" if able else "no version of the app that is known here reads it"
     many = "also several" if loader.mixed else "one setting for all"
     reads = f"{', '.join(loader.modes)}; affine with {', '.join(map(str, loader.bits))} bits; {many}"
-    remedy += "; or export with another recipe (`python -m quantization recipes`)"
-    yield error_at("quantization-unsupported", _WHERE, _words(settings), f"what {loader.name} reads ({reads})", remedy)
+    yield finding(
+        "quantization-unsupported", _WHERE, _words(settings), loader=loader.name, reads=reads, readers=readers
+    )
     return False
 
 
@@ -133,7 +132,7 @@ def _words(settings: set[Setting]) -> str:
 
 
 def quantized_parts(shape: Shape, setting: Setting) -> dict[str, tuple[Shape, tuple[str, ...]]]:
-    """What MLX keeps of a matrix (`quantization.schemes`): uint32 words, and a scale (affine: a bias, too) a group."""
+    """The tensors that MLX stores of a matrix: uint32 words, and a scale (affine: a bias, too) for each group."""
     mode, bits, group = setting
     rows, columns = shape
     affine = mode == "affine"
@@ -145,7 +144,7 @@ def quantized_parts(shape: Shape, setting: Setting) -> dict[str, tuple[Shape, tu
 
 
 def triple_fault(wanted: Collection[str], parts: Mapping[str, Stored]) -> str | None:
-    """What is missing, or too much, of a quantized weight; None for a whole one, and for one that isn't quantized."""
+    """The parts that a quantized weight lacks or has in excess; None for a whole or an unquantized one."""
     if "scales" not in parts and "biases" not in parts and ("weight" not in parts or parts["weight"].dtype != "U32"):
         return None
     missing = [leaf for leaf in ("weight", "scales", "biases") if leaf in {"scales", *wanted} and leaf not in parts]
@@ -168,6 +167,5 @@ def check_setting(path: str, shape: Shape, parts: Mapping[str, Stored], setting:
     if not legal or not whole or (bits, group) == setting[1:]:
         return False
     where, got = f"{_WHERE}, {weight.file}: {path}", f"stored as {bits} bit in groups of {group}"
-    remedy = "export again: config.json has to say how the weights are stored"
-    yield error_at("quantization-mismatch", where, got, f"{_words({setting})}, as the block says", remedy)
+    yield finding("quantization-mismatch", where, got, setting=_words({setting}))
     return True

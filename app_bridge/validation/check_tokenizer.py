@@ -9,13 +9,15 @@ says).
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from textwrap import shorten
 from typing import Any
 
 from tokenizers import Tokenizer, pre_tokenizers
 
 from app_bridge.app.facts import AppFacts
+from app_bridge.rules import finding
 from app_bridge.validation.check_config import integer
-from app_bridge.validation.subject import OWN_TOKENIZER, Subject, error_at, kind_of, listed, shortened, warn_at
+from app_bridge.validation.subject import Subject, kind_of, listed
 from fastvlm.common.findings import Steps
 from fastvlm.data.chat_template import TemplateFault, render
 from model_export import contract
@@ -54,7 +56,7 @@ class _Files:
 
     @property
     def end(self) -> str:
-        """What ends a turn."""
+        """The text that ends a turn."""
         return self.facts.turn.rpartition("{content}")[2].strip()
 
     def special(self, name: str) -> Any:
@@ -80,8 +82,7 @@ def check_tokenizer(
         return
     name = settings.get("tokenizer_class")
     if not isinstance(name, str) or name.replace("Fast", "") not in _CLASSES:
-        where, expected = f"{contract.TOKENIZER_CONFIG}: tokenizer_class", "Qwen2Tokenizer, or another of"
-        yield error_at("tokenizer-class", where, kind_of(name), f"{expected} swift-transformers' byte-pair classes")
+        yield finding("tokenizer-class", f"{contract.TOKENIZER_CONFIG}: tokenizer_class", kind_of(name))
     tokenizer = yield from _load(subject, document)
     if tokenizer is None:
         return
@@ -99,8 +100,7 @@ def check_tokenizer(
     if beyond:
         number, token = beyond[-1]
         got = f"id {number} ({len(beyond)} such tokens)"
-        expected = f"ids below {limit}, the rows of the embedding table"
-        yield error_at("vocabulary-size", f"{contract.TOKENIZER}: {token!r}", got, expected, OWN_TOKENIZER)
+        yield finding("vocabulary-size", f"{contract.TOKENIZER}: {token!r}", got, limit=limit)
     yield from _check_template(subject, files)
     subject.checked.append(f"{contract.TOKENIZER}: {len(ids)} tokens, {len(added)} of them added; the app's prompt")
 
@@ -109,14 +109,12 @@ def _load(subject: Subject, document: Mapping[str, Any]) -> Steps[Tokenizer | No
     model = document.get("model")
     if not isinstance(model, dict) or "merges" not in model or not isinstance(model.get("vocab"), dict):
         got = kind_of(model.get("type") if isinstance(model, dict) else model)
-        expected = "BPE with vocab and merges"
-        yield error_at("tokenizer-model", f"{contract.TOKENIZER}: model", got, expected, OWN_TOKENIZER)
+        yield finding("tokenizer-model", f"{contract.TOKENIZER}: model", got)
         return None
     try:
         return Tokenizer.from_file(str(subject.folder / contract.TOKENIZER))
     except Exception as error:  # the library raises plain ones
-        got = shortened(" ".join(str(error).split()))
-        yield error_at("tokenizer-unreadable", contract.TOKENIZER, got, "a tokenizer's document")
+        yield finding("tokenizer-unreadable", contract.TOKENIZER, shorten(str(error), 80, placeholder="…"))
         return None
 
 
@@ -126,14 +124,13 @@ def _check_components(files: _Files) -> Steps[bool]:
     for component, known in _TYPES.items():
         for kind in _types(files.document.get(component)):
             if kind not in known.split():
-                sound, where = False, f"{contract.TOKENIZER}: {component}"
-                yield error_at("tokenizer-component", where, kind_of(kind), f"one of swift-transformers': {known}")
+                sound = False
+                yield finding("tokenizer-component", f"{contract.TOKENIZER}: {component}", kind_of(kind), known=known)
     bytewise = "ByteLevel" in _types(files.document.get("pre_tokenizer"))
     lost = [letter for letter in pre_tokenizers.ByteLevel.alphabet() if bytewise and letter not in files.ids]
     if lost:
         sound, got = False, f"no token for {listed(sorted(lost))}"
-        expected = "one for each byte: the app crashes at the first text with another"
-        yield error_at("tokenizer-bytes", f"{contract.TOKENIZER}: model.vocab", got, expected)
+        yield finding("tokenizer-bytes", f"{contract.TOKENIZER}: model.vocab", got)
     return sound
 
 
@@ -153,8 +150,7 @@ def _check_same(files: _Files) -> Steps[bool]:
     stated = {str(entry.get("content")): number for number, entry in entries if isinstance(entry, dict)}
     other = sorted(token for token, number in stated.items() if str(files.added.get(token)) != number)
     if other:
-        got, remedy = f"other ids for {listed(other)}", "take both files from the model's own export"
-        yield error_at("tokenizer-stale", _FILES, got, "the same added tokens in both", remedy)
+        yield finding("tokenizer-stale", _FILES, f"other ids for {listed(other)}")
     return bool(other)
 
 
@@ -163,15 +159,12 @@ def _check_image_token(files: _Files, changed: frozenset[str]) -> Steps[None]:
     token, index = files.facts.image_token, integer(files.config.get("image_token_index"))
     number = files.added.get(token)
     if number is None:
-        expected = f"{token} as a token of its own: the app writes it for each image token"
-        remedy = "export again, or change the app's imageToken"
-        yield error_at("image-token", f"{_FILES}: added tokens", f"no {token}", expected, remedy)
+        yield finding("image-token", f"{_FILES}: added tokens", f"no {token}", token=token)
     elif index is not None and index != number:
         rule, where = "image-token-index", f"{contract.CONFIG}: image_token_index"
         if contract.TOKENIZER in changed and contract.CONFIG not in changed:
-            rule, where = "tokenizer-stale", f"{_FILES}, changed since the export"
-        expected = "the same: the app looks for that id to put the picture's features there"
-        yield error_at(rule, where, f"{token} is {number}, image_token_index {index}", expected)
+            rule, where = "tokenizer-stale/image", f"{_FILES}, changed since the export"
+        yield finding(rule, where, f"{token} is {number}, image_token_index {index}")
 
 
 def _check_turn(files: _Files) -> Steps[None]:
@@ -179,25 +172,19 @@ def _check_turn(files: _Files) -> Steps[None]:
     and at its unknown token, which therefore can't be a token in use."""
     marks = set(re.findall(r"<\|[^<>|]+\|>", files.facts.turn + files.facts.prompt_end))
     if lost := sorted(marks - files.added.keys()):
-        expected = "each a token of its own: the app's prompt has them"
-        yield error_at("turn-token", f"{_FILES}: added tokens", f"no {listed(lost)}", expected)
+        yield finding("turn-token", f"{_FILES}: added tokens", f"no {listed(lost)}")
     eos, unknown = files.special("eos_token"), files.special("unk_token")
     ids = files.config.get("eos_token_id")
     number = files.added.get(files.end)
     if eos != files.end:
-        expected = f"{files.end!r}, which ends a turn: the app stops at this and at unk_token, nowhere else"
-        yield error_at("eos-token", f"{contract.TOKENIZER_CONFIG}: eos_token", kind_of(eos), expected)
+        yield finding("eos-token", f"{contract.TOKENIZER_CONFIG}: eos_token", kind_of(eos), end=repr(files.end))
     elif ids is not None and number not in (ids if isinstance(ids, list) else [ids]):
-        remedy = "export again; the published app goes by the tokenizer, later loaders by this key, too"
-        where = f"{contract.CONFIG}: eos_token_id"
-        yield warn_at("eos-token-id", where, kind_of(ids), f"{number}, the id of {files.end}", remedy)
+        yield finding("eos-token-id", f"{contract.CONFIG}: eos_token_id", kind_of(ids), number=number, end=files.end)
     if not isinstance(unknown, str) or unknown not in files.ids or unknown == files.end:
         return
     if unknown not in files.added or unknown in prompt(files.facts, files.facts.image_token):
         got = f"{unknown!r}, a token of the {'prompt' if unknown in files.added else 'vocabulary'}"
-        expected = "null, or a token that no text has: the app ends an answer there"
-        remedy = "export again, or set unk_token to null"
-        yield warn_at("unk-token", f"{contract.TOKENIZER_CONFIG}: unk_token", got, expected, remedy)
+        yield finding("unk-token", f"{contract.TOKENIZER_CONFIG}: unk_token", got)
 
 
 def _check_prompt_tokens(files: _Files, tokens: int | None) -> Steps[None]:
@@ -209,10 +196,10 @@ def _check_prompt_tokens(files: _Files, tokens: int | None) -> Steps[None]:
     ids, bare = (files.tokenizer.encode(text, add_special_tokens=special).ids for special in (True, False))
     if ids != bare:
         where, got = f"{contract.TOKENIZER}: post_processor", f"{len(ids) - len(bare)} tokens around the prompt"
-        yield error_at("tokenizer-adds-tokens", where, got, "none: the app's prompt is complete", OWN_TOKENIZER)
+        yield finding("tokenizer-adds-tokens", where, got)
     if bare.count(image) != tokens:
         where, got = f"{contract.TOKENIZER}: {files.facts.image_token}", f"{bare.count(image)} of {tokens}"
-        yield error_at("image-token", where, got, "one token each, as the app writes them")
+        yield finding("image-token/each", where, got)
 
 
 def _check_text(files: _Files, sound: bool) -> Steps[None]:
@@ -220,19 +207,17 @@ def _check_text(files: _Files, sound: bool) -> Steps[None]:
     clean_up = files.settings.get("clean_up_tokenization_spaces")
     if clean_up is not False:
         where = f"{contract.TOKENIZER_CONFIG}: clean_up_tokenization_spaces"
-        expected = "false: without it the app takes the blanks before . , ? ! and 's out of every answer"
-        yield warn_at("text-clean-up", where, kind_of(clean_up), expected)
+        yield finding("text-clean-up", where, kind_of(clean_up))
     if not sound:
         return
     ids = files.tokenizer.encode(_TEXT, add_special_tokens=False).ids
     if (back := files.tokenizer.decode(ids, skip_special_tokens=False)) != _TEXT:
         where = f"{contract.TOKENIZER}: normalizer, pre_tokenizer and decoder"
-        expected = "the same text: a byte-level tokenizer loses nothing"
-        yield error_at("tokenizer-text", where, f"{back!r} for {_TEXT!r}", expected, OWN_TOKENIZER)
+        yield finding("tokenizer-text", where, f"{back!r} for {_TEXT!r}")
 
 
 def prompt(facts: AppFacts, content: str) -> str:
-    """What the app makes of one question."""
+    """The prompt that the app builds of one question."""
     turns = (
         facts.turn.replace("{role}", role).replace("{content}", text)
         for role, text in (("system", facts.system_prompt), ("user", content))
@@ -250,8 +235,7 @@ def _check_template(subject: Subject, files: _Files) -> Steps[None]:
     try:
         rendered = render(template, [{"role": "user", "content": _QUESTION}], tokens)
     except TemplateFault as error:
-        yield warn_at("chat-template", where, shortened(str(error)), "a template for a list of messages")
+        yield finding("chat-template", where, shorten(str(error), 80, placeholder="…"))
         return
     if rendered != (written := prompt(files.facts, _QUESTION)):
-        expected, remedy = f"{rendered!r}, as the model was trained", "expect worse answers, or change the app's prompt"
-        yield warn_at("prompt", where, f"the app writes {written!r}", expected, remedy)
+        yield finding("prompt", where, f"the app writes {written!r}", rendered=repr(rendered))

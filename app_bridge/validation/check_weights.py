@@ -16,6 +16,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from app_bridge.app.facts import Layer, arithmetic
+from app_bridge.rules import finding
 from app_bridge.validation.check_config import integer
 from app_bridge.validation.check_quantization import (
     FLOATING,
@@ -29,7 +30,7 @@ from app_bridge.validation.check_quantization import (
     triple_fault,
 )
 from app_bridge.validation.finite import is_finite
-from app_bridge.validation.subject import NUMBERS, Subject, error_at, kind_of, listed, warn_at
+from app_bridge.validation.subject import Subject, kind_of, listed
 from fastvlm.common.dtypes import Array
 from fastvlm.common.findings import Finding, Steps, collect
 from model_export import contract
@@ -42,7 +43,7 @@ _EMBEDDING = "language_model.model.embed_tokens.weight"
 
 @dataclass
 class _Weights:
-    """The stored tensors by name; whether all that there should be could be read; those that modules have."""
+    """The stored tensors by name; whether all of them could be read; the names that modules have."""
 
     tensors: dict[str, Stored]
     whole: bool
@@ -51,7 +52,7 @@ class _Weights:
     def home(self, path: str) -> str:
         """The files that hold that half of the model."""
         half = path.partition(".")[0] + "."
-        files = {one.file for name, one in self.tensors.items() if name.startswith(half)}
+        files = {tensor.file for name, tensor in self.tensors.items() if name.startswith(half)}
         return " or ".join(sorted(files)) or "*.safetensors"
 
 
@@ -88,14 +89,13 @@ def check_weights(
     }
     width, count = integer(values.get("mm_hidden_size")), integer(values.get("num_hidden_layers"))
     if channels is not None and width is not None and width != channels:
-        expected = f"{channels}, the channels that the encoder gives"
-        yield error_at("encoder-width", f"{contract.CONFIG}: mm_hidden_size", str(width), expected)
+        yield finding("encoder-width", f"{contract.CONFIG}: mm_hidden_size", width, channels=channels)
         values["mm_hidden_size"] = channels  # the projector is held to the encoder
     stored = layer_count(tensors)
     if count is not None and count > 0 and count != stored and weights.whole:
-        home = sorted({one.file for name, one in tensors.items() if name.startswith(contract.LANGUAGE_PREFIX)})
+        home = sorted({tensor.file for name, tensor in tensors.items() if name.startswith(contract.LANGUAGE_PREFIX)})
         where = f"{contract.CONFIG}: num_hidden_layers, with {listed(home) or 'the weights'}"
-        yield error_at("layer-count", where, str(count), f"{stored}, as many as are stored")
+        yield finding("layer-count", where, count, stored=stored)
     # Nothing more is expected of layers that nobody stored; a name may have any number in it.
     values["num_hidden_layers"] = min(stored, len(tensors))
     block, usable = yield from read_block(config, loader)
@@ -116,7 +116,7 @@ def check_weights(
             findings += wrong
     if not weights.whole:  # a part may be in the file that can't be read
         missing = {}
-        findings = [finding for finding in findings if finding.rule != "quantized-triple"]
+        findings = [each for each in findings if each.rule != "quantized-triple"]
     yield from _grouped([*findings, *_check_names(weights, missing)])
     source = f"{loader.name}'s loader ({loader.source})"
     subject.checked.append(f"weights: {len(tensors)} tensors of {len(modules)} modules, {source}")
@@ -126,8 +126,8 @@ def check_weights(
 def _grouped(findings: Iterable[Finding]) -> Iterator[Finding]:
     """One finding a rule: the first, with how many more there are."""
     by_rule: dict[str, list[Finding]] = {}
-    for finding in findings:
-        by_rule.setdefault(finding.rule, []).append(finding)
+    for each in findings:
+        by_rule.setdefault(each.rule, []).append(each)
     for first, *others in by_rule.values():
         yield replace(first, where=f"{first.where} and {len(others)} more") if others else first
 
@@ -139,12 +139,11 @@ def _read(subject: Subject, indexed: Iterable[str]) -> Steps[_Weights]:
     infinite: list[str] = []
     paths = sorted(subject.folder.rglob("*.safetensors"))
     meant = {*subject.weights, *indexed, *(name for name in subject.changed if name.endswith(".safetensors"))}
-    gone = sorted(name for name in meant if not (subject.folder / name).exists())
-    if gone or not paths:
-        got = "no such file" if len(gone) < 2 else f"{len(gone)} files that aren't there"
-        expected = "the language model's and the projector's weights"
-        yield error_at("file-missing", ", ".join(gone) or "*.safetensors", got, expected)
-    whole = bool(paths) and not gone
+    missing = sorted(name for name in meant if not (subject.folder / name).exists())
+    if missing or not paths:
+        got = "no such file" if len(missing) < 2 else f"{len(missing)} files that aren't there"
+        yield finding("file-missing/weights", ", ".join(missing) or "*.safetensors", got)
+    whole = bool(paths) and not missing
     for path in paths:
         name = path.relative_to(subject.folder).as_posix()
         try:
@@ -158,15 +157,14 @@ def _read(subject: Subject, indexed: Iterable[str]) -> Steps[_Weights]:
                     infinite.append(f"{name}: {key}")
         except (OSError, SafetensorError) as error:
             whole = False
-            yield error_at("weights-unreadable", name, " ".join(str(error).split()), "a whole safetensors file")
+            yield finding("weights-unreadable", name, " ".join(str(error).split()))
     if twice:
         key, files = next(iter(twice.items()))
         where = " and ".join(sorted({file for names in twice.values() for file in names}))
-        got, expected = f"{len(twice)} tensors more than once, such as {key}", "one model: the app loads every"
-        remedy = f"remove the file that isn't this model's ({listed(files)})"
-        yield error_at("weight-twice", where, got, f"{expected} *.safetensors that it finds", remedy)
+        got = f"{len(twice)} tensors more than once, such as {key}"
+        yield finding("weight-twice", where, got, files=listed(files))
     if infinite:
-        yield error_at("weight-value", listed(infinite), "NaN or infinite values", NUMBERS)
+        yield finding("weight-value", listed(infinite), "NaN or infinite values")
     return _Weights(tensors, whole)
 
 
@@ -193,8 +191,7 @@ def _check_index(names: Mapping[str, str], tensors: Mapping[str, Stored]) -> Ite
     unlisted = [name for name, stored in tensors.items() if stored.file in shards and name not in names]
     if not names or wrong or unlisted:
         got = f"{len(wrong)} tensors in another file, {len(unlisted)} not named" if names else "no weight_map"
-        expected = "each tensor and its file; the app doesn't ask, other loaders do"
-        yield warn_at("index-stale", contract.WEIGHTS_INDEX, got, expected)
+        yield finding("index-stale", contract.WEIGHTS_INDEX, got)
 
 
 def _modules(
@@ -202,7 +199,7 @@ def _modules(
 ) -> Steps[dict[str, tuple[Layer, Shape]]]:
     """Return the path of each module that the app builds -> its layer and its weight's shape (None: config.json is
     wrong)."""
-    found: dict[str, tuple[Layer, Shape]] = {}
+    modules: dict[str, tuple[Layer, Shape]] = {}
     for layer in layers:
         shape = tuple(_size(expression, values) for expression in layer.shape)
         if layer.unless is not None:
@@ -214,15 +211,14 @@ def _modules(
                 got = f"{'nothing, so the app takes ' * (config.get(layer.unless) is None)}{kind_of(tied)}"
                 held = f"{name} in {stored.file}" if stored else f"no {name} in {weights.home(name)}"
                 where = f"{contract.CONFIG}: {layer.unless}, with {held}"
-                remedy = "let tie_word_embeddings in config.json say whether the model has an lm_head of its own"
-                yield error_at("tied-embeddings", where, got, kind_of(not tied), remedy)
+                yield finding("tied-embeddings", where, got, wanted=kind_of(not tied))
                 weights.used.update(key for key in weights.tensors if key.startswith(f"{layer.path}."))
                 continue
             if tied:
                 continue
         count = values["num_hidden_layers"] if "{layer}" in layer.path else 1
-        found |= {layer.path.replace("{layer}", str(number)): (layer, shape) for number in range(count)}
-    return found
+        modules |= {layer.path.replace("{layer}", str(number)): (layer, shape) for number in range(count)}
+    return modules
 
 
 def _size(expression: str, values: Mapping[str, Any]) -> int | None:
@@ -251,7 +247,7 @@ def _check_module(
         wanted["bias"] = (shape[:1], FLOATING)
     if fault := triple_fault(wanted, parts):
         where = f"{next(iter(parts.values())).file}: {path}"
-        yield error_at("quantized-triple", where, fault, "weight and scales, and for affine quantization biases")
+        yield finding("quantized-triple", where, fault)
         return {}
     missing = {f"{path}.{leaf}": size for leaf, (size, _) in wanted.items() if leaf not in parts}
     if setting is not None and (yield from check_setting(path, shape, parts, setting)):
@@ -262,28 +258,24 @@ def _check_module(
         size, dtypes = wanted[leaf]
         where, held = f"{stored.file}: {path}.{leaf} against {contract.CONFIG}", list(stored.shape)
         if len(held) != len(size):
-            yield error_at("weight-rank", where, f"{len(held)} dimensions, {held}", f"{len(size)}, {list(size)}")
+            yield finding("weight-rank", where, f"{len(held)} dimensions, {held}", rank=len(size), shape=list(size))
         elif any(want not in (None, number) for want, number in zip(size, held, strict=True)):
-            yield error_at("weight-shape", where, str(held), str(list(size)))
+            yield finding("weight-shape", where, held, shape=list(size))
         elif stored.dtype not in dtypes:
-            yield error_at("weight-dtype", where, stored.dtype, " or ".join(dtypes))
+            yield finding("weight-dtype", where, stored.dtype, dtypes=" or ".join(dtypes))
     return missing
 
 
 def _check_names(weights: _Weights, missing: Mapping[str, Shape]) -> Iterator[Finding]:
-    """What is missing and what is too much; where these are of the same shapes, they have other names."""
+    """Yield findings about missing and unknown tensors; where the two have the same shapes, the names differ."""
     unknown = {name: stored for name, stored in weights.tensors.items() if name not in weights.used}
     wrong = sorted((list(stored.shape), name) for name, stored in unknown.items())
     right = sorted((list(shape), name) for name, shape in missing.items() if None not in shape)
     if missing and len(right) == len(missing) and [shape for shape, _ in wrong] == [shape for shape, _ in right]:
         for (_, name), (_, expected) in zip(wrong, right, strict=True):
-            yield error_at("weight-name", f"{unknown[name].file}: {name}", "that name", expected)
+            yield finding("weight-name", f"{unknown[name].file}: {name}", "that name", name=expected)
         return
     for name, stored in unknown.items():
-        expected = "only what the app's modules have: its loader throws for any other key"
-        remedy = "remove what belongs to another model or layout, or export again with `--layout app`"
-        yield error_at("weight-unknown", f"{stored.file}: {name}", str(list(stored.shape)), expected, remedy)
+        yield finding("weight-unknown", f"{stored.file}: {name}", list(stored.shape))
     for name, shape in missing.items():
-        expected = f"{list(shape)}: the app's module needs it"
-        remedy = "export again: the app would run with random numbers in its place, or refuse to load"
-        yield error_at("weight-missing", f"{weights.home(name)}: {name}", "nothing", expected, remedy)
+        yield finding("weight-missing", f"{weights.home(name)}: {name}", "nothing", shape=list(shape))

@@ -9,12 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from app_bridge.app.facts import AppFacts
+from app_bridge.rules import AGAIN
 from fastvlm.common import documents
 from fastvlm.common.findings import Finding, Steps
-
-AGAIN = "export again"
-NUMBERS = "numbers: one NaN makes every answer nonsense"
-OWN_TOKENIZER = "use the tokenizer that the model was trained with"
 
 
 @dataclass
@@ -42,7 +39,7 @@ class Subject:
         try:
             return documents.load_object(self.folder / name)
         except documents.Unreadable as error:
-            yield error_at(error.rule, name, error.got, error.expected, error.remedy or AGAIN)
+            yield Finding(error.rule, name, error.got, error.expected, error.remedy or AGAIN)
             return None
 
 
@@ -55,26 +52,11 @@ class Encoder:
     channels: int | None = None
 
 
-def error_at(rule: str, where: str, got: str, expected: str, remedy: str = AGAIN) -> Finding:
-    """Something that keeps the app from working."""
-    return Finding(rule, where, got, expected, remedy)
-
-
-def warn_at(rule: str, where: str, got: str, expected: str, remedy: str = AGAIN) -> Finding:
-    """Something that may keep it from working, or from working as well as it could."""
-    return Finding(rule, where, got, expected, remedy, "warning")
-
-
 def kind_of(value: Any) -> str:
     """A JSON value in a few words."""
     if isinstance(value, (dict, list)):
         return f"{'an object' if isinstance(value, dict) else 'a list'} of {len(value)}"
     return documents.shown(value)
-
-
-def shortened(text: str, most: int = 80) -> str:
-    """The text, or its beginning."""
-    return text if len(text) <= most else text[: most - 1] + "…"
 
 
 def listed(names: Sequence[str], most: int = 3) -> str:

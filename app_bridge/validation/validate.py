@@ -1,4 +1,4 @@
-"""`python -m app_bridge validate`: an artefact against what the app will do with it, from the artefact's bytes."""
+"""`fastvlm validate`: the bytes of an artefact checked against the code of the app that will read them."""
 
 import argparse
 import re
@@ -9,31 +9,31 @@ from typing import Any
 
 from app_bridge import licence
 from app_bridge.app import packages, resources
+from app_bridge.app.differences import differences as differing_lines
 from app_bridge.app.facts import AppFacts, Changed, table
+from app_bridge.rules import AGAIN, finding
+from app_bridge.rules import table as rules
 from app_bridge.validation.check_config import check_config, check_preprocessor
 from app_bridge.validation.check_coreml import check_package
 from app_bridge.validation.check_tokenizer import check_tokenizer
 from app_bridge.validation.check_weights import check_weights
-from app_bridge.validation.subject import AGAIN, Encoder, Subject, error_at, listed, warn_at
+from app_bridge.validation.subject import Encoder, Subject, listed
 from fastvlm.common import findings
 from fastvlm.common.cli import log, progress
 from fastvlm.common.errors import UserError
 from fastvlm.common.findings import Finding, Steps, collect
+from fastvlm.common.units import counted
 from model_export import artefact as exported
 from model_export import contract
 from quantization.catalogue import LOADERS, Loader
 
 # Facts that decide what an app writes into its prompt, and not whether a model loads and runs in it.
 _OF_PROMPT = {"system_prompt", "turn", "turn_separator", "prompt_end"}
-# Rules that an app's own changes can break: what is to be compared with the published app's.
-_APPS = {"model-type": "model_type", "processor-class": "processor_class", "key-missing": "config"} | dict.fromkeys(
-    ("weight-name", "weight-missing", "weight-unknown", "weight-shape"), "layers"
-)
 
 
 def add_parser(verbs: Any) -> None:
-    """The verb `validate`."""
-    text = "hold an artefact to what the app will do with it, before Xcode opens; exit 1 if the app can't run it"
+    """Add the verb `validate`."""
+    text = "Check an artefact against the app's code, before Xcode opens; exit 1 if the app can't run it."
     parser = verbs.add_parser("validate", description=text)
     parser.add_argument("artefact", type=Path, metavar="ARTEFACT")
     parser.add_argument(
@@ -53,57 +53,56 @@ def run_validate(args: argparse.Namespace) -> dict[str, Any]:
         from app_bridge.app import sources  # tree-sitter
 
         facts, ours = sources.read(args.app), facts
-        differences = sources.differences(facts, ours)
-    subject, found = _examine(args.artefact, facts)
+        differences = differing_lines(facts, ours)
+    subject, problems = _examine(args.artefact, facts)
     if args.app is not None:
         model = resources.model_path(args.app, facts.model_folder)
-        found = resources.collisions(subject.bundled, model, model.parent) + found
+        problems = resources.collisions(subject.bundled, model, model.parent) + problems
     document = {
-        "passed": not findings.errors(found),
-        "findings": [finding.document() for finding in found],
+        "passed": not findings.errors(problems),
+        "findings": [problem.document() for problem in problems],
         "checked": subject.checked,
         "facts": str(args.app) if args.app is not None else "table",
         "differences": differences,
     }
-    _print(args.artefact, document, found)
+    _print(args.artefact, document, problems)
     return document
 
 
 def validate(artefact: Path, facts: AppFacts) -> list[Finding]:
-    """Everything that the app would trip over, errors first; empty when nothing is wrong.
+    """Return the findings about an artefact in an app, errors first; none where the app will run it.
 
-    UserError for a folder that is no artefact at all.
+    Raises UserError for a folder that is no artefact at all.
     """
     return _examine(artefact, facts)[1]
 
 
 @progress("validate")
 def _examine(artefact: Path, facts: AppFacts) -> tuple[Subject, list[Finding]]:
-    """What was compared, and everything that is wrong."""
+    """The artefact with the checks that were done, and their findings."""
     manifest = exported.read(artefact)
     ours = exported.is_ours(manifest)
     bundled = (*((contract.MANIFEST,) if ours else ()), *manifest["files"])  # not what a hub's client put there
     if (refused := _refused(manifest)) is not None:
         return Subject(artefact, facts, frozenset(), bundled=bundled, checked=[contract.MANIFEST]), [refused]
-    differing = _differing(artefact, manifest) if ours else {}
+    lines = exported.verify_aloud(artefact, manifest) if ours else []
+    differing = {name: how for name, _, how in (line.partition(": ") for line in lines)}
     weights = frozenset(map(str, (manifest.get("llm") or {}).get("files") or ()))
     subject = Subject(artefact, facts, frozenset(differing), weights, bundled)
-    _, found = collect(_check_files(subject))
-    found += resources.check(bundled)
-    found += licence.check(artefact, manifest)
+    _, problems = collect(_check_files(subject))
+    problems += resources.check(bundled)
+    problems += licence.check(artefact, manifest)
     subject.checked.append("the licence and what goes with it")
-    found += _check_bytes(differing, [finding.where for finding in findings.errors(found)])
+    problems += _check_bytes(differing, [error.where for error in findings.errors(problems)])
     if ours:
         subject.checked.append("every file's sha256")
     else:
-        expected = f"what an export records: not known are {', '.join(manifest['unknown'])}"
-        remedy = "trust who made it, or export the checkpoint yourself"
-        found.append(warn_at("made-elsewhere", contract.MANIFEST, "no such file", expected, remedy))
-    found += packages.check(facts) if facts.packages else []
-    number = len(facts.packages)
-    subject.checked.append(f"{number} Swift packages" if number else "Swift packages: not known of this app")
-    found = [*map(_changed, facts.changed), *(_remedied(finding, facts, ours) for finding in found)]
-    return subject, sorted(found, key=lambda finding: finding.severity != "error")
+        unknown = ", ".join(manifest["unknown"])
+        problems.append(finding("made-elsewhere", contract.MANIFEST, "no such file", unknown=unknown))
+    problems += packages.check(facts) if facts.packages else []
+    subject.checked.append(f"{len(facts.packages) or 'no known'} Swift packages")
+    problems = [*map(_changed, facts.changed), *(_remedied(problem, facts, ours) for problem in problems)]
+    return subject, sorted(problems, key=lambda problem: problem.severity != "error")
 
 
 def _check_files(subject: Subject) -> Steps[None]:
@@ -116,33 +115,30 @@ def _check_files(subject: Subject) -> Steps[None]:
     yield from check_tokenizer(subject, config, rows, encoder.tokens)
     resource = subject.facts.bundle_resource
     if resource != contract.CONFIG and not (subject.folder / resource).is_file():
-        expected = "the resource by which the app finds its model"
-        yield error_at("file-missing", resource, "no such file", expected)
+        yield finding("file-missing/resource", resource, "no such file")
 
 
 def _changed(changed: Changed) -> Finding:
-    """A declaration of the app's that has to be read by somebody: of the prompt, for what the answers are worth."""
-    at = warn_at if {*changed.facts} <= _OF_PROMPT else error_at
+    """The finding about a declaration of the app's that has to be checked by hand."""
+    rule = "app-differs/prompt" if {*changed.facts} <= _OF_PROMPT else "app-differs"
     got = f"{changed.what}, which differs from the published app at {changed.where}"
-    expected = f"the published declaration, on which {', '.join(changed.facts)} rest"
-    return at("app-differs", changed.where, got, expected, "check by hand what the app makes of the model there")
+    return finding(rule, changed.where, got, facts=", ".join(changed.facts))
 
 
-def _remedied(finding: Finding, facts: AppFacts, ours: bool) -> Finding:
-    """With another remedy than a new export where it is the app that differs from the published one, and for what no
-    export of ours wrote."""
-    if not ours and finding.remedy == AGAIN:
-        finding = replace(finding, remedy="export its checkpoint with `model_export all`, or ask who made it")
-    fact = _APPS.get(finding.rule)
-    if fact is None or getattr(facts, fact) == getattr(table(), fact):
-        return finding
-    return replace(
-        finding, remedy=f"the app differs from the published one ({fact}): change the app, or {finding.remedy}"
-    )
+def _remedied(problem: Finding, facts: AppFacts, ours: bool) -> Finding:
+    """The finding with another remedy than a new export, where it is the app that differs from the published one, or
+    where no export of ours wrote the artefact."""
+    remedy = problem.remedy
+    if not ours and remedy == AGAIN:
+        remedy = "export its checkpoint with `fastvlm export`, or ask who made it"
+    fact = rules().get(problem.rule, {}).get("fact")  # of the app, that the rule rests on
+    if fact and getattr(facts, fact) != getattr(table(), fact):
+        remedy = f"the app differs from the published one ({fact}): change the app, or {remedy}"
+    return replace(problem, remedy=remedy)
 
 
 def _loader(facts: AppFacts) -> Loader:
-    """What reads the weights in this app; the newest where no version fits its sources, which is another finding."""
+    """The loader of weights in this app; the newest where no version fits its sources, which is another finding."""
     try:
         return packages.loader(facts)
     except UserError:
@@ -153,50 +149,40 @@ def _refused(manifest: dict[str, Any]) -> Finding | None:
     """The one finding about an artefact that isn't for an app at all."""
     parts, language = manifest.get("parts"), manifest.get("llm")
     layout = language.get("layout", "app") if isinstance(language, dict) else "app"
-    where = f"{contract.MANIFEST}: " if exported.is_ours(manifest) else "its files: "
+    where = contract.MANIFEST if exported.is_ours(manifest) else "its files"
     if layout != "app":
-        got = f"the layout of {layout}"
-        return Finding("artefact-layout", f"{where}llm", got, "the app's", "export with --layout app")
+        return finding("artefact-layout", f"{where}: llm", f"the layout of {layout}")
     if absent := [part for part in ("vision", "llm") if not isinstance(parts, list) or part not in parts]:
-        got = f"no {', '.join(absent)}"
-        return Finding("artefact-partial", f"{where}parts", got, "both halves", "export with `all`")
+        return finding("artefact-partial", f"{where}: parts", f"no {', '.join(absent)}")
     return None
-
-
-def _differing(artefact: Path, manifest: dict[str, Any]) -> dict[str, str]:
-    """Name -> how the file differs from the manifest."""
-    lines = exported.verify_aloud(artefact, manifest)
-    return {name: what for name, _, what in (line.partition(": ") for line in lines)}
 
 
 def _check_bytes(differing: dict[str, str], named: list[str]) -> Iterator[Finding]:
     """Files that differ from the manifest, unless an error names the file already: one fault is one finding."""
     extra = []
-    for name, what in differing.items():
-        file = name if what.startswith("extra") else name.partition("/")[0]
+    for name, how in differing.items():
+        file = name if how.startswith("extra") else name.partition("/")[0]
         # config.json isn't tokenizer_config.json
         if any(re.search(rf"(?<![\w.-]){re.escape(file)}(?![\w-])", where) for where in named):
             continue
-        if what.startswith("extra"):
+        if how.startswith("extra"):
             extra.append(name)
-        elif what == "missing":
-            yield error_at("file-missing", name, "no such file", "what the export wrote")
+        elif how == "missing":
+            yield finding("file-missing", name, "no such file")
         elif name == contract.TOKENIZER:
-            remedy = "take it from the model's own export"
-            yield error_at("tokenizer-stale", name, what, "the tokenizer that the export wrote", remedy)
+            yield finding("tokenizer-stale/changed", name, how)
         else:
-            yield error_at("file-changed", name, what, "what the export wrote, and proved")
+            yield finding("file-changed", name, how)
     if extra:
-        expected = "only what the export wrote"
-        yield warn_at("file-extra", listed(extra), f"{len(extra)} files", expected, "move them away")
+        yield finding("file-extra", listed(extra), counted(len(extra), "file"))
 
 
-def _print(artefact: Path, document: dict[str, Any], found: list[Finding]) -> None:
+def _print(artefact: Path, document: dict[str, Any], problems: list[Finding]) -> None:
     print(f"{artefact} against {'our table of the demo app' if document['facts'] == 'table' else document['facts']}")
-    findings.show(found)
+    findings.show(problems)
     for line in document["checked"]:
         log(f"checked: {line}")
     if document["facts"] != "table":
         for line in document["differences"] or ["none"]:
             print(f"where the app differs from our table: {line}")
-    print(f"{'passed' if document['passed'] else 'failed'}: {findings.count(found)}")
+    print(f"{'passed' if document['passed'] else 'failed'}: {findings.count(problems)}")

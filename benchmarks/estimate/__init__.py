@@ -1,4 +1,1 @@
-"""Estimated times on devices that are not at hand.
-
-Imports `benchmarks.peers`.
-"""
+"""Estimated times on devices that are not at hand."""

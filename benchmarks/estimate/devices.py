@@ -10,6 +10,8 @@ from typing import Any
 
 from fastvlm.common.errors import UserError
 
+UNITS = ("CPU_AND_NE", "CPU_AND_GPU")  # of the encoder; nobody published a rate for the CPU alone
+
 
 @dataclass(frozen=True)
 class Device:
@@ -65,12 +67,12 @@ def device_key(name: str) -> str:
     wanted = _normalized(name)
     if wanted in keys:
         return keys[wanted]
-    nearest = dict.fromkeys(keys[one] for one in difflib.get_close_matches(wanted, keys, 3))
+    nearest = dict.fromkeys(keys[match] for match in difflib.get_close_matches(wanted, keys, 3))
     hint = f" (is {' or '.join(nearest)} meant?)" if nearest else ""
-    raise UserError(f"--device {name}: unknown{hint}; expected one of {', '.join(devices())}")
+    raise UserError(f"{name}: unknown{hint}; expected one of {', '.join(devices())}")
 
 
 def _normalized(name: str) -> str:
-    """A device's name by what tells it from others: letters and digits; of a Mac, its chip."""
+    """The distinctive part of a device's name: letters and digits; of a Mac, its chip."""
     plain = re.sub(r"[^a-z0-9]+", "", name.lower())
     return re.sub(r"^(?:apple|imac|mac(?:book)?(?:air|mini|pro|studio)?(?:with)?)*(?=m\d)", "", plain)

@@ -4,30 +4,29 @@
 fitted to published measurements. Nothing here is measured on the machine that it runs on.
 """
 
-import json
 import math
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import fastvlm
 from benchmarks.estimate import model
-from benchmarks.estimate.devices import Device, device_key, devices, facts
-from benchmarks.estimate.model import STAGES, Time
-from benchmarks.estimate.work import SPILL, EncoderWork, LanguageModel, encoder_work
-from benchmarks.peers.shapes import TEXT_TOKENS
+from benchmarks.estimate.devices import UNITS, Device, devices, facts
+from benchmarks.estimate.model import STAGES
+from benchmarks.estimate.work import TEXT_TOKENS, EncoderWork, LanguageModel, encoder_work
+from fastvlm.checkpoint.shapes import tower_shapes
 from fastvlm.common.errors import UserError
+from fastvlm.common.image_tokens import tokens_per_image
+from fastvlm.common.units import format_bytes
 from model_export import encoder_forms
 from model_export.encoder import compress
-from quantization.catalogue import SIZES
+from quantization.catalogue import weight_shapes
+from quantization.recipe import ELSEWHERE, LAYERS, Recipe, load_recipe
+from quantization.schemes import nbytes
 
 if TYPE_CHECKING:  # torch behind it
     from fastvlm.synthetic.checkpoint import Shape
-    from quantization.recipe import Recipe
 
-SHAPE_NAMES = tuple(SIZES)
-UNITS = ("CPU_AND_NE", "CPU_AND_GPU")  # nobody published a rate for the CPU alone
-PATCH, LARGEST, LONGEST = 64, 2048, 2048  # a token's side in pixels; sides and tokens that are still answered
-LONGEST_ATTENTION = 1024  # tokens in the encoder: beyond, the one published point is twice as slow as predicted
+# Within the published points: pixels (beyond, tensors leave the Neural Engine's fast path, and the one published point
+# of so much attention is twice as slow as predicted), and tokens of a prompt.
+PIXELS, TOKENS = 1024, 2048
 UNCONFIRMED = math.log(1.25)  # what a device's figure without a source adds to a range: an assumption
 GPU_ENCODER = math.log(3)  # the encoder on the GPU: no published point of it alone, an assumption
 _STAGE_FIGURES = {
@@ -38,37 +37,59 @@ _STAGE_FIGURES = {
 
 
 def estimate(
-    shape: str | None, device: str | None, recipe: str = "fp16", resolution: int = 1024, prompt: int = TEXT_TOKENS,
+    shape: str, device: str, recipe: str = "fp16", resolution: int = 1024, prompt: int = TEXT_TOKENS,
     units: str = UNITS[0],
 ) -> dict[str, Any]:  # fmt: skip
     """Seconds of each stage as {"low", "high"}, decode in tokens/s, and what they rest on.
 
-    Raises UserError for an unknown shape, device or recipe, and for sizes that FastViTHD can't take.
-    """
-    key = _check(shape, device, resolution, prompt)
-    from fastvlm.synthetic.checkpoint import SHAPES  # torch behind it
-    from quantization.recipe import load_recipe
+    Args:
+        shape: one of `quantization.catalogue.SIZES`. device: a key of `devices`. recipe: how the weights are stored.
+        resolution: the picture's side in pixels. prompt: tokens of text around the picture's.
+        units: of `UNITS`, what runs the encoder.
 
-    found, sizes = devices()[key], SHAPES[str(shape)]
-    language = language_model(sizes)
-    stored, picture = stored_bytes(load_recipe(recipe), sizes), (resolution // PATCH) ** 2
-    work = encoder_work(facts("published.json")["encoders"]["fastvithd"], resolution)
-    stored["encoder"] = encoder_bytes(recipe, work)
-    p, tokens = facts("calibration.json")["parameters"], picture + prompt
+    Raises UserError for an unknown recipe, and for sizes that FastViTHD can't take.
+    """
+    from fastvlm.synthetic.checkpoint import SHAPES  # torch behind it
+
+    chosen, sizes, on_gpu = devices()[device], SHAPES[shape], units == "CPU_AND_GPU"
+    language, work = language_model(sizes), encoder_work("fastvithd", resolution)
+    stored = stored_bytes(load_recipe(recipe), sizes) | {"encoder": encoder_bytes(recipe, work)}
+    p, picture = facts("calibration.json")["parameters"], tokens_per_image(resolution)
+    tokens = picture + prompt
     projector = [(sizes.hidden, sizes.vision_width), (sizes.hidden, sizes.hidden)]
+    encode = model.gpu_encode_time(p, chosen, work) if on_gpu else model.encode_time(p, chosen, work, stored["encoder"])
     times = {
-        "encode": model.encode_time(p, found, work, stored["encoder"])
-        if units == "CPU_AND_NE"
-        else model.gpu_encode_time(p, found, work),
-        "project": model.project_time(p, found, projector, picture, stored["projector"]),
-        "prefill": model.prefill_time(p, found, language, tokens, stored["layers"], stored["output"]),
-        "decode": model.decode_time(p, found, sizes.layers, stored["layers"] + stored["output"]),
+        "encode": encode,
+        "project": model.project_time(p, chosen, projector, picture, stored["projector"]),
+        "prefill": model.prefill_time(p, chosen, language, tokens, stored["layers"], stored["output"]),
+        "decode": model.decode_time(p, chosen, sizes.layers, stored["layers"] + stored["output"]),
     }
-    stages = {name: _range(name, time, found, units, work, tokens) for name, time in times.items()}
+    behind, beyond = _behind(chosen), {"encode": resolution > PIXELS, "prefill": tokens > TOKENS}
+    stages: dict[str, Any] = {}
+    warnings, widths = [], {}
+    for stage in STAGES:
+        widths[stage], reasons = _width(stage, chosen, behind[stage], beyond.get(stage, False), on_gpu)
+        warnings += [f"{stage}: {reason}" for reason in reasons]
+    for name, time in times.items():
+        width = math.exp(widths["prefill" if name == "project" else name])
+        faster = chosen.matrix_speedup if name in ("project", "prefill") or (name == "encode" and on_gpu) else 1.0
+        total = sum(time.parts.values())
+        stages[name] = {
+            "low": time.seconds / width / faster, "high": time.seconds * width, "unit": "s", "dominant": time.dominant,
+            "shares": {part: seconds / total for part, seconds in time.parts.items()},
+        }  # fmt: skip
+    if chosen.matrix_speedup > 1:
+        warnings.append(
+            f"prefill: the {chosen.chip}'s GPU has matrix units without a published peak: the low end counts them in"
+            f" ({chosen.matrix_speedup:g} times as fast, what Apple says of the M5 at most), the high end doesn't"
+        )
+    size, most = stored["encoder"] + stored["language"], max(chosen.memory_gb)
+    if size > 0.7e9 * most:
+        warnings.append(f"memory: the weights take {format_bytes(size)} of at most {most:g} GB: they don't fit")
     decode = stages.pop("decode")
     return {
-        "label": "estimate", "shape": shape, "recipe": recipe, "device": found.key, "name": found.name,
-        "chip": found.chip, "resolution": resolution, "tokens": {"picture": picture, "prompt": prompt}, "units": units,
+        "label": "estimate", "shape": shape, "recipe": recipe, "device": device, "name": chosen.name,
+        "chip": chosen.chip, "resolution": resolution, "tokens": {"picture": picture, "prompt": prompt}, "units": units,
         "macs": {"encode": work.macs, "prefill": language.matrices * tokens + language.output},
         "bytes": {name: round(size) for name, size in stored.items()},
         "stages": stages,
@@ -78,29 +99,8 @@ def estimate(
             "unit": "s", "dominant": max(stages, key=lambda name: stages[name]["high"]),
         },
         "decode": {**decode, "low": 1 / decode["high"], "high": 1 / decode["low"], "unit": "tokens/s"},
-        "warnings": warnings(found, units, work, tokens, stored["encoder"] + stored["language"]),
-        "calibrated_on": _behind(found), "held_out": facts("calibration.json")["held_out"],
+        "warnings": warnings, "calibrated_on": behind, "held_out": facts("calibration.json")["held_out"],
     }  # fmt: skip
-
-
-def _check(shape: str | None, device: str | None, resolution: int, prompt: int) -> str:
-    """The device's key; UserError with every fault."""
-    faults, key = [], ""
-    if shape not in SHAPE_NAMES:
-        faults.append(f"--shape {shape}: expected one of {', '.join(SHAPE_NAMES)}" if shape else "--shape is missing")
-    try:
-        if not device:
-            raise UserError(f"--device is missing; expected one of {', '.join(devices())}")
-        key = device_key(device)
-    except UserError as error:
-        faults.append(f"{error} (see --list)")
-    if resolution % PATCH or not PATCH <= resolution <= LARGEST:
-        faults.append(f"--resolution {resolution}: expected a multiple of {PATCH} from {PATCH} to {LARGEST}")
-    if not 0 <= prompt <= LONGEST:
-        faults.append(f"--prompt-length {prompt}: expected 0 to {LONGEST}")
-    if faults:
-        raise UserError("; ".join(faults))
-    return key
 
 
 def language_model(shape: "Shape") -> LanguageModel:
@@ -111,28 +111,25 @@ def language_model(shape: "Shape") -> LanguageModel:
     )  # fmt: skip
 
 
-def stored_bytes(recipe: "Recipe", shape: "Shape") -> dict[str, float]:
+def stored_bytes(recipe: Recipe, shape: "Shape") -> dict[str, float]:
     """Bytes by the recipe: of the decoder `layers`' matrices, the `output` matrix, `projector`, and all: `language`.
 
     With a budget each weight lies between its smallest and its largest choice, all at the same part of the way.
     """
-    from quantization.catalogue import weight_shapes
-    from quantization.recipe import ELSEWHERE, LAYERS
-    from quantization.schemes import nbytes
-
     shapes = weight_shapes(shape)
     schemes = recipe.options(shapes, ELSEWHERE) if recipe.budget else {
         name: (scheme,) for name, scheme in recipe.plan(shapes, ELSEWHERE).items()
     }  # fmt: skip
-    sizes = {name: [nbytes(one, shapes[name]) for one in choices] for name, choices in schemes.items()}
-    low, high = {name: min(each) for name, each in sizes.items()}, {name: max(each) for name, each in sizes.items()}
-    part, least, most = 1.0, sum(low.values()), sum(high.values())
+    sizes = {name: sorted(nbytes(scheme, shapes[name]) for scheme in choices) for name, choices in schemes.items()}
+    part, least, most = 1.0, sum(each[0] for each in sizes.values()), sum(each[-1] for each in sizes.values())
     if recipe.budget:
         limit = recipe.budget.limit(sum(map(math.prod, shapes.values())))
         if limit < least:
-            raise UserError(f"recipe {recipe.name}: does not fit: at least {least / 1e6:.0f} MB, got {limit / 1e6:.0f}")
+            raise UserError(
+                f"recipe {recipe.name}: does not fit: at least {format_bytes(least)}, got {format_bytes(limit)}"
+            )
         part = min(1.0, (limit - least) / (most - least)) if most > least else 1.0
-    final = {name: low[name] + part * (high[name] - low[name]) for name in sizes}
+    final = {name: each[0] + part * (each[-1] - each[0]) for name, each in sizes.items()}
     output = "language_model.lm_head.weight" if not shape.tied else "language_model.model.embed_tokens.weight"
     return {
         "layers": sum(final[name] for name in final if name.startswith(LAYERS) and name.endswith("_proj.weight")),
@@ -147,48 +144,42 @@ def encoder_bytes(recipe: str, work: EncoderWork) -> float:
     quant = encoder_forms.of_recipe(recipe)
     if not quant.rules:
         return work.weights
-    table = json.loads((Path(fastvlm.__file__).parent / "checkpoint/fastvithd.json").read_text(encoding="utf-8"))[
-        "folded"
-    ]
     shapes = {
         name.removesuffix(".weight"): (*size, *[1] * (4 - len(size)))
-        for name, size in table.items()
+        for name, size in tower_shapes("folded").items()
         if name.endswith(".weight") and len(size) > 1
     }
     return compress.size_of(shapes, compress.assign(quant, shapes).forms)
 
 
-def _range(name: str, time: Time, device: Device, units: str, work: EncoderWork, tokens: int) -> dict[str, Any]:
-    """The range of a stage: its central time, divided and multiplied by what the spreads say."""
-    stage = "prefill" if name == "project" else name
-    spread, behind = facts("calibration.json")["spread"][stage], _behind(device)[stage]
-    beyond = _beyond(stage, work, tokens) or device.kind not in behind["kinds"]
-    width: float = spread["outside" if beyond else "seen" if behind["of_this_chip"] else "unseen"]
-    if name == "encode" and units == "CPU_AND_GPU":
-        width, stage = GPU_ENCODER, "prefill"
-    if _missing(device, stage):
+def _width(
+    stage: str, device: Device, behind: dict[str, Any], beyond: bool, encoder_on_gpu: bool
+) -> tuple[float, list[str]]:
+    """The logarithm of the factor by which a stage's range goes each way, and each reason why it is wider than the
+    calibration's error. `beyond`: the picture or prompt is larger than the published points."""
+    spread, reasons = facts("calibration.json")["spread"][stage], []
+    on_gpu, known_kind = stage == "encode" and encoder_on_gpu, device.kind in behind["kinds"]
+    width: float = spread["outside" if beyond or not known_kind else "seen" if behind["of_this_chip"] else "unseen"]
+    if on_gpu:
+        width = GPU_ENCODER
+        reasons.append("no published point of the encoder alone on the GPU: the factor of 3 each way is a guess")
+    elif not behind["of_this_chip"]:
+        kind = device.kind.replace("mac", "Mac")
+        what = f"a {kind} with this chip" if known_kind else f"any {kind}"
+        known = ", ".join(behind["devices"])
+        reasons.append(f"extrapolated: no usable published point of {what}, only of {known}: range widened")
+    figures = _STAGE_FIGURES["prefill" if on_gpu else stage]
+    if missing := [name for name in figures if name in device.unconfirmed]:
         width += UNCONFIRMED
-    faster = device.matrix_speedup if stage == "prefill" else 1.0
-    total = sum(time.parts.values())
-    return {
-        "low": time.seconds * math.exp(-width) / faster, "high": time.seconds * math.exp(width), "unit": "s",
-        "dominant": time.dominant, "shares": {part: seconds / total for part, seconds in time.parts.items()},
-    }  # fmt: skip
-
-
-def _beyond(stage: str, work: EncoderWork, tokens: int) -> bool:
-    """Whether the picture or the prompt is larger than what the points inside the calibration say anything about."""
-    if stage == "encode":
-        return bool(work.spilled) or work.longest_attention > LONGEST_ATTENTION
-    return stage == "prefill" and tokens > LONGEST
-
-
-def _missing(device: Device, stage: str) -> list[str]:
-    return [name for name in _STAGE_FIGURES[stage] if name in device.unconfirmed]
+        reasons.append(f"{', '.join(missing)} of the {device.chip} not confirmed by a source: range widened")
+    if beyond:
+        limits = f"{PIXELS} pixels, {TOKENS} tokens of prompt"
+        reasons.append(f"extrapolated: larger than the published points ({limits}): range widened")
+    return width, reasons
 
 
 def _behind(device: Device) -> dict[str, dict[str, Any]]:
-    """For each stage: the points that calibrate it, how many are of such a device, and the devices there are."""
+    """The calibration behind each stage: its points, the number of them from such a device, and all their devices."""
     behind = {}
     for stage in STAGES:
         stored = facts("calibration.json")["behind"][stage]
@@ -202,37 +193,6 @@ def _behind(device: Device) -> dict[str, dict[str, Any]]:
             "kinds": sorted({other.kind for other in known}),
         }
     return behind
-
-
-def warnings(device: Device, units: str, work: EncoderWork, tokens: int, size: float) -> list[str]:
-    """What makes this estimate weaker than the calibration's error, in words."""
-    texts, on_gpu = [], units == "CPU_AND_GPU"
-    for stage, behind in _behind(device).items():
-        if stage == "encode" and on_gpu:
-            texts.append(
-                "encode: no published point of the encoder alone on the GPU: the factor of 3 each way is a guess"
-            )
-        elif not behind["of_this_chip"]:
-            kind = device.kind.replace("mac", "Mac")
-            what = f"a {kind} with this chip" if device.kind in behind["kinds"] else f"any {kind}"
-            known = ", ".join(behind["devices"])
-            texts.append(f"{stage}: extrapolated: no usable published point of {what}, only of {known}: range widened")
-        if missing := _missing(device, "prefill" if stage == "encode" and on_gpu else stage):
-            texts.append(f"{stage}: {', '.join(missing)} of the {device.chip} not confirmed by a source: range widened")
-        if _beyond(stage, work, tokens):
-            texts.append(
-                f"{stage}: extrapolated: larger than the published points ({SPILL >> 20} MiB a tensor and"
-                f" {LONGEST_ATTENTION} tokens of attention in the encoder, {LONGEST} tokens of prompt): range widened"
-            )
-    if device.matrix_speedup > 1:
-        texts.append(
-            f"prefill: the {device.chip}'s GPU has matrix units without a published peak: the low end counts them in"
-            f" ({device.matrix_speedup:g} times as fast, what Apple says of the M5 at most), the high end doesn't"
-        )
-    if size > 0.7e9 * max(device.memory_gb):
-        most = max(device.memory_gb)
-        texts.append(f"memory: the weights take {size / 1e9:.1f} GB of at most {most:g} GB: they don't fit")
-    return texts
 
 
 def known_devices() -> dict[str, dict[str, Any]]:

@@ -58,16 +58,16 @@ def points() -> tuple[Point, ...]:
 
 
 def _point(entry: Mapping[str, Any]) -> Point:
-    published, stage = facts("published.json"), entry["stage"]
+    stage = entry["stage"]
     device = devices()[entry["device"]]
     device = replace(device, gpu_tflops=device.gpu_tflops * entry.get("gpu_part", 1))
     tokens, bytes_per_value = entry.get("tokens", 1), entry.get("bits", 8 * HALF) / 8
     seconds = entry["ms"] / 1e3 if "ms" in entry else tokens / entry["tokens_per_s"]
     work = language = None
     if stage in ("encode", "ttft"):
-        work = encoder_work(published["encoders"][entry["model"]], entry.get("resolution"))
+        work = encoder_work(entry["model"], entry.get("resolution"))
     if stage != "encode":
-        language = LanguageModel(**published["languages"][entry.get("language", entry["model"])])
+        language = LanguageModel(**facts("published.json")["languages"][entry.get("language", entry["model"])])
 
     def predict(p: Parameters) -> float:
         if language and stage == "decode":
@@ -86,11 +86,11 @@ def _point(entry: Mapping[str, Any]) -> Point:
 def fit(chosen: Sequence[Point], start: Parameters | None = None) -> dict[str, float]:
     """The parameters that fit these points best; those of a stage without points stay as in `start`."""
     table = facts("published.json")["parameters"]
-    p = dict(start or {name: one["first"] for name, one in table.items()})
+    p = dict(start or {name: row["first"] for name, row in table.items()})
     for stage, prefix in _PREFIXES.items():
         used = [point for point in chosen if point.stage == stage]
         if used:
-            p |= _fit_stage(used, p, {name: one for name, one in table.items() if name.startswith(prefix)})
+            p |= _fit_stage(used, p, {name: row for name, row in table.items() if name.startswith(prefix)})
     return p
 
 
@@ -98,7 +98,7 @@ def _fit_stage(used: Sequence[Point], p: Parameters, table: Mapping[str, Mapping
     """The parameters of `table`, fitted within their bounds; one that no point depends on stays at its first guess."""
     from scipy.optimize import least_squares
 
-    first, least, most = ([math.log(one[key]) for one in table.values()] for key in ("first", "least", "most"))
+    first, least, most = ([math.log(row[key]) for row in table.values()] for key in ("first", "least", "most"))
 
     def named(x: np.ndarray) -> dict[str, float]:
         return dict(zip(table, np.exp(x).tolist(), strict=True))
@@ -150,7 +150,7 @@ def calibrate() -> dict[str, Any]:
 
 
 def held_out_errors(p: Parameters) -> dict[str, dict[str, Any]]:
-    """For each stage, and the totals: how many points were held out, and how far the prediction is off, as parts."""
+    """Held-out points of each stage and of the totals: their number, and the prediction's relative errors."""
     errors = {}
     for stage in (*STAGES, "ttft"):
         off = {point.id: math.expm1(point.residual(p)) for point in points()
@@ -161,21 +161,16 @@ def held_out_errors(p: Parameters) -> dict[str, dict[str, Any]]:
     return errors
 
 
-def _rounded(value: Any) -> Any:
-    """Six digits of every number: what differs beyond is the machine's."""
-    if isinstance(value, dict):
-        return {key: _rounded(one) for key, one in value.items()}
-    return float(f"{value:.6g}") if isinstance(value, float) else value
-
-
 def main() -> None:
     """Fit, write calibration.json, and print every point beside its prediction."""
-    found = calibrate()
-    write_file(OUTPUT, (json.dumps(_rounded(found), indent=1) + "\n").encode())
+    calibration = calibrate()
+    # six digits of every number: what differs beyond is the machine's
+    rounded = json.loads(json.dumps(calibration), parse_float=lambda text: float(f"{float(text):.6g}"))
+    write_file(OUTPUT, (json.dumps(rounded, indent=1) + "\n").encode())
     for point in points():
-        off = math.expm1(point.residual(found["parameters"]))
+        off = math.expm1(point.residual(calibration["parameters"]))
         print(f"{point.id:44} {point.device.key:14} {1e3 * point.seconds:10.2f} ms {off:+7.0%}  {point.use}")
-    for stage, error in found["held_out"].items():
+    for stage, error in calibration["held_out"].items():
         print(f"{stage}: {error['points']} held out, median {error['median']:.0%}, worst {error['worst']:+.0%}")
 
 

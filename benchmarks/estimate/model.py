@@ -1,4 +1,4 @@
-"""From work to seconds: a roofline for each compute unit, with few parameters (published.json says what each means)."""
+"""Seconds of work: a roofline for each compute unit, with few parameters (published.json explains each)."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fastvlm.common.terminal import print_table
+from fastvlm.common.units import format_seconds
 
 
 def print_devices(document: dict[str, Any]) -> None:
@@ -35,9 +36,18 @@ def print_estimate(result: dict[str, Any]) -> None:
     rows = []
     for name, stage in result["stages"].items():
         shares = ", ".join(f"{100 * share:.0f} %" for share in stage["shares"].values())
-        rows.append((name, f"{_ms(stage['low'])} … {_ms(stage['high'])}", stage["dominant"], shares))
+        rows.append(
+            (name, f"{format_seconds(stage['low'])} … {format_seconds(stage['high'])}", stage["dominant"], shares)
+        )
     total, decode = result["total"], result["decode"]
-    rows.append(("total (first token)", f"{_ms(total['low'])} … {_ms(total['high'])}", total["dominant"], ""))
+    rows.append(
+        (
+            "total (first token)",
+            f"{format_seconds(total['low'])} … {format_seconds(total['high'])}",
+            total["dominant"],
+            "",
+        )
+    )
     rows.append(("decode", f"{decode['low']:.0f} … {decode['high']:.0f} tokens/s", decode["dominant"], ""))
     print_table(title, ("stage", "estimate", "dominated by", "compute, bandwidth, dispatch"), rows)
     for warning in result["warnings"]:
@@ -58,12 +68,6 @@ def print_estimate(result: dict[str, Any]) -> None:
     )
 
 
-def _ms(seconds: float) -> str:
-    """Milliseconds, or seconds from ten on, with two or three digits."""
-    ms = 1e3 * seconds
-    return f"{ms:.2g} ms" if ms < 10 else f"{ms:.0f} ms" if ms < 1e4 else f"{seconds:.1f} s"
-
-
 def _named(device: Mapping[str, Any]) -> str:
-    """Its name, with the chip where that doesn't say it."""
+    """The device's name, with the chip where the name lacks it."""
     return str(device["name"]) if device["chip"] in device["name"] else f"{device['name']} ({device['chip']})"

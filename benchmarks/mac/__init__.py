@@ -1,4 +1,1 @@
-"""What only a Mac can verify, in one report.
-
-Imports the other parts of `benchmarks`.
-"""
+"""One report of all that only a Mac can verify."""

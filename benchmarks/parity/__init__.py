@@ -1,4 +1,1 @@
-"""Is the artefact still the model it was made from? Both sides compared stage by stage.
-
-Imports `benchmarks.metrics`, `measure` and `environment`.
-"""
+"""Compares an artefact with the model that it was made from, stage by stage."""

@@ -21,40 +21,19 @@ def add_parity(verbs: Any) -> None:
         description="Compare an artefact with its checkpoint stage by stage, from the bytes of both, and write a page."
         " Exit 1 when a tolerance is broken.",
     )
-    parser.add_argument(
-        "--reference",
-        required=True,
-        type=Path,
-        metavar="CHECKPOINT",
-        help="a checkpoint folder; PyTorch runs it in float32",
-    )
-    parser.add_argument("--candidate", required=True, type=Path, metavar="ARTEFACT", help="an artefact folder")
-    parser.add_argument("--images", metavar="FOLDER", help="pictures of yours, besides the demo set")
-    parser.add_argument(
-        "--limit",
-        type=whole_number(),
-        default=LIMIT,
-        metavar="N",
-        help="demo questions, and pictures of yours, at most (default: %(default)s; the demo set has 500)",
-    )
-    parser.add_argument(
-        "--output", type=Output(file=True), metavar="PAGE.html", help="the page (default: ARTEFACT-parity.html)"
-    )
-    parser.add_argument(
-        "--vision",
-        choices=VISION_RUNNERS,
-        default="auto",
-        help="what runs the encoder (default: Core ML on a Mac, else the executor)",
-    )
-    parser.add_argument(
-        "--llm",
-        choices=LLM_RUNNERS,
-        default="auto",
-        help="what runs the language model (default: MLX on a Mac, else PyTorch)",
-    )
-    parser.add_argument(
-        "--resolution", type=int, metavar="PIXELS", help="one that was exported (default: the artefact's native one)"
-    )
+    add = parser.add_argument
+    add("--reference", required=True, type=Path, metavar="CHECKPOINT", help="a checkpoint; PyTorch runs it in float32")
+    add("--candidate", required=True, type=Path, metavar="ARTEFACT", help="an artefact folder")
+    add("--images", metavar="FOLDER", help="pictures of yours, besides the demo set")
+    limit = "demo questions, and pictures of yours, at most (default: %(default)s; the demo set has 500)"
+    add("--limit", type=whole_number(), default=LIMIT, metavar="N", help=limit)
+    add("--output", type=Output(file=True), metavar="PAGE.html", help="the page (default: ARTEFACT-parity.html)")
+    vision = "what runs the encoder (default: Core ML on a Mac, else the executor)"
+    add("--vision", choices=VISION_RUNNERS, default="auto", help=vision)
+    llm = "what runs the language model (default: MLX on a Mac, else PyTorch)"
+    add("--llm", choices=LLM_RUNNERS, default="auto", help=llm)
+    resolution = "one that was exported (default: the artefact's native one)"
+    add("--resolution", type=int, metavar="PIXELS", help=resolution)
     parser.set_defaults(run=run_parity)
 
 
@@ -64,7 +43,7 @@ def run_parity(args: argparse.Namespace) -> dict[str, Any]:
         from benchmarks.parity import compare, report
 
     page = args.output or args.candidate.resolve().with_name(f"{args.candidate.resolve().name}-parity.html")
-    command = shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]])
+    command = shlex.join(["fastvlm", *sys.argv[1:]])
     result = compare.compare(
         args.reference, args.candidate, args.images, args.limit,
         report=page, vision=args.vision, llm=args.llm, command=command, resolution=args.resolution,

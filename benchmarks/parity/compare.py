@@ -1,4 +1,4 @@
-"""Is the artefact still the model it was made from? Both sides from disk, each stage against its tolerance.
+"""Parity of an artefact with its checkpoint: both sides from disk, each stage against its tolerance.
 
 Nothing here depends on the clock or on where the artefact lies: the same two folders give the same document on the same
 machine, so that it can go into the manifest.
@@ -6,7 +6,7 @@ machine, so that it can go into the manifest.
 
 import gc
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,36 +24,16 @@ from fastvlm.common.cli import progress
 from fastvlm.common.documents import load_object
 from fastvlm.common.errors import CheckFailed, UserError
 from fastvlm.model import streamed
-from fastvlm.model.surface import FastVLM, Language, TorchLanguage, load_checkpoint
+from fastvlm.model.language import Language, TorchLanguage
+from fastvlm.model.surface import FastVLM
+from fastvlm.model.torch_parts import load_checkpoint
 from model_export import contract
 from model_export.mil.allocator import give_back, returned_buffers
 
 MAX_NEW_TOKENS = 48  # of each answer
+Seen = tuple[Row, np.ndarray, np.ndarray]  # of a picture: its row so far, both sides' merged embeddings (1, T, H)
+Speaker = tuple[Language, Any]  # what one side answers with, and its tokenizer
 _LARGE = 8 << 20  # bytes of a buffer: an MLP's activations of all prompts; faulting in smaller ones takes too long
-
-
-@dataclass(frozen=True)
-class Seen:
-    """A picture that both encoders have seen: its row so far, and both sides' merged embeddings (1, T, H) float32."""
-
-    row: Row
-    expected: np.ndarray
-    actual: np.ndarray
-
-
-@dataclass(frozen=True)
-class Speaker:
-    """What one side answers with."""
-
-    language: Language
-    tokenizer: Any
-
-    @classmethod
-    def of(cls, model: FastVLM) -> "Speaker":
-        return cls(model.language, model.tokenizer)
-
-    def text(self, ids: Sequence[int]) -> str:
-        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
 
 
 def compare(
@@ -103,7 +83,7 @@ def compare(
         "reference": {"name": checkpoint.resolve().name, "runners": expected.runners},
         "candidate": {"name": name or artefact.resolve().name, "runners": actual.runners},
     }
-    speakers = Speaker.of(expected), Speaker.of(actual)
+    speakers = (expected.language, expected.tokenizer), (actual.language, actual.tokenizer)
     del expected, actual  # and with them the encoders, before the language models need the memory
     gc.collect()
     result = document(answer(*speakers, seen), operations, weight_family(artefact), sides)
@@ -122,7 +102,7 @@ def at_size(model: FastVLM, image_size: int) -> FastVLM:
 
 
 def _check_comparable(expected: FastVLM, actual: FastVLM) -> None:
-    """These have to agree before figures can."""
+    """Refuse sides whose settings differ: no figure could agree."""
     faults = [
         f"{what}: checkpoint {a}, artefact {b}"
         for what, a, b in (
@@ -139,28 +119,26 @@ def _check_comparable(expected: FastVLM, actual: FastVLM) -> None:
 
 def see(expected: FastVLM, actual: FastVLM, picture: Picture, encoded: Encoded) -> Seen:
     """Take one picture that both sides have encoded as far as the merged embeddings, each on its own features."""
-    embeds = [
-        model.merge(picture.question, [model.project(values)])
-        for model, values in zip((expected, actual), encoded.features)
-    ]
-    a, b = embeds
+    features, figures = encoded
+    a, b = (
+        model.merge(picture.question, [model.project(values)]) for model, values in zip((expected, actual), features)
+    )
     if a.shape != b.shape:
         raise CheckFailed(f"{picture.name}: merged embeddings: got shape {b.shape}, expected {a.shape}")
-    figures = encoded.figures | {"merged_snr": min(map(metrics.snr_db, a[0], b[0]))}
-    return Seen(Row(picture.name, picture.source, picture.question, picture.truth, "", "", None, figures), a, b)
+    figures = figures | {"merged_snr": min(map(metrics.snr_db, a[0], b[0]))}
+    return Row(picture.name, picture.source, picture.question, picture.truth, "", "", None, figures), a, b
 
 
 def answer(expected: Speaker, actual: Speaker, seen: Sequence[Seen]) -> list[Row]:
     """Take pictures that both encoders have seen to the end of their answers, each side on its own embeddings."""
     with streamed.workers(), returned_buffers(_LARGE):
-        theirs = _answers("candidate", actual, [one.actual for one in seen])
+        theirs = _answers("candidate", actual[0], [embeds for *_, embeds in seen])
         drafts = [reading.tokens for reading in theirs]
-        ours = _answers("reference", expected, [one.expected for one in seen], drafts)
+        ours = _answers("reference", expected[0], [embeds for _, embeds, _ in seen], drafts)
         with progress("parity: prefill logits, pictures", len(seen)) as advance:
-            for one, a, b in zip(seen, ours, theirs):
-                row, languages = one.row, (expected.language, actual.language)
-                kl, same = language_parity.logits_figures(*languages, (a.hidden, b.hidden))
-                row.reference, row.candidate = expected.text(a.tokens), actual.text(b.tokens)
+            for (row, *_), a, b in zip(seen, ours, theirs):
+                kl, same = language_parity.logits_figures(expected[0], actual[0], (a.hidden, b.hidden))
+                row.reference, row.candidate = _text(expected, a.tokens), _text(actual, b.tokens)
                 row.divergence = _divergence(expected, actual, a, b)
                 row.figures |= {
                     "prefill_kl": kl,
@@ -169,26 +147,30 @@ def answer(expected: Speaker, actual: Speaker, seen: Sequence[Seen]) -> list[Row
                     "greedy_answers": float(row.reference == row.candidate),
                 }
                 advance()
-    return [one.row for one in seen]
+    return [row for row, *_ in seen]
 
 
 def _answers(
-    side: str, speaker: Speaker, embeds: list[np.ndarray], drafts: list[list[int]] | None = None
+    side: str, language: Language, embeds: list[np.ndarray], drafts: list[list[int]] | None = None
 ) -> list[Reading]:
-    """What one side makes of the prompts, at most MAX_NEW_TOKENS of each answer."""
+    """One side's readings of the prompts, at most MAX_NEW_TOKENS of each answer."""
     with progress(f"parity: answers of the {side}, tokens", MAX_NEW_TOKENS * len(embeds)) as advance:
         if drafts is None:
-            found = language_parity.answers(speaker.language, embeds, MAX_NEW_TOKENS, advance)
+            readings = language_parity.answers(language, embeds, MAX_NEW_TOKENS, advance)
         else:
-            found = language_parity.answers_after(speaker.language, embeds, drafts, MAX_NEW_TOKENS, advance)
-    if isinstance(speaker.language, TorchLanguage):
-        streamed.forget(speaker.language.model)  # the memory is for the other side now
+            readings = language_parity.answers_after(language, embeds, drafts, MAX_NEW_TOKENS, advance)
+    if isinstance(language, TorchLanguage):
+        streamed.forget(language.model)  # the memory is for the other side now
         give_back()
-    return found
+    return readings
+
+
+def _text(speaker: Speaker, ids: Sequence[int]) -> str:
+    return str(speaker[1].decode(ids, skip_special_tokens=True))
 
 
 def _divergence(expected: Speaker, actual: Speaker, a: Reading, b: Reading) -> dict[str, Any] | None:
-    """Where two answers part: the text before, each side's token (None: it ended) and rest, and the reference's margin.
+    """The place where two answers part: the text before it, each side's token (None: it ended) and rest, the margin.
 
     `margin` in nats is log p(reference's token) − log p(candidate's) by the reference; near 0 it was a tie. None where
     one of the two ended.
@@ -196,11 +178,11 @@ def _divergence(expected: Speaker, actual: Speaker, a: Reading, b: Reading) -> d
     at = metrics.first_divergence(a.tokens, b.tokens)
     if at is None:
         return None
-    common = expected.text(a.tokens[:at])
+    common = _text(expected, a.tokens[:at])
     sides = {}
     for side, speaker, ids in (("reference", expected, a.tokens), ("candidate", actual, b.tokens)):
-        upto = speaker.text(ids[: at + 1])
-        sides[side] = {"token": upto[len(common) :] if at < len(ids) else None, "rest": speaker.text(ids)[len(upto) :]}
+        upto, whole = _text(speaker, ids[: at + 1]), _text(speaker, ids)
+        sides[side] = {"token": upto[len(common) :] if at < len(ids) else None, "rest": whole[len(upto) :]}
     margin = None if a.margin is None else tolerances.number(a.margin)
     return {"position": at, "common": common, **sides, "margin": margin}
 

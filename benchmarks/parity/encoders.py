@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ from benchmarks.parity import operations, tolerances
 from benchmarks.parity.pictures import Picture
 from fastvlm.common.errors import CheckFailed, UserError
 from fastvlm.common.limits import finite
-from fastvlm.model.surface import FastVLM, TorchVision
+from fastvlm.model.surface import FastVLM
+from fastvlm.model.torch_parts import TorchVision
 from model_export import contract, mil
 from model_export.artefact import is_ours, read_whole
 from model_export.mil.allocator import kept_buffers, returned_buffers
@@ -25,12 +26,8 @@ from model_export.runtime import ExecutorVision, function_for
 _LARGE = 24 << 20
 
 
-@dataclass(frozen=True)
-class Encoded:
-    """One picture's features (1, N, C) of reference and candidate, and the figures up to them (of `parity.LABELS`)."""
-
-    features: tuple[np.ndarray, np.ndarray]
-    figures: dict[str, float]
+# One picture's features (1, N, C) of reference and candidate, and the figures up to them (of `verdict.LABELS`).
+Encoded = tuple[Sequence[np.ndarray], dict[str, float]]
 
 
 def encode(expected: FastVLM, actual: FastVLM, picture: Picture) -> Encoded:
@@ -48,7 +45,7 @@ def encode_first(
     picture: Picture,
     resolution: int | None = None,
 ) -> tuple[dict[str, Any], Encoded]:
-    """The same, and what `compare_operations` says of this picture, in the MIL executor whatever else runs the
+    """The same, and the result of `compare_operations` for this picture, in the MIL executor whatever else runs the
     candidate: where that is the executor as well, both come from one run.
 
     `expected` is run by PyTorch; its encoder is in channels-last memory from here on, in which oneDNN is twice as fast.
@@ -62,13 +59,13 @@ def encode_first(
     else:
         executor = ExecutorVision(artefact, function=function_for(read_whole(artefact), artefact, resolution))
         shared = False
-    found, first, second = compare_operations(artefact, reference, executor, pixels[0])
+    document, first, second = compare_operations(artefact, reference, executor, pixels[0])
     first = finite(first, "vision encoder: features", reference)
     if shared and second is not None:
         second = finite(second, "vision encoder: features", executor)
     else:
         second = actual.encode_image(pixels[1])
-    return found, _encoded(picture, pixels, [first, second])
+    return document, _encoded(picture, pixels, [first, second])
 
 
 def compare_operations(
@@ -78,7 +75,7 @@ def compare_operations(
     the checkpoint has it, folded or not; `candidate` as typed.
 
     {"precision", "rounding": [...], "layers": [...], "fault"}: lists of `operations.Error` as dictionaries in execution
-    order; `fault` says why the layers could not be matched with the checkpoint's. The candidate's features are None
+    order; `fault` is why the layers could not be matched with the checkpoint's. The candidate's features are None
     where no operation gives them. UserError for a program that cannot be run.
     """
     manifest, encoder = read_whole(artefact), reference.encoder
@@ -98,19 +95,19 @@ def compare_operations(
                 operations.program_values(executor, pixels)
                 for executor in (candidate.executor, candidate.executor.in_float32())
             )
-            found = operations.compare(typed, exact, run, scales)
+            comparison = operations.compare(typed, exact, run, scales)
     except mil.MILError as error:
         raise UserError(f"{artefact / contract.PACKAGE}: {error}") from error
-    precision = "float16" if found.half else "float32"
+    precision = "float16" if comparison.half else "float32"
     if manifest["vision"].get("compression", {}).get("forms") or manifest["config"].get("vision_quant") == "compressed":
         precision = "compressed"
     document = {
         "precision": precision,
-        "rounding": _listed(found.rounding),
-        "layers": [] if found.fault else _listed(found.layers),
-        "fault": found.fault,
+        "rounding": _listed(comparison.rounding),
+        "layers": [] if comparison.fault else _listed(comparison.layers),
+        "fault": comparison.fault,
     }
-    return document, features[0], found.features
+    return document, features[0], comparison.features
 
 
 def _listed(errors: Sequence[operations.Error]) -> list[dict[str, Any]]:
@@ -128,4 +125,4 @@ def _encoded(picture: Picture, pixels: Sequence[np.ndarray], features: Sequence[
         "encoder_cosine": metrics.cosine(*features),
         "encoder_max_abs": metrics.max_abs(*features) / peak if peak else math.inf,
     }
-    return Encoded((features[0], features[1]), figures)
+    return features, figures

@@ -16,7 +16,7 @@ from benchmarks import metrics
 from fastvlm.common.cli import log
 from fastvlm.common.errors import CheckFailed
 from fastvlm.common.limits import stopped
-from fastvlm.model.surface import Language
+from fastvlm.model.language import Language
 
 _TOKENS_AT_ONCE = 4096  # of prompts: bounds what a layer's activations take, 0.3 GB in the 7B model's MLP
 _POSITIONS_AT_ONCE = 128  # of logits: 78 MB a side with Qwen2's vocabulary
@@ -24,7 +24,7 @@ _POSITIONS_AT_ONCE = 128  # of logits: 78 MB a side with Qwen2's vocabulary
 
 @dataclass(eq=False)
 class Reading:
-    """What a language model made of a prompt: its final hidden states (T, H) float32 and its greedy answer.
+    """A language model's result for a prompt: its final hidden states (T, H) float32 and its greedy answer.
 
     `margin`, where a reference's answer parts from the candidate's and neither has ended: log p(its token) − log p(the
     candidate's) by the reference, in nats.
@@ -35,42 +35,44 @@ class Reading:
     margin: float | None = None
 
 
-Advance = Callable[[int], Any]  # is told how many tokens of answers are behind us, those that an end saves included
+Advance = Callable[[int], Any]  # called with the number of finished tokens, those that an early end saves included
 
 
 def answers(language: Language, embeds: Sequence[np.ndarray], most: int, advance: Advance) -> list[Reading]:
     """Read prompts, each (1, T, H) float32, and answer each greedily with at most `most` tokens."""
-    found: dict[int, Reading] = {}
+    by_index: dict[int, Reading] = {}
     for batch in _batches(embeds):
         hidden, past = language.hidden(np.concatenate([embeds[index] for index in batch]))
-        readings = [Reading(one, []) for one in hidden]
+        readings = [Reading(states, []) for states in hidden]
         tokens = language.head(hidden[:, -1:], hidden.shape[1] - 1)[:, -1].argmax(-1)
         room = _room(language, hidden.shape[1], most)
-        running = [one for one, token in zip(readings, tokens) if _goes_on(language, one.tokens, token, room)]
+        running = [
+            reading for reading, token in zip(readings, tokens) if _goes_on(language, reading.tokens, token, room)
+        ]
         _decode(language, past, readings, running, room, advance)
-        advance(most * len(batch) - sum(len(one.tokens) for one in readings))
-        if language.positions is not None and any(room == len(one.tokens) < most for one in readings):
+        advance(most * len(batch) - sum(len(reading.tokens) for reading in readings))
+        if language.positions is not None and any(room == len(reading.tokens) < most for reading in readings):
             log(stopped(language.positions))
-        found |= zip(batch, readings)
-    return [found[index] for index in range(len(embeds))]
+        by_index |= zip(batch, readings)
+    return [by_index[index] for index in range(len(embeds))]
 
 
 def answers_after(
     language: Language, embeds: Sequence[np.ndarray], drafts: Sequence[list[int]], most: int, advance: Advance
 ) -> list[Reading]:
     """The same, and the same answers, given drafts of them: as much of one as is right costs no decoding."""
-    found: dict[int, Reading] = {}
+    by_index: dict[int, Reading] = {}
     for batch in _batches(embeds):
         prompts = np.concatenate([embeds[index] for index in batch])
         length, room = prompts.shape[1], _room(language, prompts.shape[1], most)
         own = [drafts[index][:room] for index in batch]
-        ids = np.zeros((len(own), min(room - 1, max(map(len, own)))), np.int64)  # the last one that fits is only said
+        ids = np.zeros((len(own), min(room - 1, max(map(len, own)))), np.int64)  # the last token that fits is never fed
         for row, draft in zip(ids, own):
             row[: len(draft)] = draft[: len(row)]
         hidden, past = language.hidden(np.concatenate([prompts, language.embed(ids)], axis=1) if ids.size else prompts)
-        kept = np.arange(hidden.shape[1])[None].repeat(len(own), 0) < length  # the prompts
+        mask = np.arange(hidden.shape[1])[None].repeat(len(own), 0) < length  # the prompts
         readings, running = [], []
-        for states, draft, cached in zip(hidden, own, kept):
+        for states, draft, cached in zip(hidden, own, mask):
             logits = language.head(states[None, length - 1 : length + min(len(draft), len(ids[0]))], length - 1)[0]
             tokens = logits.argmax(-1).tolist()
             right = metrics.first_divergence(draft, tokens[: len(draft)])
@@ -83,25 +85,25 @@ def answers_after(
                 scores = metrics.log_softmax(logits[right])
                 reading.margin = float(scores[tokens[right]] - scores[draft[right]])
             readings.append(reading)
-        advance(sum(len(one.tokens) for one in readings))
-        _decode(language, past, readings, running, room, advance, kept)
-        advance(most * len(batch) - sum(len(one.tokens) for one in readings))
-        found |= zip(batch, readings)
-    return [found[index] for index in range(len(embeds))]
+        advance(sum(len(reading.tokens) for reading in readings))
+        _decode(language, past, readings, running, room, advance, mask)
+        advance(most * len(batch) - sum(len(reading.tokens) for reading in readings))
+        by_index |= zip(batch, readings)
+    return [by_index[index] for index in range(len(embeds))]
 
 
 def _batches(embeds: Sequence[np.ndarray]) -> Iterator[list[int]]:
     """The indexes of prompts of one length, at most _TOKENS_AT_ONCE in all."""
     lengths = defaultdict(list)
-    for index, one in enumerate(embeds):
-        lengths[one.shape[1]].append(index)
+    for index, prompt in enumerate(embeds):
+        lengths[prompt.shape[1]].append(index)
     for length, same in lengths.items():
         step = max(1, _TOKENS_AT_ONCE // length)
         yield from (same[start : start + step] for start in range(0, len(same), step))
 
 
 def _room(language: Language, length: int, most: int) -> int:
-    """How many tokens may follow a prompt; the last one needs no position."""
+    """The number of tokens that may follow a prompt; the last one needs no position."""
     return most if language.positions is None else min(most, language.positions - length + 1)
 
 
@@ -120,21 +122,22 @@ def _decode(
     running: list[Reading],
     room: int,
     advance: Advance,
-    kept: np.ndarray | None = None,
+    mask: np.ndarray | None = None,
 ) -> None:
-    """Take the `running` ones of a batch to their end; `kept` as in `Language.hidden`."""
+    """Decode the `running` answers of a batch to their end; `mask` (B, T) bool: the cached positions that each sequence
+    attends to, None for all."""
     while running:
         advance(len(running))
-        goes_on = np.array([[one in running] for one in readings])
-        last = [[one.tokens[-1] if one.tokens else 0] for one in readings]
-        hidden, past = language.hidden(language.embed(np.array(last, np.int64)), past, kept)
-        kept = None if kept is None else np.concatenate([kept, goes_on], axis=1)
+        goes_on = np.array([[reading in running] for reading in readings])
+        last = [[reading.tokens[-1] if reading.tokens else 0] for reading in readings]
+        hidden, past = language.hidden(language.embed(np.array(last, np.int64)), past, mask)
+        mask = None if mask is None else np.concatenate([mask, goes_on], axis=1)
         first = language.length(past) - 1
         tokens = language.head(hidden, first)[:, -1].argmax(-1)
         running = [
-            one
-            for one, token in zip(readings, tokens)
-            if one in running and _goes_on(language, one.tokens, token, room)
+            reading
+            for reading, token in zip(readings, tokens)
+            if reading in running and _goes_on(language, reading.tokens, token, room)
         ]
 
 
@@ -149,7 +152,7 @@ def logits_figures(
     divergences, same, length = [], 0.0, len(states[0])
     for start in range(0, length, _POSITIONS_AT_ONCE):
         part = slice(start, start + _POSITIONS_AT_ONCE)
-        a, b = (side.head(one[None, part], start)[0] for side, one in zip((reference, candidate), states))
+        a, b = (side.head(hidden[None, part], start)[0] for side, hidden in zip((reference, candidate), states))
         if a.shape != b.shape:
             raise CheckFailed(f"logits: got shape {b.shape}, expected {a.shape}")
         divergences.append(metrics.kl_positions(a, b))

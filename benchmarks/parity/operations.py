@@ -1,9 +1,9 @@
-"""Where a saved program leaves its reference: one run of it as typed, operation by operation, beside two others.
+"""The operation at which a saved program leaves its reference: a run as typed, step by step beside two others.
 
 Two comparisons at once. *Rounding*: each operation as typed against the same operation of the same program in float32.
 *Layers*: each convolution and linear layer of the program, in order, against the PyTorch layer that it came from (a
 linear layer may have become a 1 x 1 convolution; a BatchNorm that follows its convolution is part of the layer).
-Nothing is kept: PyTorch's layers take the program along, and values are compared as soon as all are there.
+No value is stored: PyTorch's layers drive the program, and values are compared as soon as all are there.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -58,7 +58,7 @@ Emit = Callable[[Value], None]
 
 @dataclass
 class Comparison:
-    """What `compare` found. `half`: whether some value is fp16 in the program. `fault`: why the layers are not the
+    """The result of `compare`. `half`: whether some value is fp16 in the program. `fault`: why the layers are not the
     reference's, one to one and in order. `features`: the program's output as typed, None where no operation gives it.
     """
 
@@ -80,18 +80,18 @@ def compare(
     `reference` runs the PyTorch encoder and calls back with the output of each of its layers (see `layers_of`), which
     `scales` multiply (see `layer_scales`).
     """
-    found = Comparison()
-    program = _layer_values(_rounded(typed, exact, found))
+    comparison = Comparison()
+    program = _layer_values(_rounded(typed, exact, comparison))
 
     def meet(layer: Value | None) -> None:
-        value = None if found.fault else next(program, None)
-        if found.fault or value is layer is None:
+        value = None if comparison.fault else next(program, None)
+        if comparison.fault or value is layer is None:
             return
         if value is None or layer is None or value[1].array.size != layer.array.size:
             got = "nothing more" if value is None else f"{value[1].type} {value[1].name} {list(value[1].array.shape)}"
             expected = "nothing more" if layer is None else f"{layer.type} {layer.name} {list(layer.array.shape)}"
-            found.fault = (
-                f"the program's layers are not the reference's: layer {len(found.layers)}:"
+            comparison.fault = (
+                f"the program's layers are not the reference's: layer {len(comparison.layers)}:"
                 f" got {got}, expected {expected}"
             )
             return
@@ -100,27 +100,27 @@ def compare(
         if scales and (scale := scales.get(layer.name)) is not None:
             array = array * scale[:, None]
         snr = _snr(array, _by_channel(output.array))
-        found.layers.append(Error(index, output.name, output.type, snr, layer.name))
+        comparison.layers.append(Error(index, output.name, output.type, snr, layer.name))
 
     reference(meet)
     meet(None)
     for _ in program:
         pass
-    return found
+    return comparison
 
 
-def _rounded(typed: Iterable[Value], exact: Iterable[Value], found: Comparison) -> Iterator[tuple[int, Value]]:
+def _rounded(typed: Iterable[Value], exact: Iterable[Value], comparison: Comparison) -> Iterator[tuple[int, Value]]:
     """Each value as typed with the index of its operation, compared with the one in float32."""
     for index, (value, expected) in enumerate(zip(typed, exact, strict=True)):
-        found.half |= value.half
-        found.rounding.append(Error(index, value.name, value.type, _snr(expected.array, value.array)))
+        comparison.half |= value.half
+        comparison.rounding.append(Error(index, value.name, value.type, _snr(expected.array, value.array)))
         if value.name == contract.OUTPUT:
-            found.features = value.array.copy()
+            comparison.features = value.array.copy()
         yield index, value
 
 
 def _layer_values(values: Iterable[tuple[int, Value]]) -> Iterator[tuple[int, Value]]:
-    """Those of layers, a convolution behind its BatchNorm."""
+    """Only the values of layers, a convolution's behind its BatchNorm."""
     pending: tuple[int, Value] | None = None
     for index, value in values:
         if pending is not None:
@@ -131,7 +131,7 @@ def _layer_values(values: Iterable[tuple[int, Value]]) -> Iterator[tuple[int, Va
 
 
 def program_values(executor: mil.MILExecutor, pixels: np.ndarray) -> Iterator[Value]:
-    """What each operation gives for pixels (1, 3, S, S) float32, channels first."""
+    """Each operation's outputs for pixels (1, 3, S, S) float32, channels first."""
     for operation, outputs in executor.watched({contract.INPUT: pixels}):
         half = {output.name for output in operation.outputs if output.type is not None and output.type.dtype == "fp16"}
         for name, tensor in outputs.items():
@@ -164,8 +164,8 @@ def layers_of(encoder: nn.Module, emit: Emit) -> Iterator[None]:
 
 
 def _places(encoder: nn.Module) -> dict[str, tuple[str, nn.Module, bool]]:
-    """Where a stored encoder, folded or not, has what the layers of its folded form give: for each of those layers its
-    kind, a module, and whether that one's input is meant, not its output."""
+    """The places in a stored encoder, folded or not, of the outputs of its folded form's layers: for each of those its
+    kind, a module, and whether that module's input is meant instead of its output."""
     places: dict[str, tuple[str, nn.Module, bool]] = {}
     inside: set[nn.Module] = set()  # what the fold takes into one of them
     for name, module in encoder.named_modules():
@@ -193,8 +193,8 @@ def _places(encoder: nn.Module) -> dict[str, tuple[str, nn.Module, bool]]:
 
 
 def layer_scales(encoder: nn.Module, fp16: Mapping[str, Any] | None) -> dict[str, np.ndarray]:
-    """By what the export multiplied layers' outputs, (channels,) or (1,) for all: powers of two for float16's sake, and
-    the attention's 1 / sqrt(head size) in its queries. `fp16` is what the manifest says of the encoder.
+    """The factors of the export on layers' outputs, (channels,) or (1,) for all: powers of two for float16's sake, and
+    the attention's 1 / sqrt(head size) in its queries. `fp16` is the manifest's entry of that name.
     """
     exponents = fp16["layer_exponents"] if fp16 else {}
     scales = {name: np.exp2(np.atleast_1d(np.float32(exponent))) for name, exponent in exponents.items()}

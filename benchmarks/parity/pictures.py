@@ -1,4 +1,4 @@
-"""What a parity run looks at: the demo set for the demo checkpoint, drawn pictures for another, and the user's own."""
+"""The pictures of a parity run: the demo set for the demo checkpoint, drawn ones for another, and the user's own."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -6,9 +6,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from fastvlm.common.errors import UserError
 from fastvlm.data import pictures, scenes
-from fastvlm.data.preprocessing import open_image
+from fastvlm.data.images import open_image
 
 LIMIT = 40  # demo questions; the whole held-out set is 500
 PROMPT = "Describe the image."
@@ -17,7 +16,7 @@ _DRAWN = 4  # pictures for a checkpoint that was not trained on them: their answ
 
 @dataclass(frozen=True)
 class Picture:
-    """One picture and what is asked; `truth` where the answer is known. `source` is "demo", "drawn" or "yours"."""
+    """One picture and its question; `truth` where the answer is known. `source` is "demo", "drawn" or "yours"."""
 
     name: str
     image: Image.Image
@@ -30,28 +29,26 @@ def choose(checkpoint: Path, images: Path | None, limit: int) -> list["Picture |
     """The pictures of a run: at most `limit` demo questions (a few drawn pictures if the checkpoint does not know the
     demo's language), then at most `limit` of the files in `images`, not yet opened.
 
-    Raises UserError for a limit under 1 and for a folder without pictures: nothing compared is no comparison.
+    Raises UserError for a folder without pictures: nothing compared is no comparison.
     """
-    if limit < 1:
-        raise UserError(f"--limit: got {limit}, expected 1 or more: nothing compared is no comparison")
     chosen: list[Picture | Path] = [*(_demo(limit) if scenes.knows_demo(checkpoint) else _drawn(min(limit, _DRAWN)))]
     return [*chosen, *pictures.files(images)[:limit]] if images else chosen
 
 
 def opened(chosen: list["Picture | Path"]) -> Iterator[Picture]:
     """Each chosen picture, the user's files opened one at a time. UserError for a file that is no picture."""
-    for one in chosen:
-        yield one if isinstance(one, Picture) else Picture(one.name, open_image(one), PROMPT, None, "yours")
+    for item in chosen:
+        yield item if isinstance(item, Picture) else Picture(item.name, open_image(item), PROMPT, None, "yours")
 
 
 def check(chosen: list["Picture | Path"]) -> None:
     """Open every file once before the work starts. Raises UserError naming all that are no usable pictures."""
-    pictures.check(one for one in chosen if isinstance(one, Path))
+    pictures.check(item for item in chosen if isinstance(item, Path))
 
 
 def _demo(count: int) -> Iterator[Picture]:
-    for number, asked in enumerate(scenes.questions(count, seed=0, split="test")):
-        yield Picture(f"{asked.kind} {number}", asked.image, asked.question, asked.answer, "demo")
+    for number, question in enumerate(scenes.questions(count, seed=0, split="test")):
+        yield Picture(f"{question.kind} {number}", question.image, question.question, question.answer, "demo")
 
 
 def _drawn(count: int) -> Iterator[Picture]:

@@ -1,6 +1,5 @@
 """The per-layer error plot of a parity page, as inline SVG in the page's own colours."""
 
-import re
 from typing import Any
 
 from fastvlm.common import plots
@@ -15,7 +14,7 @@ def error_plot(operations: dict[str, Any], limits: dict[str, Any], first: dict[s
     operation that left its tolerance. Exact values lie above any scale and are left out; broken ones lie on the floor.
     """
     with plots.figure(10.5, 3.9, "parity") as figure:
-        _draw(figure.add_axes((0.065, 0.13, 0.92, 0.78)), operations, limits["layer_snr"]["tolerance"], first)
+        _draw(figure.add_axes((0.065, 0.13, 0.92, 0.76)), operations, limits["layer_snr"]["tolerance"], first)
         return plots.page_svg(figure, _COLOURS)
 
 
@@ -25,6 +24,8 @@ def _draw(axes: Any, operations: dict[str, Any], tolerance: float, first: dict[s
     top = max([*everything, tolerance + 10]) + 8
     bottom = 0.0 if first else max(0.0, min([*everything, tolerance]) - 14)
     count = len(operations["rounding"])
+    axes.set_xlim(-2, count + 1)
+    axes.set_ylim(bottom, top)
     dots: Any = {"color": _COLOURS["layers"], "marker": ".", "linestyle": "", "markersize": 7, "markeredgewidth": 0}
     for points, marks, label in (
         (rounding, {"color": _COLOURS["rounding"], "linewidth": 1.1}, "rounding: as typed against float32"),
@@ -32,22 +33,14 @@ def _draw(axes: Any, operations: dict[str, Any], tolerance: float, first: dict[s
     ):
         axes.plot([x for x, _, _ in points], [max(y, bottom) for _, y, _ in points], label=label, **marks)
     axes.axhline(tolerance, color=_COLOURS["bad"], linestyle=(0, (5, 3)), linewidth=1)
-    at_right = {"transform": axes.get_yaxis_transform(), "ha": "right", "va": "top", "fontsize": 9}
-    axes.text(
-        1.0,
-        tolerance - 0.8,
-        f"tolerance {tolerance:g} dB",
-        color=_COLOURS["bad"],
-        bbox=plots.behind(_COLOURS),
-        **at_right,
-    )
-    axes.set_xlim(-2, count + 1)
-    axes.set_ylim(bottom, top)
-    _stages(axes, operations["layers"], count, top)
-    _mark(axes, layers or rounding, first, bottom, top)
+    text = f"tolerance {tolerance:g} dB"
+    plots.note(axes, (count, tolerance), text, _COLOURS["bad"], _COLOURS, above=-7)
+    stages = [(layer["index"], layer["layer"]) for layer in operations["layers"]]
+    plots.stage_bands((axes,), stages, count, _COLOURS)
+    _mark(axes, layers or rounding, first)
     axes.set_ylabel("signal to noise, dB")
     axes.set_xlabel("operation, in order of execution")
-    plots.dress(axes, _COLOURS, legend=2)
+    plots.dress(axes, _COLOURS, legend=2, above=1.065)
 
 
 def _points(errors: list[dict[str, Any]]) -> list[tuple[int, float, dict[str, Any]]]:
@@ -56,21 +49,7 @@ def _points(errors: list[dict[str, Any]]) -> list[tuple[int, float, dict[str, An
     return [(index, value, error) for index, value, error in values if value != float("inf")]
 
 
-def _stages(axes: Any, layers: list[dict[str, Any]], count: int, top: float) -> None:
-    """Name the encoder's stages along the top, from the layers' own names; `count` operations in all."""
-    starts: dict[str, int] = {}
-    for layer in layers:
-        stage = re.match(r"stages\.\d+|[^.]+", layer["layer"])
-        starts.setdefault(stage.group().replace("stages.", "stage ") if stage else "", layer["index"])
-    for (name, start), end in zip(starts.items(), [*list(starts.values())[1:], count]):
-        axes.axvline(start - 0.5, color=_COLOURS["line"], linewidth=0.8)
-        if end - start > 0.05 * count:  # room for the name
-            axes.text((start + end) / 2, top - 1, name, color=_COLOURS["soft"], ha="center", va="top", fontsize=8.5)
-
-
-def _mark(
-    axes: Any, points: list[tuple[int, float, dict[str, Any]]], first: dict[str, Any] | None, bottom: float, top: float
-) -> None:
+def _mark(axes: Any, points: list[tuple[int, float, dict[str, Any]]], first: dict[str, Any] | None) -> None:
     """Annotate the operation that left its tolerance, or else the weakest."""
     if first:
         index, value, error, text = first["index"], float(first["snr_db"]), first, "first out of tolerance"
@@ -80,21 +59,10 @@ def _mark(
     else:
         return
     colour = _COLOURS["bad"] if first else _COLOURS["ink"]
+    bottom, top = axes.get_ylim()
     height = max(bottom, value)
+    ring: Any = {"markersize": 9, "markerfacecolor": "none", "markeredgecolor": colour, "markeredgewidth": 1.4}
+    axes.plot([index], [height], "o", clip_on=False, **ring)
     name = error["layer"] or f"{error['type']} {error['name']}"
-    span = axes.get_xlim()[1]
-    axes.plot(
-        [index],
-        [height],
-        "o",
-        markersize=9,
-        markerfacecolor="none",
-        markeredgecolor=colour,
-        markeredgewidth=1.4,
-        clip_on=False,
-    )
-    axes.annotate(
-        f"{text}: {name}, {value:.1f} dB", (index, height), color=colour, fontsize=9, textcoords="offset points",
-        xytext=(-12 if index > span / 2 else 12, 16 if height < bottom + 0.15 * (top - bottom) else -14),
-        ha="right" if index > span / 2 else "left", va="center", bbox=plots.behind(_COLOURS), zorder=5,
-    )  # fmt: skip
+    above = 16 if height < bottom + 0.15 * (top - bottom) else -14
+    plots.note(axes, (index, height), f"{text}: {name}, {value:.1f} dB", colour, _COLOURS, above)

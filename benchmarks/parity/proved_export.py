@@ -1,4 +1,4 @@
-"""The verb `all` of model_export: an export that is compared with its checkpoint before it is published."""
+"""`fastvlm export`: an export that is compared with its checkpoint before it is published."""
 
 import argparse
 from pathlib import Path
@@ -22,7 +22,7 @@ def prove(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         args.checkpoint,
         folder,
         report=args.parity_report,
-        command="python -m model_export all",
+        command="fastvlm export",
         name=args.output_dir.name,
         **options,
     )

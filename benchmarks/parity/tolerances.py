@@ -7,7 +7,7 @@ means reported, not judged: what a compressed encoder costs was the user's choic
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 PRECISIONS = ("float16", "float32", "compressed")
 # What rounding to so few bits costs is a property of the model: reported. The worst position's SNR is not, it follows
@@ -27,8 +27,7 @@ class Tolerance:
     reason: str
 
 
-@dataclass(frozen=True)
-class _Row:
+class _Row(NamedTuple):
     sense: str
     unit: str
     bounds: dict[str, float | None]
@@ -38,7 +37,7 @@ class _Row:
 # metric -> its row. A bound names the precision or family that it is for.
 _ENCODER = {
     "preprocessing": _Row("<=", "", {"float16": 0.0, "float32": 0.0, "compressed": 0.0},
-        "both sides make pixels by the same contract: any difference is a wrong crop, padding or normalisation"),
+        "both sides make pixels by the same contract: any difference is a wrong crop, padding or normalization"),
     "operation_snr": _Row(">=", "dB", {"float16": 40.0, "float32": 100.0, "compressed": 40.0},
         "a healthy operation adds rounding noise only; 10 dB under the encoder's bound because a difference of two"
         " near values may lose a digit that later layers never see"),
@@ -81,8 +80,12 @@ def for_encoder(precision: str) -> dict[str, Tolerance]:
 
 def for_language(family: str, precision: str = "float16") -> dict[str, Tolerance]:
     """Tolerances behind the encoder for the family of the artefact's weakest weights. Raises KeyError for another."""
-    found = _column(_LANGUAGE, family, FAMILIES)
-    return {name: replace(one, bound=None) for name, one in found.items()} if precision == "compressed" else found
+    tolerances = _column(_LANGUAGE, family, FAMILIES)
+    return (
+        {name: replace(tolerance, bound=None) for name, tolerance in tolerances.items()}
+        if precision == "compressed"
+        else tolerances
+    )
 
 
 def _column(rows: dict[str, _Row], column: str, known: tuple[str, ...]) -> dict[str, Tolerance]:

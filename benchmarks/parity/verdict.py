@@ -18,7 +18,7 @@ LABELS = {
     "encoder_cosine": "encoder features, cosine",
     "encoder_max_abs": "encoder features, largest error",
     "merged_snr": "merged embeddings, worst position",
-    "prefill_kl": "prefill logits, KL divergence",
+    "prefill_kl": "prefill logits, KL a position of the prompt",
     "prefill_top1": "prefill logits, same most likely token",
     "greedy_tokens": "greedy decoding, same tokens",
     "greedy_answers": "greedy decoding, same answer",
@@ -95,16 +95,16 @@ def document(rows: list[Row], operations: dict[str, Any], family: str, sides: di
 
 def _figures(rows: list[Row], operations: dict[str, Any]) -> dict[str, float]:
     """One figure for each of `LABELS`: the worst picture's for arrays, the mean for logits and answers."""
-    found: dict[str, float] = {
+    figures: dict[str, float] = {
         "operation_snr": _lowest(operations["rounding"]),
         "layer_snr": _lowest(operations["layers"]) if operations["layers"] else -math.inf,
     }
     for name in rows[0].figures:
         values = [row.figures[name] for row in rows]
-        found[name] = (
+        figures[name] = (
             _WORST[name](values) if name in _WORST and not any(map(math.isnan, values)) else sum(values) / len(values)
         )
-    return {name: found[name] for name in LABELS}
+    return {name: figures[name] for name in LABELS}
 
 
 def _lowest(errors: list[dict[str, Any]]) -> float:
@@ -113,12 +113,12 @@ def _lowest(errors: list[dict[str, Any]]) -> float:
 
 def _first_operation(operations: dict[str, Any], limits: dict[str, tolerances.Tolerance]) -> dict[str, Any] | None:
     """The earliest output that leaves its tolerance, of a layer against PyTorch or of an operation by its rounding."""
-    found = []
+    failures = []
     for series, metric in (("layers", "layer_snr"), ("rounding", "operation_snr")):
         bound = limits[metric].bound
         bad = (error for error in operations[series] if bound is not None and not float(error["snr_db"]) >= bound)
-        found += [{**error, "series": series, "tolerance": bound} for error in bad][:1]
-    return min(found, key=lambda error: error["index"], default=None)
+        failures += [{**error, "series": series, "tolerance": bound} for error in bad][:1]
+    return min(failures, key=lambda error: error["index"], default=None)
 
 
 def _exact(rows: list[Row]) -> dict[str, int] | None:
@@ -136,13 +136,14 @@ def _verdict(judged: dict[str, Any], broken: list[str], first: dict[str, Any] | 
             return f"The artefact is the model it came from: {len(judged)} figures within tolerance"
         within = f"{len(judged) - reported} figures within tolerance"
         return f"The export is faithful to its recipe: {within}; {reported} more are reported, not judged"
-    where = f"; first at {first['type']} {first['name']}{_of_layer(first)}, {first['snr_db']} dB" if first else ""
+    layer = f" ({first['layer']})" if first and first["layer"] else ""
+    where = f"; first at {first['type']} {first['name']}{layer}, {first['snr_db']} dB" if first else ""
     names = "; ".join(judged[name]["label"] for name in broken[:2]) + (" …" if len(broken) > 2 else "")
     return f"Not the model it came from: {len(broken)} of {len(judged)} figures out of tolerance ({names}){where}"
 
 
 def _recipe(judged: dict[str, Any], family: str, rows: list[Row]) -> dict[str, Any]:
-    """What a recipe of few bits changed: "questions", how many answers are "changed", "kl" (nats, mean over the
+    """The changes by a recipe of few bits: "questions", how many answers are "changed", "kl" (nats, mean over the
     prompts' positions), "top1" (share of positions), "unchanged" (within the tolerances of 8 bits), and "sentence"."""
     changed = sum(row.reference != row.candidate for row in rows)
     kl, top1 = judged["prefill_kl"]["value"], judged["prefill_top1"]["value"]
@@ -151,17 +152,13 @@ def _recipe(judged: dict[str, Any], family: str, rows: list[Row]) -> dict[str, A
     unchanged = all(tolerances.judge(fine[name], float(judged[name]["value"]))["passed"] for name in names)
     share = float(top1)
     sentence = (
-        f"The recipe ({family}) changed {changed or 'none'} of {len(rows)} answers: KL {float(kl):.3g} nats a position,"
-        f" the same most likely token at {100 * share:.3g} % of the positions"
+        f"The recipe ({family}) changed {changed or 'none'} of {len(rows)} answers: KL {float(kl):.3g} nats a position"
+        f" of the prompt, the same most likely token at {100 * share:.3g} % of the positions"
     )
     return {
         "questions": len(rows), "changed": changed, "kl": kl, "top1": top1, "unchanged": unchanged,
         "sentence": sentence,
     }  # fmt: skip
-
-
-def _of_layer(error: dict[str, Any]) -> str:
-    return f" ({error['layer']})" if error["layer"] else ""
 
 
 def summary(result: dict[str, Any]) -> dict[str, Any]:

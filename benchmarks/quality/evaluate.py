@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import environment
-from benchmarks.quality import text_model
-from benchmarks.quality.job import DEMO, DRAWN, TEXT_ONLY, Job, choose, measured
+from benchmarks.quality import job, text_model
+from benchmarks.quality.job import Job, measured
+from fastvlm.common.arguments import share, whole_number
 from fastvlm.common.cli import log, progress
 from fastvlm.common.errors import CheckFailed, UserError
 from fastvlm.common.terminal import print_table
 from fastvlm.data import conversations
-from fastvlm.data.scenes import knows_demo
 from model_export import contract
 from model_export.config import LLM_RUNNERS, VISION_RUNNERS
 
@@ -51,38 +51,40 @@ _SHARES = ("first_top1", "prompt_top1", "answer_top1", "text_top1", "same_answer
 
 def add_evaluate(verbs: Any) -> None:
     """Add the verb to a command line's subparsers (which add the common flags)."""
-    text = "what a candidate keeps of its reference: logits, perplexity, answers; and its size, memory and rates"
-    parser = verbs.add_parser("evaluate", description=f"Measure {text}.")
-    parser.add_argument(
-        "--model", required=True, nargs="+", type=Path, metavar="FOLDER", help="artefacts, or mlx-lm folders"
+    text = (
+        "Measure what a candidate keeps of its reference: logits, perplexity, answers; and its size, memory and rates."
     )
-    parser.add_argument(
+    parser = verbs.add_parser("evaluate", description=text)
+    add = parser.add_argument
+    add("--model", required=True, nargs="+", type=Path, metavar="FOLDER", help="artefacts, or mlx-lm folders")
+    add(
         "--reference",
         required=True,
         type=Path,
         metavar="FOLDER",
         help="what they should be: a checkpoint (PyTorch in float32), an artefact, or an mlx-lm folder",
     )
-    parser.add_argument(
+    add(
         "--samples",
         metavar="SOURCE",
         help="a folder of pictures, a LLaVA-format .json or .jsonl file, demo, or drawn (default: demo where the"
         " reference speaks its language, else drawn; a text model continues the text)",
     )
-    parser.add_argument(
-        "--count", type=int, metavar="N", help="questions at most (default: 200 of the demo, 16 drawn, all of yours)"
+    add(
+        "--count",
+        type=whole_number(),
+        metavar="N",
+        help="questions at most (default: 200 of the demo, 16 drawn, all of yours)",
     )
-    parser.add_argument("--text", type=Path, metavar="FILE", help="scored for the perplexity (default: the answers)")
-    parser.add_argument(
-        "--resolution", type=int, metavar="PIXELS", help="of the artefacts' pictures (default: their native one)"
-    )
-    parser.add_argument("--vision", choices=VISION_RUNNERS, default="auto", help="what runs the encoders")
-    parser.add_argument("--llm", choices=LLM_RUNNERS, default="auto", help="what runs the language models")
-    parser.add_argument(
+    add("--text", type=Path, metavar="FILE", help="scored for the perplexity (default: the answers)")
+    add("--resolution", type=int, metavar="PIXELS", help="of the artefacts' pictures (default: their native one)")
+    add("--vision", choices=VISION_RUNNERS, default="auto", help="what runs the encoders")
+    add("--llm", choices=LLM_RUNNERS, default="auto", help="what runs the language models")
+    add(
         "--min-agreement",
-        type=float,
+        type=share,
         metavar="X",
-        help="exit 1 if less than this share of answers (of a text model: likeliest tokens) is the reference's",
+        help="exit 1 if fewer of the answers (of a text model: of the most likely tokens) equal the reference's",
     )
     parser.set_defaults(run=run_evaluate)
 
@@ -90,14 +92,12 @@ def add_evaluate(verbs: Any) -> None:
 def run_evaluate(args: argparse.Namespace) -> dict[str, Any]:
     """Check everything, ask the reference, then each candidate; print the table."""
     with progress("check models and samples"):
-        kinds = _check(args)
-        text_only = kinds[args.reference] == "text"
-        source = args.samples or (DEMO if knows_demo(args.reference) else DRAWN)
+        text_only = _check(args) == "text"
+        source = job.TEXT_ONLY if text_only else job.source(args.samples, args.reference)
         if not text_only:
-            conversations.check(choose(source, args.count))
-            source = source if source in (DEMO, DRAWN) else str(Path(source).resolve())
+            conversations.check(job.choose(source, args.count))
     common = {
-        "samples": TEXT_ONLY if text_only else source,
+        "samples": source,
         "count": args.count,
         "text": str(args.text.resolve()) if args.text else None,
         "vision": args.vision,
@@ -109,48 +109,42 @@ def run_evaluate(args: argparse.Namespace) -> dict[str, Any]:
         candidates = []
         for name, model in zip(_names(args.model), args.model):
             try:
-                found = _timed(Job(str(model.resolve()), resolution=args.resolution, **common))
+                result = _timed(Job(str(model.resolve()), resolution=args.resolution, **common))
             except CheckFailed as error:  # of this one; the others go on
-                found = {"failed": str(error)}
-            candidates.append({"name": name} | found)
+                result = {"failed": str(error)}
+            candidates.append({"name": name} | result)
     document: dict[str, Any] = {"reference": {"name": args.reference.resolve().name} | reference}
     document |= {"candidates": candidates, "environment": environment.describe()}
-    short = []
-    if args.min_agreement is not None:
-        key = "text_top1" if text_only else "same_answers"
-        whole = [one for one in candidates if "failed" not in one]
-        short = [one["name"] for one in whole if one["figures"][key] < args.min_agreement]
-        document["passed"] = not short
-    failed = [one for one in candidates if "failed" in one]
-    if failed:
-        document["passed"] = False
+    key, least = "text_top1" if text_only else "same_answers", args.min_agreement
+    failed = [f"error: {candidate['name']}: {candidate['failed']}" for candidate in candidates if "failed" in candidate]
+    short = [
+        f"{candidate['name']}: agreement below {least:g}"
+        for candidate in candidates
+        if least is not None and "failed" not in candidate and candidate["figures"][key] < least
+    ]
+    if failed or least is not None:
+        document["passed"] = not (failed or short)
     if not args.json:
         _print(document)
-    for name in short:
-        log(f"{name}: agreement below {args.min_agreement:g}")
-    for one in failed:
-        log(f"error: {one['name']}: {one['failed']}")
+    for line in (*short, *failed):
+        log(line)
     return document
 
 
-def _timed(job: Job) -> dict[str, Any]:
-    with progress(f"{'reference' if job.is_reference else 'candidate'} {Path(job.model).name}"):
-        return measured(job)
+def _timed(measurement: Job) -> dict[str, Any]:
+    with progress(f"{'reference' if measurement.is_reference else 'candidate'} {Path(measurement.model).name}"):
+        return measured(measurement)
 
 
 def _names(models: list[Path]) -> list[str]:
-    """What tells the candidates apart: the folders' names, or whole paths where two share one."""
+    """The candidates' names: their folders', or whole paths where two share one."""
     names = [model.resolve().name for model in models]
     return names if len(set(names)) == len(names) else [str(model) for model in models]
 
 
-def _check(args: argparse.Namespace) -> dict[Path, str]:
-    """Refuse, all at once, what cannot be compared; returns each folder's `text_model.kind`."""
+def _check(args: argparse.Namespace) -> str:
+    """Refuse, all at once, what cannot be compared; returns the reference's `text_model.kind`."""
     faults, kinds = [], {}
-    if args.count is not None and args.count < 1:
-        faults.append(f"--count: got {args.count}, expected 1 or more")
-    if args.min_agreement is not None and not 0 <= args.min_agreement <= 1:
-        faults.append(f"--min-agreement: got {args.min_agreement:g}, expected a share from 0 to 1")
     if args.text is not None and not args.text.is_file():
         faults.append(f"--text {args.text}: no such file")
     for folder in dict.fromkeys([args.reference, *args.model]):
@@ -158,31 +152,27 @@ def _check(args: argparse.Namespace) -> dict[Path, str]:
             kinds[folder] = text_model.kind(folder)
         except UserError as error:
             faults.append(str(error))
+    if not faults:
+        text_only = kinds[args.reference] == "text"
+        if text_only and args.text is None:
+            faults.append(f"--reference {args.reference}: a text model: expected --text FILE to score")
+        for flag in ("samples", "resolution", "count") if text_only else ():
+            if getattr(args, flag) is not None:
+                faults.append(f"--{flag}: a text model sees no pictures and is asked nothing: leave it out")
+        for model in args.model:
+            faults += _mismatches(args.reference, model, kinds)
+            if args.resolution is not None and kinds[model] == "artefact":
+                faults += _resolution_fault(model, args.resolution)
     if faults:
         raise UserError("; ".join(faults))
-    text_only = kinds[args.reference] == "text"
-    if text_only and args.text is None:
-        faults.append(f"--reference {args.reference}: a text model: expected --text FILE to score")
-    for flag in ("samples", "resolution", "count") if text_only else ():
-        if getattr(args, flag) is not None:
-            faults.append(f"--{flag}: a text model sees no pictures and is asked nothing: leave it out")
-    for model in args.model:
-        faults += _mismatches(args.reference, model, kinds)
-        if args.resolution is not None and kinds[model] == "artefact":
-            faults += _resolution_fault(model, args.resolution)
-    if faults:
-        raise UserError("; ".join(faults))
-    return kinds
+    return kinds[args.reference]
 
 
 def _mismatches(reference: Path, model: Path, kinds: dict[Path, str]) -> Iterator[str]:
-    """Why a candidate cannot be compared with the reference, as far as small files say."""
-    if (kinds[model] == "text") != (kinds[reference] == "text"):
-        sees = {"text": "a text model"}
-        yield (
-            f"--model {model}: {sees.get(kinds[model], 'a FastVLM')}, but the reference is"
-            f" {sees.get(kinds[reference], 'a FastVLM')}: compare like with like"
-        )
+    """The reasons why a candidate cannot be compared with the reference, as far as small files show."""
+    kind, expected = ("a text model" if kinds[folder] == "text" else "a FastVLM" for folder in (model, reference))
+    if kind != expected:
+        yield f"--model {model}: {kind}, but the reference is {expected}: compare like with like"
         return
     sizes = [_vocabulary_size(folder) for folder in (model, reference)]
     if None not in sizes and sizes[0] != sizes[1]:
@@ -220,11 +210,11 @@ def _tokens(folder: Path) -> dict[str, int] | None:
 def _print(document: dict[str, Any]) -> None:
     """Figures by candidate, then where they differ from the reference most, then what ran it all."""
     reference = document["reference"]
-    candidates = [one for one in document["candidates"] if "failed" not in one]
+    candidates = [model for model in document["candidates"] if "failed" not in model]
     if not candidates:
         return
-    names = [one["name"] for one in (reference, *candidates)]
-    columns = [one["figures"] | one["timings"] for one in (reference, *candidates)]
+    names = [model["name"] for model in (reference, *candidates)]
+    columns = [model["figures"] | model["timings"] for model in (reference, *candidates)]
     rows: list[Sequence[str] | None] = []
     for key, label in LABELS.items():
         if any(key in column for column in columns[1:]):
@@ -232,12 +222,13 @@ def _print(document: dict[str, Any]) -> None:
             if key in ("questions", "bytes"):
                 rows.append(None)
     print_table("evaluate", ("figure", *names), rows, names)
-    for one in candidates:
-        differing = sorted((answer for answer in one["answers"] if not answer["same"]), key=lambda one: -one["kl"])
+    for model in candidates:
+        differing = sorted(
+            (answer for answer in model["answers"] if not answer["same"]), key=lambda answer: -answer["kl"]
+        )
         if differing:
-            print(
-                f"{one['name']}: {len(differing)} of {len(one['answers'])} answers differ from the reference's, by KL:"
-            )
+            count = f"{len(differing)} of {len(model['answers'])}"
+            print(f"{model['name']}: {count} answers differ from the reference's, by KL:")
         for answer in differing[:_SHOWN]:
             expected = "" if answer["expected"] is None else f" (expected: {_flat(answer['expected'])})"
             print(f"  {_flat(answer['question'])}{expected}")
@@ -246,8 +237,8 @@ def _print(document: dict[str, Any]) -> None:
     about = candidates[0]["about"]
     part = f"; KL over {about['rows_kept']} of {about['rows']} rows" if about["rows_kept"] < about["rows"] else ""
     print(f"perplexity of {about['text']}{part}")
-    for one in (reference, *candidates):
-        print(f"{one['name']}: {', '.join(sorted({*one['about']['runners'].values()}))}")
+    for model in (reference, *candidates):
+        print(f"{model['name']}: {', '.join(sorted({*model['about']['runners'].values()}))}")
     print(environment.machine_line(document["environment"]))
 
 

@@ -1,21 +1,16 @@
-"""One model asked for `evaluate` or a sweep, in this process or in one of its own, so that its peak memory is its own.
+"""One model measured for `evaluate` or a sweep; in a process of its own, so that its peak memory is its own."""
 
-As a program (`python -m benchmarks.quality.job JOB`) it is that process: the last line of stdout is one JSON document.
-"""
-
-import json
-import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks.quality import text_model
-from fastvlm.common import children
-from fastvlm.common.cli import log, quiet_libraries
 from fastvlm.common.errors import UserError
 from fastvlm.data import conversations
+from fastvlm.data.scenes import knows_demo
 from model_export import contract
+from quantization.sweep.point import apart, peak_bytes
 
 DEMO, DRAWN, TEXT_ONLY = "demo", "drawn", "text"  # sources of samples beside folders and files
 _COUNTS = {DEMO: 200, DRAWN: 16}  # of questions; a folder's or file's: all
@@ -69,11 +64,21 @@ def evaluate(job: Job) -> dict[str, Any]:
 
 def measured(job: Job) -> dict[str, Any]:
     """`evaluate` in a process of its own; its timings have `peak_gb`, too. Raises what that raised."""
-    command = [sys.executable, "-m", "benchmarks.quality.job", json.dumps(asdict(job))]
-    done = children.run(command, log)
-    result = done.document(f"{job.model}: its evaluation")
-    result["timings"]["peak_gb"] = float(f"{done.peak_gb:.4g}")
+    return apart(_with_peak, job)
+
+
+def _with_peak(job: Job) -> dict[str, Any]:
+    result = evaluate(job)
+    result["timings"]["peak_gb"] = float(f"{peak_bytes() / 1e9:.4g}")
     return result
+
+
+def source(given: str | None, reference: Path) -> str:
+    """The source of the samples (see `Job`): as given, or the demo where the reference speaks its language, else drawn
+    pictures."""
+    if given in (DEMO, DRAWN):
+        return given
+    return str(Path(given).resolve()) if given else DEMO if knows_demo(reference) else DRAWN
 
 
 def choose(source: str, count: int | None = None) -> list[conversations.Sample]:
@@ -96,21 +101,12 @@ def sizes(folder: Path) -> dict[str, int]:
         ("language", (contract.WEIGHTS_GLOB,)),
         ("projector", (contract.PROJECTOR_WEIGHTS,)),
     ):
-        found = [size for path, size in files.items() if any(_under(path, folder, glob) for glob in patterns)]
-        if found:
-            total[f"bytes_{part}"] = sum(found)
+        matching = [size for path, size in files.items() if any(_under(path, folder, glob) for glob in patterns)]
+        if matching:
+            total[f"bytes_{part}"] = sum(matching)
     return total
 
 
 def _under(path: Path, folder: Path, glob: str) -> bool:
     relative = path.relative_to(folder)
     return relative.match(glob) if "/" not in glob else relative.parts[0] == glob.partition("/")[0]
-
-
-def _main(job: str) -> int:
-    quiet_libraries()
-    return children.answer(lambda: evaluate(Job(**json.loads(job))))
-
-
-if __name__ == "__main__":
-    sys.exit(_main(sys.argv[1]))

@@ -1,7 +1,7 @@
-"""How much of a reference a candidate keeps: logits, perplexity, answers; and what the candidate costs.
+"""A candidate's fidelity to a reference (logits, perplexity, answers), and its costs.
 
-`reference_results` asks the reference once and writes what it said into a file; `quality` holds any candidate against
-that file. `evaluate.py` loads both from folders.
+`reference_results` runs the reference once and writes its logits and answers to a file; `quality` compares any
+candidate with that file. `evaluate.py` loads both from folders.
 """
 
 import json
@@ -30,7 +30,7 @@ MAX_NEW_TOKENS = 48  # of each answer
 CONTEXT = 512  # tokens a window of the text, as mlx-lm's own perplexity
 TEXT_TOKENS, LEAST_TEXT_TOKENS = 4096, 64  # of a text: what is read, and what a perplexity needs to say anything
 _END = "<|im_end|>"  # of an answer in the chat template
-_CONTINUED, _START_TOKENS = 8, 64  # the text's beginnings that a text model, which is asked nothing, continues
+_CONTINUED, _START_TOKENS = 8, 64  # the text's beginnings that a text model, which gets no questions, continues
 _TIMED = 5  # answers whose steps are timed
 _AT_ONCE = 64  # prompts whose embeddings wait to be answered in batches: 0.3 GB at most, in the 7B model
 _VALUES_KEPT = 1 << 27  # logits kept of the prompts, and as many of the text: 0.5 GB each in float32
@@ -39,20 +39,20 @@ Model = FastVLM | TextModel
 
 @dataclass(frozen=True)
 class Text:
-    """A text to score, and the name that says which it was."""
+    """A text to score, and its name."""
 
     name: str
     content: str
 
 
 @dataclass(frozen=True)
-class _Asked:
-    """What the reference said to one prompt.
+class _ReferenceAnswer:
+    """The reference's answer to one prompt.
 
-    `tokens`: the prompt's behind its picture (all without one). Compared are the rows of logits at these, the last of
+    `tokens`: the prompt's behind its picture (all without one). The compared rows of logits are at these, the last of
     which decides the answer, and at the answer's own: n = len(tokens) + len(answer). `best`: (n,) the reference's
-    likeliest token in each row; `kept`: the rows that the file has whole. `scored`: the right answer's tokens and the
-    end token; where no right one is known, the reference's own answer and what it says next.
+    likeliest token in each row; `kept_rows`: the rows whose logits are in the file. `scored`: the right answer's tokens
+    and the end token; where no right one is known, the reference's own answer and its next token.
     """
 
     name: str
@@ -60,9 +60,9 @@ class _Asked:
     expected: str | None
     tokens: list[int]
     answer: list[int]
-    said: str
+    answer_text: str
     best: list[int]
-    kept: list[int]
+    kept_rows: list[int]
     scored: list[int]
 
 
@@ -103,17 +103,22 @@ def reference_results(model: Model, samples: Sequence[Sample], text: Text | None
     if not samples:
         raise UserError("no questions: nothing asked is no evaluation")
     parts = windows(model.tokenizer, text) if text else []
-    clock, asked, answer_nats, text_nats = Clock(), [], [], []
+    clock, references, answer_nats, text_nats = Clock(), [], [], []
     with zipfile.ZipFile(target, "w") as file:
         for number, (sample, tokens, embeds, answer) in enumerate(_answered(model, samples, clock)):
             logits = _forced(model, embeds, answer, len(tokens))
-            kept = _evenly(len(logits), _VALUES_KEPT // (logits.shape[1] * len(samples)), len(tokens) - 1)
-            _write(file, f"prompt/{number}", logits[kept])
-            said, best = model.tokenizer.decode(answer, skip_special_tokens=True), logits.argmax(axis=-1).tolist()
+            kept_rows = _evenly(len(logits), _VALUES_KEPT // (logits.shape[1] * len(samples)), len(tokens) - 1)
+            _write(file, f"prompt/{number}", logits[kept_rows])
+            answer_text, best = (
+                model.tokenizer.decode(answer, skip_special_tokens=True),
+                logits.argmax(axis=-1).tolist(),
+            )
             scored = [*answer, best[-1]] if sample.answer is None else _ids(model, f"{sample.answer}{_END}")
-            one = _Asked(sample.name, sample.question, sample.answer, tokens, answer, said, best, kept, scored)
-            asked.append(one)
-            answer_nats.append(_answer_nats(model, embeds, logits, one))
+            reference = _ReferenceAnswer(
+                sample.name, sample.question, sample.answer, tokens, answer, answer_text, best, kept_rows, scored
+            )
+            references.append(reference)
+            answer_nats.append(_answer_nats(model, embeds, logits, reference))
         text_kept, text_best = [], []
         for number, ids in enumerate(parts):
             logits = model.language.logits(model.language.embed(np.array([ids])))[0, :-1]
@@ -125,16 +130,17 @@ def reference_results(model: Model, samples: Sequence[Sample], text: Text | None
         perplexity = _perplexity(nats)
         of = f"{text.name} in windows of {CONTEXT}" if text else "the answers, given their pictures"
         result = {
-            "figures": {"perplexity": figure(perplexity)} | _exact(asked, [one.said for one in asked]),
+            "figures": {"perplexity": figure(perplexity)}
+            | _exact(references, [reference.answer_text for reference in references]),
             "timings": clock.timings(),
             "about": {
                 "runners": model.runners,
                 "text": f"{of}: {len(nats)} tokens",
-                "rows_kept": sum(len(one.kept) for one in asked) + sum(map(len, text_kept)),
-                "rows": sum(len(one.best) for one in asked) + sum(map(len, text_best)),
+                "rows_kept": sum(len(reference.kept_rows) for reference in references) + sum(map(len, text_kept)),
+                "rows": sum(len(reference.best) for reference in references) + sum(map(len, text_best)),
             },
         }
-        meta = {"vocabulary": logits.shape[1], "asked": [asdict(one) for one in asked]}
+        meta = {"vocabulary": logits.shape[1], "asked": [asdict(reference) for reference in references]}
         meta |= {"windows": parts, "text_kept": text_kept, "text_best": text_best}
         meta |= {"perplexity": perplexity, "result": result}
         file.writestr("meta.json", json.dumps(meta))
@@ -142,7 +148,7 @@ def reference_results(model: Model, samples: Sequence[Sample], text: Text | None
 
 
 def quality(model: Model, samples: Sequence[Sample], results: Path) -> dict[str, Any]:
-    """Hold a candidate against what the reference said to the same samples (`reference_results`).
+    """Compare a candidate with the reference's answers to the same samples (`reference_results`).
 
     {"figures", "timings", "answers", "about"}. Figures, to four digits: `first_*` of the row that decides the answer,
     `prompt_*` of the question's, `answer_*` of the reference's own answer fed to both, `text_*` of the text: each
@@ -155,32 +161,32 @@ def quality(model: Model, samples: Sequence[Sample], results: Path) -> dict[str,
     """
     with zipfile.ZipFile(results) as file:
         meta = json.loads(file.read("meta.json"))
-        asked = [_Asked(**one) for one in meta["asked"]]
-        if [one.question for one in asked] != [sample.question for sample in samples]:
-            raise UserError(f"{results}: the reference was asked something else: ask it again")
+        references = [_ReferenceAnswer(**reference) for reference in meta["asked"]]
+        if [reference.question for reference in references] != [sample.question for sample in samples]:
+            raise UserError(f"{results}: the reference answered other questions: run it again")
         rows, clock, answers, answer_nats = _Rows(), Clock(), [], []
-        for number, (one, (_, tokens, embeds)) in enumerate(zip(asked, _prompts(model, samples, clock))):
-            if tokens != one.tokens:
-                raise UserError(f"{one.name}: the candidate's tokenizer gives other tokens than the reference's")
-            logits = _forced(model, embeds, one.answer, len(tokens))
+        for number, (reference, (_, tokens, embeds)) in enumerate(zip(references, _prompts(model, samples, clock))):
+            if tokens != reference.tokens:
+                raise UserError(f"{reference.name}: the candidate's tokenizer gives other tokens than the reference's")
+            logits = _forced(model, embeds, reference.answer, len(tokens))
             _check_vocabulary(logits, meta["vocabulary"])
-            kl = metrics.kl_positions(_read(file, f"prompt/{number}"), logits[one.kept])
+            kl = metrics.kl_positions(_read(file, f"prompt/{number}"), logits[reference.kept_rows])
             best, last = logits.argmax(axis=-1), len(tokens) - 1
-            rows.add("first", kl, best, one, range(last, last + 1))
-            rows.add("prompt", kl, best, one, range(last + 1))
-            rows.add("answer", kl, best, one, range(last, len(best)))
-            answer_nats.append(_answer_nats(model, embeds, logits, one))
+            rows.add("first", kl, best, reference, range(last, last + 1))
+            rows.add("prompt", kl, best, reference, range(last + 1))
+            rows.add("answer", kl, best, reference, range(last, len(best)))
+            answer_nats.append(_answer_nats(model, embeds, logits, reference))
             # the same likeliest token at every step makes the same answer: no need to decode it
-            told = best[last:].tolist() == one.best[last:] and one.best[last:-1] == one.answer
-            ids = one.answer if told and clock.full else clock.answer(model, embeds)
-            answers.append(_answer(one, model.tokenizer.decode(ids, skip_special_tokens=True), kl))
+            same_tokens = best[last:].tolist() == reference.best[last:] and reference.best[last:-1] == reference.answer
+            ids = reference.answer if same_tokens and clock.full else clock.answer(model, embeds)
+            answers.append(_answer(reference, model.tokenizer.decode(ids, skip_special_tokens=True), kl))
         perplexity = _perplexity(np.concatenate(_text_nats(model, file, meta, rows) or answer_nats))
     result = meta["result"]
     figures = rows.figures() | {
         "perplexity": figure(perplexity),
         "perplexity_ratio": figure(perplexity / meta["perplexity"]),
         "same_answers": figure(float(np.mean([answer["same"] for answer in answers]))),
-        **_exact(asked, [answer["candidate"] for answer in answers]),
+        **_exact(references, [answer["candidate"] for answer in answers]),
         "questions": len(answers),
         **{f"reference_{name}": value for name, value in result["figures"].items()},
     }
@@ -194,7 +200,7 @@ def figure(value: float) -> float:
 
 
 class Clock:
-    """What the steps of a model take. `full` when enough answers were timed."""
+    """Times of a model's steps. `full` when enough answers were timed."""
 
     def __init__(self) -> None:
         self.encode: list[float] = []
@@ -209,7 +215,7 @@ class Clock:
         """The greedy answer's token ids; its steps are timed."""
         start = time.perf_counter()
         stream = model.language.stream(embeds, MAX_NEW_TOKENS)
-        ids = list(_first(stream))
+        ids = list(islice(stream, 1))
         first = time.perf_counter()
         self.prefill.append(embeds.shape[1] / (first - start))
         ids += stream
@@ -220,18 +226,12 @@ class Clock:
 
     def timings(self) -> dict[str, float]:
         """Medians: `encode_s`, seconds a picture with projection; tokens/s of prefill and of decoding."""
-        found = {
+        samples = {
             "encode_s": self.encode,
             "prefill_tokens_per_s": self.prefill,
             "decode_tokens_per_s": self.decode,
         }
-        return {name: figure(statistics.median(values)) for name, values in found.items() if values}
-
-
-def _first(stream: Iterator[int]) -> Iterator[int]:
-    for token in stream:
-        yield token
-        return
+        return {name: figure(statistics.median(values)) for name, values in samples.items() if values}
 
 
 def _answered(
@@ -243,14 +243,14 @@ def _answered(
         yield *prompt, clock.answer(model, prompt[-1])
     while group := list(islice(prompts, _AT_ONCE)):
         waiting = [embeds for *_, embeds in group]
-        found = language.answers(model.language, waiting, MAX_NEW_TOKENS, lambda count: None)
-        yield from ((*prompt, reading.tokens) for prompt, reading in zip(group, found))
+        readings = language.answers(model.language, waiting, MAX_NEW_TOKENS, lambda count: None)
+        yield from ((*prompt, reading.tokens) for prompt, reading in zip(group, readings))
 
 
 def _prompts(model: Model, samples: Sequence[Sample], clock: Clock) -> Iterator[tuple[Sample, list[int], np.ndarray]]:
     """Each sample with its tokens behind the picture, and its embeddings (1, T, H)."""
     if not isinstance(model, TextModel):
-        model.check_prompts((one.name, one.question, int(one.image is not None)) for one in samples)
+        model.check_prompts((sample.name, sample.question, int(sample.image is not None)) for sample in samples)
     for sample in samples:
         if isinstance(model, TextModel):
             tokens = _ids(model, sample.question)
@@ -279,11 +279,11 @@ def _forced(model: Model, embeds: np.ndarray, answer: list[int], prompt_rows: in
     return model.language.logits(embeds)[0][-prompt_rows - len(answer) :]
 
 
-def _answer_nats(model: Model, embeds: np.ndarray, logits: np.ndarray, one: _Asked) -> np.ndarray:
-    """Negative log-likelihood of each of `one.scored`; `logits` are `_forced` by the reference's own answer."""
-    if one.scored[:-1] != one.answer:
-        logits = _forced(model, embeds, one.scored[:-1], len(one.tokens))
-    return metrics.negative_log_likelihood(logits[len(one.tokens) - 1 :], one.scored)
+def _answer_nats(model: Model, embeds: np.ndarray, logits: np.ndarray, reference: _ReferenceAnswer) -> np.ndarray:
+    """Negative log-likelihood of each of `reference.scored`; `logits` are `_forced` by the reference's own answer."""
+    if reference.scored[:-1] != reference.answer:
+        logits = _forced(model, embeds, reference.scored[:-1], len(reference.tokens))
+    return metrics.negative_log_likelihood(logits[len(reference.tokens) - 1 :], reference.scored)
 
 
 def _check_vocabulary(logits: np.ndarray, expected: int) -> None:
@@ -311,35 +311,39 @@ class _Rows:
         self.kl: dict[str, list[float]] = {}
         self.same: dict[str, list[bool]] = {}
 
-    def add(self, name: str, kl: np.ndarray, best: np.ndarray, one: _Asked, wanted: range) -> None:
-        """`kl` is of the rows `one.kept`, `best` of all; `wanted` are the rows that count for `name`."""
-        self.kl.setdefault(name, []).extend(value for row, value in zip(one.kept, kl) if row in wanted)
-        self.same.setdefault(name, []).extend(best[row] == one.best[row] for row in wanted)
+    def add(self, name: str, kl: np.ndarray, best: np.ndarray, reference: _ReferenceAnswer, wanted: range) -> None:
+        """`kl` is of the rows `reference.kept_rows`, `best` of all; `wanted` are the rows that count for `name`."""
+        self.kl.setdefault(name, []).extend(value for row, value in zip(reference.kept_rows, kl) if row in wanted)
+        self.same.setdefault(name, []).extend(best[row] == reference.best[row] for row in wanted)
 
     def figures(self) -> dict[str, float]:
-        found: dict[str, float] = {}
+        figures: dict[str, float] = {}
         for name, values in self.kl.items():
-            found[f"{name}_kl_mean"] = figure(float(np.mean(values)))
-            found[f"{name}_kl_p99"] = figure(float(np.percentile(values, 99)))
-            found[f"{name}_top1"] = figure(float(np.mean(self.same[name])))
-        return found
+            figures[f"{name}_kl_mean"] = figure(float(np.mean(values)))
+            figures[f"{name}_kl_p99"] = figure(float(np.percentile(values, 99)))
+            figures[f"{name}_top1"] = figure(float(np.mean(self.same[name])))
+        return figures
 
 
-def _answer(one: _Asked, said: str, kl: np.ndarray) -> dict[str, Any]:
-    divergence = [value for row, value in zip(one.kept, kl) if row >= len(one.tokens) - 1]
+def _answer(reference: _ReferenceAnswer, answer_text: str, kl: np.ndarray) -> dict[str, Any]:
+    divergence = [value for row, value in zip(reference.kept_rows, kl) if row >= len(reference.tokens) - 1]
     return {
-        "name": one.name,
-        "question": one.question,
-        "expected": one.expected,
-        "reference": one.said,
-        "candidate": said,
-        "same": said == one.said,
+        "name": reference.name,
+        "question": reference.question,
+        "expected": reference.expected,
+        "reference": reference.answer_text,
+        "candidate": answer_text,
+        "same": answer_text == reference.answer_text,
         "kl": figure(float(np.mean(divergence))),
     }
 
 
-def _exact(asked: Sequence[_Asked], said: Sequence[str]) -> dict[str, float]:
-    known = [one.expected == text.strip() for one, text in zip(asked, said) if one.expected is not None]
+def _exact(references: Sequence[_ReferenceAnswer], answer_texts: Sequence[str]) -> dict[str, float]:
+    known = [
+        reference.expected == text.strip()
+        for reference, text in zip(references, answer_texts)
+        if reference.expected is not None
+    ]
     return {"exact": figure(sum(known) / len(known))} if known else {}
 
 

@@ -1,13 +1,12 @@
 """`sweep`: recipes x encoder forms x resolutions, each exported and held against the checkpoint; which one to ship.
 
 `quantization.sweep.engine` runs the points, `benchmarks.quality.sweep_point` is what is done for each,
-`quantization.sweep.report` tells of them.
+`quantization.sweep.report` reports them.
 """
 
 import argparse
 import hashlib
 import json
-import re
 import shlex
 import shutil
 import sys
@@ -19,15 +18,17 @@ from typing import Any
 
 from benchmarks import environment, shared_exports
 from benchmarks.quality import job, sweep_point
+from fastvlm.checkpoint.folder_kind import checkpoint_folder
+from fastvlm.common.arguments import positive, share, size, whole_number
 from fastvlm.common.cli import log, progress
 from fastvlm.common.errors import UserError
-from fastvlm.common.files import Output
+from fastvlm.common.files import Output, present
 from fastvlm.common.page import data_url
 from fastvlm.common.terminal import print_table
 from fastvlm.data import conversations
-from fastvlm.data.scenes import knows_demo
-from model_export.config import size_faults
-from quantization.recipe import recipe_from_json
+from model_export.config import image_size
+from quantization.coreml.compression import COMPRESSIONS
+from quantization.recipe import recipe_from_json, usable_recipe
 from quantization.sweep import engine, report
 from quantization.sweep.columns import AGREEMENT, KL, column, label, shown
 from quantization.sweep.recommend import Constraints
@@ -38,8 +39,6 @@ RECIPES = (
 )  # fmt: skip
 _PRINTED = ("bytes", "bits_per_weight", KL, AGREEMENT, "ttft_s", "peak_bytes")
 _THUMBNAIL = 168  # pixels
-_SIZE = re.compile(r"(\d+(?:\.\d+)?) ?(MB|GB)")
-_SHARE = re.compile(r"(\d+(?:\.\d+)?) ?(%?)")
 # A point's memory: PyTorch holds its weights in float32 and works on float32 copies of some; libraries, of the point's
 # process and of the export that it starts; and the encoder's activations, about so many bytes a pixel.
 _BYTES_PER_WEIGHT, _LIBRARIES, _BYTES_PER_PIXEL = 5, 1500 << 20, 1500
@@ -47,101 +46,100 @@ _BYTES_PER_WEIGHT, _LIBRARIES, _BYTES_PER_PIXEL = 5, 1500 << 20, 1500
 
 def add_sweep(verbs: Any) -> None:
     """Add the verb to a command line's subparsers (which add the common flags)."""
-    text = "export and measure recipes x encoder forms x resolutions, and say which to ship"
-    parser = verbs.add_parser("sweep", description=f"{text[0].upper()}{text[1:]}.")
-    parser.add_argument("--checkpoint", required=True, type=Path, metavar="FOLDER", help="what goes in (read-only)")
-    parser.add_argument(
-        "--quant",
+    text = "Export and measure recipes x encoder forms x resolutions, and say which to ship."
+    parser = verbs.add_parser("sweep", description=text)
+    add = parser.add_argument
+    add("--checkpoint", required=True, type=checkpoint_folder, metavar="FOLDER", help="what goes in (read-only)")
+    names = f"names or files (default: {', '.join(RECIPES)})"
+    add("--quant", nargs="+", type=usable_recipe, default=[*RECIPES], metavar="RECIPE", help=names)
+    add(
+        "--vision-quant",
         nargs="+",
-        default=list(RECIPES),
-        metavar="RECIPE",
-        help=f"names or files (default: {', '.join(RECIPES)})",
+        choices=(engine.UNCOMPRESSED, *COMPRESSIONS),
+        default=[engine.UNCOMPRESSED],
+        metavar="FORM",
+        help="of the encoder: %(choices)s (default: fp16)",
     )
-    parser.add_argument(
-        "--vision-quant", nargs="+", default=[engine.WIDE], metavar="FORM", help="of the encoder (default: fp16)"
-    )
-    parser.add_argument(
-        "--resolutions", nargs="+", type=int, metavar="PIXELS", help="of pictures (default: the checkpoint's own)"
-    )
-    parser.add_argument(
-        "--samples", metavar="SOURCE", help="what is asked, as `evaluate` takes it (default: demo or drawn)"
-    )
-    parser.add_argument("--count", type=int, metavar="N", help="questions at most")
-    parser.add_argument("--text", type=Path, metavar="FILE", help="scored for the perplexity (default: the answers)")
-    parser.add_argument("--calibration-data", type=Path, metavar="PATH", help="for the recipes that calibrate")
-    parser.add_argument(
-        "--work-dir", type=Output(), default=Path("build/sweep-work"), metavar="FOLDER",
+    text = "of pictures (default: the checkpoint's own)"
+    add("--resolutions", nargs="+", type=image_size, metavar="PIXELS", help=text)
+    add("--samples", metavar="SOURCE", help="the questions, as `evaluate` takes them (default: demo or drawn)")
+    add("--count", type=whole_number(), metavar="N", help="questions at most")
+    add("--text", type=present, metavar="FILE", help="scored for the perplexity (default: the answers)")
+    add("--calibration-data", type=present, metavar="PATH", help="for the recipes that calibrate")
+    add(
+        "--work-dir",
+        type=Output(),
+        default=Path("build/sweep-work"),
+        metavar="FOLDER",
         help="finished points, for resuming (default: %(default)s)",
-    )  # fmt: skip
-    parser.add_argument(
+    )
+    add(
         "--report",
         type=Output(files=report.FILES),
         default=Path("build/sweep"),
         metavar="FOLDER",
         help="(default: %(default)s)",
     )
-    parser.add_argument("--jobs", type=int, metavar="N", help="points at a time (default: one a core)")
-    parser.add_argument("--memory", type=float, metavar="GB", help="for all of them (default: 80 %% of what is free)")
-    parser.add_argument(
-        "--scheduler", metavar="ADDRESS", help="a Dask cluster that does the work; it must see the same files"
+    add("--jobs", type=whole_number(), metavar="N", help="points at a time (default: one a core)")
+    add("--memory", type=positive, metavar="GB", help="for all of them (default: 80 %% of what is free)")
+    add("--scheduler", metavar="ADDRESS", help="a Dask cluster that does the work; it must see the same files")
+    add("--max-size", type=size, metavar="SIZE", help="recommend only points within this size: 500MB, 1.2GB")
+    add(
+        "--min-agreement",
+        type=share,
+        metavar="SHARE",
+        help="recommend only points that keep this share of the answers: 0.99, 99%%",
     )
-    parser.add_argument("--max-size", metavar="SIZE", help="recommend within this: 500MB, 1.2GB")
-    parser.add_argument("--min-agreement", metavar="SHARE", help="recommend what keeps this of the answers: 0.99, 99%%")
     parser.set_defaults(run=run_sweep)
 
 
 def run_sweep(args: argparse.Namespace) -> dict[str, Any]:
-    """Check everything, measure, write the report; "passed" is False when a point failed."""
+    """Check everything, measure, write the report; "passed" is False when a point failed or none keeps the limits."""
     with progress("check, and hash the checkpoint"):
         known = _check(args)
-    points, checkpoint, inputs = known["points"], known["checkpoint"], known["inputs"]
+    points, checkpoint, inputs, samples = (known[name] for name in ("points", "checkpoint", "inputs", "samples"))
     work = args.work_dir.resolve()
     settings = {
         "checkpoint": str(checkpoint.path.resolve()),
         "work": str(work),
         "samples": known["source"],
         "count": args.count,
-        "text": _resolved(args.text),
-        "calibration_data": _resolved(args.calibration_data),
+        "text": args.text and str(args.text.resolve()),
+        "calibration_data": args.calibration_data and str(args.calibration_data.resolve()),
         "common": shared_exports.digest(inputs, shared_exports.identity()),
     }
     weights = sum(info.size for info in checkpoint.tensors.values())
     plan = engine.Sweep(
-        sweep_point.measure,
-        settings,
-        inputs,
-        shared_exports.identity,
-        partial(_need, weights),
-        work,
-        partial(_tidy, work),
-    )
+        sweep_point.measure, settings, inputs, shared_exports.identity, partial(_need, weights), work,
+        sweep_point.LIBRARIES, partial(_tidy, work),
+    )  # fmt: skip
     outcome = engine.run(plan, points, args.jobs, args.memory and args.memory * 1e9, args.scheduler)
-    log(f"{len(outcome.results)} of {len(points)} points, {outcome.found} of them were there already")
-    found = report.document(points, outcome, _about(known), _machine(outcome), known["constraints"])
-    page = report.write(args.report, found, _thumbnails(found, known["samples"]))
-    if not args.json:
-        _print(found)
-    log(f"page: {page}")
-    return {"passed": not outcome.errors, "page": str(page), **found}
-
-
-def _about(known: Mapping[str, Any]) -> dict[str, Any]:
-    """What was swept."""
-    return {
-        "checkpoint": known["checkpoint"].path.resolve().name,
-        "questions": f"{len(known['samples'])} questions ({known['source_name']})",
-        "inputs": known["inputs"],
+    log(f"{len(outcome.results)} of {len(points)} points, {outcome.reused} of them were there already")
+    about = {
+        "checkpoint": checkpoint.path.resolve().name,
+        "questions": f"{len(samples)} questions ({Path(known['source']).name})",
+        "inputs": inputs,
         "notes": {
             "Quality": "held against the checkpoint in PyTorch, float32, at its own resolution: KL in nats and the same"
             " likeliest token over the reference's own answers, fed to both; answers are greedy.",
             "Sizes": "all files of the artefact; bits a weight: of the language model and the projector.",
         },
     }
+    document = report.document(
+        points, outcome, about, _machine(outcome), Constraints(args.max_size, args.min_agreement)
+    )
+    page = report.write(args.report, document, _thumbnails(document, samples))
+    if not args.json:
+        _print(document)
+    log(f"page: {page}")
+    limited = args.max_size is not None or args.min_agreement is not None
+    passed = not outcome.errors and not (limited and document["recommendation"]["point"] is None)
+    return {"passed": passed, "page": str(page), **document}
 
 
 def _machine(outcome: engine.Outcome) -> dict[str, Any]:
-    """Where and with what it was timed."""
-    runners = {name for one in outcome.results.values() for name in one["timings"]["runners"].values()}
+    """The machine and the runners of the timings."""
+    runners = {name for result in outcome.results.values() for name in result["timings"]["runners"].values()}
     ran = ", ".join(sorted(runners)) or "nothing"
     return {
         "notes": {
@@ -149,7 +147,7 @@ def _machine(outcome: engine.Outcome) -> dict[str, Any]:
             f" {sweep_point.TIMED} or more, with other points running beside it unless --jobs is 1.",
             "Machine": environment.machine_line(),
             "Versions": ", ".join(f"{name} {version}" for name, version in environment.versions().items()),
-            "Command": shlex.join(["python", "-m", "quantization", *sys.argv[1:]]),
+            "Command": shlex.join(["fastvlm", *sys.argv[1:]]),
         }
     }
 
@@ -166,17 +164,16 @@ def _tidy(work: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _resolved(path: Path | None) -> str | None:
-    return str(path.resolve()) if path else None
-
-
 def _check(args: argparse.Namespace) -> dict[str, Any]:
-    """Refuse, all at once, whatever can be known to be wrong; returns what was found on the way."""
+    """Refuse, all at once, whatever can be known to be wrong before any work. Returns "points", "checkpoint", "inputs"
+    (hashes of all that the settings name), "samples" and "source" (where they come from, see `job.choose`)."""
     from fastvlm.checkpoint.checkpoint import open_checkpoint
     from model_export import artefact
     from model_export.language import llm
 
     faults: list[str] = []
+    inputs: dict[str, Any] = {}
+    known: dict[str, Any] = {"inputs": inputs, "points": [], "checkpoint": None}
 
     @contextmanager
     def noted() -> Iterator[None]:
@@ -185,86 +182,61 @@ def _check(args: argparse.Namespace) -> dict[str, Any]:
         except UserError as error:
             faults.append(str(error))
 
-    found: dict[str, Any] = {"constraints": _constraints(args, faults), "samples": [], "points": []}
-    for flag, value in (("--jobs", args.jobs), ("--count", args.count), ("--memory", args.memory)):
-        if value is not None and not value > 0:
-            faults.append(f"{flag}: got {value:g}, expected more than 0")
-    for size in args.resolutions or ():
-        faults += size_faults("--resolutions", size)
-    inputs: dict[str, Any] = {}
     with noted():
-        found["checkpoint"] = checkpoint = open_checkpoint(args.checkpoint)
-        args.resolutions = args.resolutions or [checkpoint.image_size]
+        known["checkpoint"] = checkpoint = open_checkpoint(args.checkpoint)
         inputs["checkpoint"] = artefact.sources(checkpoint)["sha256"]
     with noted():
-        found["points"] = engine.grid(args.quant, args.vision_quant, args.resolutions or [0])
-    sizes: list[int] = []
-    recipes = {point["recipe"]["name"]: recipe_from_json(point["recipe"]) for point in found["points"]}
-    for recipe in recipes.values() if "checkpoint" in found else ():
-        if recipe.vision and args.vision_quant != [engine.WIDE]:
+        sizes = args.resolutions or [checkpoint.image_size if known["checkpoint"] else 0]
+        known["points"] = engine.grid(args.quant, args.vision_quant, sizes)
+    needed = 0
+    for document in {point["recipe"]["name"]: point["recipe"] for point in known["points"]}.values():
+        recipe = recipe_from_json(document)
+        if recipe.vision and args.vision_quant != [engine.UNCOMPRESSED]:
             faults.append(
-                f"--vision-quant with recipe {recipe.name}, which says the encoder's forms itself: leave out one"
+                f"--vision-quant with recipe {recipe.name}, which names the encoder's forms itself: leave out one"
             )
         with noted():
-            sizes.append(llm.planned_bytes(checkpoint, recipe))
+            needed += llm.planned_bytes(checkpoint, recipe) if known["checkpoint"] else 0
     work = args.work_dir.resolve()
     free = shutil.disk_usage(next(folder for folder in (work, *work.parents) if folder.is_dir())).free
-    if sum(sizes) > free:
-        needed = f"{shown(sum(sizes), 'MB')}, {shown(free, 'MB')} are free"
+    if needed > free:
         faults.append(
-            f"--work-dir {args.work_dir}: the exported language models need {needed}: free some, or sweep fewer"
+            f"--work-dir {args.work_dir}: the exported language models need {shown(needed, 'MB')},"
+            f" {shown(free, 'MB')} are free: free some, or sweep fewer"
         )
     with noted():
-        source = args.samples or ("demo" if knows_demo(args.checkpoint) else "drawn")
-        found["source_name"] = Path(source).name
-        found["source"] = source if source in (job.DEMO, job.DRAWN) else str(Path(source).resolve())
-        found["samples"] = job.choose(found["source"], args.count)
-        inputs["samples"] = samples_sha256(found["samples"])
+        known["source"] = job.source(args.samples, args.checkpoint)
+        known["samples"] = job.choose(known["source"], args.count)
+        inputs["samples"] = samples_sha256(known["samples"])
     with noted():
         if args.text:
-            from benchmarks.quality.quality import read_text, windows
+            from benchmarks.quality.quality import read_text, windows  # torch comes with it
 
             text = read_text(args.text)
             inputs["text"] = hashlib.sha256(text.content.encode()).hexdigest()
-            if "checkpoint" in found:
+            if known["checkpoint"]:
                 windows(checkpoint.tokenizer(), text)  # refuses one that is too short
     with noted():
         if args.calibration_data:
             inputs["calibration"] = samples_sha256(conversations.load(args.calibration_data))
     if faults:
         raise UserError("; ".join(faults))
-    return found | {"inputs": inputs}
-
-
-def _constraints(args: argparse.Namespace, faults: list[str]) -> Constraints:
-    size = share = None
-    if args.max_size is not None:
-        read = _SIZE.fullmatch(args.max_size)
-        if read is None:
-            faults.append(f"--max-size {args.max_size}: expected a size such as 500MB or 1.2GB")
-        else:
-            size = float(read[1]) * {"MB": 1e6, "GB": 1e9}[read[2]]
-    if args.min_agreement is not None:
-        read = _SHARE.fullmatch(args.min_agreement)
-        share = float(read[1]) / (100 if read[2] else 1) if read else 2.0
-        if share > 1:
-            faults.append(f"--min-agreement {args.min_agreement}: expected a share such as 0.99 or 99%")
-    return Constraints(size, share)
+    return known
 
 
 def samples_sha256(samples: Sequence[conversations.Sample]) -> str:
-    """Of questions, answers and pictures. UserError naming all pictures that are none."""
+    """The hash of questions, answers and pictures. UserError naming every file that is no picture."""
     conversations.check(samples)
     digest = hashlib.sha256()
-    for one in samples:
-        image = one.image() if one.image is not None else None
+    for sample in samples:
+        image = sample.image() if sample.image is not None else None
         pixels = hashlib.sha256(image.tobytes()).hexdigest() if image else ""
-        digest.update(json.dumps([one.name, one.question, one.answer, image and image.size, pixels]).encode())
+        digest.update(json.dumps([sample.name, sample.question, sample.answer, image and image.size, pixels]).encode())
     return digest.hexdigest()
 
 
-def _thumbnails(found: Mapping[str, Any], samples: Sequence[conversations.Sample]) -> dict[str, str]:
-    names = {row["name"] for row in report.examples(found)["rows"]}
+def _thumbnails(document: Mapping[str, Any], samples: Sequence[conversations.Sample]) -> dict[str, str]:
+    names = {row["name"] for row in report.examples(document)["rows"]}
     pictures = {}
     for sample in samples:
         if sample.name in names and sample.image is not None:
@@ -274,16 +246,16 @@ def _thumbnails(found: Mapping[str, Any], samples: Sequence[conversations.Sample
     return pictures
 
 
-def _print(found: Mapping[str, Any]) -> None:
+def _print(document: Mapping[str, Any]) -> None:
     """The points as a table, what failed, the recommendation."""
-    points, columns = found["points"], [column(key) for key in _PRINTED]
+    points, columns = document["points"], [column(key) for key in _PRINTED]
     rows = []
     for row in points:
-        figures = row["figures"] | found["timings"]["points"][row["name"]]
-        rows.append((label(row, points), *(shown(figures.get(one.key), one.unit) for one in columns)))
-    numbers = [one.label for one in columns]
+        figures = row["figures"] | document["timings"]["points"][row["name"]]
+        rows.append((label(row, points), *(shown(figures.get(column.key), column.unit) for column in columns)))
+    numbers = [column.label for column in columns]
     if rows:
         print_table("sweep", ("point", *numbers), rows, numbers)
-    for row in found["failed"]:
+    for row in document["failed"]:
         print(f"failed: {row['name']}: {row['error']}")
-    print(found["recommendation"]["sentence"])
+    print(document["recommendation"]["sentence"])

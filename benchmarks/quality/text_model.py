@@ -1,4 +1,4 @@
-"""What `evaluate` can load: a FastVLM (checkpoint or artefact), or the text model of any mlx-lm or Transformers folder.
+"""The models that `evaluate` can load: a FastVLM (checkpoint or artefact), or a text model of mlx-lm or Transformers.
 
 A text model runs in MLX, or in PyTorch by Transformers over the values that MLX's quantized tensors stand for,
 dequantized by MLX itself.
@@ -20,7 +20,8 @@ from fastvlm.common.files import check_small_files
 from model_export import contract
 
 if TYPE_CHECKING:  # they import torch
-    from fastvlm.model.surface import FastVLM, Language
+    from fastvlm.model.language import Language
+    from fastvlm.model.surface import FastVLM
 
 _CHECKPOINTS = ("llava_qwen2", "fast_vlm")  # `model_type`s of FastVLM
 
@@ -34,7 +35,7 @@ class TextModel:
 
     @property
     def runners(self) -> dict[str, str]:
-        """What runs it."""
+        """The name of what runs each part."""
         return {"language": self.language.name}
 
 
@@ -117,10 +118,10 @@ def _torch(folder: Path, tokenizer: Any) -> "Language":
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
     from fastvlm.data.prompt import eos_ids
-    from fastvlm.model.surface import TorchLanguage
+    from fastvlm.model.language import TorchLanguage
 
     class TorchText(TorchLanguage):
-        """What a model does behind its last layer is its own: its states are the logits already."""
+        """Its states are the logits already: each model has its own operations behind the last layer."""
 
         def _states(self, **inputs: Any) -> tuple[torch.Tensor, Any]:
             output = self.model(**inputs)

@@ -1,4 +1,1 @@
-"""The project's own bars, measured.
-
-Imports the other parts of `benchmarks`.
-"""
+"""The project's own bars, measured."""

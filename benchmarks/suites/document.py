@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import environment
-from benchmarks.suites.suite import SIGNS
+from benchmarks.suites.suite import cells
 from fastvlm.common import documents
 from fastvlm.common.errors import UserError
 from fastvlm.common.files import Output, read_text
@@ -35,6 +35,8 @@ def add_document(verbs: Any) -> None:
 
 def run_document(args: argparse.Namespace) -> dict[str, Any]:
     """Write the page; UserError for a file that is no run of a suite, or a page without its section."""
+    if not args.output.is_file():
+        raise UserError(f"--output {args.output}: no such page: run it in the project's folder, or name the page")
     page, suites = read_text(args.output), []
     for path in args.runs:
         try:
@@ -66,8 +68,6 @@ def section(document: dict[str, Any]) -> str:
 
 
 def _row(figure: dict[str, Any]) -> str:
-    unit = f" {figure['unit']}" if figure["unit"] else ""
-    bar = "reported" if figure["bound"] is None else f"{SIGNS[figure['sense']]} {figure['bound']:g}{unit}"
-    value = "not finite" if figure["value"] is None else f"{figure['value']:.4g}{unit}"
+    value, bar = cells(figure)
     missed = ": missed" if figure["passed"] is False else ""
-    return f"| {figure['figure'].strip().replace('|', '∣')} | {bar} | {value}{missed} |"
+    return f"| {figure['figure'].strip().replace('|', '∣')} | {bar or 'reported'} | {value}{missed} |"

@@ -1,12 +1,13 @@
-"""Steps of `benchmarks encoder` that need the models; each is called in a process of its own (`suite.call`)."""
+"""Steps of encoder.json that need the models; each is called in a process of its own (`benchmarks.suites.step`)."""
 
 import math
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.suites.steps import plain_encoder, share
+from benchmarks.suites.steps import plain_encoder
 from fastvlm.common import threads
 from fastvlm.common.cli import log, progress
 
@@ -21,29 +22,22 @@ PICTURES = 6  # that an SNR is the mean over
 # Range-safe float16
 
 
-def ordinary_checkpoint(target: str, shape: str) -> None:
-    """Write the random encoder in float32."""
-    from fastvlm.synthetic.checkpoint import write_checkpoint
-
-    write_checkpoint(Path(target), shape=shape, dtype="float32")
-
-
-def hot_checkpoints(target: str, shape: str, image_size: int, peaks: list[str]) -> dict[str, float]:
+def hot_streams(target: str, shape: str, image_size: str, *peaks: str) -> dict[str, float]:
     """Write `target`-PEAK, whose streams peak near PEAK on the built-in pictures, for each peak; `target` is as it was.
 
     The attentions of all add ATTENTION_SCALE times as much. Returns the peak of the lesser stage of each.
     """
-    before = _stream_peaks(_hot(target, shape), image_size)
+    before = _stream_peaks(_hot(target, shape), int(image_size))
     reached = {}
     for peak in peaks:
         # the nearest power of two, which leaves the weights' digits as they are
         scale = {stage: 2.0 ** round(math.log2(float(peak) / before[stage])) for stage in STREAMS}
-        path = _hot(f"{target}-{peak}", shape, stream_scale=scale)
-        reached[peak] = min(_stream_peaks(path, image_size).values())
+        path = _hot(f"{target}-{peak}", shape, stream=scale)
+        reached[peak] = min(_stream_peaks(path, int(image_size)).values())
     return reached
 
 
-def hot_gelus(target: str, shape: str, image_size: int, peaks: list[str]) -> dict[str, float]:
+def hot_gelus(target: str, shape: str, image_size: str, *peaks: str) -> dict[str, float]:
     """Write `target`-PEAK, whose last patch embedding reaches PEAK after its GELU on N(0, 1) noise, for each peak.
 
     Returns what each reaches.
@@ -51,22 +45,22 @@ def hot_gelus(target: str, shape: str, image_size: int, peaks: list[str]) -> dic
     from fastvlm.data import pictures
     from model_export.encoder import ranges
 
-    noise = [pictures.noise(image_size)]
+    noise = [pictures.noise(int(image_size))]
 
     def reached(checkpoint: str) -> float:
         return ranges.measure_modules(plain_encoder(checkpoint), noise)["stages.4.downsample.proj.1"].largest
 
     before = reached(_hot(target, shape))
     return {
-        peak: reached(_hot(f"{target}-{peak}", shape, patch_scale=float(peak) / before)) for peak in peaks
+        peak: reached(_hot(f"{target}-{peak}", shape, patch=float(peak) / before)) for peak in peaks
     }  # fmt: skip
 
 
 def _hot(target: str, shape: str, **scales: Any) -> str:
     from fastvlm.synthetic.checkpoint import write_checkpoint
+    from fastvlm.synthetic.heat import heat
 
-    common: dict[str, Any] = {"dtype": "float32", "attention_scale": ATTENTION_SCALE, "low_pass": True}
-    return str(write_checkpoint(Path(target), shape=shape, **common, **scales))
+    return str(heat(write_checkpoint(Path(target), shape=shape), attention=ATTENTION_SCALE, low_pass=True, **scales))
 
 
 def _stream_peaks(checkpoint: str, image_size: int) -> dict[int, float]:
@@ -76,62 +70,58 @@ def _stream_peaks(checkpoint: str, image_size: int) -> dict[int, float]:
     from model_export.encoder import ranges
 
     plain = plain_encoder(checkpoint)
-    found = ranges.measure_modules(plain, pictures.pixels(read_preprocessor(checkpoint), image_size))
+    modules = ranges.measure_modules(plain, pictures.pixels(read_preprocessor(checkpoint), image_size))
     peaks = {}
     for stage in STREAMS:
         names = [f"stages.{stage}.pos_emb.reparam_conv"]
         for i in range(len(plain.stages[stage].blocks)):
             names += [f"stages.{stage}.blocks.{i}.mlp:input", f"stages.{stage}.blocks.{i}"]
-        peaks[stage] = max(found[name].largest for name in names)
+        peaks[stage] = max(modules[name].largest for name in names)
     return peaks
 
 
-def forced_export(checkpoint: str, target: str, image_size: int) -> None:
+def forced_export(checkpoint: str, target: str, image_size: str) -> None:
     """Export with FORCED_HEADROOM, so that most values carry a power of two and most GELUs are in their scaled form."""
     from functools import partial
     from unittest.mock import patch
 
-    from fastvlm.checkpoint.checkpoint import open_checkpoint
-    from fastvlm.data import pictures
-    from fastvlm.data.preprocessing import read_preprocessor
     from model_export.config import ExportConfig
-    from model_export.encoder import fp16, vision
+    from model_export.encoder import fp16
+    from model_export.export import export, plan
 
-    folder, preprocessor = Path(target), read_preprocessor(checkpoint)
-    config = ExportConfig(Path(checkpoint), folder.parent / "out", image_size=image_size)
+    config = ExportConfig(Path(checkpoint), Path(target), image_size=int(image_size))
     with patch.object(fp16, "choose", partial(fp16.choose, headroom=FORCED_HEADROOM)):
-        vision.export_vision(
-            open_checkpoint(checkpoint), config, folder, lambda size: pictures.pixels(preprocessor, size)
-        )
+        export(plan(config, ("vision",)))
 
 
-def snr(checkpoint: str, image_size: int, packages: dict[str, tuple[str, str]]) -> dict[str, dict[str, float]]:
-    """SNR in dB of packages {key: (policy, path)} against the plain PyTorch module in float32.
+def snr(checkpoint: str, image_size: str, **packages: str) -> dict[str, dict[str, float]]:
+    """SNR in dB of packages (POLICY:PATH) against the plain PyTorch module in float32, by their names.
 
-    "" is the mean over pictures that no export was calibrated on (one alone is 1 dB off it), "noise_" the same on
-    N(0, 1) noise.
-
-    A result that is not finite has -inf.
+    "picture" is the mean over pictures that no export was calibrated on (one alone is 1 dB off it), "noise" the same on
+    N(0, 1) noise. A result that is not finite has -inf.
     """
     import numpy as np
 
     from benchmarks.metrics import snr_db
     from fastvlm.data import pictures
 
+    size = int(image_size)
     inputs = {
-        "": _pictures(checkpoint, image_size),
-        "noise_": [pictures.noise(image_size, seed) for seed in range(1, PICTURES + 1)],
+        "picture": _pictures(checkpoint, size),
+        "noise": [pictures.noise(size, seed) for seed in range(1, PICTURES + 1)],
     }
-    expected = {kind: [_features(checkpoint, pixels) for pixels in drawn] for kind, drawn in inputs.items()}
-    found: dict[str, dict[str, float]] = {kind: {} for kind in inputs}
+    plain = plain_encoder(checkpoint)
+    expected = {kind: [_features(plain, pixels) for pixels in drawn] for kind, drawn in inputs.items()}
+    means: dict[str, dict[str, float]] = {kind: {} for kind in inputs}
     with progress("comparing packages", len(packages)) as advance:
-        for key, (policy, package) in packages.items():
-            compute = _executor(package, policy)
+        for name, policy_and_path in packages.items():
+            policy, _, path = policy_and_path.partition(":")
+            compute = _executor(path, policy)
             for kind, drawn in inputs.items():
                 values = [snr_db(wanted, compute(pixels)) for wanted, pixels in zip(expected[kind], drawn)]
-                found[kind][key] = float(np.mean(values))
+                means[kind][name] = float(np.mean(values))
             advance()
-    return found
+    return means
 
 
 def _executor(package: str, policy: str) -> Callable[[Any], Any]:
@@ -145,10 +135,10 @@ def _executor(package: str, policy: str) -> Callable[[Any], Any]:
     ((name, kind),) = executor.inputs.items()
 
     def features(pixels: Any) -> Any:
-        (found,) = executor.predict({name: pixels.astype(NUMPY[kind.dtype])}).values()
-        if found.ndim == 4:  # the plain script's: a map (1, C, H, W)
-            found = found.reshape(*found.shape[:2], -1).transpose(0, 2, 1)
-        return found.astype(np.float32)
+        (output,) = executor.predict({name: pixels.astype(NUMPY[kind.dtype])}).values()
+        if output.ndim == 4:  # the plain script's: a map (1, C, H, W)
+            output = output.reshape(*output.shape[:2], -1).transpose(0, 2, 1)
+        return output.astype(np.float32)
 
     return features
 
@@ -164,45 +154,16 @@ def _pictures(checkpoint: str, image_size: int) -> list[Any]:
     return [prepare(question.image) for question in scenes.questions(PICTURES)]
 
 
-def _features(checkpoint: str, pixels: Any) -> Any:
-    """The plain PyTorch encoder's features (1, N, C) of a picture."""
+def _features(plain: Any, pixels: Any) -> Any:
+    """The features (1, N, C) of a picture by timm's encoder."""
     import torch
 
     with torch.inference_mode():
-        features = plain_encoder(checkpoint).forward_features(torch.from_numpy(pixels))
+        features = plain.forward_features(torch.from_numpy(pixels))
     return features.flatten(2).transpose(1, 2).numpy()
 
 
-def scaling(artefact: str) -> dict[str, float]:
-    """Of an exported encoder: the operations that powers of two added and their share of the bytes moved, float32
-    operations and the audit's findings."""
-    from model_export import contract
-    from model_export.artefact import read_manifest
-
-    facts = read_manifest(Path(artefact))["vision"]
-    added = facts.get("scaling", {"operations": 0, "byte_share": 0.0})
-    return {
-        "added": added["operations"],
-        "byte_share": added["byte_share"],
-        "float32": len(facts.get("float32_operations", ())),
-        "findings": audited(str(Path(artefact) / contract.PACKAGE))["findings"],
-    }
-
-
-# The graph, and several resolutions in one package
-
-
-def audited(package: str) -> dict[str, Any]:
-    """Findings of a package's audit, and how many of its operations only move data, by kind."""
-    from model_export.audit.audit import audit
-
-    document = audit(Path(package))
-    (function,) = document["functions"].values()
-    moves = {kind: function["data_movement"][kind] for kind in ("transpose", "reshape", "squeeze")}
-    return {"findings": len(function["findings"]), "moves": moves}
-
-
-def function(checkpoint: str, package: str, size: int, single: str) -> dict[str, float]:
+def function(checkpoint: str, package: str, image_size: str, single: str) -> dict[str, float]:
     """One function of a package against PyTorch ("snr" in dB, as typed) and against the package of its size alone (the
     largest "difference")."""
     import numpy as np
@@ -210,68 +171,64 @@ def function(checkpoint: str, package: str, size: int, single: str) -> dict[str,
     from benchmarks.metrics import snr_db
     from model_export import contract, mil
 
-    inputs = {contract.INPUT: _pictures(checkpoint, size)[0]}
-    got = mil.load(Path(package), function_name=contract.function_name(size)).predict(inputs)[contract.OUTPUT]
+    inputs = {contract.INPUT: _pictures(checkpoint, int(image_size))[0]}
+    name = contract.function_name(int(image_size))
+    got = mil.load(Path(package), function_name=name).predict(inputs)[contract.OUTPUT]
     alone = mil.load(Path(single)).predict(inputs)[contract.OUTPUT]
-    expected = _features(checkpoint, inputs[contract.INPUT])
+    expected = _features(plain_encoder(checkpoint), inputs[contract.INPUT])
     return {"snr": snr_db(expected, got), "difference": float(np.abs(got - alone).max())}
 
 
-def package_sizes(packages: list[str]) -> list[int]:
-    """Bytes of all files of each package."""
-    return [sum(path.stat().st_size for path in Path(one).rglob("*") if path.is_file()) for one in packages]
-
-
-# Compressed weights
-
-
-def palettization(checkpoint: str) -> dict[str, Any]:
+def palettization(checkpoint: str) -> dict[str, float]:
     """Our palettes and coremltools' (`palettize_weights`, k-means) of the convolution weights that groups of 16 divide.
 
-    Returns "seconds" of each on one core, tensor by tensor in turn, with those of a per-channel scale; "errors", pairs
-    of squared errors by tensor; and "scaled_size", bytes stored with the scale over fp16's.
+    Returns the seconds on one core of "ours" and "coremltools", tensor by tensor in turn, and of "scaled", with a scale
+    for each channel; "tensors"; squared errors, ours over coremltools', of the "worst" and of "all", and how many are
+    "worse"; and "scaled_size", bytes stored with the scale over fp16's.
     """
-    import os
-
     os.environ.update(threads.environment(1))  # before numpy is imported
     import numpy as np
 
-    from model_export.encoder import compress
+    from fastvlm.checkpoint.checkpoint import open_checkpoint
+    from model_export.encoder import compress, vision
+    from model_export.encoder.channel_first import channel_first
     from quantization.coreml.compression import COMPRESSIONS, applies, nbytes
     from quantization.coreml.compression import compress as store
 
     _coremltools_palette(np.ones((16, 1), np.float16), 4, 16)  # its imports are not its time
-    weights, form = compress.weights(_prepared(checkpoint)), COMPRESSIONS[RIVAL_FORM]
-    chosen = {name: weight for name, weight in weights.items() if applies(weight.shape, form) is None}
-    seconds, errors = {"ours": 0.0, "coremltools": 0.0}, []
-    with progress("palettes, ours and coremltools'", len(chosen)) as advance:
-        for name, weight in chosen.items():
-            start = time.perf_counter()
-            ours = store(weight, form)
-            middle = time.perf_counter()
-            theirs = _coremltools_palette(weight, form.bits, form.group)
-            seconds["coremltools"] += time.perf_counter() - middle
-            seconds["ours"] += middle - start
-            pair = [np.square(weight.astype(np.float64) - decoded).sum() for decoded in (ours.decode(), theirs())]
-            errors.append(pair)
-            if pair[0] > pair[1]:
-                log(f"{name} {list(weight.shape)}: squared error {pair[0]:.8g}, coremltools' {pair[1]:.8g}")
+    weights = compress.weights(channel_first(vision.folded_encoder(open_checkpoint(checkpoint))[0]))
+    form, scaled = COMPRESSIONS[RIVAL_FORM], COMPRESSIONS[SCALED_FORM]
+    seconds, errors, stored = {"ours": 0.0, "coremltools": 0.0, "scaled": 0.0}, [], 0
+    with progress("palettes, ours and coremltools'", len(weights)) as advance:
+        for name, weight in weights.items():
+            if applies(weight.shape, form) is None:
+                start = time.perf_counter()
+                ours = store(weight, form)
+                middle = time.perf_counter()
+                theirs = _coremltools_palette(weight, form.bits, form.group)
+                seconds["coremltools"] += time.perf_counter() - middle
+                seconds["ours"] += middle - start
+                pair = [np.square(weight.astype(np.float64) - decoded).sum() for decoded in (ours.decode(), theirs())]
+                errors.append(pair)
+                if pair[0] > pair[1]:
+                    log(f"{name} {list(weight.shape)}: squared error {pair[0]:.8g}, coremltools' {pair[1]:.8g}")
+            start, fits = time.perf_counter(), applies(weight.shape, scaled) is None
+            if fits:
+                store(weight, scaled)
+            stored += nbytes(weight.shape, scaled) if fits else weight.nbytes
+            seconds["scaled"] += time.perf_counter() - start
             advance()
-    start, stored, plain = time.perf_counter(), 0, 0
-    for weight in weights.values():
-        scaled = COMPRESSIONS[SCALED_FORM]
-        plain += weight.nbytes
-        if applies(weight.shape, scaled) is None:
-            store(weight, scaled)
-            stored += nbytes(weight.shape, scaled)
-        else:
-            stored += weight.nbytes
-    seconds["scaled"] = time.perf_counter() - start
-    return {"seconds": seconds, "errors": errors, "scaled_size": stored / plain}
+    return seconds | {
+        "tensors": len(errors),
+        "worst": max(ours / theirs if theirs else 1.0 + (ours > 0) for ours, theirs in errors),
+        "worse": sum(bool(ours > theirs) for ours, theirs in errors),
+        "all": sum(ours for ours, _ in errors) / sum(theirs for _, theirs in errors),
+        "scaled_size": stored / sum(weight.nbytes for weight in weights.values()),
+    }
 
 
 def _coremltools_palette(weight: Any, bits: int, group: int | None) -> Callable[[], Any]:
-    """What `palettize_weights` makes of a weight; call what is returned to decode it."""
+    """Palettize a weight by coremltools' `palettize_weights`; returns the function that decodes it."""
     from model_export.encoder.coreml import coremltools
 
     coremltools()  # which imports it quietly
@@ -281,71 +238,3 @@ def _coremltools_palette(weight: Any, bits: int, group: int | None) -> Callable[
     blocks = [group or 0] + [0] * (weight.ndim - 1)
     made = palettize_weights.blockwise_compress(weight, "KMEANS", bits, blocks, channel_axis=0)
     return lambda: constexpr_lut_to_dense.decompress(made.indices, made.lut, None)
-
-
-def _prepared(checkpoint: str) -> Any:
-    """The encoder whose weights an export would store, before float16's powers of two."""
-    from fastvlm.checkpoint.checkpoint import open_checkpoint
-    from model_export.encoder import vision
-    from model_export.encoder.channel_first import channel_first
-
-    return channel_first(vision.folded_encoder(open_checkpoint(checkpoint))[0])
-
-
-def sizes(checkpoint: str, package: str) -> dict[str, Any]:
-    """Bytes of the encoder's convolution weights in every form ("fp16": as they are), by the forms' own arithmetic; and
-    the bytes of `package`'s weight file over what is predicted for RIVAL_FORM."""
-    from model_export import encoder_forms
-    from model_export.encoder import compress
-    from model_export.encoder.package import WEIGHTS
-    from quantization.coreml.compression import COMPRESSIONS
-
-    encoder = _prepared(checkpoint)
-    shapes = compress.layer_shapes(encoder)
-    found = {
-        name: compress.size_of(shapes, compress.assign(encoder_forms.load(name), shapes).forms) for name in COMPRESSIONS
-    }
-    biases = 2 * sum(layer.bias.numel() for layer in encoder.modules() if getattr(layer, "bias", None) is not None)
-    written = (Path(package) / WEIGHTS).stat().st_size
-    return {
-        "weight_bytes": {encoder_forms.NONE: compress.size_of(shapes, {}), **found},
-        "predicted": found[RIVAL_FORM] + biases,
-        "written": written,
-    }
-
-
-def curve(checkpoint: str, count: int, artefacts: dict[str, str]) -> dict[str, Any]:
-    """Of encoders (artefact folders) in front of PyTorch's language model: package bytes, SNR in dB as typed over all
-    pictures, and the share of greedy answers that are the same as with PyTorch's encoder; by the artefact's name."""
-    from dataclasses import replace
-
-    import numpy as np
-
-    import fastvlm
-    from benchmarks.metrics import snr_db
-    from fastvlm.data import scenes
-    from model_export import contract, runtime
-
-    questions = list(scenes.questions(count))
-    model = fastvlm.load(checkpoint)
-    encoders = {name: runtime.ExecutorVision(Path(artefact)) for name, artefact in artefacts.items()}
-    pixels = [model.preprocess(question.image) for question in questions]
-    figures: dict[str, Any] = {}
-    with progress("asking", count * (1 + len(encoders))) as advance:
-
-        def ask(vision: Any) -> tuple[list[str], Any]:
-            speaker, given = replace(model, vision=vision), []
-            for question in questions:
-                given.append(speaker.generate(question.question, question.image, max_new_tokens=64).strip())
-                advance()
-            return given, np.concatenate([vision.encode(array) for array in pixels])
-
-        wanted, features = ask(model.vision)
-        for name, encoder in encoders.items():
-            given, actual = ask(encoder)
-            figures[name] = {
-                "bytes": package_sizes([str(Path(artefacts[name]) / contract.PACKAGE)])[0],
-                "snr": snr_db(features, actual),
-                "agreement": share(given, wanted),
-            }
-    return figures

@@ -1,31 +1,34 @@
-"""A function in a process of its own: `python -m benchmarks.suites.step MODULE:FUNCTION ARGUMENTS`, a JSON list.
+"""A function in a process of its own: `python -m benchmarks.suites.step MODULE:FUNCTION [WORD...] [NAME=VALUE...]`.
 
-The last line of stdout is {"result": what it returned}, as JSON.
+Words are text, values JSON where they are any. The last line of stdout is what the function returned, as JSON.
 """
 
 import importlib
 import json
 import sys
-from collections.abc import Callable
-from pathlib import Path
+from contextlib import suppress
 from typing import Any
 
 from fastvlm.common.cli import quiet_libraries
 
 
-def command(function: Callable[..., Any], *arguments: Any) -> list[str]:
-    """The command that calls a module's function; paths become text."""
-    name = f"{function.__module__}:{function.__qualname__}"
-    plain = [str(one) if isinstance(one, Path) else one for one in arguments]
-    return [sys.executable, "-m", "benchmarks.suites.step", name, json.dumps(plain, default=str)]
-
-
-def run(name: str, arguments: str) -> Any:
-    """Call MODULE:FUNCTION with a JSON list of arguments."""
-    module, _, function = name.partition(":")
-    return getattr(importlib.import_module(module), function)(*json.loads(arguments))
+def run(target: str, *words: str) -> dict[str, Any]:
+    """Call MODULE:FUNCTION; what isn't a dictionary is {"result": ...}."""
+    module, _, function = target.partition(":")
+    options: dict[str, Any] = {}
+    positional = []
+    for word in words:
+        name, equals, value = word.partition("=")
+        if equals and name.isidentifier():
+            options[name] = value
+            with suppress(ValueError):
+                options[name] = json.loads(value)
+        else:
+            positional.append(word)
+    result = getattr(importlib.import_module(module), function)(*positional, **options)
+    return result if isinstance(result, dict) else {"result": result}
 
 
 if __name__ == "__main__":
     quiet_libraries()
-    print(json.dumps({"result": run(*sys.argv[1:])}))
+    print(json.dumps(run(*sys.argv[1:]), default=str))

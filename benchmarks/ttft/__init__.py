@@ -1,5 +1,1 @@
-"""Time to first token, stage by stage, of every runner, and the comparison of two runs.
-
-Imports `benchmarks.peers`, and the shared exports. `runner` (the clock, the stages), `models`
-and `figures` may be imported from elsewhere.
-"""
+"""Time to first token of every runner, stage by stage, and the comparison of two runs."""

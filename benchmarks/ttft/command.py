@@ -1,4 +1,4 @@
-"""`python -m benchmarks ttft`: time to first token of a checkpoint and of what was exported, side by side."""
+"""`fastvlm ttft`: time to first token of a checkpoint and of what was exported, side by side."""
 
 import argparse
 import json
@@ -7,21 +7,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.peers.command import peer
-from benchmarks.suites.suite import DEMO, synthetic
-from benchmarks.ttft import diff, plan, repeat, report
 from benchmarks.ttft.document import load_document
-from benchmarks.ttft.run import Effort
 from benchmarks.ttft.runner import DELAY, STAGES
-from benchmarks.ttft.runners import Request
 from fastvlm.common.arguments import positive, whole_number
 from fastvlm.common.cli import add_common, log, progress
 from fastvlm.common.errors import UserError
 from fastvlm.common.files import Output, some_path
 from fastvlm.common.staging import write_file
 from fastvlm.data import pictures
+from fastvlm.data.scenes import CHECKPOINT
 from quantization.catalogue import SIZES
-from quantization.recipe import load_recipe
+from quantization.recipe import usable_recipe
 
 
 def add_parser(subparsers: Any) -> None:
@@ -34,46 +30,78 @@ def add_parser(subparsers: Any) -> None:
     )
     add = parser.add_argument
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--checkpoint", type=Path, default=DEMO, metavar="FOLDER", help="default: the demo checkpoint")
+    source.add_argument(
+        "--checkpoint", type=Path, default=CHECKPOINT, metavar="FOLDER", help="default: the demo checkpoint"
+    )
     source.add_argument(
         "--shape", choices=tuple(SIZES), help="a checkpoint of this real shape with random weights, written once"
     )
-    _add_effort(parser, Effort())
+    _add_effort(parser, launches=3, rounds=5)
     exported = parser.add_mutually_exclusive_group()
     exported.add_argument(
         "--artefact", type=Path, nargs="+", default=[], metavar="FOLDER", help="made from the checkpoint"
     )
-    exported.add_argument("--quant", type=_recipe, nargs="+", metavar="RECIPE", help="what to export (default: fp16)")
+    exported.add_argument(
+        "--quant",
+        type=usable_recipe,
+        nargs="+",
+        default=["fp16"],
+        metavar="RECIPE",
+        help="what to export (default: fp16)",
+    )
     pixels, count = whole_number(64, multiple=64), whole_number()
     add("--resolution", type=pixels, nargs="+", default=[], metavar="PX", help="default: the native one")
     add("--prompt-length", type=count, nargs="+", default=[], metavar="N", help="text tokens, template included")
     add("--runner", nargs="+", default=[], metavar="NAME", help="only these: names or patterns, 'executor-*'")
-    add("--against", type=peer, nargs="+", default=[], metavar="PEER", help="models that the paper compares with, too")
     add("--image-file", type=_picture, metavar="FILE", help="the picture (default: a drawn one)")
     add("--threads", type=count, metavar="N", help="of each runner (default: PyTorch's own choice)")
     add("--no-search", action="store_true", help="don't look for Transformers' best setting; its default only")
-    add("--compile", action="store_true", help="try torch.compile in the search, too")
     add("--save", type=Output(file=True), metavar="RUN.json", help="write the run, for `show` and `diff`")
-    _add_shown(parser)
+    add("--output", type=Output(file=True), metavar="PAGE.html", help="write the page")
     parser.set_defaults(run=run)
+
     verbs = parser.add_subparsers(metavar="show | diff | repeatability")
-    _add_show(verbs)
-    _add_diff(verbs)
-    _add_repeatability(verbs)
+    parser = verbs.add_parser("show", help="a saved run again: table and page")
+    parser.add_argument("saved", type=Path, metavar="RUN.json")
+    parser.add_argument("--output", type=Output(file=True), metavar="PAGE.html", help="write the page")
+    add_common(parser)
+    parser.set_defaults(run=show)
+
+    parser = verbs.add_parser("diff", help="what changed between two saved runs by more than their noise")
+    parser.add_argument("old", type=Path, metavar="OLD.json")
+    parser.add_argument("new", type=Path, metavar="NEW.json")
+    parser.add_argument("--fail-on-slower", action="store_true", help="exit 1 when a stage became slower")
+    add_common(parser)
+    parser.set_defaults(run=compare)
+
+    parser = verbs.add_parser(
+        "repeatability",
+        help="check that `diff` reports no change between equal runs, and reports a stage slowed by 15 %%",
+        description="Measure the demo checkpoint again and again: pairs of equal runs, and as many with a stage slowed"
+        " by 15 %. Exit 1 when more than one pair in 20 is called different, or a slowdown isn't named.",
+    )
+    parser.add_argument(
+        "--pairs", type=whole_number(), default=20, metavar="N", help="of each kind (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--stage", nargs="+", choices=STAGES, default=list(STAGES), help="slowed in turn (default: all)"
+    )
+    _add_effort(parser, launches=8, rounds=30)
+    add_common(parser)
+    parser.set_defaults(run=repeatability)
 
 
-def _add_effort(parser: argparse.ArgumentParser, effort: Effort) -> None:
+def _add_effort(parser: argparse.ArgumentParser, launches: int, rounds: int) -> None:
     add = parser.add_argument
-    launches, rounds = effort.launches, effort.rounds
     add("--launches", type=whole_number(), default=launches, metavar="N", help="processes of each runner (%(default)s)")
     add("--rounds", type=whole_number(), default=rounds, metavar="N", help="in each, after a warm-up (%(default)s)")
     add(
         "--budget",
         type=positive,
-        default=effort.budget,
+        default=120.0,
         metavar="S",
-        help="seconds for a runner's rounds at a point, and for its first, cold pass: a slow one gets fewer rounds, one"
-        " that isn't through by then is stopped, and the table says so (default: %(default)g)",
+        help="seconds for a runner's rounds at a point, and for its first, cold pass: a slow runner gets fewer rounds,"
+        " one that does not finish its first pass is stopped; the table says which (default: %(default)g)",
     )
     add(
         "--work-dir",
@@ -84,102 +112,57 @@ def _add_effort(parser: argparse.ArgumentParser, effort: Effort) -> None:
     )
 
 
-def _add_shown(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--output", type=Output(file=True), metavar="PAGE.html", help="write the page")
-    parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
-
-
-def _add_show(verbs: Any) -> None:
-    parser = verbs.add_parser("show", help="a saved run again: table, page, Markdown")
-    parser.add_argument("saved", type=Path, metavar="RUN.json")
-    _add_shown(parser)
-    add_common(parser)
-    parser.set_defaults(run=show)
-
-
-def _add_diff(verbs: Any) -> None:
-    parser = verbs.add_parser(
-        "diff",
-        help="what changed between two saved runs by more than their noise",
-        description="Compare two runs of the same benchmark, each runner, point and stage.",
-    )
-    parser.add_argument("old", type=Path, metavar="OLD.json")
-    parser.add_argument("new", type=Path, metavar="NEW.json")
-    parser.add_argument("--fail-on-slower", action="store_true", help="exit 1 when a stage became slower")
-    add_common(parser)
-    parser.set_defaults(run=compare)
-
-
-def _add_repeatability(verbs: Any) -> None:
-    parser = verbs.add_parser(
-        "repeatability",
-        help="whether `diff` calls nothing between equal runs, and names a stage slowed by 15 %%",
-        description="Measure the demo checkpoint again and again: pairs of equal runs, and as many with a stage slowed"
-        " by 15 %. Exit 1 when more than one pair in 20 is called different, or a slowdown isn't named.",
-    )
-    parser.add_argument(
-        "--pairs", type=whole_number(), default=20, metavar="N", help="of each kind (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--stage", nargs="+", choices=STAGES, default=list(STAGES), help="slowed in turn (default: all)"
-    )
-    _add_effort(parser, repeat.EFFORT)
-    add_common(parser)
-    parser.set_defaults(run=repeatability)
-
-
 def _picture(text: str) -> Path:
     path = some_path(text)
     pictures.check([path])
     return path
 
 
-def _recipe(text: str) -> str:
-    load_recipe(text)
-    return text
-
-
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Measure; print, write and save the run. Returns its document."""
+    from benchmarks.suites import suite
+    from benchmarks.ttft import plan
+    from benchmarks.ttft.run import Effort
+    from benchmarks.ttft.runners import Request
+
+    recipes, resolutions, lengths = (
+        tuple(dict.fromkeys(values)) for values in (args.quant, args.resolution, args.prompt_length)
+    )
     request = Request(
-        checkpoint=args.checkpoint, artefacts=tuple(args.artefact),
-        recipes=tuple(dict.fromkeys(args.quant or ["fp16"])),
-        resolutions=tuple(dict.fromkeys(args.resolution)), prompt_lengths=tuple(dict.fromkeys(args.prompt_length)),
-        patterns=tuple(args.runner), against=tuple(args.against), picture=args.image_file, threads=args.threads,
-        effort=Effort(args.launches, args.rounds, args.budget), search=not args.no_search, compiled=args.compile,
-        work=args.work_dir,
+        args.checkpoint, Effort(args.launches, args.rounds, args.budget), tuple(args.artefact), recipes, resolutions,
+        lengths, tuple(args.runner), args.image_file, args.threads, not args.no_search, args.work_dir,
     )  # fmt: skip
     plan.check(request)
     if args.shape:
-        request = replace(request, checkpoint=synthetic(args.work_dir.resolve(), args.shape))
+        request = replace(request, checkpoint=suite.synthetic(args.work_dir.resolve(), args.shape))
     with progress("ttft"):
         document = plan.measure(request)
     if args.save:
         write_file(args.save, (json.dumps(document, indent=1, allow_nan=False) + "\n").encode())
         log(f"saved: {args.save}")
-    _show(args, document)
-    return document
+    return _shown(args, document)
 
 
 def show(args: argparse.Namespace) -> dict[str, Any]:
     """Show a saved run as `run` does."""
-    document = load_document(args.saved)
-    _show(args, document)
-    return document
+    return _shown(args, load_document(args.saved))
 
 
-def _show(args: argparse.Namespace, document: dict[str, Any]) -> None:
+def _shown(args: argparse.Namespace, document: dict[str, Any]) -> dict[str, Any]:
+    from benchmarks.ttft import report
+
     if args.output:
         write_file(args.output, report.render(document).encode())
         log(f"page: {args.output}")
-    if args.markdown:
-        print(report.markdown(document))
-    elif not args.json:
+    if not args.json:
         report.print_document(document)
+    return document
 
 
 def compare(args: argparse.Namespace) -> dict[str, Any]:
     """Compare two saved runs, and print what changed."""
+    from benchmarks.ttft import diff, report
+
     comparison = diff.compare(load_document(args.old), load_document(args.new))
     if not args.json:
         report.print_changes(comparison)
@@ -189,10 +172,14 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
 
 def repeatability(args: argparse.Namespace) -> dict[str, Any]:
     """Measure how often `compare` is right, and print it."""
+    from benchmarks.ttft import plan, repeat, report
+    from benchmarks.ttft.run import Effort
+    from benchmarks.ttft.runners import Request
+
     if delay := os.environ.get(DELAY):
         raise UserError(f"{DELAY} is set to {delay}: expected none, unset it")
     effort = Effort(args.launches, args.rounds, args.budget)
-    request = Request(DEMO, patterns=repeat.RUNNERS, search=False, effort=effort, work=args.work_dir)
+    request = Request(CHECKPOINT, effort, patterns=repeat.RUNNERS, search=False, work=args.work_dir)
     with progress("runs", 2 * args.pairs + 1) as advance:
 
         def measure() -> dict[str, Any]:

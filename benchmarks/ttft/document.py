@@ -1,5 +1,6 @@
-"""Reading a saved run of `benchmarks ttft`, with a check of every value that is shown or compared."""
+"""Reading a saved run of `fastvlm ttft`, with a check of every value that is shown or compared."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,32 +35,32 @@ def load_document(path: Path) -> dict[str, Any]:
     try:
         document: dict[str, Any] = load(path)
     except Unreadable as error:
-        raise UserError(f"{path}: not readable as JSON ({error}): expected what `ttft --save` wrote") from None
+        raise UserError(f"{path}: {error}: expected what `ttft --save` wrote") from None
     if not isinstance(document, dict) or (document.get("benchmark"), document.get("format")) != ("ttft", FORMAT):
-        raise UserError(f"{path}: not a run of `benchmarks ttft` in format {FORMAT}: measure again with --save")
-    if faults := _faults(document, _RUN, ""):
+        raise UserError(f"{path}: not a run of `fastvlm ttft` in format {FORMAT}: measure again with --save")
+    if faults := [*_faults(document, _RUN, "")]:
         more = f" and {len(faults) - _NAMED} more" if len(faults) > _NAMED else ""
         raise UserError(f"{path}: damaged: {', '.join(faults[:_NAMED])}{more}: measure again with --save")
     return document
 
 
-def _faults(value: Any, form: Any, where: str) -> list[str]:
+def _faults(value: Any, form: Any, where: str) -> Iterator[str]:
     """The places in `value` that differ from its form."""
     if isinstance(form, dict):
         if not isinstance(value, dict):
-            return [f"{where} is no object"]
-        if form is _RUNNER and "error" in value:
-            form = _FAILED
-        form = dict.fromkeys(value, form[str]) if str in form else form
-        place = f"{where}." if where else ""
-        below = ([f"no {place}{key}"] if key not in value else _faults(value[key], form[key], f"{place}{key}")
-                 for key in form)  # fmt: skip
-        return [fault for faults in below for fault in faults]
-    if isinstance(form, list | tuple):
+            yield f"{where} is no object"
+            return
+        form = _FAILED if form is _RUNNER and "error" in value else form
+        for key in value if str in form else form:
+            place = f"{where}.{key}".lstrip(".")
+            yield from _faults(value[key], form.get(str, form.get(key)), place) if key in value else [f"no {place}"]
+    elif isinstance(form, list | tuple):
         if not isinstance(value, list):
-            return [f"{where} is no list"]
-        if not value and isinstance(form, list):
-            return [f"{where} is empty"]
-        return [fault for i, one in enumerate(value) for fault in _faults(one, form[0], f"{where}[{i}]")]
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return [f"{where} is no number"] if form is float and not number else []
+            yield f"{where} is no list"
+        elif not value and isinstance(form, list):
+            yield f"{where} is empty"
+        else:
+            for i, item in enumerate(value):
+                yield from _faults(item, form[0], f"{where}[{i}]")
+    elif form is float and (isinstance(value, bool) or not isinstance(value, int | float)):
+        yield f"{where} is no number"

@@ -1,11 +1,9 @@
-"""The figures of a run of `benchmarks ttft`: medians and spreads, the order of the runners, ratios."""
+"""The figures of a run of `fastvlm ttft`: medians and spreads, the order of the runners, ratios."""
 
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks.peers import claims
-from benchmarks.peers.shapes import TEXT_TOKENS, against, names
 from benchmarks.ttft.runner import totals
 
 Document = Mapping[str, Any]
@@ -21,7 +19,7 @@ def figures(runner: Document, tokens: int) -> dict[str, dict[str, float]]:
     if "error" in runner:
         return {}
     columns: dict[str, list[float]] = {}
-    for stages in (one["stages"] for launch in runner["launches"] for one in launch["rounds"]):
+    for stages in (record["stages"] for launch in runner["launches"] for record in launch["rounds"]):
         rate = {"decode_rate": tokens / stages["decode"]} if stages.get("decode") else {}
         for name, value in {**stages, **totals(stages), **rate}.items():
             columns.setdefault(name, []).append(value)
@@ -82,31 +80,3 @@ def ratios(document: Document) -> dict[str, float]:
         if "next_question" in ours:
             result["next question / TTFT"] = ours["next_question"] / ours["ttft_paper"]
     return {label: float(f"{value:.3g}") for label, value in result.items()}
-
-
-def busy(document: Document) -> bool:
-    """True if other work had more than a quarter of the cores when the run began, by the load of the minute before."""
-    return document["load_before"]["1min"] > document["environment"]["cores"] / 4
-
-
-def compare_peers(document: Document) -> list[dict[str, Any]]:
-    """A comparison (`claims.compare`) for each peer that a run timed, with the "error" of a runner that failed.
-
-    The FastVLM beside a peer is the one that was built like it; where the run's own checkpoint has that shape, its
-    fastest runner at the same resolution is a row of its own.
-    """
-    comparisons, tokens = [], document["tokens"]
-    point = document["points"][0]  # the only one with peers
-    runners = {one["name"]: one for one in point["runners"]}
-    for name in names():
-        pair = [runners[f"peer:{one}"] for one in (against(name), name) if f"peer:{one}" in runners]
-        if len(pair) == 2:
-            errors = [f"{one['name']}: {one['error']}" for one in pair if "error" in one]
-            times = None if errors else [medians(one, tokens) for one in pair]
-            own = against(name).removeprefix("fastvlm-") in document["checkpoint"]["name"].lower()
-            same = own and point["resolution"] == 1024
-            best = next((one for one in ranked(point, tokens) if one["kind"] != "peer" and "error" not in one), None)
-            row = (best["name"], medians(best, tokens)["ttft_paper"]) if best and same else None
-            comparison = claims.compare(name, point["text_tokens"] or TEXT_TOKENS, times, row)
-            comparisons.append({**comparison, "error": "; ".join(errors) or None})
-    return comparisons

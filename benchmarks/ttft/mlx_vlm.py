@@ -1,4 +1,4 @@
-"""mlx-vlm's FastVLM as a runner of `benchmarks ttft`, in an environment that needs nothing of ours.
+"""mlx-vlm's FastVLM as a runner of `fastvlm ttft`, in an environment that needs nothing of ours.
 
 The steps are those of `mlx_vlm.generate` 0.7.10 (`generate/ar.py`: the prompt but for its last token, whose logits are
 never computed, then the last one), one after the other, each evaluated before the clock is read.
@@ -21,13 +21,13 @@ _PLACEHOLDER = "<image>"
 
 
 def open_runner(specification: Mapping[str, Any]) -> "MlxVlm":
-    """Open the folder "artefact" (mlx-vlm's layout), for "picture", "prompt" and "question" (whole texts, with the
-    template and one `<image>`) and "tokens"."""
+    """Open the folder "artefact" (mlx-vlm's layout) for "picture", "rendered_prompt" and "rendered_question" (whole
+    texts, with the template and one `<image>`), "resolution", "tokens" and "recipe"."""
     return MlxVlm(specification)
 
 
 class MlxVlm:
-    """mlx-vlm asked about one picture; the methods named as `runner.STAGES` are the stages."""
+    """mlx-vlm with a question about one picture; the methods named as `runner.STAGES` are the stages."""
 
     name = "mlx-vlm"
 
@@ -74,8 +74,8 @@ class MlxVlm:
     def first_token(self, state: State) -> None:
         state["answer"] = [int(mx.argmax(state["last"]))]
         self.processor.tokenizer.decode(state["answer"])
-        state["features"], state["logits"] = (state[one].astype(mx.float32) for one in ("encoded", "last"))
-        if bad := [one for one in ("features", "logits") if not mx.isfinite(state[one]).all().item()]:
+        state["features"], state["logits"] = (state[name].astype(mx.float32) for name in ("encoded", "last"))
+        if bad := [name for name in ("features", "logits") if not mx.isfinite(state[name]).all().item()]:
             raise CheckFailed(f"mlx-vlm ({self.dtype}): {' and '.join(bad)} that are NaN or infinite")
 
     def decode(self, state: State) -> None:

@@ -1,4 +1,4 @@
-"""The runners of `benchmarks ttft` over a `fastvlm.model.surface.FastVLM`: Transformers' PyTorch model, and an
+"""The runners of `fastvlm ttft` over a `fastvlm.model.surface.FastVLM`: Transformers' PyTorch model, and an
 artefact.
 
 Imported by a runner's process only. What it imports, and what `prepare` does, is imported before the clock of the load
@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from benchmarks.ttft.runner import State
-from fastvlm.model import surface
+from fastvlm.model import surface, torch_parts
 
 CHECKPOINT_SETTINGS = {"dtype": "float32", "device": "cpu", "memory_format": "contiguous", "attention": "sdpa"}
 
@@ -33,7 +33,7 @@ def prepare(specification: Mapping[str, Any]) -> None:
 
 
 def open_runner(specification: Mapping[str, Any]) -> "ModelRunner":
-    """Open "checkpoint" (with `CHECKPOINT_SETTINGS` and "compile") or "artefact" (with "vision", "llm", "compute",
+    """Open "checkpoint" (with `CHECKPOINT_SETTINGS`) or "artefact" (with "vision", "llm", "compute",
     "units"), for the specification's "picture", "prompt", "question", "resolution" and "tokens"."""
     model, settings = (_checkpoint if specification["kind"] == "checkpoint" else _artefact)(specification)
     settings["threads"] = torch.get_num_threads()
@@ -44,7 +44,7 @@ def open_runner(specification: Mapping[str, Any]) -> "ModelRunner":
 
 
 class ModelRunner:
-    """A `FastVLM` asked about one picture; the methods named as `runner.STAGES` are the stages.
+    """A `FastVLM` with a question about one picture; the methods named as `runner.STAGES` are the stages.
 
     `spec` has "prompt", "question" and "tokens", how many are decoded.
     """
@@ -94,17 +94,12 @@ class ModelRunner:
 
 def _checkpoint(spec: Mapping[str, Any]) -> tuple[surface.FastVLM, dict[str, Any]]:
     settings = CHECKPOINT_SETTINGS | {key: spec[key] for key in CHECKPOINT_SETTINGS if key in spec}
-    model = surface.load_checkpoint(
+    model = torch_parts.load_checkpoint(
         spec["checkpoint"], settings["dtype"], settings["device"], attn_implementation=settings["attention"]
     )
     vision: Any = model.vision
     if settings["memory_format"] == "channels_last":
         vision.encoder.to(memory_format=torch.channels_last)
-    if spec.get("compile"):
-        from torch._inductor import config
-
-        settings["compile"] = config.freezing = True
-        vision.encoder.forward_features = torch.compile(vision.encoder.forward_features)
     model = replace(model, preprocessor=replace(model.preprocessor, image_size=spec["resolution"]))
     return model, settings
 

@@ -1,4 +1,4 @@
-"""A run of `benchmarks ttft`: points (resolution and prompt), measured by every chosen runner, as one document."""
+"""A run of `fastvlm ttft`: points (resolution and prompt), measured by every chosen runner, as one document."""
 
 import datetime
 import os
@@ -74,25 +74,27 @@ def measure(request: Request, say: Say = log) -> dict[str, Any]:
     sizes = sorted(set(resolutions) - {native})
     searches, points = [], []
     with tempfile.TemporaryDirectory(prefix="ttft-") as folder:
-        picture = _picture(request.picture, Path(folder) / "picture.png")
-        common = {"picture": str(picture), "tokens": TOKENS, "threads": request.threads}
+        picture = request.picture or Path(folder) / "picture.png"
+        if not request.picture:
+            next(pictures.drawn(1)).save(picture)
+        common = {"picture": str(picture.resolve()), "tokens": TOKENS, "threads": request.threads}
         specifications = list(runners.specifications(request, chosen, identity, sizes, say))
-        for one in specifications:
-            if one["name"].endswith(BEST):
-                base = {**common, **prompts[0], "resolution": resolutions[0], **one}
-                searches.append(search(base, request.compiled, request.effort.budget, say))
-                one |= searches[-1]["best"]
+        for specification in specifications:
+            if specification["name"].endswith(BEST):
+                base = {**common, **prompts[0], "resolution": resolutions[0], **specification}
+                searches.append(search(base, request.effort.budget, say))
+                specification |= searches[-1]["best"]
         for resolution in resolutions:
             for prompt in prompts:
-                here = {**common, **prompt, "resolution": resolution}
-                points.append(_point(specifications, here, request.effort, Path(folder), say))
-                # peers have sizes of their own, the same at every point: the first is enough
-                specifications = [one for one in specifications if one["kind"] != "peer"]
+                conditions = {**common, **prompt, "resolution": resolution}
+                points.append(_point(specifications, conditions, request.effort, Path(folder), say))
     count = request.threads or threads.count()
+    describe = ["git", "describe", "--always", "--dirty"]
+    commit = subprocess.run(describe, cwd=ROOT, capture_output=True, text=True, check=False)
     document: dict[str, Any] = {
         "benchmark": "ttft", "format": FORMAT,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "command": shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]]), "commit": _commit(),
+        "command": shlex.join(["fastvlm", *sys.argv[1:]]), "commit": commit.stdout.strip() or None,
         "delay": os.environ.get(DELAY, ""),
         "checkpoint": identity, "picture": request.picture.name if request.picture else "a drawn scene",
         "tokens": TOKENS, "effort": asdict(request.effort), "threads": count,
@@ -101,42 +103,34 @@ def measure(request: Request, say: Say = log) -> dict[str, Any]:
         "search": searches, "points": points,
     }  # fmt: skip
     measured = [runner for point in points for runner in point["runners"]]
-    if all("error" in one for one in measured) or any(one.get("passed") is False for one in measured):
+    if all("error" in runner for runner in measured) or any(runner.get("passed") is False for runner in measured):
         document["passed"] = False
-    if request.against:
-        document["peers"] = figures.compare_peers(document)
     return document | {"ratios": figures.ratios(document)}
 
 
 def _point(
-    specifications: Sequence[Specification], here: Mapping[str, Any], effort: Effort, folder: Path, say: Say
+    specifications: Sequence[Specification], conditions: Mapping[str, Any], effort: Effort, folder: Path, say: Say
 ) -> dict[str, Any]:
-    say(f"{here['resolution']} pixels, {here['text_tokens'] or 'the default'} text tokens")
-    whole = [{**here, **one} for one in specifications]
-    outputs = {one["name"]: folder / f"{one['name'].replace('/', ' ')}.npz" for one in whole if one["kind"] != "peer"}
-    for one in whole:
-        one["keep"] = str(outputs.get(one["name"], ""))
+    """Measure a point; each runner gets "snr_db", its features and logits against Transformers' in float32, in dB,
+    where both computed them."""
+    say(f"{conditions['resolution']} pixels, {conditions['text_tokens'] or 'the default'} text tokens")
+    outputs = {runner["name"]: folder / f"{runner['name'].replace('/', ' ')}.npz" for runner in specifications}
+    whole = [{**conditions, **runner, "keep": str(outputs[runner["name"]])} for runner in specifications]
     measured, turns = run.measure(whole, effort, say)
-    for runner, one in zip(measured, whole):
-        runner |= {"kind": one["kind"], "recipe": one.get("recipe")}
-    _compare(measured, outputs)
-    point = {key: here[key] for key in ("resolution", "text_tokens", "prompt", "question")}
-    return point | {"turns": turns, "runners": measured}
-
-
-def _compare(measured: Sequence[dict[str, Any]], outputs: Mapping[str, Path]) -> None:
-    """Add "snr_db" to each runner: its features and logits against Transformers' in float32, in dB, where that ran."""
     reference = outputs.get("transformers-cpu")
-    for runner in measured:
-        path = outputs.get(runner["name"])
-        if reference and reference.is_file() and path and path.is_file() and path != reference:
+    for runner, specification in zip(measured, whole):
+        runner |= {"kind": specification["kind"], "recipe": specification.get("recipe")}
+        path = outputs[specification["name"]]
+        if reference and reference.is_file() and path.is_file() and path != reference:
             with np.load(reference) as expected, np.load(path) as got:
-                same = {
+                errors = {
                     name: snr_db(expected[name], got[name]) for name in got if got[name].shape == expected[name].shape
                 }
-            runner["snr_db"] = {name: value if np.isfinite(value) else None for name, value in same.items()}
+            runner["snr_db"] = {name: value if np.isfinite(value) else None for name, value in errors.items()}
     for path in outputs.values():
         path.unlink(missing_ok=True)
+    point = {key: conditions[key] for key in ("resolution", "text_tokens", "prompt", "question")}
+    return point | {"turns": turns, "runners": measured}
 
 
 def identify(checkpoint: Path) -> dict[str, Any]:
@@ -169,17 +163,3 @@ def lengthened(checkpoint: Path, length: int) -> str:
         longer = f"{text} {words[len(text.split()) % len(words)]}".strip()
         text = longer if count(longer) <= length else text + " a"
     return text if count(text) == length else text.strip()
-
-
-def _picture(path: Path | None, target: Path) -> Path:
-    """The picture that every runner opens: the user's, or a drawn one that is written to `target`."""
-    if path is not None:
-        return path.resolve()
-    next(pictures.drawn(1)).save(target)
-    return target
-
-
-def _commit() -> str | None:
-    command = ["git", "describe", "--always", "--dirty"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or None

@@ -4,11 +4,11 @@ import contextlib
 import json
 import math
 import os
+import select
 import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -30,11 +30,8 @@ class RunnerError(Exception):
 
     def __init__(self, line: str, failed: bool = False) -> None:
         super().__init__(line)
-        self.failed = failed
-
-    def record(self) -> dict[str, Any]:
-        """The runner's record; "passed" false decides the run's exit code."""
-        return {"error": str(self)} | ({"passed": False} if self.failed else {})
+        # the runner's record; "passed" false decides the run's exit code
+        self.record: dict[str, Any] = {"error": line} | ({"passed": False} if failed else {})
 
 
 class Process:
@@ -60,9 +57,10 @@ class Process:
         except OSError as error:
             self.stderr.close()
             raise RunnerError(f"{python}: can't be started: {error.strerror}") from None
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.stdin, self.stdout = self.process.stdin, self.process.stdout
         self.ready: dict[str, Any] = {}
         self.limit(math.inf)
-        self.stopped = False
 
     def limit(self, seconds: float, message: str = "") -> None:
         """Give it so much time from now on; then the process is ended, and RunnerError has the message."""
@@ -74,17 +72,15 @@ class Process:
 
     def round(self) -> dict[str, Any]:
         """One round: {"stages": {stage: seconds}, "waited": {stage: seconds}, "answer"}."""
-        assert self.process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # reading the answer raises the reason
-            self.process.stdin.write("round\n")
-            self.process.stdin.flush()
+            self.stdin.write("round\n")
+            self.stdin.flush()
         return self._read()
 
     def close(self) -> int:
         """End it; returns its peak memory in bytes."""
-        assert self.process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # as above
-            self.process.stdin.close()
+            self.stdin.close()
         peak: int = self._read()["peak_bytes"]
         self.process.wait()
         return peak
@@ -93,21 +89,16 @@ class Process:
         """End it at once, if it hasn't ended."""
         self.process.kill()
         self.process.wait()
-        for pipe in (self.process.stdin, self.process.stdout):
+        for pipe in (self.stdin, self.stdout, self.stderr):
             with contextlib.suppress(OSError):
-                assert pipe is not None
                 pipe.close()
-        self.stderr.close()
 
     def _read(self) -> dict[str, Any]:
-        assert self.process.stdout is not None
-        left = max(0.0, self.deadline - time.perf_counter())
-        watch = threading.Timer(min(left, threading.TIMEOUT_MAX), self._stop)
-        watch.start()
-        line = self.process.stdout.readline()
-        watch.cancel()
-        if self.stopped:
+        left = None if self.deadline == math.inf else max(0.0, self.deadline - time.perf_counter())
+        if not select.select([self.stdout], [], [], left)[0]:
+            self.process.kill()
             raise RunnerError(self.message)
+        line = self.stdout.readline()
         if not line.endswith("\n"):  # it died, perhaps while it wrote
             raise RunnerError(self._ending())
         try:
@@ -117,10 +108,6 @@ class Process:
         if "error" in message:
             raise RunnerError(message["error"], message.get("failed", False))
         return message
-
-    def _stop(self) -> None:
-        self.stopped = True
-        self.process.kill()
 
     def _ending(self) -> str:
         code = self.process.wait()

@@ -10,13 +10,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from benchmarks.ttft import diff
-from benchmarks.ttft.run import Effort
 from benchmarks.ttft.runner import DELAY, TOTALS
 
 SLOWDOWN = 1.15
 FALSE_SHARE = 0.05  # of the pairs, at most
 RUNNERS = ("executor-as-typed", "transformers-cpu")
-EFFORT = Effort(launches=8, rounds=30)
 Measure = Callable[[], dict[str, Any]]
 
 
@@ -32,22 +30,22 @@ def repeat(measure: Measure, pairs: int, stages: Sequence[str]) -> dict[str, Any
     slowed: list[dict[str, Any]] = []
     left_out: list[str] = []
     for number in range(pairs):
-        if stages:
-            stage = stages[number % len(stages)]
-            os.environ[DELAY] = f"{stage}=x{SLOWDOWN}"
+        for stage in (stages[number % len(stages)], None) if stages else (None,):
+            if stage:
+                os.environ[DELAY] = f"{stage}=x{SLOWDOWN}"
             try:
-                comparison = diff.compare(before, measure())
+                after = measure()
             finally:
-                del os.environ[DELAY]
-            slowed.append({"stage": stage, **_judge(stage, comparison["changes"])})
+                os.environ.pop(DELAY, None)
+            comparison = diff.compare(before, after)
             left_out += comparison["left_out"]
-        after = measure()
-        comparison = diff.compare(before, after)
-        equal.append([_words(row) for row in comparison["changes"]])
-        left_out += comparison["left_out"]
-        before = after
-    false = sum(map(bool, [*equal, *(one["false"] for one in slowed)]))
-    missed = any(one["missed"] for one in slowed)
+            if stage:
+                slowed.append({"stage": stage, **_judge(stage, comparison["changes"])})
+            else:
+                equal.append([_words(row) for row in comparison["changes"]])
+                before = after
+    false = sum(map(bool, [*equal, *(pair["false"] for pair in slowed)]))
+    missed = any(pair["missed"] for pair in slowed)
     passed = false <= FALSE_SHARE * (len(equal) + len(slowed)) and not missed and not left_out
     unique = list(dict.fromkeys(left_out))
     return {"pairs": equal, "slowed": slowed, "false": false, "left_out": unique, "passed": passed}

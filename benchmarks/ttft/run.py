@@ -1,4 +1,4 @@
-"""A point of `benchmarks ttft`: its runners cold and warm, in interleaved rounds, within memory and a budget."""
+"""A point of `fastvlm ttft`: its runners cold and warm, in interleaved rounds, within memory and a budget."""
 
 import contextlib
 import ctypes
@@ -28,22 +28,22 @@ class Effort:
     """Processes started of each runner, rounds in each after a warm-up, seconds that a runner may take for all rounds,
     and for its cold pass: one that isn't through by then is stopped."""
 
-    launches: int = 3
-    rounds: int = 5
-    budget: float = 120.0
+    launches: int
+    rounds: int
+    budget: float
 
 
 def drop_from_cache(folder: Path) -> bool:
     """Drop a folder's files from the system's page cache; whether they are gone (False where that can't be known)."""
     if not hasattr(os, "posix_fadvise"):
         return False
-    gone = True
+    dropped = True
     for path in (path for path in folder.rglob("*") if path.is_file() and path.stat().st_size):
         with path.open("rb") as file:
             os.fsync(file.fileno())
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-            gone &= cached(file.fileno()) < _COLD
-    return gone
+            dropped &= cached(file.fileno()) < _COLD
+    return dropped
 
 
 def cached(descriptor: int) -> float:
@@ -66,42 +66,45 @@ def measure(
     "error"}; a round is {"stages", "waited", "yardstick_s"}. A specification with "absent" only says why it can't run.
     """
     records: dict[str, dict[str, Any]] = {}
-    for one in specifications:
-        if "absent" in one:
-            records[one["name"]] = {"name": one["name"], "error": one["absent"]}
+    for runner in specifications:
+        if "absent" in runner:
+            records[runner["name"]] = {"name": runner["name"], "error": runner["absent"]}
         else:
-            say(f"{one['name']}: cold")
-            records[one["name"]] = {"name": one["name"], **_cold(one, effort.budget)}
-    going = {one["name"]: one for one in specifications if "error" not in records[one["name"]]}
+            say(f"{runner['name']}: cold")
+            records[runner["name"]] = {"name": runner["name"], **_cold(runner, effort.budget)}
+    going = {runner["name"]: runner for runner in specifications if "error" not in records[runner["name"]]}
     shares = {name: share(records[name]["cold"], effort) for name in going}
     for name, (launches, rounds) in shares.items():
-        records[name]["note"] = _note(records[name]["cold"], launches, rounds, effort)
+        cold = records[name]["cold"]["round"]
+        pace = f"takes {sum(cold['stages'].values()):.0f} s, and the budget is {effort.budget:.0f} s"
         if not launches:  # so slow that its cold round is all there is
-            records[name]["launches"] = [{"load_s": None, "rounds": [records[name]["cold"]["round"]]}]
+            records[name] |= {"launches": [{"load_s": None, "rounds": [cold]}], "note": f"one round, cold: it {pace}"}
+        elif (launches, rounds) != (effort.launches, effort.rounds):
+            records[name]["note"] = f"{launches} × {rounds} rounds: one {pace}"
     memory = sum(records[name]["peak_bytes"] for name in going)
     turns = memory > _SHARE_OF_MEMORY * psutil.virtual_memory().available
     for launch in range(effort.launches):
-        block = [one for name, one in going.items() if launch < shares[name][0] and "error" not in records[name]]
+        block = [runner for name, runner in going.items() if launch < shares[name][0] and "error" not in records[name]]
         random.Random(launch).shuffle(block)
-        say(f"block {launch + 1} of {effort.launches}: {', '.join(one['name'] for one in block) or 'nothing'}")
-        for together in [[one] for one in block] if turns else [block]:
+        say(f"block {launch + 1} of {effort.launches}: {', '.join(runner['name'] for runner in block) or 'nothing'}")
+        for together in [[runner] for runner in block] if turns else [block]:
             _block(together, {name: rounds for name, (_, rounds) in shares.items()}, launch, records, effort.budget)
     return list(records.values()), turns
 
 
-def trial(specification: Specification, rounds: int, enough: float) -> dict[str, float]:
-    """One process: the fastest of some rounds by ttft_paper, and the first one's, in seconds: {"ttft_paper", "first"}.
+def trial(specification: Specification, rounds: int, enough: float) -> float:
+    """One process: the fastest of some rounds behind a first one, by ttft_paper, in seconds.
 
     Raises RunnerError, also when the first round takes more than `enough` seconds.
     """
     with processes() as start:
         process = start({**specification, "until": "prefill"})
         process.limit(enough, f"given up after {enough:.3g} s")
-        first = totals(process.round()["stages"])["ttft_paper"]
+        process.round()
         process.limit(math.inf)
         times = [totals(process.round()["stages"])["ttft_paper"] for _ in range(rounds)]
         process.close()
-    return {"ttft_paper": min(times, default=first), "first": first}
+    return min(times)
 
 
 def _cold(specification: Specification, budget: float) -> dict[str, Any]:
@@ -115,7 +118,7 @@ def _cold(specification: Specification, budget: float) -> dict[str, Any]:
             answered = process.round()
             took, peak = time.perf_counter() - begun, process.close()
     except RunnerError as error:
-        return error.record()
+        return error.record
     ready = process.ready
     cold = {"dropped": dropped, "load_s": ready["load_s"], "import_s": ready["import_s"], "process_s": took}
     return {
@@ -134,15 +137,6 @@ def share(cold: Mapping[str, Any], effort: Effort) -> tuple[int, int]:
     return launches, max(1, min(effort.rounds, int((effort.budget / launches - load) / pace) - 1))
 
 
-def _note(cold: Mapping[str, Any], launches: int, rounds: int, effort: Effort) -> str:
-    if (launches, rounds) == (effort.launches, effort.rounds):
-        return ""
-    pace = sum(cold["round"]["stages"].values())
-    if not launches:
-        return f"one round, cold: it takes {pace:.0f} s, and the budget is {effort.budget:.0f} s"
-    return f"{launches} × {rounds} rounds: one takes {pace:.0f} s, and the budget is {effort.budget:.0f} s"
-
-
 def _block(
     specifications: Sequence[Specification], rounds: Mapping[str, int], launch: int,
     records: dict[str, dict[str, Any]], budget: float,
@@ -152,10 +146,10 @@ def _block(
     yardstick = Yardstick()
     with processes() as start:
         running: dict[str, Process] = {}
-        for one in specifications:
-            name = one["name"]
+        for runner in specifications:
+            name = runner["name"]
             with _recorded(records[name]):
-                running[name] = start({key: value for key, value in one.items() if key != "keep"}, *limit)
+                running[name] = start({key: value for key, value in runner.items() if key != "keep"}, *limit)
                 running[name].limit(*limit)
                 running[name].round()
                 records[name]["launches"].append({"load_s": running[name].ready["load_s"], "rounds": []})
@@ -187,4 +181,4 @@ def _recorded(record: dict[str, Any]) -> Iterator[None]:
     try:
         yield
     except RunnerError as error:
-        record |= error.record() if "error" not in record else {}
+        record |= error.record if "error" not in record else {}

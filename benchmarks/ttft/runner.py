@@ -1,4 +1,4 @@
-"""A runner's process and the clock of `benchmarks ttft`: `python -m benchmarks.ttft.runner SPECIFICATION`.
+"""A runner's process and the clock of `fastvlm ttft`: `python -m benchmarks.ttft.runner SPECIFICATION`.
 
 It opens the runner that the specification (JSON) describes, prints a line {"ready": true, "name", "settings",
 "import_s", "load_s", "delay"}, does one round for each line that it reads and prints {"stages": {name: seconds},
@@ -38,7 +38,6 @@ OPENERS = {
     "checkpoint": "benchmarks.ttft.models",
     "artefact": "benchmarks.ttft.models",
     "mlx-vlm": "benchmarks.ttft.mlx_vlm",
-    "peer": "benchmarks.peers.models",
 }
 State = dict[str, Any]  # of a round: what a stage leaves for those behind it
 Stage = tuple[str, Callable[[State], None]]
@@ -117,8 +116,8 @@ def queued() -> float:
 
 
 def totals(stages: Mapping[str, float]) -> dict[str, float]:
-    """The totals of a round whose stages are there (a peer has no preprocessing that could be counted)."""
-    return {name: sum(stages[one] for one in parts) for name, parts in TOTALS.items() if set(parts) <= set(stages)}
+    """The totals of a round whose stages are there (a trial ends after the prefill)."""
+    return {name: sum(stages[stage] for stage in parts) for name, parts in TOTALS.items() if set(parts) <= set(stages)}
 
 
 def peak_bytes() -> int:

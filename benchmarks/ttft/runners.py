@@ -1,4 +1,4 @@
-"""The runners of `benchmarks ttft`: those that this machine has, chosen by name, and a specification for each.
+"""The runners of `fastvlm ttft`: those that this machine has, chosen by name, and a specification for each.
 
 What a specification needs is exported here: one artefact for each recipe, and a folder in mlx-vlm's layout.
 """
@@ -7,14 +7,13 @@ import importlib.util
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from benchmarks import shared_exports
-from benchmarks.peers.shapes import against
 from benchmarks.ttft.run import Effort
 from fastvlm.common import children
 from fastvlm.common.cli import log
@@ -25,7 +24,6 @@ from model_export.config import COMPUTE_UNITS
 from quantization.recipe import load_recipe
 
 BEST = "-best"  # behind the name of Transformers' runner with the best setting that the search found
-PEER = "peer:"  # before a peer's name
 MLX_VLM_PYTHON = "FASTVLM_MLX_VLM_PYTHON"
 Say = Callable[[str], None]
 
@@ -42,17 +40,15 @@ class Request:
     """
 
     checkpoint: Path
+    effort: Effort
     artefacts: tuple[Path, ...] = ()
     recipes: tuple[str, ...] = ("fp16",)
     resolutions: tuple[int, ...] = ()
     prompt_lengths: tuple[int, ...] = ()
     patterns: tuple[str, ...] = ()
-    against: tuple[str, ...] = ()
     picture: Path | None = None
     threads: int | None = None
-    effort: Effort = field(default_factory=Effort)
     search: bool = True
-    compiled: bool = False
     work: Path = Path("build/benchmarks")
 
 
@@ -62,24 +58,21 @@ def names(request: Request) -> list[str]:
     transformers = [f"transformers-{device}" for device in devices()]
     if request.search:
         transformers = [name + suffix for name in transformers for suffix in ("", BEST)]
-    peers = dict.fromkeys([*request.against, *map(against, request.against)])
-    return [*ours, *transformers, "mlx-vlm", *(PEER + name for name in peers)]
+    return [*ours, *transformers, "mlx-vlm"]
 
 
 def choose(patterns: Sequence[str], known: Sequence[str]) -> list[str]:
-    """The names that match a pattern, whole or behind their recipe (all without a pattern), and every peer.
+    """The names that match a pattern, whole or behind their recipe; all without a pattern.
 
     Raises UserError for patterns that match none.
     """
-    matches = {one: {name for name in known if _matches(name, one)} for one in patterns}
+    matches = {
+        pattern: {name for name in known if fnmatchcase(name, pattern) or fnmatchcase(name.rpartition("/")[2], pattern)}
+        for pattern in patterns
+    }
     if missing := [pattern for pattern, hits in matches.items() if not hits]:
         raise UserError(f"--runner: no runner {', '.join(missing)} here, expected some of {', '.join(known)}")
-    chosen = set().union(*matches.values()) if patterns else set(known)
-    return [name for name in known if name in chosen or name.startswith(PEER)]
-
-
-def _matches(name: str, pattern: str) -> bool:
-    return fnmatchcase(name, pattern) or fnmatchcase(name.rpartition("/")[2], pattern)
+    return [name for name in known if not patterns or name in set().union(*matches.values())]
 
 
 def backends() -> dict[str, dict[str, Any]]:
@@ -91,16 +84,18 @@ def backends() -> dict[str, dict[str, Any]]:
     if importlib.util.find_spec("mlx_lm"):
         known["executor-mlx"] = {"vision": "executor", "llm": "mlx", "compute": "as-typed"}
         if sys.platform == "darwin":
-            known |= {f"coreml-{one}": {"vision": "coreml", "llm": "mlx", "units": one} for one in COMPUTE_UNITS}
+            known |= {f"coreml-{units}": {"vision": "coreml", "llm": "mlx", "units": units} for units in COMPUTE_UNITS}
     return known
 
 
 @cache
 def devices() -> list[str]:
     """PyTorch's devices here. A process of its own asks: torch's memory would be that of the process which measures."""
-    code = "import json, torch; print(json.dumps({one: getattr(torch, one).is_available() for one in ('cuda', 'mps')}))"
-    found = children.run([sys.executable, "-c", code]).document("PyTorch")
-    return ["cpu", *(name for name, available in found.items() if available)]
+    code = (
+        "import json, torch; print(json.dumps({name: getattr(torch, name).is_available() for name in ('cuda', 'mps')}))"
+    )
+    available = children.run([sys.executable, "-c", code]).document("PyTorch")
+    return ["cpu", *(name for name in available if available[name])]
 
 
 def recipes(request: Request) -> dict[str, tuple[dict[str, Any], Path | None]]:
@@ -108,20 +103,20 @@ def recipes(request: Request) -> dict[str, tuple[dict[str, Any], Path | None]]:
 
     An artefact made elsewhere doesn't tell its recipe: the form of its weights names it, and it has no rules.
     """
-    known: list[tuple[dict[str, Any], Path | None]]
-    known = [(_recipe(manifest(path)["llm"]), path) for path in request.artefacts]
-    known = known or [(load_recipe(one).to_json(), None) for one in request.recipes]
-    titles = [document["name"] for document, _ in known]
-    if twice := sorted({name for name in titles if titles.count(name) > 1}):
-        flag = "--artefact" if request.artefacts else "--quant"
-        raise UserError(
-            f"{flag}: recipe {', '.join(twice)} twice: runners are named after their recipe, so measure one at a time"
-        )
-    return dict(zip(titles, known))
-
-
-def _recipe(language: Mapping[str, Any]) -> dict[str, Any]:
-    return dict(language.get("recipe") or {"name": f"elsewhere-{language['stored_as'].replace(' ', '-')}"})
+    known: dict[str, tuple[dict[str, Any], Path | None]] = {}
+    for source in request.artefacts or request.recipes:
+        if isinstance(source, Path):
+            language, artefact = manifest(source)["llm"], source
+            document = language.get("recipe") or {"name": f"elsewhere-{language['stored_as'].replace(' ', '-')}"}
+        else:
+            document, artefact = load_recipe(source).to_json(), None
+        if (name := document["name"]) in known:
+            flag = "--artefact" if request.artefacts else "--quant"
+            raise UserError(
+                f"{flag}: recipe {name} twice: runners are named after their recipe, so measure one at a time"
+            )
+        known[name] = document, artefact
+    return known
 
 
 def manifest(artefact: Path) -> dict[str, Any]:
@@ -140,15 +135,14 @@ def specifications(
         identity: name and hash of the checkpoint. UserError for an artefact that was made from another one.
         sizes: resolutions to export beside the native one.
     """
-    for recipe, (document, artefact) in recipes(request).items():
+    for recipe, (document, folder) in recipes(request).items():
         mine = {name: options for name, options in backends().items() if f"{recipe}/{name}" in chosen}
         if mine:
-            extra = {"resolutions": list(sizes)} if sizes else {}
-            folder = artefact or exported(request, identity, document, extra, say)
+            folder = folder or exported(request, identity, document, {"resolutions": list(sizes)} if sizes else {}, say)
             check_weights(folder, identity)
-            for name, options in mine.items():
-                about = {"kind": "artefact", "name": f"{recipe}/{name}", "recipe": recipe}
-                yield {**about, "artefact": str(folder), "files": str(folder), **options}
+        for name, options in mine.items():
+            about = {"kind": "artefact", "name": f"{recipe}/{name}", "recipe": recipe}
+            yield {**about, "artefact": str(folder), "files": str(folder), **options}
     checkpoint = str(request.checkpoint.resolve())
     for name in chosen:
         if name.startswith("transformers-"):
@@ -156,25 +150,22 @@ def specifications(
             yield {**about, "checkpoint": checkpoint, "files": checkpoint}
         elif name == "mlx-vlm":
             yield mlx_vlm(request, identity, say)
-        elif name.startswith(PEER):
-            yield {"kind": "peer", "name": name, "model": name.removeprefix(PEER), "keep_buffers": True}
 
 
 def mlx_vlm(request: Request, identity: Mapping[str, Any], say: Say) -> dict[str, Any]:
     """The specification of mlx-vlm with the first recipe; with "absent" where it can't run."""
     recipe, (document, _) = next(iter(recipes(request).items()))
-    one: dict[str, Any] = {"kind": "mlx-vlm", "name": "mlx-vlm", "recipe": recipe}
+    specification: dict[str, Any] = {"kind": "mlx-vlm", "name": "mlx-vlm", "recipe": recipe}
     python = os.environ.get(MLX_VLM_PYTHON) or (sys.executable if importlib.util.find_spec("mlx_vlm") else "")
-    if "rules" not in document:
-        return {**one, "absent": f"{recipe}: was made elsewhere, by a recipe that isn't known: no export for mlx-vlm"}
-    if not python:
-        why = f"mlx-vlm is not installed: {MLX_VLM_PYTHON} names the Python of an environment with it"
-        return {**one, "absent": why}
     try:
+        if "rules" not in document:
+            raise UserError(f"{recipe}: was made elsewhere, by a recipe that isn't known: no export for mlx-vlm")
+        if not python:
+            raise UserError(f"mlx-vlm is not installed: {MLX_VLM_PYTHON} names the Python of an environment with it")
         folder = str(exported(request, identity, document, {"layout": "mlx-vlm"}, say, ("llm",)))
     except Exception as error:
-        return {**one, "absent": str(error)}
-    return {**one, "artefact": folder, "files": folder, "python": python}
+        return {**specification, "absent": str(error)}
+    return {**specification, "artefact": folder, "files": folder, "python": python}
 
 
 def exported(

@@ -10,37 +10,31 @@ from fastvlm.common import threads
 
 ROUNDS = 3  # of each trial after a first one; the fastest counts, because what disturbs a round only makes it slower
 _HOPELESS = 3.0  # a first round so many times slower than the best ends the trial
-_COMPILES = 600.0  # s that a first round with torch.compile may take
 
 
-def search(base: Specification, compiled: bool, budget: float, say: Callable[[str], None]) -> dict[str, Any]:
+def search(base: Specification, budget: float, say: Callable[[str], None]) -> dict[str, Any]:
     """Try settings of a checkpoint's runner, each in a process of its own.
 
     Args:
         base: the specification with Transformers' default settings, which are tried first.
-        compiled: whether torch.compile is tried, too.
         budget: seconds for the first round of a trial.
 
     Returns:
-        {"device", "rows", "best"}. A row: {"setting", "value", "ttft_paper" in s, "kept"}, with "compile_s" or "error"
-        where there is one; "best" is what to add to the specification.
+        {"device", "rows", "best"}. A row: {"setting", "value", "ttft_paper" in s, "kept"}, with "error" where
+        there is one; "best" is what to add to the specification.
     """
     rows: list[dict[str, Any]] = []
     best: dict[str, Any] = {}
     least = float("inf")
-    for setting, value in options(base, compiled):
+    for setting, value in options(base):
         change = {setting: value} if value else {}
         row: dict[str, Any] = {"setting": setting, "value": value, "kept": False}
-        enough = _COMPILES if setting == "compile" else min(budget, _HOPELESS * least)
         try:
-            times = trial({**base, **best, **change}, ROUNDS, enough)
-            row["ttft_paper"] = times["ttft_paper"]
-            if setting == "compile":
-                row["compile_s"] = times["first"] - times["ttft_paper"]
-            if times["ttft_paper"] < least:
-                least, row["kept"] = times["ttft_paper"], True
+            took = row["ttft_paper"] = trial({**base, **best, **change}, ROUNDS, min(budget, _HOPELESS * least))
+            if took < least:
+                least, row["kept"] = took, True
                 best |= change
-            say(f"{base['name']}: {setting} {value}: {times['ttft_paper']:.4g} s")
+            say(f"{base['name']}: {setting} {value}: {took:.4g} s")
         except RunnerError as error:
             row["error"] = str(error)
             say(f"{base['name']}: {setting} {value}: {error}")
@@ -48,7 +42,7 @@ def search(base: Specification, compiled: bool, budget: float, say: Callable[[st
     return {"device": base["device"], "rows": rows, "best": best}
 
 
-def options(base: Specification, compiled: bool) -> list[tuple[str, Any]]:
+def options(base: Specification) -> list[tuple[str, Any]]:
     """The settings to try in this order.
 
     The default is float32, contiguous, sdpa, the system's allocator, and the threads that the user wants, or all: only
@@ -61,5 +55,4 @@ def options(base: Specification, compiled: bool) -> list[tuple[str, Any]]:
             tried.append(("keep_buffers", True))
         most = 0 if base.get("threads") else threads.count()
         tried += [("threads", number) for number in sorted({1, most // 2}, reverse=True) if 0 < number < most]
-    tried.append(("attention", "eager"))
-    return [*tried, ("compile", True)] if compiled else tried
+    return [*tried, ("attention", "eager")]

@@ -1,4 +1,1 @@
-"""Finding, reading and judging checkpoints, whatever their layout. Nothing here writes.
-
-Imports `fastvlm.common` and `fastvlm.data`.
-"""
+"""Finds, reads and judges checkpoints, whatever their layout. Nothing here writes."""

@@ -10,20 +10,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from fastvlm.checkpoint import folder_kind, layouts, naming
 from fastvlm.checkpoint.configuration import (
     ModelConfig,
     checked_by_transformers,
     configuration_of,
     hf_config_of,
-    reason_of,
 )
-from fastvlm.checkpoint.shapes import shapes
+from fastvlm.checkpoint.tensors import canonical, compare, dtype_of, form_of, resolve_tie
 from fastvlm.checkpoint.weights import TensorInfo, Weights, scan
 from fastvlm.common.documents import Unreadable, load_object
-from fastvlm.common.dtypes import DTYPES, Array
+from fastvlm.common.dtypes import Array
 from fastvlm.common.errors import UserError
 from fastvlm.common.files import check_small_files
 from fastvlm.common.findings import Finding, Steps, collect, errors
@@ -34,8 +31,6 @@ if TYPE_CHECKING:
     from transformers import FastVlmConfig, PreTrainedTokenizerBase
 
 __all__ = ["Checkpoint", "Examination", "TensorInfo", "examine", "open_checkpoint"]
-
-_TRAINING_PARTS = (".conv_kxk.", ".conv_scale.", ".identity.", ".large_conv.", ".small_conv.", ".pos_enc.")
 
 
 @dataclass(frozen=True)
@@ -74,11 +69,11 @@ class Checkpoint:
 
     @cached_property
     def hf_config(self) -> "FastVlmConfig":
-        """`model_config` as Transformers has it."""
+        """`model_config` as Transformers' class."""
         return hf_config_of(self.model_config)
 
     def rows(self, name: str, start: int, stop: int) -> Array:
-        """Some rows of a tensor by canonical name, in memory of their own; bfloat16 as its bits, uint16."""
+        """Rows `start` to `stop` of the tensor with this canonical name, copied; bfloat16 as its bits, uint16."""
         return self._weights.rows(self.tensors[name], start, stop)
 
     def read(self, name: str, mapped: bool = False, alone: bool = False) -> "torch.Tensor":
@@ -114,7 +109,7 @@ class Checkpoint:
 
 @dataclass
 class Examination:
-    """What `examine` found: a checkpoint if there is no error; `kind` when the folder is something else altogether."""
+    """The result of `examine`: a checkpoint if there is no error; `kind` where the folder is of another kind."""
 
     path: Path
     kind: folder_kind.FolderKind | None = None
@@ -129,7 +124,7 @@ class Examination:
 
     @property
     def warnings(self) -> list[Finding]:
-        """The others."""
+        """The findings with which it can be used."""
         return [finding for finding in self.findings if finding.severity == "warning"]
 
 
@@ -172,7 +167,7 @@ class _OtherKind(Exception):
 
 
 def _refuse_other(path: Path, config: Any = None, tensors: Collection[str] = ()) -> None:
-    """Raise _OtherKind for what the folder is by what is known so far."""
+    """Raise _OtherKind where the folder's files, `config` or `tensors` show another kind."""
     if (kind := folder_kind.identify(path, config, tensors)) is not None:
         raise _OtherKind(kind)
 
@@ -191,8 +186,8 @@ def _steps(examination: Examination, image_strategy: str | None) -> Steps[Checkp
     _refuse_other(path, config, weights.tensors)
     yield from (*config_findings, *check_small_files(path), *weight_findings)
     complete = not errors(weight_findings)  # with a shard missing, what the others hold is no news
-    tensors, unknown = yield from _canonical(weights, layout)
-    form, form_findings = collect(_form(tensors, complete))
+    tensors, unknown = yield from canonical(weights, layout)
+    form, form_findings = collect(form_of(tensors, complete))
     yield from form_findings
     vocabulary, vocabulary_findings = collect(layouts.read_vocabulary(path))
     yield from vocabulary_findings
@@ -201,13 +196,13 @@ def _steps(examination: Examination, image_strategy: str | None) -> Steps[Checkp
     yield from layouts.check_config(config, layout, form if complete else None)
     if config_findings:  # what the weights should be isn't known
         return None
-    tied, tie_findings = collect(_resolve_tie(weights, tensors, config, layout))
+    tied, tie_findings = collect(resolve_tie(weights, tensors, config, layout))
     yield from tie_findings if complete else ()
     model = yield from checked_by_transformers(configuration_of(config, layout, form, tied))
     if model is None:
         return None
-    yield from _compare(tensors, unknown, model, tied, complete)
-    dtype = yield from _dtype(tensors, config, complete)
+    yield from compare(tensors, unknown, model, tied, complete)
+    dtype = yield from dtype_of(tensors, config, complete)
     rows = model.text.vocab_size
     token = yield from layouts.image_token(config, layout, vocabulary, rows)
     if preprocessor is None:
@@ -234,117 +229,10 @@ def _add_row(tensors: dict[str, TensorInfo], rows: int) -> None:
 def _read_config(path: Path) -> Steps[dict[str, Any] | None]:
     file = path / "config.json"
     if not file.is_file():
-        inner = sorted(child.parent.name for child in path.glob("*/config.json"))
-        remedy = f"did you mean its folder {inner[0]}?" if inner else ""
-        yield Finding("config-missing", str(path), "a folder without config.json", "a checkpoint", remedy)
+        yield folder_kind.without_config(path)
         return None
     try:
         return load_object(file)
     except Unreadable as error:
         yield error.finding(file.name)
         return None
-
-
-def _canonical(weights: Weights, layout: str) -> Steps[tuple[dict[str, TensorInfo], list[str]]]:
-    """The tensors by canonical name, and the source names of those that have none."""
-    rename = naming.from_llava if layout == "llava_qwen2" else naming.from_transformers
-    tensors, unknown = {}, []
-    prefix = naming.wrapper_prefix(weights.tensors)
-    if prefix:
-        got, expected = f"{prefix} in front of every name", "names without it, as they are read: a wrapper added it"
-        yield Finding("tensor-prefix", "weights", got, expected, severity="warning")
-    for source, info in weights.tensors.items():
-        name = rename(source.removeprefix(prefix))
-        if naming.is_ignored(source):
-            if source.endswith(naming.IMAGE_NEWLINE):
-                got = "a tensor that is not used: it ends the rows of tiles, and a picture is one square here"
-                yield Finding("tensor-ignored", source, got, severity="warning")
-        elif name is None or name in tensors:
-            unknown.append(source)
-        else:
-            tensors[name] = info
-    return tensors, unknown
-
-
-def _form(tensors: Mapping[str, TensorInfo], complete: bool) -> Steps[str]:
-    """`training` or `folded`, from the names of the vision tensors."""
-    vision = [name for name in tensors if name.startswith(naming.VISION)]
-    training = [name for name in vision if any(part in name for part in _TRAINING_PARTS)]
-    folded = [name for name in vision if ".reparam_conv." in name]
-    if training and folded:
-        expected, remedy = "all branches folded or none", "these are already folded"
-        yield Finding("tower-partly-folded", "vision tower", "both forms", expected, remedy, details=tuple(folded))
-    elif not vision and complete:
-        yield Finding("tower-missing", "weights", "no vision tower", "a whole FastVLM, not a part of one")
-    return "training" if training else "folded"
-
-
-def _resolve_tie(
-    weights: Weights, tensors: Mapping[str, TensorInfo], config: dict[str, Any], layout: str
-) -> Steps[bool]:
-    """Whether lm_head is the embeddings: the weights decide, the config is only compared."""
-    stated = layouts.says_tied(config, layout)
-    head, embeddings = tensors.get(naming.LM_HEAD), tensors.get(naming.EMBEDDINGS)
-    tied = head is None or (embeddings is not None and _identical(weights, head, embeddings))
-    if stated is not None and stated != tied:
-        why = "is absent" if head is None else "repeats the embeddings" if tied else "differs from the embeddings"
-        expected = f"{str(tied).lower()}, which is used: lm_head.weight {why}"
-        where = "config.json: tie_word_embeddings"
-        yield Finding("config-ignored", where, str(stated).lower(), expected, severity="warning")
-    return tied
-
-
-def _identical(weights: Weights, a: TensorInfo, b: TensorInfo) -> bool:
-    if (a.shape, a.dtype) != (b.shape, b.dtype):
-        return False
-    step = 4096  # different ones differ in the first piece
-    return all(
-        np.array_equal(weights.rows(a, start, start + step), weights.rows(b, start, start + step))
-        for start in range(0, a.shape[0], step)
-    )
-
-
-def _compare(
-    tensors: Mapping[str, TensorInfo], unknown: list[str], model: ModelConfig, tied: bool, complete: bool
-) -> Iterator[Finding]:
-    """Names and shapes against those of Transformers' own class."""
-    try:
-        expected = shapes(model)
-    except Exception as error:  # timm builds the tower, and raises anything for widths that don't go together
-        yield Finding("config-unusable", "config.json", reason_of(error), "sizes of which a model can be built")
-        return
-    if tied and naming.LM_HEAD not in tensors:
-        expected.pop(naming.LM_HEAD)
-    missing = sorted(set(expected) - set(tensors)) if complete else []
-    unexpected = sorted([tensors[name].source for name in set(tensors) - set(expected)] + unknown)
-    misshapen = [
-        f"{name} {list(tensors[name].shape)}, expected {list(shape)}"
-        for name, shape in expected.items()
-        if name in tensors and tensors[name].shape != shape
-    ]
-    kinds = {"missing": missing, "unexpected": unexpected, "misshapen": misshapen}
-    for kind, names in kinds.items():
-        if names:
-            yield Finding(f"tensors-{kind}", "weights", f"{len(names)} {kind} tensors", details=tuple(names))
-
-
-def _dtype(tensors: Mapping[str, TensorInfo], config: dict[str, Any], complete: bool) -> Steps[str]:
-    """The type of most weights."""
-    sizes: dict[str, int] = {}
-    for info in tensors.values():
-        sizes[info.dtype] = sizes.get(info.dtype, 0) + info.size
-    if other := sorted(name for name in sizes if name not in DTYPES):
-        names = tuple(info.source for info in tensors.values() if info.dtype in other)
-        expected, remedy = ", ".join(DTYPES), "give the weights before quantization"
-        yield Finding("dtype-unsupported", "weights", ", ".join(other), expected, remedy, details=names)
-    main = max(sizes, key=lambda name: sizes[name], default="float32")
-    if not complete:
-        return main
-    if len(sizes) > 1:
-        parts = ", ".join(f"{name} {count:,}" for name, count in sorted(sizes.items()))
-        yield Finding("dtype-mixed", "weights", f"{parts} parameters", f"one: read as {main}", severity="warning")
-    stated = config.get("dtype", config.get("torch_dtype"))
-    if isinstance(stated, str) and stated.removeprefix("torch.") != main:
-        expected = f"{main}, as most weights are"
-        yield Finding("config-ignored", "config.json: dtype", stated, expected, severity="warning")
-    return main

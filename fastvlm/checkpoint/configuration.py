@@ -1,4 +1,4 @@
-"""What a checkpoint's model is made of, from config.json's checked settings, under the names of Transformers' classes.
+"""The model's configuration, by config.json's checked settings, under the names of Transformers' classes.
 
 Transformers itself is asked only for what needs its word, a scaled rotary position encoding: it imports PyTorch.
 """
@@ -70,11 +70,11 @@ def configuration_of(config: dict[str, Any], layout: str, form: str, tied: bool)
         key: tuple(value) if isinstance(value, list) else value
         for key, value in layouts.model_args(config, layout).items()
     }
-    said = layouts.text_of(config, layout)
-    settings: dict[str, Any] = {field.name: said[field.name] for field in fields(TextConfig) if field.name in said}
+    given = layouts.text_of(config, layout)
+    settings: dict[str, Any] = {field.name: given[field.name] for field in fields(TextConfig) if field.name in given}
     for key, value in settings.items():
         settings[key] = tuple(value) if isinstance(value, list) else value
-    text = TextConfig(**settings | {"rope_parameters": _rope(said)})
+    text = TextConfig(**settings | {"rope_parameters": _rope(given)})
     pixels = size_in_config(config)
     return ModelConfig(
         text=replace(
@@ -94,9 +94,9 @@ def configuration_of(config: dict[str, Any], layout: str, form: str, tied: bool)
 
 def _rope(text: dict[str, Any]) -> dict[str, Any]:
     """The rotary position encoding's parameters under their present names; `type` is what `rope_type` was called."""
-    said = text.get("rope_scaling") or text.get("rope_parameters") or {}
-    rope = {key: value for key, value in said.items() if key not in ("type", "mrope_section")}
-    kind = said.get("type", said.get("rope_type", "default"))
+    given = text.get("rope_scaling") or text.get("rope_parameters") or {}
+    rope = {key: value for key, value in given.items() if key not in ("type", "mrope_section")}
+    kind = given.get("type", given.get("rope_type", "default"))
     return rope | {"rope_theta": rope.get("rope_theta", text.get("rope_theta", _ROPE_THETA)), "rope_type": kind}
 
 
@@ -131,7 +131,7 @@ def hf_config_of(model: ModelConfig) -> "FastVlmConfig":
 def checked_by_transformers(model: ModelConfig) -> Steps[ModelConfig | None]:
     """The model with a scaled rotary position encoding as Transformers completes it; None after a finding if it can't.
 
-    What else a config.json can say has been checked by settings.json, as strictly.
+    settings.json has checked every other setting as strictly.
     """
     if model.text.rope["rope_type"] == "default":
         return model
@@ -151,7 +151,7 @@ def reason_of(error: Exception) -> str:
 
 
 def _rope_findings(text: Any) -> Iterator[Finding]:
-    """Why Transformers can't compute the rotary position encoding that config.json asks for, if so."""
+    """Yield a finding where Transformers can't compute the rotary position encoding that config.json asks for."""
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     kind = text.rope_parameters["rope_type"]
@@ -166,7 +166,7 @@ def _rope_findings(text: Any) -> Iterator[Finding]:
 
 
 def loader_faults(model: ModelConfig, rope_types: Container[str] = ("default",)) -> list[str]:
-    """What Transformers runs and the demo app and the MLX loaders don't: no export of such a checkpoint is right.
+    """Settings that Transformers runs and the demo app and the MLX loaders don't: no export of these is right.
 
     `rope_types`: the rotary position encodings that the loader of the export in question computes.
     """

@@ -1,4 +1,4 @@
-"""`python -m fastvlm doctor PATH`: what a checkpoint is, all that is wrong with it, and how it can be exported."""
+"""`fastvlm doctor PATH`: a checkpoint's contents, all of its faults, and the command that exports it."""
 
 import argparse
 import os
@@ -18,24 +18,21 @@ if TYPE_CHECKING:
     from fastvlm.checkpoint.checkpoint import Checkpoint
     from fastvlm.checkpoint.folder_kind import FolderKind
 
-
-@dataclass
-class Part:
-    """A part of the model: number of parameters (and buffers), and their megabytes (10^6 bytes) in the files."""
-
-    parameters: int = 0
-    megabytes: float = 0.0
+_LABELS = {"tied": "tied embeddings"}  # facts that the report calls otherwise than the document
 
 
 @dataclass
 class Report:
-    """What the doctor found. Without faults `facts`, `parts` and `export` are filled; `kind`: it is something else."""
+    """The doctor's findings. Without faults `facts`, `parts` and `export` are filled; `kind`: it is something else.
+
+    `parts` of the model: the number of parameters (and buffers), and their megabytes (10^6 bytes) in the files.
+    """
 
     path: Path
     layout: str | None = None
     kind: "FolderKind | None" = None
     facts: dict[str, Any] = field(default_factory=dict)
-    parts: dict[str, Part] = field(default_factory=dict)
+    parts: dict[str, dict[str, Any]] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     faults: list[Finding] = field(default_factory=list)
     export: dict[str, Any] = field(default_factory=dict)
@@ -48,7 +45,7 @@ class Report:
             "layout": self.layout,
             **({"kind": self.kind.name, "base": self.kind.base} if self.kind else {}),
             **self.facts,
-            "parts": {name: vars(part) for name, part in self.parts.items()},
+            "parts": self.parts,
             "warnings": self.warnings,
             "faults": [
                 {"fault": fault.message, **fault.document(), "details": list(fault.details)} for fault in self.faults
@@ -60,11 +57,14 @@ class Report:
         """The report as lines for a person; every fault and every tensor it names has its own."""
         what = ("kind", self.kind.what) if self.kind else ("layout", self.layout or "unknown")
         lines = [f"{'path':<16}{self.path}", f"{what[0]:<16}{what[1]}"]
-        lines += [f"{name.replace('_', ' '):<16}{value}" for name, value in self.facts.items()]
+        facts = {_LABELS.get(name, name.replace("_", " ")): value for name, value in self.facts.items()}
         lines += [
-            f"  {name:<14}{part.parameters:>14,} parameters {part.megabytes:>10,.1f} MB"
+            f"{label:<16}{('no', 'yes')[value] if isinstance(value, bool) else value}" for label, value in facts.items()
+        ]
+        lines += [
+            f"  {name:<14}{part['parameters']:>14,} parameters {part['megabytes']:>10,.1f} MB"
             for name, part in self.parts.items()
-            if part.parameters
+            if part["parameters"]
         ]
         lines += [f"warning: {warning}" for warning in self.warnings]
         for fault in self.faults:
@@ -80,13 +80,23 @@ def diagnose(path: str | os.PathLike[str], deep: bool = True, advance: Callable[
     """
     from fastvlm.checkpoint.checkpoint import examine
 
-    found = examine(path)
-    warnings = [str(finding) for finding in found.warnings]
-    report = Report(found.path, found.layout, found.kind, warnings=warnings, faults=found.faults)
-    checkpoint = found.checkpoint
+    examination = examine(path)
+    warnings = [str(finding) for finding in examination.warnings]
+    report = Report(
+        examination.path, examination.layout, examination.kind, warnings=warnings, faults=examination.faults
+    )
+    checkpoint = examination.checkpoint
     if checkpoint is None:
         return report
-    report.facts = _facts(checkpoint)
+    report.facts = {
+        "form": checkpoint.form,
+        "dtype": checkpoint.dtype,
+        "files": len(checkpoint.files),
+        "image_size": checkpoint.image_size,
+        "image_tokens": tokens_per_image(checkpoint.image_size),
+        "image_strategy": checkpoint.image_strategy,
+        "tied": checkpoint.tied,
+    }
     report.parts = _parts(checkpoint)
     _look_at_tokenizer(checkpoint, report)
     bad = list(checkpoint.check_finite(advance)) if deep else []
@@ -97,34 +107,22 @@ def diagnose(path: str | os.PathLike[str], deep: bool = True, advance: Callable[
     return report
 
 
-def _facts(checkpoint: "Checkpoint") -> dict[str, Any]:
-    return {
-        "form": checkpoint.form,
-        "dtype": checkpoint.dtype,
-        "files": len(checkpoint.files),
-        "image_size": checkpoint.image_size,
-        "image_tokens": tokens_per_image(checkpoint.image_size),
-        "image_strategy": checkpoint.image_strategy,
-        "tied": checkpoint.tied,
-    }
-
-
-def _parts(checkpoint: "Checkpoint") -> dict[str, Part]:
+def _parts(checkpoint: "Checkpoint") -> dict[str, dict[str, Any]]:
     from fastvlm.checkpoint import naming
 
-    names = {
+    prefixes = {
         "vision": naming.VISION,
         "projector": naming.PROJECTOR,
         "embeddings": naming.EMBEDDINGS,
         "lm_head": naming.LM_HEAD,
         "decoder": naming.LANGUAGE,
     }
-    parts = {name: Part() for name in (*names, "total")}
+    parts: dict[str, dict[str, Any]] = {name: {"parameters": 0, "megabytes": 0.0} for name in (*prefixes, "total")}
     for tensor, info in checkpoint.tensors.items():
-        part = next(name for name, prefix in names.items() if tensor.startswith(prefix))
+        part = next(name for name, prefix in prefixes.items() if tensor.startswith(prefix))
         for name in (part, "total"):
-            parts[name].parameters += info.size
-            parts[name].megabytes += info.nbytes / 1e6
+            parts[name]["parameters"] += info.size
+            parts[name]["megabytes"] += info.nbytes / 1e6
     return parts
 
 
@@ -173,16 +171,14 @@ def _export(checkpoint: "Checkpoint") -> dict[str, Any]:
     app = f"no: it takes features of shape {list(APP_OUTPUT_SHAPE)}, these have {list(features)}"
     return {
         "export": f"yes ({fold})",
-        "command": f"python -m model_export all --checkpoint {source} --output-dir {target}",
+        "command": f"fastvlm export --checkpoint {source} --output-dir {target}",
         "demo_app": "yes" if features == APP_OUTPUT_SHAPE else app,
     }
 
 
 def add_parser(subparsers: Any) -> None:
     """Add the verb to the package's command line."""
-    parser = subparsers.add_parser(
-        "doctor",
-    )
+    parser = subparsers.add_parser("doctor")
     parser.add_argument("path", metavar="PATH", help="a checkpoint's folder")
     parser.add_argument("--quick", action="store_true", help="don't read the weights (no check for NaN)")
     parser.set_defaults(run=run)

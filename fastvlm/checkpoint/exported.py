@@ -1,4 +1,4 @@
-"""What an exported artefact's folder is, by the names in it: made here or elsewhere, for which loader, which halves.
+"""The kind of an exported artefact's folder, by the names in it: made here or elsewhere, its loader, its halves.
 
 `model_export` writes artefacts and reads them; this is what a checkpoint's verbs need to know of them. Nothing is
 opened but JSON files and the headers of weights.
@@ -31,12 +31,12 @@ class Exported:
 
     @property
     def name(self) -> str:
-        """What it is, in a few words."""
+        """The kind of the artefact, in a few words."""
         return "an exported artefact" if self.ours else "an artefact exported elsewhere"
 
     @property
     def holds(self) -> str:
-        """How that shows."""
+        """The files and keys that show the kind."""
         if self.ours:
             return MANIFEST
         halves = {"vision": "a Core ML encoder", "llm": "an MLX language model"}

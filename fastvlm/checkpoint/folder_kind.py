@@ -1,4 +1,4 @@
-"""What a path is when it is not what was asked for: adapters, shards, other formats, caches, a hub id; and the remedy.
+"""Kinds of paths that are given instead of a checkpoint (adapters, shards, other formats, caches), and remedies.
 
 Names of files and tensors and a key of the small JSON files decide, never weights. The rules are data:
 folder_kinds.json. Nothing imports torch here.
@@ -9,16 +9,18 @@ import os
 import re
 import shlex
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from fastvlm.checkpoint.exported import recognise
-from fastvlm.common.documents import Unreadable, load
-from fastvlm.common.files import is_macs
-from fastvlm.common.findings import Finding
+from fastvlm.checkpoint.weights import scan
+from fastvlm.common.documents import Unreadable, load, load_object
+from fastvlm.common.errors import UserError
+from fastvlm.common.files import is_macs, some_path
+from fastvlm.common.findings import Finding, collect, errors
 
 CHECKPOINT, ARTEFACT = "a checkpoint", "an artefact"  # what may be asked for
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)  # a hub id
@@ -43,7 +45,7 @@ _FILES = {
 
 @dataclass(frozen=True)
 class FolderKind:
-    """What a folder is. `evidence`: the file, key or tensor that shows it; `base`: an adapter's, as it names it."""
+    """The kind of a folder. `evidence`: the file, key or tensor that shows it; `base`: an adapter's, as it names it."""
 
     name: str
     path: Path
@@ -53,7 +55,7 @@ class FolderKind:
     base: str | None = None
 
     def finding(self, expected: str = CHECKPOINT) -> Finding:
-        """For someone who was asked for a checkpoint, or an artefact."""
+        """The finding for a path where `expected`, a checkpoint or an artefact, belongs."""
         got = f"{self.what} (it has {self.evidence})"
         return Finding(f"folder-is-{self.name}", str(self.path), got, expected, self.remedy)
 
@@ -65,13 +67,13 @@ def _rules() -> dict[str, Any]:
 
 
 def identify(path: Path, config: Any = None, tensors: Collection[str] = ()) -> FolderKind | None:
-    """The kind of the folder by what is known of it, None if no rule's evidence is all there.
+    """The kind of a folder by its files; None where no rule has all of its evidence.
 
     `config` is its config.json, `tensors` the names in its weight files, as far as they were read.
     """
     if (made := recognise(path)) is not None:
         name = "artefact" if made.ours else "artefact-elsewhere"
-        uses = "model_export inspect and generate, benchmarks, app_bridge validate, plan and bundle take it"
+        uses = "fastvlm inspect, generate, parity, ttft, validate, plan and bundle take it"
         return FolderKind(name, path, made.name, made.holds, uses)
     names = _names(path)
     weights = bool(_first(names, _rules()["weights"]))
@@ -80,19 +82,21 @@ def identify(path: Path, config: Any = None, tensors: Collection[str] = ()) -> F
             continue
         evidence = [_evidence(path, names, config, tensors, key, rule[key]) for key in _EVIDENCE if key in rule]
         if all(evidence) and not _first(tensors, rule.get("no_tensors", ())):
-            return _kind(rule, path, next(one for one in evidence if one), names)
+            return _kind(rule, path, next(filter(None, evidence)), names)
     return None
 
 
 def _evidence(path: Path, names: Collection[str], config: Any, tensors: Collection[str], key: str, value: Any) -> str:
-    """What of the folder meets one condition of a rule, "" if nothing does."""
+    """The part of the folder that meets one condition of a rule, "" if nothing does."""
     if key == "files":
-        return _first(names, value) or next((one for one in value if "/" in one and any(path.glob(one))), "")
+        return _first(names, value) or next(
+            (pattern for pattern in value if "/" in pattern and any(path.glob(pattern))), ""
+        )
     if key == "all_files":
         return " and ".join(value) if set(value) <= set(names) else ""
     if key == "config":
-        found = config.get(value) if isinstance(config, Mapping) else None
-        return f"{value} in config.json" if isinstance(found, Mapping) else ""
+        section = config.get(value) if isinstance(config, Mapping) else None
+        return f"{value} in config.json" if isinstance(section, Mapping) else ""
     first = _first(tensors, value)
     return f"the tensor {first}" if first else ""
 
@@ -108,25 +112,25 @@ def _names(path: Path) -> frozenset[str]:
         return frozenset()
 
 
-def _kind(rule: Mapping[str, Any], path: Path, found: str, names: Collection[str]) -> FolderKind:
+def _kind(rule: Mapping[str, Any], path: Path, evidence: str, names: Collection[str]) -> FolderKind:
     base = _base(path) if "adapter_config.json" in names else None
     words = {
         "path": shlex.quote(str(path)),
         "text": json.dumps(str(path), ensure_ascii=False),
-        "inside": shlex.quote(str(path / found)),
+        "inside": shlex.quote(str(path / evidence)),
         "base": base or "the model that it was trained on",
         "of": f" of {base}" if base else "",
         "snapshot": _snapshots(path),
     }
     what, remedy = (rule[key].format(**words) for key in ("what", "remedy"))
-    return FolderKind(rule["name"], path, what, found, remedy, base)
+    return FolderKind(rule["name"], path, what, evidence, remedy, base)
 
 
 def _base(path: Path) -> str | None:
     """The model that an adapter says it was trained on."""
-    said = _small_json(path / "adapter_config.json")
-    found = [said.get(key) for key in _BASE_KEYS] if isinstance(said, dict) else []
-    return next((one[:200] for one in found if isinstance(one, str) and one), None)
+    adapter = _small_json(path / "adapter_config.json")
+    bases = [adapter.get(key) for key in _BASE_KEYS] if isinstance(adapter, dict) else []
+    return next((base[:200] for base in bases if isinstance(base, str) and base), None)
 
 
 def _small_json(file: Path) -> Any:
@@ -140,51 +144,51 @@ def _small_json(file: Path) -> Any:
 # --- the hub's cache and its ids -------------------------------------------------------------------------------------
 
 
-def snapshot(repository: Path, revision: str = "main") -> Path | None:
-    """The snapshot in the hub cache's folder of a repository that `revision` (a branch or a commit) stands for."""
-    reference = repository / "refs" / revision
-    commit = revision
-    if reference.is_file() and reference.stat().st_size <= 100:
-        commit = reference.read_text(encoding="utf-8", errors="replace").strip()
-    found = repository / "snapshots" / commit
-    return found if re.fullmatch(r"[\w.-]*\w[\w.-]*", commit) and found.is_dir() else None
-
-
 def _snapshots(path: Path) -> str:
-    """What to give instead of a folder of the hub's cache."""
-    if path.name.startswith("models--") or (path / "snapshots").is_dir():
-        inner = snapshot(path)
-        if inner:
-            return f"give its snapshot: {inner}"
-        return f"it has no snapshot of refs/main: {_download(_id_of(path) or 'ORG/NAME')}"
-    found = sorted(one for pattern in ("models--*", "hub/models--*") for one in path.glob(pattern))
-    held = [str(inner) for one in found if (inner := snapshot(one))]
-    more = f" and {len(held) - _SHOWN} more" if len(held) > _SHOWN else ""
-    return f"give one snapshot of those in it: {', '.join(held[:_SHOWN])}{more}" if held else "it has no snapshots"
-
-
-def _id_of(repository: Path) -> str | None:
-    name = repository.name.removeprefix("models--").replace("--", "/")
-    return name if REPOSITORY.fullmatch(name) else None
-
-
-def _download(name: str) -> str:
-    return f"`python -m fastvlm download {name}` downloads it to checkpoints/{name.partition('@')[0]}"
+    """The remedy for a folder of the hub's cache."""
+    patterns = [f"{above}snapshots/*" for above in ("", "models--*/", "hub/models--*/")]
+    snapshots = sorted(str(entry) for pattern in patterns for entry in path.glob(pattern) if entry.is_dir())
+    more = f" and {len(snapshots) - _SHOWN} more" if len(snapshots) > _SHOWN else ""
+    return f"give a snapshot in it: {', '.join(snapshots[:_SHOWN])}{more}" if snapshots else "it has no snapshots"
 
 
 def instead_of_artefact(path: Path) -> Finding | None:
     """The finding about a path that was given as an artefact and is none, None if nothing is known of it."""
     if not path.exists():
         return hub_name(path)
-    config = _small_json(path / "config.json")
+    try:
+        config = load_object(path / "config.json")
+    except Unreadable as error:
+        if error.rule != "file-missing":
+            return error.finding(str(path / "config.json"))
+        config = {}
+    if any(path.glob("model*.safetensors")) and (damaged := errors(collect(scan(path))[1])):
+        return replace(damaged[0], where=str(path / damaged[0].where))
     kind = identify(path, config)
     if kind is not None:
         return kind.finding(ARTEFACT)
-    if isinstance(config, dict) and _first(_names(path), _rules()["weights"]):
-        export = f"python -m model_export all --checkpoint {shlex.quote(str(path))} --output-dir OUT"
+    if config and _first(_names(path), _rules()["weights"]):
+        export = f"fastvlm export --checkpoint {shlex.quote(str(path))} --output-dir OUT"
         got = f"{CHECKPOINT}, without export.json"
         return Finding("folder-is-checkpoint", str(path), got, ARTEFACT, f"export it: `{export}`")
     return None
+
+
+def checkpoint_folder(text: str) -> Path:
+    """The argparse type of a checkpoint's folder: refuses what is none by its names alone."""
+    path = some_path(text)
+    if not path.is_dir():
+        raise UserError(not_a_folder(text))
+    if not (path / "config.json").is_file():
+        raise UserError(kind.finding() if (kind := identify(path)) else without_config(path))
+    return path
+
+
+def without_config(path: Path) -> Finding:
+    """The finding about a folder that was given as a checkpoint and has no config.json."""
+    inner = sorted(child.parent.name for child in path.glob("*/config.json"))
+    remedy = f"did you mean its folder {inner[0]}?" if inner else ""
+    return Finding("config-missing", str(path), "a folder without config.json", CHECKPOINT, remedy)
 
 
 def not_a_folder(path: str | os.PathLike[str]) -> Finding:
@@ -216,9 +220,13 @@ def hub_name(path: str | os.PathLike[str]) -> Finding | None:
         what = "a hub id"
     else:
         return None
-    from huggingface_hub import constants
+    from huggingface_hub import constants, try_to_load_from_cache
 
-    cached = snapshot(Path(constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}", revision or "main")
-    here = next((str(one) for one in (Path("checkpoints") / name, cached) if one is not None and one.is_dir()), None)
-    remedy = f"it is on this machine: give {here}" if here else f"if it is {what}, {_download(repository)}"
-    return Finding("path-is-hub-id", typed, what if here else "no such folder", "a folder", remedy)
+    cached = (
+        try_to_load_from_cache(name, "config.json", constants.HF_HUB_CACHE, revision or None) if "/" in name else ""
+    )
+    local = Path("checkpoints") / name
+    copy = str(local) if local.is_dir() else str(Path(cached).parent) if isinstance(cached, str) and cached else ""
+    download = f"if it is {what}, `fastvlm download {repository}` downloads it to checkpoints/{name}"
+    remedy = f"it is on this machine: give {copy}" if copy else download
+    return Finding("path-is-hub-id", typed, what if copy else "no such folder", "a folder", remedy)

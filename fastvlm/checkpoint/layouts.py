@@ -1,11 +1,11 @@
-"""What the small files of the two layouts say: configuration, resolution, image strategy, vocabulary, image token."""
+"""The small files of the two layouts: configuration, resolution, image strategy, vocabulary, image token."""
 
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastvlm.common.documents import Unreadable, load, shown
+from fastvlm.common.documents import Unreadable, load_object, shown
 from fastvlm.common.errors import UserError
 from fastvlm.common.findings import Finding, Steps, collect
 from fastvlm.common.settings import checked, read_settings
@@ -53,7 +53,7 @@ def read_config(config: dict[str, Any], layout: str) -> Steps[dict[str, Any]]:
 
 
 def _contradictions(text: dict[str, Any]) -> Iterator[Finding]:
-    """What the language model's settings say against each other."""
+    """Contradictions among the language model's settings."""
     hidden, heads, layers = (text.get(key) for key in ("hidden_size", "num_attention_heads", "num_hidden_layers"))
     groups, kinds = text.get("num_key_value_heads", heads), text.get("layer_types")
     rope = text.get("rope_scaling") or text.get("rope_parameters") or {}
@@ -85,7 +85,7 @@ def is_activation(name: str) -> bool:
 
 
 def check_config(config: dict[str, Any], layout: str, form: str | None) -> Iterator[Finding]:
-    """What config.json says that this project can't honour (errors) or that the weights contradict (warnings).
+    """Settings of config.json that this project can't honour (errors) or that the weights contradict (warnings).
 
     `form` is the weights', None where they couldn't all be read.
     """
@@ -121,7 +121,7 @@ def text_of(config: dict[str, Any], layout: str) -> dict[str, Any]:
 
 
 def model_args(config: dict[str, Any], layout: str) -> dict[str, Any]:
-    """What is said of the vision tower, by timm's names."""
+    """The settings of the vision tower, by timm's names."""
     if layout == "llava_qwen2":
         return dict(config.get("mm_vision_model_args") or {})
     return dict(config.get("vision_config", {}).get("model_args") or {})
@@ -133,11 +133,11 @@ def widths_of(config: dict[str, Any], layout: str) -> tuple[int, ...]:
 
 
 def says_tied(config: dict[str, Any], layout: str) -> bool | None:
-    """What config.json says about tying, None if nothing (Transformers' FastVLM: tied if either level says so)."""
-    said = [config.get("tie_word_embeddings")]
+    """Whether config.json says that the head is tied, None if nothing (Transformers: tied if either level says so)."""
+    stated = [config.get("tie_word_embeddings")]
     if layout == "fast_vlm":
-        said.append(text_of(config, layout).get("tie_word_embeddings"))
-    known = [bool(value) for value in said if value is not None]
+        stated.append(text_of(config, layout).get("tie_word_embeddings"))
+    known = [bool(value) for value in stated if value is not None]
     return any(known) if known else None
 
 
@@ -150,37 +150,35 @@ def read_vocabulary(path: Path) -> Steps[dict[str, int]]:
 
 
 def _read_vocabulary(path: Path) -> Steps[dict[str, int]]:
-    ids: dict[str, int] = {}
-    if (path / "tokenizer.json").is_file():
-        document = yield from _document(path / "tokenizer.json")
-        model = document.get("model") if isinstance(document, dict) else None
-        if isinstance(model, dict):
-            ids |= yield from _ids("tokenizer.json: model.vocab", model.get("vocab"))
-            ids |= yield from _ids("tokenizer.json: added_tokens", document.get("added_tokens") or [])
-        elif document is not None:
-            yield Finding("tokenizer-invalid", "tokenizer.json", "no model", "an object with a vocab")
-    elif (path / "vocab.json").is_file():
-        ids |= yield from _ids("vocab.json", (yield from _document(path / "vocab.json")))
-        if not (path / "merges.txt").is_file():
-            yield Finding("tokenizer-missing", "merges.txt", "no such file", "it beside vocab.json")
-    else:
-        expected = "tokenizer.json, or vocab.json with merges.txt"
-        yield Finding("tokenizer-missing", str(path), "no tokenizer", expected)
-    if (path / "added_tokens.json").is_file():
-        ids |= yield from _ids("added_tokens.json", (yield from _document(path / "added_tokens.json")))
+    tables: dict[str, Any] = {}  # where -> tokens and their ids, or whatever else is there
+    main = "tokenizer.json" if (path / "tokenizer.json").is_file() else "vocab.json"
+    for name in (main, "added_tokens.json"):
+        if (path / name).is_file():
+            try:
+                tables[name] = load_object(path / name)
+            except Unreadable as error:
+                yield error.finding(name)
+    if (whole := tables.pop("tokenizer.json", None)) is not None:
+        model = whole.get("model")
+        tables["tokenizer.json: model.vocab"] = model.get("vocab") if isinstance(model, dict) else model
+        tables["tokenizer.json: added_tokens"] = whole.get("added_tokens") or []
+    absent = [name for name in ("vocab.json", "merges.txt") if not (path / name).is_file()]
+    if main == "vocab.json" and absent:
+        yield Finding(
+            "tokenizer-missing", str(path), f"no {absent[0]}", "tokenizer.json, or vocab.json with merges.txt"
+        )
     settings = yield from read_settings(path / "tokenizer_config.json")
-    decoder = settings.get("added_tokens_decoder", {})
-    entries = [{"content": _content(entry), "id": _number(key)} for key, entry in decoder.items()]
-    ids |= yield from _ids("tokenizer_config.json: added_tokens_decoder", entries)
+    tables["tokenizer_config.json: added_tokens_decoder"] = [
+        {
+            "content": entry.get("content") if isinstance(entry, dict) else entry,
+            "id": int(key) if re.fullmatch("[0-9]{1,10}", key) else key,
+        }
+        for key, entry in settings.get("added_tokens_decoder", {}).items()
+    ]
+    ids: dict[str, int] = {}
+    for where, tokens in tables.items():
+        ids |= yield from _ids(where, tokens)
     return ids
-
-
-def _document(path: Path) -> Steps[Any]:
-    try:
-        return load(path)
-    except Unreadable as error:
-        yield error.finding(path.name)
-        return None
 
 
 def _ids(where: str, tokens: Any) -> Steps[dict[str, int]]:
@@ -200,14 +198,6 @@ def _ids(where: str, tokens: Any) -> Steps[dict[str, int]]:
         yield Finding("tokenizer-invalid", where, f"{len(wrong)} other entries", expected, details=details)
         return {}
     return dict(pairs)
-
-
-def _content(entry: Any) -> Any:
-    return entry.get("content") if isinstance(entry, dict) else entry
-
-
-def _number(key: str) -> int | str:
-    return int(key) if re.fullmatch("[0-9]{1,10}", key) else key
 
 
 def image_token(config: dict[str, Any], layout: str, ids: dict[str, int], rows: int) -> Steps[int]:
@@ -257,8 +247,8 @@ def load_tokenizer(path: Path, image_token_id: int) -> "PreTrainedTokenizerBase"
     try:
         tokenizer = Qwen2Tokenizer.from_pretrained(str(path), local_files_only=True)
     except Exception as error:  # Transformers and tokenizers raise anything for damaged files
-        said = " ".join([str(error), *getattr(error, "__notes__", ())]).split()  # the notes have the key's name
-        raise UserError(f"cannot load the tokenizer of {path}: {' '.join(said)[:300]}") from error
+        words = " ".join([str(error), *getattr(error, "__notes__", ())]).split()  # the notes have the key's name
+        raise UserError(f"cannot load the tokenizer of {path}: {' '.join(words)[:300]}") from error
     if IMAGE_TOKEN not in tokenizer.get_vocab():
         tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)], special_tokens=True)
     got = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)

@@ -22,7 +22,7 @@ _LLAVA_PREFIXES = (
     ("model.", LANGUAGE),
 )
 
-# What Transformers 4 wrote for the same class, before the parts moved under `model.`.
+# The names that Transformers 4 wrote for the same class, before the parts moved under `model.`.
 _OLD_TRANSFORMERS_PREFIXES = (
     ("language_model.lm_head.", "lm_head."),
     ("language_model.model.", LANGUAGE),
@@ -57,7 +57,7 @@ _VISION_PLACES = (
     ("conv_exp.", "final_conv."),
 )
 
-# What DistributedDataParallel, torch.compile and PEFT put before every name of the model that they wrap.
+# The prefixes that DistributedDataParallel, torch.compile and PEFT put before every name of a model that they wrap.
 _WRAPPERS = ("module.", "_orig_mod.", "base_model.model.")
 
 _VISION_PARTS = (
@@ -86,9 +86,9 @@ def is_ignored(source: str) -> bool:
 
 
 def wrapper_prefix(names: Collection[str]) -> str:
-    """What wrappers put before all of the (source) names, "" if nothing."""
+    """The prefix that wrappers put before all of the (source) names, "" if nothing."""
     prefix = ""
-    while names and (more := [one for one in _WRAPPERS if all(name.startswith(prefix + one) for name in names)]):
+    while names and (more := [wrap for wrap in _WRAPPERS if all(name.startswith(prefix + wrap) for name in names)]):
         prefix += more[0]
     return prefix
 

@@ -66,7 +66,7 @@ def tower_shapes(
     """Name in timm -> shape of a FastViTHD with so many blocks and channels a stage (default: the published one),
     `folded` or in `training` form. A stage's blocks are all alike, and its sizes multiples of its channels."""
     table = json.loads(Path(__file__).with_name("fastvithd.json").read_text(encoding="utf-8"))
-    found: dict[str, tuple[int, ...]] = {}
+    tower: dict[str, tuple[int, ...]] = {}
     for name, shape in table[form].items():
         place = re.match(r"stages\.(\d)\.(blocks\.(\d+)\.)?", name)
         stage = int(place[1]) if place else 0 if name.startswith("stem.") else -1
@@ -74,11 +74,11 @@ def tower_shapes(
         old, new = _WIDTHS[stage] // part, widths[stage] // part
         sizes = tuple(size // old * new if size >= old else size for size in shape)  # smaller ones are kernels
         if place is None or place[2] is None:
-            found[name] = sizes
+            tower[name] = sizes
         elif place[3] == "0":
             rest = name[place.end() :]
-            found |= {f"stages.{stage}.blocks.{block}.{rest}": sizes for block in range(layers[stage])}
-    return found
+            tower |= {f"stages.{stage}.blocks.{block}.{rest}": sizes for block in range(layers[stage])}
+    return tower
 
 
 def _go_together(widths: Sequence[int]) -> bool:
@@ -95,7 +95,7 @@ def language_shapes(
     `head` is the width of one of `heads`, `features` that of the encoder's output.
     """
     queries, keys = heads * head, kv_heads * head
-    found: dict[str, tuple[int, ...]] = {
+    model: dict[str, tuple[int, ...]] = {
         naming.EMBEDDINGS: (vocab, hidden),
         naming.LANGUAGE + "norm.weight": (hidden,),
         naming.LM_HEAD: (vocab, hidden),
@@ -103,7 +103,7 @@ def language_shapes(
         naming.PROJECTOR + "linear_2.weight": (hidden, hidden),
     }
     if bias:
-        found |= {f"{naming.PROJECTOR}linear_{number}.bias": (hidden,) for number in (1, 2)}
+        model |= {f"{naming.PROJECTOR}linear_{number}.bias": (hidden,) for number in (1, 2)}
     layer: dict[str, tuple[int, ...]] = {
         "input_layernorm.weight": (hidden,),
         "post_attention_layernorm.weight": (hidden,),
@@ -115,5 +115,5 @@ def language_shapes(
     for name, rows in (("q", queries), ("k", keys), ("v", keys)):
         layer |= {f"self_attn.{name}_proj.weight": (rows, hidden), f"self_attn.{name}_proj.bias": (rows,)}
     for number in range(layers):
-        found |= {f"{naming.LANGUAGE}layers.{number}.{name}": shape for name, shape in layer.items()}
-    return found
+        model |= {f"{naming.LANGUAGE}layers.{number}.{name}": shape for name, shape in layer.items()}
+    return model

@@ -78,8 +78,8 @@ class Weights:
             return torch.cat([rows, rows[:1]])
         if alone and info.offset >= 0:
             with safe_open(info.file, "pt", device="cpu") as file:
-                found: torch.Tensor = file.get_tensor(info.source)
-                return found
+                alone_tensor: torch.Tensor = file.get_tensor(info.source)
+                return alone_tensor
         handle = self._handles.get(info.file)
         if handle is None:
             handle = load_bin(info.file) if info.offset < 0 else safe_open(info.file, "pt", device="cpu")
@@ -90,7 +90,7 @@ class Weights:
     def rows(self, info: TensorInfo, start: int, stop: int) -> Array:
         """Rows from `start` to `stop` or the last one, in memory of their own; bfloat16 as its bits, uint16.
 
-        Of a mapped file, every page once read would count as ours.
+        Read, not mapped: every page read of a mapped file would count as this process's memory.
         """
         if info.extended:
             inner, last = _plain(info), info.shape[0] - 1
@@ -113,7 +113,7 @@ class Weights:
         return part
 
     def unmap(self) -> None:
-        """Let go of mapped files; what tensors use of them stays."""
+        """Unmap files, but where a tensor still uses the memory."""
         self._handles.clear()
 
 
@@ -123,7 +123,7 @@ def _plain(info: TensorInfo) -> TensorInfo:
 
 
 def scan(folder: Path) -> Steps[Weights]:
-    """Find the weight files of `folder` and read their headers; yields what is wrong with them."""
+    """Find the weight files of `folder` and read their headers; yields a finding for each fault in them."""
     weights = Weights(folder)
     present = [folder / name for name in _SINGLE if (folder / name).is_file()]
     indexes = [folder / f"{name}.index.json" for name in _SINGLE if (folder / f"{name}.index.json").is_file()]

@@ -1,4 +1,1 @@
-"""What every room uses: the command line, errors, files, threads, terminal output, page and number formats.
-
-Imports nothing else of this project.
-"""
+"""Shared by every room: the command line, errors, files, processes, terminal output, pages and plots."""

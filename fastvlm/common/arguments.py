@@ -14,6 +14,7 @@ from typing import Any
 
 from fastvlm.common.errors import UserError
 from fastvlm.common.files import flag_faults, some_path
+from fastvlm.common.units import SIZE_UNITS
 
 # What people type who come from other tools, in a verb that has no flag of that name.
 ALIASES = {
@@ -31,10 +32,21 @@ ALIASES = {
     "--resolutions": ("--resolution",),
     "--temperature": ("--temp",),  # mlx_lm.generate
 }
-_SIZE = re.compile(r"(\d+(?:\.\d+)?) ?(kB|MB|GB)", re.IGNORECASE)
-_UNITS = {"kb": 10**3, "mb": 10**6, "gb": 10**9}
+_UNITS = {unit.lower(): factor for unit, factor in SIZE_UNITS.items()}
+_SIZE = re.compile(rf"(\d{{1,9}}(?:\.\d{{1,9}})?) ?({'|'.join(_UNITS)})", re.IGNORECASE)
+# argparse's words for missing arguments
+_REQUIRED = re.compile(
+    r"the following arguments are required: (?P<all>.+)|one of the arguments (?P<one>.+) is required"
+)
 _REFUSED = object()  # stands for a value that a type refused
 Check = Callable[[argparse.Namespace], Iterable[str]]
+
+
+def nonempty(text: str) -> str:
+    """The type of a text of which something has to be there, and of every flag that says no type."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("is empty")
+    return text
 
 
 def whole_number(least: int | None = 1, multiple: int = 1, most: int | None = None) -> Callable[[str], int]:
@@ -83,7 +95,7 @@ def share(text: str) -> float:
 
 
 def size(text: str) -> int:
-    """The type of a size, written as 500MB or 1.2GB (decimal units); returns bytes."""
+    """The type of a size, written as 500MB, 1.2GB or 3072MiB; returns bytes."""
     match = _SIZE.fullmatch(text.strip())
     if match is None or not float(match[1]):
         raise argparse.ArgumentTypeError(f"got {text}, expected a size such as 500MB or 1.2GB")
@@ -119,6 +131,8 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         kwargs.setdefault("allow_abbrev", False)
         super().__init__(*args, **kwargs)
+        self.register("type", None, nonempty)
+        self.register("type", str, nonempty)
         self.register("type", Path, some_path)
         self.register("type", int, whole_number(None))
         self.register("type", float, number())
@@ -151,7 +165,11 @@ class Parser(argparse.ArgumentParser):
         if not self._broken:
             self._faults += [f"{word}: unknown{self._meant(word)}" for word in rest]
         self._faults += [
-            f"{metavar}: is missing" for flag, metavar, required in self._places if required and _absent(parsed, flag)
+            f"{metavar}: is missing"
+            for flag, metavar, required in self._places
+            if required
+            and _absent(parsed, flag)
+            and not any(fault.startswith((f"{metavar}: ", f"{flag}: ")) for fault in self._faults)
         ]
         self._faults += flag_faults(self, parsed)
         if not self._faults:
@@ -162,8 +180,12 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> Any:
         """Note the fault: argparse goes on, or returns to `parse_known_args`."""
-        self._broken = self._broken or not message.startswith("the following arguments are required")
-        self._faults.append(message.removeprefix("argument "))
+        if absent := _REQUIRED.fullmatch(message):
+            names = absent["all"].split(", ") if absent["all"] else [absent["one"].replace(" ", " or ")]
+            self._faults += [f"{name}: is missing" for name in names]
+        else:
+            self._broken = True
+            self._faults.append(message.removeprefix("argument "))
 
     def _meant(self, word: str) -> str:
         flags = [flag for flag in self._option_string_actions if flag.startswith("--")]

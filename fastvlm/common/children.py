@@ -24,6 +24,7 @@ from fastvlm.common.start import EXIT_UNUSABLE
 
 ROOT = Path(__file__).resolve().parents[2]  # where Python finds our packages
 _GRACE = 5.0  # seconds from SIGTERM to SIGKILL
+_READ = 32 << 20  # bytes at the end of stdout that are read
 _ERROR = "error: "
 
 
@@ -38,7 +39,7 @@ class Finished:
     Attributes:
         returncode: the exit code; negative for the number of the signal that ended it.
         seconds: wall time. peak_bytes: resident memory of the largest process at its peak.
-        stdout, last_line: all of stdout, and the last line of stderr that is not empty.
+        stdout, last_line: the end of stdout, and the last line of stderr that is not empty.
         timed_out: whether it was ended because its time was up.
     """
 
@@ -137,7 +138,7 @@ def run(
             timer.cancel()
             _end(process)
             process.stderr.close()
-        printed.seek(0)
+        printed.seek(max(0, printed.seek(0, os.SEEK_END) - _READ))
         figures: dict[str, Any] = {"returncode": process.returncode, "seconds": timeout or 0.0, "peak_bytes": 0}
         with suppress(OSError, ValueError):  # none where it was stopped
             figures = json.loads(result.read_text())
@@ -157,7 +158,7 @@ def answer(act: Callable[[], Mapping[str, Any]]) -> int:
 
 
 def _end(process: "subprocess.Popen[bytes]") -> None:
-    """Leave nothing of the process group."""
+    """End every process of the group."""
     for number, grace in ((signal.SIGTERM, _GRACE), (signal.SIGKILL, None)):
         with suppress(ProcessLookupError, PermissionError):  # macOS: EPERM for a group of zombies
             os.killpg(process.pid, number)

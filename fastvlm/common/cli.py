@@ -1,4 +1,4 @@
-"""What every command line of the project shares: exit codes, --json, --debug and progress."""
+"""Shared by every command line of the project: exit codes, --json, --debug and progress."""
 
 import argparse
 import gc
@@ -13,17 +13,18 @@ from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from itertools import islice
 from typing import Any, NoReturn
 
-from rich.filesize import decimal
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
 from fastvlm.common.errors import CheckFailed, UserError
-from fastvlm.common.start import EXIT_INTERRUPTED, EXIT_UNUSABLE
+from fastvlm.common.start import EXIT_INTERRUPTED, EXIT_UNUSABLE, interrupted
 from fastvlm.common.terminal import Console, neutral, plain_streams
+from fastvlm.common.units import format_bytes, format_duration
 
 EXIT_CHECK_FAILED = 1
+EXIT_NO_READER = 141  # as a shell says of a program that SIGPIPE ended
 LINE_EVERY = 10.0  # seconds between the lines that say how far a step is, where stderr is no terminal
 LONG = 2.0  # seconds from which on a step is worth a line: one then, and one at its end
 TICK = 1.0  # seconds between looks whether a line is due
@@ -48,7 +49,7 @@ def add_common(parser: argparse.ArgumentParser) -> None:
 
 
 def run(build_parser: Callable[[], argparse.ArgumentParser], argv: Sequence[str] | None = None) -> int:
-    """Parse, run the verb (`args.run(args) -> document or None`), and return the exit code (0, 1, 2 or 130)."""
+    """Parse, run the verb (`args.run(args) -> document or None`), and return the exit code (0, 1, 2, 130 or 141)."""
     signal.signal(signal.SIGTERM, _terminate)  # so that `finally` blocks clean up after a kill, as after Ctrl-C
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as in a job in the background
         signal.signal(signal.SIGINT, _terminate)
@@ -61,7 +62,10 @@ def run(build_parser: Callable[[], argparse.ArgumentParser], argv: Sequence[str]
 def _run(build_parser: Callable[[], argparse.ArgumentParser], argv: Sequence[str]) -> int:
     as_json, debug, _stopped[:] = "--json" in argv, "--debug" in argv, []
     try:
-        args = build_parser().parse_args(argv)
+        try:
+            args = build_parser().parse_args(argv)
+        finally:  # --help prints
+            sys.stdout.flush()
         quiet_libraries(debug)
         with redirect_stdout(sys.stderr) if as_json else nullcontext():
             document = args.run(args)
@@ -73,13 +77,18 @@ def _run(build_parser: Callable[[], argparse.ArgumentParser], argv: Sequence[str
     except (Exception, KeyboardInterrupt) as error:
         if _stopped or isinstance(error, KeyboardInterrupt):  # imports make other exceptions of an interrupt
             print("interrupted", file=sys.stderr)
+            if as_json:
+                with suppress(OSError):
+                    _print(interrupted)
             return EXIT_INTERRUPTED
+        if isinstance(error, BrokenPipeError) and not debug:
+            return EXIT_NO_READER
         missing = _missing(error)
         if debug or not (missing or isinstance(error, (UserError, CheckFailed, OSError, MemoryError))):
             raise
         line, code = missing or one_line(error), EXIT_CHECK_FAILED if isinstance(error, CheckFailed) else EXIT_UNUSABLE
         print(f"error: {line}", file=sys.stderr)
-        if as_json and not isinstance(error, BrokenPipeError):
+        if as_json:
             _print({**(getattr(error, "document", None) or {}), "error": line, "exit_code": code})
         return code
 
@@ -89,7 +98,7 @@ def _print(document: Any) -> None:
 
 
 def _missing(error: BaseException) -> str:
-    """What to say of a package that a verb needs and that isn't installed; nothing for every other error."""
+    """The message about a package that a verb needs and that isn't installed, "" for any other error."""
     name = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
     if not name or name in ROOMS:
         return ""
@@ -100,9 +109,16 @@ def _missing(error: BaseException) -> str:
 
 
 def main(build_parser: Callable[[], argparse.ArgumentParser]) -> NoReturn:
-    """`run`, and then the end of the process."""
+    """Call `run` and end the process."""
     code = run(build_parser)
-    if code == EXIT_INTERRUPTED:  # Python itself would end by the signal that an import was stopped by
+    try:
+        sys.stdout.flush()  # of what was printed before an error
+    except BrokenPipeError:
+        code = EXIT_NO_READER
+    # Python itself would end by the signal that an import was stopped by, or try to write again
+    if code in (EXIT_INTERRUPTED, EXIT_NO_READER):
+        if multiprocessing := sys.modules.get("multiprocessing.util"):
+            multiprocessing._run_finalizers()  # named semaphores would be left
         for stream in (sys.stdout, sys.stderr):
             with suppress(OSError):
                 stream.flush()
@@ -119,8 +135,6 @@ def _terminate(signum: int, frame: Any) -> None:
 
 def one_line(error: BaseException) -> str:
     """The error's message on one line (an OSError as `what: where`)."""
-    if isinstance(error, BrokenPipeError):
-        return "the reader of this output went away"
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
     if isinstance(error, MemoryError):
@@ -137,7 +151,7 @@ def quiet_libraries(debug: bool = False) -> None:
 
 
 def log(message: str) -> None:
-    """One line of what is happening, on stderr."""
+    """Print one line of progress on stderr."""
     # neutral also in a child that `run` didn't start; one write, so that two threads' lines don't run into each other
     print(neutral(message) + "\n", end="", file=sys.stderr, flush=True)
 
@@ -168,7 +182,7 @@ class Step:
 
     def __init__(self, what: str, total: float | None, sized: bool) -> None:
         self.what, self.total, self.sized = what, total, sized
-        self.began, self.done, self.found, self.said = clock(), 0.0, 0.0, False
+        self.began, self.done, self.before, self.shown = clock(), 0.0, 0.0, False
         self._lock = threading.Lock()
 
     def __call__(self, count: float = 1) -> None:
@@ -176,8 +190,8 @@ class Step:
             self.done += count
 
     def at(self, done: float, total: float) -> None:
-        """Say how much is done of how much. What is done when it is first called was done before this step."""
-        self.found = done if self.total is None else min(self.found, done)
+        """Set the amount done and the total. The amount of the first call was done before this step."""
+        self.before = done if self.total is None else min(self.before, done)
         self.done, self.total = done, total
 
     @property
@@ -185,28 +199,24 @@ class Step:
         return clock() - self.began
 
     def state(self) -> str:
-        """What is done, and the time that it took and will take: "12 of 40, 35 s, about 82 s left"."""
-        seconds, new, parts = self.seconds, self.done - self.found, []
+        """How much is done, and the time that it took and will take: "12 of 40, 35 s, about 82 s left"."""
+        seconds, new, parts = self.seconds, self.done - self.before, []
         if self.total is not None:
-            shown = decimal if self.sized else "{:.0f}".format
+            shown = format_bytes if self.sized else "{:.0f}".format
             parts.append(f"{shown(int(self.done))} of {shown(int(self.total))}")  # type: ignore[operator]
             if self.sized and new > 0 and seconds > 0:
-                parts.append(f"{decimal(int(new / seconds))}/s")
-        parts.append(duration(seconds))
+                parts.append(f"{format_bytes(int(new / seconds))}/s")
+        parts.append(format_duration(seconds))
         if self.total is not None and new > 0 and self.done < self.total:
-            parts.append(f"about {duration(seconds / new * (self.total - self.done))} left")
+            parts.append(f"about {format_duration(seconds / new * (self.total - self.done))} left")
         return ", ".join(parts)
 
     def line(self) -> str:
         return f"{self.what}: {self.state()}"
 
 
-def duration(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
-
-
 class _Display:
-    """Shows all steps that are under way, the outer ones first: bars on a terminal, else a line now and then."""
+    """Shows all steps that are under way, outer steps first: bars on a terminal, else a line now and then."""
 
     def __init__(self) -> None:
         self.steps: list[Step] = []
@@ -255,13 +265,13 @@ class _Display:
         """A line whenever one is due, until `wait(seconds)` says that all is done."""
         while not wait(TICK):
             steps = tuple(self.steps)
-            due = any(not step.said and step.seconds >= LONG for step in steps) or clock() >= self._last + LINE_EVERY
+            due = any(not step.shown and step.seconds >= LONG for step in steps) or clock() >= self._last + LINE_EVERY
             if steps and due:
                 with suppress(OSError, ValueError):  # a reader that left is for the next line of the command itself
                     log("; ".join(step.line() for step in steps))
                 self._last = clock()
                 for step in steps:
-                    step.said = True
+                    step.shown = True
 
 
 _display = _Display()

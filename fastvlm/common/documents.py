@@ -15,7 +15,8 @@ _SHOWN = 60  # characters of a wrong value
 class Unreadable(ValueError):
     """A file that is not there, can't be read, or is no JSON document; the message is a reason on one line.
 
-    `rule` is "file-missing", "file-unreadable", "git-lfs-pointer", "duplicate-key" or "not-json".
+    `rule` is "file-missing", "file-unreadable", "git-lfs-pointer", "duplicate-key", "not-json" or
+    "not-an-object".
     """
 
     def __init__(self, rule: str, got: str, expected: str = "JSON in UTF-8", remedy: str = "") -> None:
@@ -48,8 +49,8 @@ def load(path: str | PathLike[str], limit: int = SMALL) -> Any:
     """The document in a file of at most `limit` bytes. Raises Unreadable."""
     try:
         raw = read_small(path, limit)
-    except FileNotFoundError as error:
-        raise Unreadable("file-missing", error.strerror or "no such file", "a file") from None
+    except FileNotFoundError:
+        raise Unreadable("file-missing", "no such file", "a file") from None
     except OSError as error:
         raise Unreadable("file-unreadable", error.strerror or str(error), "a plain file") from None
     if raw.startswith(LFS_MAGIC):
@@ -61,7 +62,7 @@ def load_object(path: str | PathLike[str]) -> dict[str, Any]:
     """The JSON object in a file. Raises Unreadable, also for another kind of document."""
     document = load(path)
     if not isinstance(document, dict):
-        raise Unreadable("not-json", shown(document), "a JSON object")
+        raise Unreadable("not-an-object", shown(document), "a JSON object")
     return document
 
 

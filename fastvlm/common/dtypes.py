@@ -72,12 +72,12 @@ def torch_dtype(name: str) -> "torch.dtype":
 
     if name not in DTYPES:
         raise UserError(f"unknown dtype {name!r}; expected one of {', '.join(DTYPES)}")
-    found: torch.dtype = getattr(torch, name)
-    return found
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
 
 
 def computed_in(stored: str, device: str) -> tuple[str, str]:
-    """What `--dtype auto` is on a device for weights stored in a dtype: encoder's and projector's, language model's.
+    """The meaning of `--dtype auto` on a device for stored weights: encoder's and projector's, language model's.
 
     float32 on the CPU; elsewhere as stored, but never the encoder in float16, whose range the published weights leave
     (2.5e5 against 65504), and nothing in bfloat16 where the device has none.
@@ -89,15 +89,15 @@ def computed_in(stored: str, device: str) -> tuple[str, str]:
 
 
 def choose_device(device: str) -> str:
-    """Resolve "auto" and refuse a device that is not here."""
+    """Resolve "auto"; UserError for a device that this machine lacks."""
     import torch
 
-    here = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if device == "auto":
-        return next(name for name in ("cuda", "mps", "cpu") if here[name])
-    if not here.get(device):
-        have = ", ".join(name for name, available in here.items() if available)
-        raise UserError(f"device: not on this machine: got {device}, expected one of {have}")
+        return next(name for name in ("cuda", "mps", "cpu") if available[name])
+    if not available.get(device):
+        have = " or ".join(name for name, usable in available.items() if usable)
+        raise UserError(f"--device: got {device}, expected {have}: this machine has no {device.upper()}")
     return device
 
 

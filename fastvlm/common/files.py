@@ -22,7 +22,7 @@ BESIDE_WEIGHTS = ("*.json", "merges.txt", "*.jinja", "tokenizer.model")
 
 
 def read_small(path: str | os.PathLike[str], limit: int = SMALL) -> bytes:
-    """The content of a plain file of at most `limit` bytes; an OSError that says what it is for anything else."""
+    """The content of a plain file of at most `limit` bytes; OSError, with the reason, for any other."""
     path = os.fspath(path)
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | getattr(os, "O_CLOEXEC", 0))  # a pipe would wait
     try:
@@ -55,13 +55,15 @@ def small_files(folder: Path) -> list[Path]:
     return [
         path
         for path in sorted(folder.iterdir())
-        if any(fnmatchcase(path.name, one) for one in BESIDE_WEIGHTS) and not is_macs(path.name) and not path.is_dir()
+        if any(fnmatchcase(path.name, pattern) for pattern in BESIDE_WEIGHTS)
+        and not is_macs(path.name)
+        and not path.is_dir()
     ]
 
 
 def check_small_files(folder: Path) -> Iterator[Finding]:
-    """Yield what is wrong with `small_files`: pipes, devices, too large, links that leave the folder. (What they hold
-    is in the artefact in the end, and with that on a hub.)"""
+    """Yield findings about `small_files` that are pipes, devices, too large, or links that leave the folder: an
+    export copies their content into the artefact, and with that perhaps to a hub."""
     for path in small_files(folder):
         if path.is_symlink() and not stays_inside(path):
             yield Finding("link-leaves-folder", path.name, leaving(path))
@@ -74,13 +76,15 @@ def stays_inside(path: Path) -> bool:
     folder, target = Path(os.path.realpath(path.parent)), Path(os.path.realpath(path))
     # models--ORG--NAME/snapshots/COMMIT/FILE is a link to models--ORG--NAME/blobs/HASH
     caches = [
-        one.parent for one in folder.parents if one.name == "snapshots" and one.parent.name.startswith("models--")
+        above.parent
+        for above in folder.parents
+        if above.name == "snapshots" and above.parent.name.startswith("models--")
     ]
-    return any(target.is_relative_to(one) for one in (folder, *(cache / "blobs" for cache in caches)))
+    return any(target.is_relative_to(place) for place in (folder, *(cache / "blobs" for cache in caches)))
 
 
 def leaving(path: Path) -> str:
-    """What to say of a link for which `stays_inside` is False."""
+    """The message about a link for which `stays_inside` is False."""
     return f"a link to {os.path.realpath(path)}, outside its folder: put the file itself there"
 
 
@@ -114,39 +118,47 @@ def some_path(text: str) -> Path:
     return Path(text)
 
 
+def present(text: str) -> Path:
+    """The argparse type of a path that is read whatever it is, and has to be there."""
+    path = some_path(text)
+    if not path.exists():
+        raise argparse.ArgumentTypeError(f"{text}: no such file or folder")
+    return path
+
+
 def flag_faults(parser: argparse.ArgumentParser, given: argparse.Namespace) -> list[str]:
     """`output_faults` of a command line: outputs are the flags of type Output, inputs all others that name a file or
     folder that is there."""
     outputs, inputs = {}, []
     for action in {action.dest: action for action in reversed(parser._actions)}.values():
         value, flag = getattr(given, action.dest, None), "/".join(action.option_strings[:1]) or str(action.metavar)
-        for one in value if isinstance(value, (list, tuple)) else [value]:
-            if isinstance(action.type, Output) and isinstance(one, Path):
-                outputs[flag] = (one, action.type)
-            elif isinstance(one, (str, Path)):
-                inputs.append((flag, Path(one)))
+        for path in value if isinstance(value, (list, tuple)) else [value]:
+            if isinstance(action.type, Output) and isinstance(path, Path):
+                outputs[flag] = (path, action.type)
+            elif isinstance(path, (str, Path)):
+                inputs.append((flag, Path(path)))
     return output_faults(outputs, inputs)
 
 
 def output_faults(outputs: Mapping[str, tuple[Path, Output]], inputs: list[tuple[str, Path]]) -> list[str]:
-    """Each output, by its flag, that is an input, is inside one, or holds one and would be replaced; that is another
-    output, or is inside one that is replaced. By identity (device and inode), through links of either kind."""
+    """A fault for each output that is an input, is inside one, or would replace a folder that holds one; and for each
+    that is another output, or is inside one that is replaced. Files are compared by device and inode."""
     faults = []
     places = [(flag, path, identity) for flag, path in inputs if (identity := _identity(path.expanduser()))]
     for flag, (path, output) in outputs.items():
         written = [path.expanduser() / name for name in output.files] or [path.expanduser()]
-        above = [_identity(parent) for one in written for parent in _with_parents(one)]
+        above = [_identity(parent) for file in written for parent in _with_parents(file)]
         for name, place, identity in places:
             if identity in above:
                 where = "is" if identity in map(_identity, written) else "is inside"
                 faults.append(f"{flag} {path}: {where} {name} {place}, which is only read: choose another")
             elif output.whole and _identity(path.expanduser()) in map(_identity, _with_parents(place.expanduser())):
                 faults.append(f"{flag} {path}: holds {name} {place}, and would be replaced: choose another")
-            elif any(_linked(one, place.expanduser()) for one in written):
+            elif any(_linked(file, place.expanduser()) for file in written):
                 faults.append(f"{flag} {path}: is a file of {name} {place} by another name: choose another")
         for other, (second, kind) in outputs.items():
-            inside = kind.whole and _real(second) in _with_parents(written[0])
-            if (other != flag and inside) or (other < flag and _real(second) == _real(written[0])):
+            inside = kind.whole and real_path(second) in _with_parents(written[0])
+            if (other != flag and inside) or (other < flag and real_path(second) == real_path(written[0])):
                 faults.append(f"{flag} {path}: is {other} {second} or inside it: choose another")
     return faults
 
@@ -159,12 +171,13 @@ def _identity(path: Path) -> tuple[int, int] | None:
     return status.st_dev, status.st_ino
 
 
-def _real(path: Path) -> Path:
+def real_path(path: Path) -> Path:
+    """The absolute path without links; unlike `resolve` it does not raise for a loop of links."""
     return Path(os.path.realpath(path.expanduser()))
 
 
 def _with_parents(path: Path) -> list[Path]:
-    real = _real(path)
+    real = real_path(path)
     return [real, *real.parents]
 
 
@@ -176,7 +189,7 @@ def _linked(written: Path, place: Path) -> bool:
         return False
     if status.st_nlink < 2 or not stat.S_ISREG(status.st_mode) or not place.is_dir():
         return False
-    return any(one.stat().st_ino == status.st_ino and os.path.samefile(one, written) for one in _files(place))
+    return any(file.stat().st_ino == status.st_ino and os.path.samefile(file, written) for file in _files(place))
 
 
 def _files(folder: Path) -> Iterator[Path]:

@@ -41,7 +41,7 @@ class Finding:
         return f"{self.rule}: {self.where}: got {self.got}{expected}{remedy}"
 
     def line(self) -> str:
-        """All of it on one line, with the first of its details."""
+        """The finding on one line, with the first of its details."""
         if not self.details:
             return self.message
         more = f" and {len(self.details) - _LISTED} more" if len(self.details) > _LISTED else ""
@@ -50,7 +50,7 @@ class Finding:
     __str__ = line
 
     def document(self) -> dict[str, Any]:
-        """As JSON; "details" only where there are any."""
+        """The finding as JSON-ready data; "details" only where there are any."""
         document = asdict(self) | {"details": list(self.details)}
         return document if self.details else {key: value for key, value in document.items() if key != "details"}
 
@@ -61,7 +61,7 @@ Steps = Generator[Finding, None, Value]
 
 
 def collect(steps: Steps[Value]) -> tuple[Value, list[Finding]]:
-    """What `steps` return, and every finding that they yield."""
+    """The value that `steps` return, and every finding that they yield."""
     findings: list[Finding] = []
     while True:
         try:
@@ -81,7 +81,7 @@ def errors(findings: Iterable[Finding]) -> list[Finding]:
 
 
 def show(findings: Iterable[Finding], say: Callable[[str], None] = print) -> None:
-    """Say each finding over three lines, and one more for each of its details."""
+    """Print each finding on three lines, and each of its details on one more."""
     for finding in findings:
         expected = f", expected {finding.expected}" if finding.expected else ""
         say(f"{finding.severity}: {finding.rule}: {finding.where}")

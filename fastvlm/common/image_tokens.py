@@ -1,4 +1,4 @@
-"""How many tokens a picture becomes: the one place that says so."""
+"""The number of tokens that a picture becomes: decided here alone."""
 
 # Pixels per image token along each side: 4 in the encoder's stem, times 2 in each of its four later stages.
 PATCH_SIZE = 64

@@ -1,4 +1,4 @@
-"""What a model's values, prompts and answers must keep to; what is said where they don't."""
+"""Limits of a model's values, prompts and answers, and the messages where they are left."""
 
 import math
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from fastvlm.common.errors import CheckFailed
 
 
 class Part(Protocol):
-    """What runs a part of the model, and what to do when it computes NaN or infinity."""
+    """The runner of a part of the model, and what to do when it computes NaN or infinity."""
 
     name: str
     remedy: str
@@ -34,15 +34,15 @@ def positions(config: Mapping[str, Any]) -> int | None:
 
     A rotary encoding that is scaled (YaRN, linear) reaches so many times as far as the unscaled one did.
     """
-    said: int | None = config.get("max_position_embeddings")
+    stated: int | None = config.get("max_position_embeddings")
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if said is None or not isinstance(rope.get("factor"), int | float):
-        return said
-    return max(said, int((rope.get("original_max_position_embeddings") or said) * rope["factor"]))
+    if stated is None or not isinstance(rope.get("factor"), int | float):
+        return stated
+    return max(stated, int((rope.get("original_max_position_embeddings") or stated) * rope["factor"]))
 
 
 def stopped(positions: int) -> str:
-    """Why an answer ends where the model has not ended it."""
+    """The message about an answer that the positions end, not the model."""
     return f"warning: the answer is cut off: the language model has {positions} positions (max_position_embeddings)"
 
 

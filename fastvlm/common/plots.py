@@ -9,7 +9,7 @@ import io
 import logging
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -107,6 +107,32 @@ def percent_axis(axis: Any, limits: tuple[float, float]) -> None:
     axis.set_ticks([tick for tick in axis.get_ticklocs() if low <= tick <= 100])
 
 
+def stage_bands(axes: Sequence[Any], layers: Iterable[tuple[int, str]], count: int, colours: Mapping[str, str]) -> None:
+    """A line where each of the encoder's stages starts, by the (position, name) of its layers in order, of `count`
+    positions in all; and the stage's name above the first axes where there is room for it."""
+    starts: dict[str, int] = {}
+    for position, layer in layers:
+        if stage := re.search(r"stem|stages\.\d+|final_conv", layer):
+            starts.setdefault(stage[0].replace("stages.", "stage ").replace("final_conv", "final"), position)
+    for (name, start), end in zip(starts.items(), [*[*starts.values()][1:], count]):
+        for each_axes in axes:
+            each_axes.axvline(start - 0.5, color=colours["line"], linewidth=0.9, zorder=1)
+        if end - start > 0.03 * count:
+            place: Any = {"transform": axes[0].get_xaxis_transform(), "ha": "center", "va": "bottom", "fontsize": 9}
+            axes[0].text((start + end) / 2, 1.008, name, color=colours["soft"], **place)
+
+
+def note(
+    axes: Any, place: tuple[float, float], text: str, colour: str, colours: Mapping[str, str], above: float = 14
+) -> None:
+    """A note beside a point, so many points `above` it, on the side where the axes have more room."""
+    right = place[0] < sum(axes.get_xlim()) / 2
+    axes.annotate(
+        text, place, xytext=(12 if right else -12, above), textcoords="offset points", ha="left" if right else "right",
+        va="center", color=colour, fontsize=9, zorder=6, bbox=behind(colours),
+    )  # fmt: skip
+
+
 def name_points(
     axes: Any, places: Mapping[str, tuple[float, float]], texts: Mapping[str, str], tints: Mapping[str, str],
     colours: Mapping[str, str], optional: bool = False,
@@ -115,66 +141,43 @@ def name_points(
 
     A name that finds room only some way off has a line to its point. With `optional`, one that finds none is left out.
     """
+    from matplotlib.transforms import Bbox
+
     axes.autoscale_view()  # or points would be measured before they have their places
-    renderer = axes.figure.canvas.get_renderer()
-    frame, scale = axes.get_window_extent(renderer), axes.figure.dpi / 72
+    renderer, frame = axes.figure.canvas.get_renderer(), axes.bbox
     pixels = {name: axes.transData.transform(place) for name, place in places.items()}
-    taken: list[tuple[float, ...]] = [
-        (x - 5 * scale, y - 5 * scale, x + 5 * scale, y + 5 * scale) for x, y in pixels.values()
-    ]
-    for name in sorted(texts, key=lambda name: (len(_near(pixels, name)), places[name])):
+    half = 5 / 72 * axes.figure.dpi
+    taken = [Bbox.from_bounds(x - half, y - half, 2 * half, 2 * half) for x, y in pixels.values()]
+
+    def neighbours(name: str) -> int:
+        return sum(bool((abs(pixels[name] - other) < (60, 30)).all()) for other in pixels.values())
+
+    for name in sorted(texts, key=lambda name: (neighbours(name), places[name])):
         text = axes.annotate(
-            texts[name], places[name], (0, 0), textcoords="offset points", color=tints[name], fontsize=8.5, va="center",
-            bbox=behind(colours), zorder=6,
+            texts[name], places[name], textcoords="offset points", xytext=(0, 0), color=tints[name], fontsize=8.5,
+            va="center", bbox=behind(colours), zorder=6,
         )  # fmt: skip
-        box = text.get_window_extent(renderer)
-        width, height = box.width * 1.03, box.height * 1.05
-        candidates = [
-            (_cost(_box(pixels[name], offset, width, height, scale), taken, frame), number, distance, offset)
-            for number, (distance, offset) in enumerate(_offsets())
-        ]
-        cost, _, distance, offset = min(candidates)
-        if cost >= 1 and optional:
-            text.remove()
-            continue
-        text.set_ha(_side(offset))
-        text.set_position(offset)
-        taken.append(_box(pixels[name], offset, width, height, scale))
-        if distance > _NEAR:
+        for offset in _offsets():
+            text.set_position(offset)
+            text.set_ha("left" if offset[0] > 1 else "right" if offset[0] < -1 else "center")
+            box = text.get_window_extent(renderer).padded(2)
+            if frame.contains(*box.min) and frame.contains(*box.max) and not box.count_overlaps(taken):
+                break
+        else:
+            if optional:
+                text.remove()
+                continue
+        taken.append(box)
+        if math.hypot(*offset) > _NEAR:
             axes.annotate(
                 "", places[name], offset, textcoords="offset points", zorder=5,
                 arrowprops={"arrowstyle": "-", "color": tints[name], "linewidth": 0.6, "shrinkA": 0, "shrinkB": 4},
             )  # fmt: skip
 
 
-def _offsets() -> Iterator[tuple[float, tuple[float, float]]]:
+def _offsets() -> Iterator[tuple[float, float]]:
     """Where a name may stand, the nearest first, and among those the one to the right."""
     for distance, directions in _RINGS:
         for number in range(directions):
             angle = 2 * math.pi * number / directions
-            yield distance, (round(distance * math.cos(angle), 3), round(distance * math.sin(angle), 3))
-
-
-def _near(pixels: Mapping[str, Any], name: str) -> list[str]:
-    """The points around a point: who has many of them is named last."""
-    x, y = pixels[name]
-    return [other for other, (a, b) in pixels.items() if abs(a - x) < 60 and abs(b - y) < 30]
-
-
-def _side(offset: tuple[float, float]) -> str:
-    return "left" if offset[0] > 1 else "right" if offset[0] < -1 else "center"
-
-
-def _box(at: Any, offset: tuple[float, float], width: float, height: float, scale: float) -> tuple[float, ...]:
-    x, y = at[0] + scale * offset[0], at[1] + scale * offset[1]
-    left = {"left": x, "right": x - width, "center": x - width / 2}[_side(offset)]
-    return left, y - height / 2, left + width, y + height / 2
-
-
-def _cost(box: tuple[float, ...], taken: Sequence[tuple[float, ...]], frame: Any) -> float:
-    """Square pixels that a name would cover of others; far more where it leaves the frame."""
-    outside = box[0] < frame.x0 or box[1] < frame.y0 or box[2] > frame.x1 or box[3] > frame.y1
-    return 1e6 * outside + sum(
-        max(0.0, min(box[2], x1) - max(box[0], x0)) * max(0.0, min(box[3], y1) - max(box[1], y0))
-        for x0, y0, x1, y1 in taken
-    )
+            yield round(distance * math.cos(angle), 3), round(distance * math.sin(angle), 3)

@@ -13,6 +13,7 @@ touch a link, or a folder without our marker: whatever its name, it is somebody 
 import ctypes
 import errno
 import fcntl
+import glob
 import os
 import shutil
 import sys
@@ -45,7 +46,7 @@ def staged(target: Path, replace: bool = False) -> Iterator[Path]:
         new.mkdir()
         yield new
         _settle(new)
-        _publish(new, target, replace)
+        publish(new, target, replace)
     finally:
         remove(folder)  # what failed, or what was replaced
         os.close(lock)
@@ -132,14 +133,29 @@ def write_file(target: Path, content: bytes) -> None:
 
 def clean(target: Path) -> None:
     """Remove what dead runs left beside `target`, and undo the first half of a replacement that stopped half-way."""
-    for path in sorted(target.parent.glob(f".{_escaped(target.name)}.staging-*")):
+    for path in sorted(target.parent.glob(f".{glob.escape(target.name)}.staging-*")):
         if not is_ours(path) and not _is_empty(path):
             continue
         with _if_abandoned(path) as abandoned:
-            if abandoned and (path / "old").exists() and not target.exists():
-                os.rename(path / "old", target)
             if abandoned:
+                put_back(path, target)
                 remove(path)
+
+
+def publish(folder: Path, target: Path, replace: bool) -> None:
+    """Make `folder` the target in one step. An old target takes its place; or its parent has it as `old` meanwhile."""
+    if replace and target.exists():
+        if not exchange(folder, target):
+            _replace_in_two_steps(folder, target)
+    else:
+        os.rename(folder, target)  # refuses a folder that has appeared meanwhile, unless it is empty
+    _sync(target.parent)
+
+
+def put_back(staging: Path, target: Path) -> None:
+    """Undo the first half of a replacement that stopped half-way."""
+    if (staging / "old").exists() and not target.exists():
+        os.rename(staging / "old", target)
 
 
 def exchange(a: Path, b: Path) -> bool:
@@ -160,15 +176,6 @@ def exchange(a: Path, b: Path) -> bool:
 def _is_empty(path: Path) -> bool:
     """Whether it is a folder without anything in it: one of ours at its very beginning or end, or nobody's loss."""
     return path.is_dir() and not path.is_symlink() and not any(path.iterdir())
-
-
-def _publish(folder: Path, target: Path, replace: bool) -> None:
-    if replace and target.exists():
-        if not exchange(folder, target):
-            _replace_in_two_steps(folder, target)
-    else:
-        os.rename(folder, target)  # refuses a folder that has appeared meanwhile, unless it is empty
-    _sync(target.parent)
 
 
 def _replace_in_two_steps(folder: Path, target: Path) -> None:
@@ -201,39 +208,29 @@ def _is_at(folder: Path, descriptor: int) -> bool:
         return False
 
 
-def _flock(descriptor: int, operation: int) -> bool:
-    """Whether nobody else holds the lock now: it is ours, or this file system has none."""
+def _flock(descriptor: int, operation: int, without: bool = True) -> bool:
+    """Whether nobody else holds the lock now; `without` where this file system has no locks."""
     try:
         fcntl.flock(descriptor, operation)
     except BlockingIOError:
         return False
     except OSError:
-        pass
+        return without
     return True
-
-
-def _lock(folder: Path) -> int | None:
-    """An open descriptor that holds the folder's lock, or None: held by a live process, gone, or no locks here."""
-    try:
-        descriptor = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        return None
-    return descriptor
 
 
 @contextmanager
 def _if_abandoned(folder: Path) -> Iterator[bool]:
-    lock = _lock(folder)
+    """Hold the folder's lock; False: a live process has it, the folder is gone, or there are no locks here."""
     try:
-        yield lock is not None
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        yield False
+        return
+    try:
+        yield _flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, without=False)
     finally:
-        if lock is not None:
-            os.close(lock)
+        os.close(descriptor)
 
 
 def _settle(folder: Path) -> None:
@@ -256,8 +253,3 @@ def _sync(path: Path) -> None:
             os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _escaped(name: str) -> str:
-    """`name` with glob's special characters quoted."""
-    return "".join(f"[{character}]" if character in "*?[" else character for character in name)

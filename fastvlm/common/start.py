@@ -1,5 +1,6 @@
 """The first thing that a `__main__.py` does, before its other imports. Standard library only, and little of it."""
 
+import json
 import os
 import runpy
 import signal
@@ -11,6 +12,7 @@ from typing import Any
 from fastvlm.common import threads
 
 EXIT_UNUSABLE, EXIT_INTERRUPTED = 2, 130
+interrupted = {"error": "interrupted", "exit_code": EXIT_INTERRUPTED}  # with --json
 OLDEST = (3, 11)
 NEEDED = ("rich", "numpy", "torch")  # of all dependencies: where one of these is missing, none was installed
 
@@ -46,6 +48,9 @@ def begin() -> None:
 
 
 def _leave(signum: int, frame: Any) -> None:
+    if "--json" in sys.argv:
+        with suppress(OSError):
+            os.write(1, f"{json.dumps(interrupted)}\n".encode())
     _end("interrupted", EXIT_INTERRUPTED)
 
 

@@ -1,18 +1,19 @@
-"""What reaches a terminal is text: control characters of names, templates, servers and answers are shown, not obeyed.
+"""Terminal output as plain text: control characters of names, templates, servers and answers are shown, not obeyed.
 
 `plain_streams` puts this before stdout and stderr for everything that a command prints. Only `Console` writes the
 escapes of its own colours and bars.
 """
 
+import re
 import sys
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from typing import IO, Any
 
 from rich import box
+from rich.cells import cell_len
 from rich.console import Console as RichConsole
 from rich.console import ConsoleOptions, RenderableType
-from rich.measure import Measurement
 from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
@@ -21,6 +22,9 @@ from rich.text import Text
 # as JSON writes them, so that a printed document stays the same document.
 _CONTROLS = {*range(0x20), *range(0x7F, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A)} - {9, 10}
 _SHOWN = {number: f"\\u{number:04x}" for number in _CONTROLS}
+
+_READABLE = 16  # characters that a column of text has at least, where a cell is that long
+_GAP = 3  # characters between two columns
 
 
 def neutral(text: str) -> str:
@@ -104,27 +108,46 @@ def print_table(
     """Print a table on stdout, as wide as the terminal, `COLUMNS`, or 80 characters.
 
     Text is printed as it is, without markup; a row that is None separates sections. The columns named in `numbers` are
-    aligned to the right and never wrapped. Where the table does not fit, each row becomes a block: its first cell, and
-    below it the others with their columns' names.
+    aligned to the right and never wrapped, others only where a cell is longer than 16 characters. Where the table does
+    not fit, each row becomes a block: its first cell, and below it the others with their columns' names.
     """
     console = console or Console(highlight=False)
     cells = [
         None if row is None else [Text(cell) if isinstance(cell, str) else cell for cell in row] for row in rows
     ]  # fmt: skip
+    heads = [Text(column) for column in columns]
+    # rich itself narrows columns below their longest word, and crops what is not wrapped
+    sizes = [[_size(row[index]) for row in (heads, *filter(None, cells))] for index in range(len(columns))]
+    widest = [max(line for _, line in column) for column in sizes]
+    widths = [
+        most if name in numbers else max(min(most, _READABLE), *(word for word, _ in column))
+        for name, most, column in zip(columns, widest, sizes)
+    ]
+    spare = console.width - sum(widths) - _GAP * (len(columns) - 1)
+    if spare < 0:
+        console.print(Text(title, "bold"))
+        _print_blocks(console, columns, [row for row in cells if row])
+        return
+    for left, index in enumerate(sorted(range(len(columns)), key=lambda index: widest[index] - widths[index])):
+        more = min(widest[index] - widths[index], spare // (len(columns) - left))
+        widths[index], spare = widths[index] + more, spare - more
     table = Table(title=Text(title, "bold"), title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    for column in columns:
-        right = column in numbers
-        table.add_column(Text(column), justify="right" if right else "left", no_wrap=right, overflow="fold")
+    for column, width in zip(heads, widths):
+        table.add_column(column, justify="right" if column.plain in numbers else "left", overflow="fold", width=width)
     for row in cells:
         if row is None:
             table.add_section()
         else:
             table.add_row(*row)
-    if Measurement.get(console, console.options.update(max_width=10_000), table).minimum <= console.width:
+    with console.capture() as printed:
         console.print(table)
-    else:
-        console.print(Text(title, "bold"))
-        _print_blocks(console, columns, [row for row in cells if row])
+    console.file.write(re.sub(" +$", "", printed.get(), flags=re.MULTILINE))
+
+
+def _size(text: Text) -> tuple[int, int]:
+    """The widths of the longest word and of the longest line."""
+    plain = neutral(text.plain)
+    return max(map(cell_len, plain.split()), default=0), max(map(cell_len, plain.splitlines()), default=0)
 
 
 def _print_blocks(console: Console, columns: Sequence[str], rows: Sequence[Sequence[Text]]) -> None:

@@ -1,4 +1,4 @@
-"""How many threads a command uses: decided here for every verb. Standard library only, but for `alone`.
+"""The number of threads that a command uses: decided here for every verb. Standard library only, but for `alone`.
 
 The rule: every core that this process may have, unless OMP_NUM_THREADS says another number; and threads that wait
 hardly spin. On idle cores that is the fastest, and on busy ones two threads were as fast as one (docs/LOG.md), so
@@ -17,23 +17,23 @@ _QUOTA = "/sys/fs/cgroup/cpu.max"  # "max 100000", or microseconds of processor 
 
 
 def cores() -> int:
-    """How many this process may use: those that it is bound to, and no more than a container's share of time."""
+    """The number of cores that this process may use: its affinity, and no more than a container's share of time."""
     return min(_bound(), _quota() or _bound())
 
 
 def count() -> int:
-    """How many threads a command computes on."""
+    """The number of threads that a command computes with."""
     stated = os.environ.get("OMP_NUM_THREADS", "")
     return int(stated) if stated.isdecimal() and int(stated) else cores()
 
 
 def environment(threads: int) -> dict[str, str]:
-    """What tells a child process that it has so many."""
+    """Environment variables that give a child process so many."""
     return dict.fromkeys(_NAMES, str(threads))
 
 
 def defaults(given: Mapping[str, str]) -> dict[str, str]:
-    """What a command adds to its environment before it loads a library that has threads: nothing that was chosen."""
+    """Variables that a command adds to its environment before it loads a library with threads: none that was set."""
     added = {} if "OMP_WAIT_POLICY" in given else {"GOMP_SPINCOUNT": _SPINS}
     if cores() < _bound():  # which is what the libraries would take
         added["OMP_NUM_THREADS"] = str(cores())

@@ -1,13 +1,13 @@
-"""The verbs of a command line as a table: a verb's module is imported when the verb is called.
-
-Each room's `__main__.py` has such a table, and `fastvlm/__main__.py` puts all of them behind one command.
-"""
+"""The verbs of all command lines as one table, verbs.json: a verb's module is imported when the verb is called."""
 
 import argparse
 import importlib
+import json
+import shutil
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from fastvlm.common.arguments import Parser
@@ -29,7 +29,7 @@ class Verb:
     front: str = ""  # its name behind the command `fastvlm`, where that differs
 
     def parser(self, prog: str) -> Parser:
-        """Its parser: imports its module."""
+        """Import the verb's module and return its parser."""
         module, _, function = self.target.partition(":")
         made = _Subparsers(prog)
         getattr(importlib.import_module(module), function)(made)
@@ -82,17 +82,35 @@ class CommandLine(Parser):
 
     def format_help(self) -> str:
         """The verbs under the headings of their groups, each with its line."""
-        lines = [f"usage: {self.usage}", "", *textwrap.wrap(str(self.description), 80)]
+        width = max(min(shutil.get_terminal_size((100, 24)).columns, 100), 2 * _COLUMN)
+        lines = [f"usage: {self.usage}", "", *textwrap.wrap(str(self.description), min(width, 80))]
         for group in dict.fromkeys(verb.group for verb in self._verbs.values()):
             lines += ["", f"{group}:"]
             for name, verb in self._verbs.items():
                 if verb.group == group:
-                    first, *more = textwrap.wrap(verb.help, 100 - _COLUMN)
+                    first, *more = textwrap.wrap(verb.help, width - _COLUMN)
                     lines += [f"  {name:<{_COLUMN - 2}}{first}", *(" " * _COLUMN + line for line in more)]
-        lines += ["", f"`{self.prog} VERB --help` names a verb's flags; --version prints the version.", ""]
-        return "\n".join(lines)
+        last = f"`{self.prog} VERB --help` names a verb's flags; --version prints the version."
+        return "\n".join([*lines, "", *textwrap.wrap(last, width), ""])
 
 
-def room(prog: str, description: str, verbs: Sequence[Verb]) -> argparse.ArgumentParser:
+def table() -> dict[str, Any]:
+    """verbs.json: by room, what it is about and its verbs, in the order of the help."""
+    rooms: dict[str, Any] = json.loads(Path(__file__).with_name("verbs.json").read_text(encoding="utf-8"))
+    return {name: entry | {"verbs": [Verb(**verb) for verb in entry["verbs"]]} for name, entry in rooms.items()}
+
+
+def room(name: str) -> argparse.ArgumentParser:
     """The command line of one room, `python -m ROOM`."""
-    return CommandLine(prog, description, {verb.name: verb for verb in verbs})
+    own = table()[name]
+    return CommandLine(f"python -m {name}", own["about"], {verb.name: verb for verb in own["verbs"]})
+
+
+def front(prog: str) -> argparse.ArgumentParser:
+    """The command line of all rooms."""
+    return CommandLine(prog, table()["fastvlm"]["about"], verbs())
+
+
+def verbs() -> dict[str, Verb]:
+    """The verbs of all rooms by their names behind the command `fastvlm`."""
+    return {verb.front or verb.name: verb for entry in table().values() for verb in entry["verbs"]}

@@ -1,4 +1,1 @@
-"""What goes into the model: pictures, conversations, pixels, prompts and drawn scenes.
-
-Imports `fastvlm.common`.
-"""
+"""The model's inputs: pictures, conversations, prompts and drawn scenes."""

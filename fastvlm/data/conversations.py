@@ -14,12 +14,12 @@ from fastvlm.common.documents import Unreadable, loads
 from fastvlm.common.errors import UserError
 from fastvlm.common.files import read_text
 from fastvlm.data import pictures, scenes
-from fastvlm.data.preprocessing import open_image
+from fastvlm.data.images import open_image
 from fastvlm.data.prompt import IMAGE
 
 QUESTION = "Describe the image."  # asked about a picture that comes without one
-# What stands for another medium than one picture: a record's key, and a mark in its text. Left out, the question would
-# be asked about nothing.
+# A record's key, and a mark in its text, for another medium than one picture: without it, the question would be asked
+# about nothing.
 _MEDIUM = r"video|audio|sound|speech|voice|point_?cloud|depth"
 _MEDIUM_KEY = re.compile(rf"(?:(?:{_MEDIUM}|image(?=.))s?)(?:_?(?:path|file|url|clip)s?)?|images", re.IGNORECASE)
 _MEDIUM_MARK = re.compile(rf"<\|?(?:{_MEDIUM}|vision|image)[\w-]*\|?>", re.IGNORECASE)
@@ -38,13 +38,21 @@ class Sample:
 
 
 def load(path: str | Path, image_folder: str | Path | None = None) -> list[Sample]:
-    """The questions of a folder of pictures (`QUESTION` about each), or of a LLaVA-format .json or .jsonl file.
+    """Read the questions of a folder of pictures, or of a LLaVA-format file. `check` opens their pictures.
 
     Records are {"id", "image", "conversations": [{"from": "human" | "gpt", "value"}]}; other keys are ignored, but one
     of another medium (`video`, `images`) is a fault, as is its mark in the text (`<video>`). The first question counts
-    and, where one follows, its answer. `image` is relative to `image_folder` (default: the file's folder); a record
-    without it is text alone. Pictures are not opened here: `check` does that.
-    Raises UserError with the faults of all records.
+    and, where one follows, its answer. A record without `image` is text alone.
+
+    Args:
+        path: a folder of pictures (`QUESTION` is asked about each), or a .json or .jsonl file.
+        image_folder: the folder that records' `image` is relative to; None: the file's.
+
+    Returns:
+        The questions, in the order of the file or of the pictures' names.
+
+    Raises:
+        UserError: the path holds no questions, or a record has faults; the message names those of all records.
     """
     path = Path(path)
     if path.is_dir():
@@ -70,7 +78,7 @@ def load(path: str | Path, image_folder: str | Path | None = None) -> list[Sampl
 
 
 def check(samples: Iterable[Sample]) -> None:
-    """Open every picture once before the work starts. Raises UserError naming all that are no usable pictures."""
+    """Open every picture once before the work starts; UserError that names all that can't be used."""
     faults = []
     for sample in samples:
         try:
@@ -85,8 +93,8 @@ def check(samples: Iterable[Sample]) -> None:
 def demo_samples(count: int, split: str = "test") -> list[Sample]:
     """The demo set's first `count` questions with their answers; `split` is "train" or "test"."""
     return [
-        Sample(f"{asked.kind} {number}", partial(_same, asked.image), asked.question, asked.answer)
-        for number, asked in enumerate(scenes.questions(count, split=split))
+        Sample(f"{entry.kind} {number}", partial(_same, entry.image), entry.question, entry.answer)
+        for number, entry in enumerate(scenes.questions(count, split=split))
     ]
 
 
@@ -108,7 +116,7 @@ def _refuse(what: str, faults: list[str]) -> None:
 
 
 def _records(path: Path) -> Iterator[tuple[str, Any]]:
-    """Each record with where it is ("line 3", "record 3", from 1); a line that is no JSON as its ValueError."""
+    """Yield each record with its place ("line 3", "record 3", from 1); a line that is no JSON as its ValueError."""
     try:
         text = read_text(path, _LARGEST, "utf-8-sig")
     except ValueError as error:
@@ -136,7 +144,7 @@ def _parsed(text: str) -> Any:
 
 
 def _sample(record: Any, where: str, folder: Path) -> Sample:
-    """Raises ValueError with every fault of the record."""
+    """The question of a record. Raises ValueError with all of the record's faults."""
     if not isinstance(record, dict):
         raise ValueError(f"got {_kind(record)}, expected an object with conversations")
     others = [key for key, value in record.items() if value not in (None, "", []) and _MEDIUM_KEY.fullmatch(key)]
@@ -147,7 +155,7 @@ def _sample(record: Any, where: str, folder: Path) -> Sample:
     elif image is not None and not (folder / image).is_file():
         faults.append(f"image: no such file: {folder / image}")
     turns = record.get("conversations")
-    said: list[str] = []
+    texts: list[str] = []
     if not isinstance(turns, list) or not turns:
         faults.append('conversations: expected a list of {"from", "value"}, a question first')
     else:
@@ -156,18 +164,18 @@ def _sample(record: Any, where: str, folder: Path) -> Sample:
             if not isinstance(value, str) or turn.get("from") != speaker:
                 faults.append(f'conversations: expected {{"from": "{speaker}", "value": text}}, got {_short(turn)}')
             else:
-                said.append(value)
-    marks = {mark: None for text in said for mark in _MEDIUM_MARK.findall(text) if mark != IMAGE}
+                texts.append(value)
+    marks = {mark: None for text in texts for mark in _MEDIUM_MARK.findall(text) if mark != IMAGE}
     faults += [f"conversations: {mark}: only {IMAGE} can stand in a text; leave the record out" for mark in marks]
-    question = said[0].replace(IMAGE, "").strip() if said else ""
-    if said and not question:
+    question = texts[0].replace(IMAGE, "").strip() if texts else ""
+    if texts and not question:
         faults.append(f"conversations: no question besides {IMAGE}")
-    if said and image is None and IMAGE in said[0]:
+    if texts and image is None and IMAGE in texts[0]:
         faults.append(f"conversations: {IMAGE} in the question of a record without image")
     if faults:
         raise ValueError(", ".join(faults))
     opener = None if image is None else partial(open_image, folder / image)
-    return Sample(str(record.get("id", where)), opener, question, said[1].strip() if len(said) > 1 else None)
+    return Sample(str(record.get("id", where)), opener, question, texts[1].strip() if len(texts) > 1 else None)
 
 
 def _kind(value: Any) -> str:

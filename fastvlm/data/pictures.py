@@ -1,4 +1,4 @@
-"""Pictures to measure on: the user's folder, or a drawn one and noise for whoever has none."""
+"""Pictures to measure on: the user's folder, or else a drawn scene and noise."""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
@@ -9,7 +9,8 @@ from PIL import Image
 
 from fastvlm.common.errors import UserError
 from fastvlm.data import scenes
-from fastvlm.data.preprocessing import Preprocessor, open_image
+from fastvlm.data.images import open_image
+from fastvlm.data.preprocessing import Preprocessor
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm")
 
@@ -18,16 +19,16 @@ def files(folder: Path, flag: str = "--images") -> list[Path]:
     """The picture files of a folder, by name, unopened. Raises UserError, which names `flag`, where there are none."""
     if not folder.is_dir():
         raise UserError(f"{flag} {folder}: not a folder: expected one with pictures in it")
-    found = sorted(
+    pictures = sorted(
         path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
     )
-    if not found:
+    if not pictures:
         raise UserError(f"{flag} {folder}: no pictures: expected files ending in {', '.join(SUFFIXES)}")
-    return found
+    return pictures
 
 
 def check(chosen: Iterable[Path]) -> None:
-    """Open every file once before the work starts. Raises UserError naming all that are no usable pictures."""
+    """Open every file once before the work starts; UserError that names all that can't be used."""
     faults = []
     for path in chosen:
         try:
@@ -61,6 +62,6 @@ def pixels(
 def noise(image_size: int, seed: int = 0) -> np.ndarray:
     """N(0, 1) noise (1, 3, S, S) float32, the same for the same seed: harsher than pictures, which lie in [0, 1].
 
-    The published weights' largest activations were measured on such (fastvlm-coreai, scripts/probe_activations.py).
+    fastvlm-coreai (scripts/probe_activations.py) measured the published weights' largest activations on such noise.
     """
     return np.random.default_rng(seed).standard_normal((1, 3, image_size, image_size), dtype=np.float32)

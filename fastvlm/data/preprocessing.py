@@ -16,44 +16,25 @@ not Pillow's (which widens when it shrinks a picture), and the app neither trunc
 crop's corner, so the centre may lie up to a pixel aside.
 """
 
-import logging
 import math
 import os
 import re
-import shlex
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
-from fastvlm.common.documents import LFS_MAGIC, shown
+from fastvlm.common.documents import shown
 from fastvlm.common.errors import UserError
 from fastvlm.common.findings import Finding, Steps, collect, errors
 from fastvlm.common.image_tokens import PATCH_SIZE
 from fastvlm.common.settings import read_settings
+from fastvlm.data.images import as_rgb
 
 STRATEGIES = ("pad", "center_crop")
 
-# What a picture's header may claim before a pixel is decoded. Pillow's own limit for a decompression bomb:
-MAX_PIXELS = 178_956_970
-MAX_BYTES = 1 << 30  # of a file: three times what so many pixels take uncompressed
-# Padding squares the longer side: 20,000 pixels make a 1.2 GB square.
-MAX_SIDE = 20_000
-# A decoder goes over the whole picture once for each scan of a progressive JPEG: libjpeg writes 10, mozjpeg up to 14.
-MAX_SCANS = 50
-# At 100 : 1, padding leaves the picture 10 rows of 1024, and cropping shows a hundredth of it.
-MAX_ASPECT = 100
-
-# Formats that Pillow decodes itself. Not EPS, WMF and the like, which start other programs or need a renderer.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
-_HEIC_BRANDS = (b"heic", b"heix", b"hevc", b"mif1", b"msf1")
-
-_JPEG, _SEGMENT = b"\xff\xd8", re.compile(rb"\xff+([\x01-\xcf\xd9-\xfe])", re.DOTALL)
 # The fourth stage attends over (S / 32)^2 positions, so its memory grows with S^4: 2048 needs 16 times that of 1024.
 MAX_IMAGE_SIZE = 2048
 
@@ -82,8 +63,17 @@ class Preprocessor:
             raise UserError(f"image_std {list(self.std)}: expected three positive numbers")
 
     def __call__(self, image: Image.Image | np.ndarray | str | os.PathLike[str]) -> np.ndarray:
-        """A picture (path, PIL image, or uint8 array (height, width, 3)) -> (1, 3, S, S) float32: (value / 255 - mean)
-        / std. Raises UserError for anything that is no usable picture."""
+        """The pixel values of a picture, (value / 255 - mean) / std.
+
+        Args:
+            image: a path, a PIL image, or an array (height, width, 3) uint8, RGB.
+
+        Returns:
+            (1, 3, S, S) float32, channels in the order RGB.
+
+        Raises:
+            UserError: the picture can't be used.
+        """
         square = self.square(image)
         # Transformers' order of operations and of dtypes, which fixes the last bit
         pixels: np.ndarray = (np.asarray(square, dtype=np.float64) * (1 / 255)).astype(np.float32)
@@ -91,118 +81,11 @@ class Preprocessor:
         return np.ascontiguousarray(pixels.transpose(2, 0, 1)[None])
 
     def square(self, image: Image.Image | np.ndarray | str | os.PathLike[str]) -> Image.Image:
-        """What the model sees: the S x S RGB picture before it becomes numbers."""
+        """The S x S RGB picture that the model sees, before it becomes numbers."""
         rgb = as_rgb(image)
         if self.image_strategy == "pad":
             return _resize(_pad_to_square(rgb, self.mean), self.image_size, self.image_size)
         return _center_crop(rgb, self.image_size)
-
-
-def open_image(path: str | os.PathLike[str]) -> Image.Image:
-    """Read a picture file as upright 8-bit RGB. Raises UserError if it is missing, no picture, damaged or absurd."""
-    path = Path(path)
-    if not path.exists():
-        raise UserError(f"{path}: no such file")
-    if not path.is_file():
-        raise UserError(f"{path}: a {'folder' if path.is_dir() else 'special file'}, expected a picture file")
-    if path.stat().st_size > MAX_BYTES:
-        raise UserError(f"{path}: {path.stat().st_size:,} bytes, the limit is {MAX_BYTES:,}: save the picture smaller")
-    try:
-        stream = path.open("rb")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    with stream, _quiet():
-        head = stream.read(32)
-        stream.seek(0)
-        if _is_heic(head):
-            _register_heic(path)
-        try:
-            image = Image.open(stream, formats=("HEIF",) if _is_heic(head) else FORMATS)
-        except UnidentifiedImageError as error:
-            raise UserError(f"{path}: {_what_is_it(head)}") from error
-        except Image.DecompressionBombError as error:
-            raise UserError(f"{path}: more than {MAX_PIXELS:,} pixels, the limit: scale the picture down") from error
-        except MemoryError:
-            raise
-        except Exception as error:  # a decoder may raise anything on a file made to break it
-            raise UserError(f"{path}: not a usable picture ({_reason(error)})") from error
-        return _upright_rgb(image, str(path))
-
-
-def as_rgb(image: Image.Image | np.ndarray | str | os.PathLike[str]) -> Image.Image:
-    """Any accepted picture as upright 8-bit RGB. A PIL image is treated as the file it came from would be."""
-    if isinstance(image, (str, os.PathLike)):
-        return open_image(image)
-    if isinstance(image, Image.Image):
-        with _quiet():
-            return _upright_rgb(image, "picture")
-    if not isinstance(image, np.ndarray):
-        raise UserError(f"picture: got {type(image).__name__}, expected a path, a PIL image or a uint8 array")
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != _CHANNELS:
-        raise UserError(f"picture: got a {image.dtype} array {image.shape}, expected uint8 (height, width, 3), RGB")
-    _check_size(image.shape[1], image.shape[0], "picture")
-    return Image.fromarray(np.ascontiguousarray(image))
-
-
-def _upright_rgb(image: Image.Image, where: str) -> Image.Image:
-    _check_size(*image.size, where)
-    _check_scans(image, where)
-    try:
-        image.load()
-    except MemoryError:
-        raise
-    except Exception as error:  # as above
-        raise UserError(f"{where}: damaged or truncated ({_reason(error)})") from error
-    try:
-        upright = ImageOps.exif_transpose(image)
-        return _to_8_bit(upright, where).convert("RGB")
-    except (UserError, MemoryError):
-        raise
-    except Exception as error:
-        raise UserError(f"{where}: cannot become RGB from mode {image.mode} ({_reason(error)})") from error
-
-
-def _check_size(width: int, height: int, where: str) -> None:
-    """Refuse from the header alone what must not be decoded."""
-    size = f"{where}: {width} x {height} pixels"
-    if width < 1 or height < 1:
-        raise UserError(f"{size}: nothing to see")
-    if max(width, height) > MAX_ASPECT * min(width, height):
-        raise UserError(f"{size}: longer than {MAX_ASPECT} : 1, nothing would be left to see: crop the picture")
-    if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
-        raise UserError(f"{size}: limits are {MAX_SIDE:,} a side and {MAX_PIXELS:,} in all: scale the picture down")
-
-
-def _check_scans(image: Image.Image, where: str) -> None:
-    """Refuse a JPEG of many scans before it is decoded: a few bytes each make the decoder go over all pixels again."""
-    stream = getattr(image, "fp", None)
-    if stream is None:  # decoded already, or never a file
-        return
-    before = stream.tell()
-    stream.seek(0)
-    data = stream.read(MAX_BYTES + 1) if stream.read(2) == _JPEG else b""
-    stream.seek(before)
-    position = scans = 0
-    # A marker, and the length of its segment (ITU-T T.81 B.1); in a scan's data FF is followed by 00 or D0 to D7.
-    while found := _SEGMENT.search(data, position):
-        if found[1] == b"\xd9":  # the picture's end
-            break
-        scans += found[1] == b"\xda"
-        if scans > MAX_SCANS:
-            raise UserError(f"{where}: a JPEG of more than {MAX_SCANS} scans, which no camera writes: save it anew")
-        position = found.end() + max(0, int.from_bytes(data[found.end() : found.end() + 2], "big"))
-
-
-def _to_8_bit(image: Image.Image, where: str) -> Image.Image:
-    """16-bit grey (Pillow's modes I;16* and, from some formats, I) scaled to 8 bit: 0…65535 -> 0…255, rounded."""
-    if image.mode == "F":
-        raise UserError(f"{where}: floating-point pixels have no defined white: save the picture with 8 or 16 bit")
-    if not image.mode.startswith("I"):
-        return image
-    values = np.asarray(image).astype(np.int64)
-    if values.min() < 0 or values.max() > 65535:
-        raise UserError(f"{where}: values from {values.min()} to {values.max()}: expected 16 bit at most, unsigned")
-    return Image.fromarray(((values + 128) // 257).astype(np.uint8))
 
 
 def _pad_to_square(image: Image.Image, mean: tuple[float, ...]) -> Image.Image:
@@ -230,52 +113,15 @@ def _resize(image: Image.Image, width: int, height: int) -> Image.Image:
     return image.resize((width, height), Image.Resampling.BICUBIC)
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep Pillow's remarks on odd files from the user: a file is either usable or refused."""
-    logger = logging.getLogger("PIL")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
-
-
-def _is_heic(head: bytes) -> bool:
-    return head[4:8] == b"ftyp" and head[8:12] in _HEIC_BRANDS
-
-
-def _register_heic(path: Path) -> None:
-    """Let Pillow read HEIC, which iPhones write; UserError where the package for it is not installed."""
-    try:
-        from pillow_heif import register_heif_opener
-    except ImportError:
-        convert = f"`sips -s format jpeg {shlex.quote(path.name)} --out a.jpg`"
-        raise UserError(
-            f"{path}: an HEIC picture: `pip install pillow-heif` to read it, or convert it to JPEG (on a Mac {convert})"
-        ) from None
-    register_heif_opener()
-
-
-def _what_is_it(head: bytes) -> str:
-    if not head:
-        return "an empty file, expected a picture"
-    if head.startswith(LFS_MAGIC[: len(head)]):
-        return "a Git-LFS pointer in place of the picture: run `git lfs pull`"
-    return f"not a picture, or a damaged one: expected {', '.join(FORMATS)}"
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
-
-
 def read_preprocessor(folder: str | os.PathLike[str], image_strategy: str | None = None) -> Preprocessor:
-    """The preprocessing that a checkpoint's or an artefact's own files ask for; `image_strategy` overrides theirs.
+    """Read the preprocessing from a checkpoint's or an artefact's own files.
 
-    Raises UserError, all findings in one line, for what `preprocessor_of` refuses and for files that can't be read.
+    Args:
+        folder: the checkpoint or artefact.
+        image_strategy: "pad" or "center_crop" in place of the files' own.
+
+    Raises:
+        UserError: a file can't be read, or `preprocessor_of` refuses its settings; all findings in one line.
     """
 
     def steps() -> Steps[Preprocessor | None]:
@@ -299,7 +145,7 @@ def read_image_processor(folder: Path) -> Steps[dict[str, Any]]:
 def preprocessor_of(
     config: dict[str, Any], processor: dict[str, Any], image_strategy: str | None = None
 ) -> Steps[Preprocessor | None]:
-    """What config.json's and the image processor's checked settings ask for: the one place that decides.
+    """The preprocessing that the checked settings of config.json and of the image processor ask for: the one decision.
 
     Strategy: `image_strategy`, given or the processor's (this project's key); else, in the LLaVA layout, config.json's
     `image_aspect_ratio` ("pad"; "square" or nothing is a crop); else `do_pad` or a crop. Size: mm_vision_tower's suffix
@@ -396,3 +242,31 @@ def _strategy(config: dict[str, Any], processor: dict[str, Any]) -> Steps[str]:
     if processor.get("do_center_crop") is False:
         yield Finding("image-strategy-unknown", _PROCESSOR, "neither", "do_pad or do_center_crop", _CHOOSE)
     return "center_crop"
+
+
+def processor_files(image_size: int) -> dict[str, dict[str, Any]]:
+    """Transformers' files about a centre crop of `image_size` pixels without normalization: name -> document."""
+    size = {"height": image_size, "width": image_size}
+    image_processor = {
+        "crop_size": size,
+        "do_center_crop": True,
+        "do_convert_rgb": True,
+        "do_normalize": True,
+        "do_rescale": True,
+        "do_resize": True,
+        "image_mean": [0.0, 0.0, 0.0],
+        "image_processor_type": "CLIPImageProcessor",
+        "image_std": [1.0, 1.0, 1.0],
+        "processor_class": "LlavaProcessor",
+        "resample": 3,
+        "rescale_factor": 1 / 255,
+        "size": {"shortest_edge": image_size},
+    }
+    processor = {
+        "image_token": "<image>",
+        "num_additional_image_tokens": 0,
+        "patch_size": PATCH_SIZE,
+        "processor_class": "LlavaProcessor",
+        "vision_feature_select_strategy": "full",
+    }
+    return {"preprocessor_config.json": image_processor, "processor_config.json": processor}

@@ -1,4 +1,4 @@
-"""From a question to token ids: Qwen2's chat template with the image tokens in front of the question."""
+"""A question as token ids: Qwen2's chat template with the image tokens in front of the question."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -27,7 +27,7 @@ CHAT_TEMPLATE = (
 
 
 def prompt_findings(config: Mapping[str, Any]) -> Iterator[Finding]:
-    """What a config.json asks of prompts that nobody here builds, the demo app least of all.
+    """Yield findings about config.json's settings for prompts that neither this project nor the demo app builds.
 
     `mm_use_im_start_end` is the one setting by which Apple's predict.py builds another prompt: `mm_use_im_patch_token`
     adds a token that no prompt has, `tune_mm_mlp_adapter` is for training, and the template is a flag's choice.
@@ -41,8 +41,13 @@ def prompt_findings(config: Mapping[str, Any]) -> Iterator[Finding]:
 def render_prompt(prompt: str, images: int = 1, conv_mode: str = "qwen_2") -> str:
     """The text that the model reads, with one `<image>` for each picture.
 
-    "qwen_2" is ChatML as in Apple's predict.py, "plain" just the pictures and the prompt. A prompt that names
-    `<image>` itself decides where the pictures go; it must name as many as there are.
+    Args:
+        prompt: the question. Where it has `<image>`, these are the pictures' places; else they come before it.
+        images: the number of pictures.
+        conv_mode: "qwen_2" for ChatML as in Apple's predict.py, "plain" for the pictures and the prompt alone.
+
+    Raises:
+        UserError: unknown `conv_mode`, or a prompt with another number of `<image>` than there are pictures.
     """
     if conv_mode not in CONV_MODES:
         raise UserError(f"--conv-mode: unknown: got {conv_mode!r}, expected one of {', '.join(CONV_MODES)}")
@@ -58,9 +63,16 @@ def render_prompt(prompt: str, images: int = 1, conv_mode: str = "qwen_2") -> st
 def encode_prompt(
     tokenizer: Any, prompt: str, image_token_id: int, tokens_per_image: int, images: int = 1, conv_mode: str = "qwen_2"
 ) -> np.ndarray:
-    """Return the prompt's token ids (1, T) int64, `tokens_per_image` copies of the image token for each picture.
+    """Tokenize a prompt, with `tokens_per_image` copies of the image token for each picture.
 
     The text around the pictures is tokenized piece by piece, as the original implementation does.
+
+    Args:
+        tokenizer: the checkpoint's tokenizer, of Transformers.
+        images, conv_mode: as in `render_prompt`.
+
+    Returns:
+        The token ids (1, T) int64.
     """
     pieces = render_prompt(prompt, images, conv_mode).split(IMAGE)
     ids: list[int] = []

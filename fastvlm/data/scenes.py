@@ -1,4 +1,4 @@
-"""The demo set: drawn pictures and handwritten digits with questions, and the score of whoever answers them.
+"""The demo set: drawn pictures and handwritten digits with questions, and the score of a model's answers.
 
 Everything is a function of a seed. Training and test pictures come from different random streams, and test digits
 from scans that training never sees.
@@ -32,10 +32,10 @@ _STREAM = {"train": 0, "test": 1}
 _TEST_SCANS = 360  # of scikit-learn's 1,797
 
 
-# What is said where a picture is put to the demo checkpoint: about others its answers are confident nonsense.
+# Printed where the demo checkpoint is asked about a picture: about others its answers are confident nonsense.
 KNOWS = (
     "note: the demo checkpoint knows drawn scenes of coloured shapes and handwritten digits, and nothing else: about a"
-    " photograph its answers mean nothing (`python -m fastvlm download` gets a checkpoint that knows photographs)"
+    " photograph its answers mean nothing (`fastvlm download` gets a checkpoint that knows photographs)"
 )
 
 
@@ -50,7 +50,7 @@ class Question:
 
 
 @dataclass(frozen=True)
-class _Thing:
+class _Item:
     colour: str
     shape: str
     place: str
@@ -80,37 +80,37 @@ def questions(count: int, seed: int = 0, split: str = "test") -> Iterator[Questi
             image, digit = draw_digit(rng, scan, split)
             yield Question(kind, image, *ask_digit(rng, digit))
         else:
-            things = make_scene(rng)
-            yield Question(kind, draw_scene(rng, things), *ask(rng, kind, things))
+            scene = make_scene(rng)
+            yield Question(kind, draw_scene(rng, scene), *ask(rng, kind, scene))
 
 
-def make_scene(rng: np.random.Generator) -> list[_Thing]:
-    """Choose one to four things, at most one in each quarter of the picture, in reading order."""
+def make_scene(rng: np.random.Generator) -> list[_Item]:
+    """Choose one to four items, at most one in each quarter of the picture, in reading order."""
     places = sorted(rng.permutation(4)[: rng.integers(1, 5)])
     colours, palette = list(COLOURS), rng.permutation(6)[:3]  # few colours, so that some repeat
-    return [_Thing(colours[palette[rng.integers(3)]], SHAPES[rng.integers(5)], PLACES[place]) for place in places]
+    return [_Item(colours[palette[rng.integers(3)]], SHAPES[rng.integers(5)], PLACES[place]) for place in places]
 
 
 def _pick(rng: np.random.Generator, *choices: str) -> str:
     return choices[rng.integers(len(choices))]
 
 
-def ask(rng: np.random.Generator, kind: str, things: list[_Thing]) -> tuple[str, str]:
+def ask(rng: np.random.Generator, kind: str, scene: list[_Item]) -> tuple[str, str]:
     """Return a question of `kind` about the scene and its answer."""
-    return {"count": _count, "name": _name, "locate": _locate, "describe": _describe}[kind](rng, things)
+    return {"count": _count, "name": _name, "locate": _locate, "describe": _describe}[kind](rng, scene)
 
 
-def _count(rng: np.random.Generator, things: list[_Thing]) -> tuple[str, str]:
-    present = things[rng.integers(len(things))]
+def _count(rng: np.random.Generator, scene: list[_Item]) -> tuple[str, str]:
+    present = scene[rng.integers(len(scene))]
     by = rng.integers(3)
     if by == 0:
-        noun, number = "shape", len(things)
+        noun, number = "shape", len(scene)
     elif by == 1:
         noun = present.shape if rng.random() < 0.75 else SHAPES[rng.integers(5)]
-        number = sum(thing.shape == noun for thing in things)
+        number = sum(item.shape == noun for item in scene)
     else:
         colour = present.colour if rng.random() < 0.75 else list(COLOURS)[rng.integers(6)]
-        noun, number = f"{colour} shape", sum(thing.colour == colour for thing in things)
+        noun, number = f"{colour} shape", sum(item.colour == colour for item in scene)
     plural = f"{noun}es" if noun.endswith("ss") else f"{noun}s"
     question = _pick(rng, f"How many {plural} are there?", f"Count the {plural}.")
     if number == 0:
@@ -118,31 +118,31 @@ def _count(rng: np.random.Generator, things: list[_Thing]) -> tuple[str, str]:
     return question, f"There is 1 {noun}." if number == 1 else f"There are {number} {plural}."
 
 
-def _name(rng: np.random.Generator, things: list[_Thing]) -> tuple[str, str]:
-    thing = things[rng.integers(len(things))]
-    alone = sum(other.shape == thing.shape for other in things) == 1
+def _name(rng: np.random.Generator, scene: list[_Item]) -> tuple[str, str]:
+    item = scene[rng.integers(len(scene))]
+    alone = sum(other.shape == item.shape for other in scene) == 1
     if alone and rng.random() < 0.3:
         return _pick(
-            rng, f"What colour is the {thing.shape}?", f"Which colour has the {thing.shape}?"
-        ), f"The {thing.shape} is {thing.colour}."
-    question = _pick(rng, f"What is at the {thing.place}?", f"Name the shape at the {thing.place}.")
-    return question, f"It is a {thing.name}."
+            rng, f"What colour is the {item.shape}?", f"Which colour has the {item.shape}?"
+        ), f"The {item.shape} is {item.colour}."
+    question = _pick(rng, f"What is at the {item.place}?", f"Name the shape at the {item.place}.")
+    return question, f"It is a {item.name}."
 
 
-def _locate(rng: np.random.Generator, things: list[_Thing]) -> tuple[str, str]:
-    unique = [thing for thing in things if sum(other.name == thing.name for other in things) == 1]
+def _locate(rng: np.random.Generator, scene: list[_Item]) -> tuple[str, str]:
+    unique = [item for item in scene if sum(other.name == item.name for other in scene) == 1]
     if not unique:  # two or more of one kind and nothing else: name where they are
-        thing = things[0]
-        where = " and the ".join(other.place for other in things)
-        return f"Where are the {thing.colour} shapes?", f"They are at the {where}."
-    thing = unique[rng.integers(len(unique))]
+        item = scene[0]
+        where = " and the ".join(other.place for other in scene)
+        return f"Where are the {item.colour} shapes?", f"They are at the {where}."
+    item = unique[rng.integers(len(unique))]
     return _pick(
-        rng, f"Where is the {thing.name}?", f"Locate the {thing.name}."
-    ), f"The {thing.name} is at the {thing.place}."
+        rng, f"Where is the {item.name}?", f"Locate the {item.name}."
+    ), f"The {item.name} is at the {item.place}."
 
 
-def _describe(rng: np.random.Generator, things: list[_Thing]) -> tuple[str, str]:
-    text = ", ".join(f"a {thing.name} at the {thing.place}" for thing in things)
+def _describe(rng: np.random.Generator, scene: list[_Item]) -> tuple[str, str]:
+    text = ", ".join(f"a {item.name} at the {item.place}" for item in scene)
     return _pick(rng, "Describe the picture.", "Describe the image.", "What is in the picture?"), f"A{text[1:]}."
 
 
@@ -159,15 +159,15 @@ def _paper(rng: np.random.Generator, size: int = SIZE) -> Image.Image:
     return Image.fromarray(corners).resize((size, size), Image.Resampling.BILINEAR)
 
 
-def draw_scene(rng: np.random.Generator, things: list[_Thing]) -> Image.Image:
-    """Draw the things, 256 × 256 RGB; place, size, tilt and colour vary."""
+def draw_scene(rng: np.random.Generator, scene: list[_Item]) -> Image.Image:
+    """Draw the items, 256 × 256 RGB; place, size, tilt and colour vary."""
     image = _paper(rng, 2 * SIZE)  # drawn at twice the size and reduced: smooth edges
     draw = ImageDraw.Draw(image)
-    for thing in things:
-        row, column = divmod(PLACES.index(thing.place), 2)
+    for item in scene:
+        row, column = divmod(PLACES.index(item.place), 2)
         centre = np.array([column, row]) * SIZE + SIZE / 2 + rng.uniform(-40, 40, size=2)
-        colour = tuple(int(c) for c in np.clip(np.array(COLOURS[thing.colour]) + rng.integers(-18, 19, size=3), 0, 255))
-        _draw_shape(draw, thing.shape, centre, rng.uniform(48, 84), rng.uniform(-0.25, 0.25), colour)
+        colour = tuple(int(c) for c in np.clip(np.array(COLOURS[item.colour]) + rng.integers(-18, 19, size=3), 0, 255))
+        _draw_shape(draw, item.shape, centre, rng.uniform(48, 84), rng.uniform(-0.25, 0.25), colour)
     return image.reduce(2)
 
 
@@ -219,10 +219,10 @@ def draw_digit(rng: np.random.Generator, scan: int, split: str) -> tuple[Image.I
     return image, int(digits[scan])
 
 
-def evaluate(answer: Callable[[Question], str], asked: Iterator[Question]) -> dict[str, tuple[int, int]]:
+def evaluate(answer: Callable[[Question], str], entries: Iterator[Question]) -> dict[str, tuple[int, int]]:
     """Ask every question; returns {kind: (exact answers, questions)}."""
     score = {kind: (0, 0) for kind in KINDS}
-    for question in asked:
+    for question in entries:
         right, total = score[question.kind]
         score[question.kind] = (right + (answer(question).strip() == question.answer), total + 1)
     return score

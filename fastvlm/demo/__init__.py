@@ -1,4 +1,1 @@
-"""The demo checkpoint: its training and the page of its answers.
-
-Imports `common`, `data` and `model`.
-"""
+"""The demo checkpoint: its training and the page of its answers."""

@@ -1,10 +1,11 @@
-"""`python -m fastvlm demo`: draw pictures, ask, and show question, answer and truth; or train the checkpoint anew."""
+"""`fastvlm demo`: draw pictures, ask, and show question, answer and truth; or train the checkpoint anew."""
 
 import argparse
 from pathlib import Path
 from typing import Any
 
 from fastvlm.common import page
+from fastvlm.common.arguments import whole_number
 from fastvlm.common.cli import log, progress
 from fastvlm.common.errors import UserError
 from fastvlm.common.files import Output, output_faults
@@ -12,7 +13,7 @@ from fastvlm.common.staging import write_file
 from fastvlm.common.terminal import mark, print_table
 from fastvlm.data import scenes
 
-PAGE = "index.html"
+PAGE, PLACE = "index.html", Path("build/demo")
 TEMPLATE = Path(__file__).parent / "templates" / "demo.html.j2"
 PASS_MARK = 0.95  # of the held-out questions, for a checkpoint that is trained anew
 
@@ -26,39 +27,46 @@ def add_parser(subparsers: Any) -> None:
         "--model-path", default=str(scenes.CHECKPOINT), metavar="CHECKPOINT", help="(default: the demo checkpoint)"
     )
     parser.add_argument(
-        "--count", type=int, default=20, help="questions (default: %(default)s; 500 is the whole held-out set)"
+        "--count",
+        type=whole_number(),
+        default=20,
+        help="questions (default: %(default)s; 500 is the whole held-out set)",
     )
     parser.add_argument(
-        "--seed", type=int, default=0, help="of the pictures, or of the training (default: %(default)s)"
+        "--seed", type=int, default=0, help="seed of the pictures, or of the training (default: %(default)s)"
     )
     parser.add_argument(
         "--output-dir",
-        help="of the page (default: build/demo), with --train of the checkpoint (default: build/demo_checkpoint)",
+        type=Path,
+        help="folder of the page (default: build/demo), or of the new checkpoint (default: build/demo_checkpoint)",
     )
     parser.add_argument(
         "--train", action="store_true", help="train a new demo checkpoint from nothing (under two hours on 2 cores)"
     )
     parser.add_argument("--overwrite", action="store_true", help="with --train: replace an existing checkpoint")
+    parser.check(_faults)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Show the demo, or train."""
-    if args.count < 1:
-        raise UserError(f"--count: got {args.count}, expected 1 or more")
     if args.train:
-        return train(Path(args.output_dir or "build/demo_checkpoint"), args.seed, args.overwrite)
-    folder = Path(args.output_dir or "build/demo")
-    written = {"--output-dir": (folder, Output(files=(PAGE,)))}  # not by the flag's type: --train reads no checkpoint
-    if faults := output_faults(written, [("--model-path", Path(args.model_path))]):
-        raise UserError("; ".join(faults))
-    return show(args.model_path, args.count, args.seed, folder, quiet=args.json)
+        return train(args.output_dir or Path("build/demo_checkpoint"), args.seed, args.overwrite)
+    return show(args.model_path, args.count, args.seed, args.output_dir or PLACE, quiet=args.json)
+
+
+def _faults(args: argparse.Namespace) -> list[str]:
+    if args.train:  # which reads no checkpoint
+        return []
+    return output_faults(
+        {"--output-dir": (args.output_dir or PLACE, Output(files=(PAGE,)))}, [("--model-path", Path(args.model_path))]
+    )
 
 
 def show(model_path: str, count: int, seed: int, folder: Path, quiet: bool) -> dict[str, Any]:
     """Ask `count` held-out questions; print a table and write `folder/index.html`."""
     with progress(f"load {model_path}"):
-        from fastvlm.model.surface import load_checkpoint
+        from fastvlm.model.torch_parts import load_checkpoint
 
         model = load_checkpoint(model_path)
     rows = []
@@ -117,7 +125,7 @@ def _write_page(rows: list, right: int, model: Any, model_path: str, folder: Pat
 def train(folder: Path, seed: int, overwrite: bool) -> dict[str, Any]:
     """Train, save to `folder` by one rename, and score it on 500 held-out questions."""
     from fastvlm.demo import train as demo_train
-    from fastvlm.model.surface import load_checkpoint
+    from fastvlm.model.torch_parts import load_checkpoint
 
     if folder.exists() and not overwrite:
         raise UserError(f"{folder}: exists already: give --overwrite or another --output-dir")

@@ -1,15 +1,12 @@
 """Train the demo checkpoint from nothing: tokenizer, a reduced FastViT-MCi3, a projector and a small Qwen2.
 
-`python -m fastvlm demo --train` runs it. The schedule, the data and the initial weights are functions of the seed.
+`fastvlm demo --train` runs it. The schedule, the data and the initial weights are functions of the seed.
 """
 
-import ctypes
 import json
 import math
-import platform
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +19,9 @@ from fastvlm.common.cli import log
 from fastvlm.common.image_tokens import PATCH_SIZE, tokens_per_image
 from fastvlm.common.staging import staged
 from fastvlm.data import scenes as demo
-from fastvlm.data.prompt import CHAT_TEMPLATE, encode_prompt
+from fastvlm.data.preprocessing import processor_files
+from fastvlm.data.prompt import CHAT_TEMPLATE
+from fastvlm.demo.batches import IGNORED, PHASES, Batches, image_token_of, phase_of
 
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>")  # Qwen2's order, then the image token
 VOCABULARY = 512 - len(SPECIALS)  # at most; the sentences run out of merges before
@@ -48,38 +47,12 @@ TEXT: dict[str, Any] = {
 }
 
 
-@dataclass(frozen=True)
-class Phase:
-    """What the steps before `until` train on: pictures of each sort, the guide's weight, and the questions about each
-    scene, one tuple a step in turn."""
-
-    until: int
-    scenes: int
-    digits: int
-    guide: float
-    kinds: tuple[tuple[str, ...], ...]
-
-
-PHASES = (  # first what each quarter shows, then what must be searched for; descriptions are long, so they become rare
-    Phase(3000, 14, 8, 0.5, (("count", "name", "locate", "describe"),)),
-    Phase(4000, 11, 6, 0.0, (("count", "count", "name", "locate", "locate", "describe"),)),
-    Phase(8000, 12, 5, 0.0, (("describe", "name"), *[("count", "count", "name", "locate", "locate")] * 5)),
-    Phase(8900, 11, 10, 0.0, (("describe", "name"), ("count", "name", "locate"), ("count", "name", "locate"))),
-)
-WAKE, WOKEN = (
-    8000,
-    8300,
-)  # steps in which the encoder's residual branches grow to a good part of their stream (`growth`)
+# Steps in which the encoder's residual branches grow to a good part of their stream (`growth`).
+WAKE, WOKEN = 8000, 8300
 SHARE, WAKE_RATE = 0.5, 5e-4
 STEPS = PHASES[-1].until
 LEARNING_RATE, WEIGHT_DECAY, WARM_UP = 1.5e-3, 0.05, 200
 GRID = demo.SIZE // PATCH_SIZE  # image tokens a side
-IGNORED = -100  # the label that the loss skips
-
-
-def phase_of(step: int) -> Phase:
-    """The phase that a step belongs to."""
-    return next(phase for phase in PHASES if step < phase.until)
 
 
 def make_tokenizer() -> Qwen2Tokenizer:
@@ -87,9 +60,9 @@ def make_tokenizer() -> Qwen2Tokenizer:
     rng = np.random.default_rng(0)
     corpus = ["system\nYou are a helpful assistant.", "user\n", "assistant\n"] * 200
     for _ in range(3000):
-        things = demo.make_scene(rng)
+        scene = demo.make_scene(rng)
         for kind in ("count", "name", "locate", "describe"):
-            corpus += demo.ask(rng, kind, things)
+            corpus += demo.ask(rng, kind, scene)
         corpus += demo.ask_digit(rng, int(rng.integers(10)))
     untrained = Qwen2Tokenizer().backend_tokenizer
     bpe = Tokenizer(models.BPE())
@@ -114,11 +87,6 @@ def make_tokenizer() -> Qwen2Tokenizer:
     return tokenizer
 
 
-def image_token_of(tokenizer: Qwen2Tokenizer) -> int:
-    """The id of `<image>`."""
-    return tokenizer.get_vocab()["<image>"]
-
-
 def make_model(tokenizer: Qwen2Tokenizer) -> FastVlmForConditionalGeneration:
     """The untrained model in training form."""
     width = 2 * VISION["embed_dims"][-1]
@@ -141,62 +109,8 @@ def make_model(tokenizer: Qwen2Tokenizer) -> FastVlmForConditionalGeneration:
     return FastVlmForConditionalGeneration(config)
 
 
-class Batches:
-    """The training data: `batch(step)` depends on the seed and the step alone, so a run can resume anywhere."""
-
-    def __init__(self, tokenizer: Qwen2Tokenizer, seed: int) -> None:
-        self.tokenizer, self.seed = tokenizer, seed
-        self.image_token = image_token_of(tokenizer)
-
-    def __call__(self, step: int) -> dict[str, torch.Tensor]:
-        """Return pixels (P, 3, S, S), what they show (see `Guide`), and ids, labels, mask (Q, T) with `picture` (Q,)
-        saying whose question it is."""
-        rng = np.random.default_rng([self.seed, demo._STREAM["train"], step])
-        phase = phase_of(step)
-        images, rows, owners = [], [], []
-        shown = torch.full((phase.scenes + phase.digits, 9), IGNORED)
-        for _ in range(phase.scenes):
-            things = demo.make_scene(rng)
-            images.append(demo.draw_scene(rng, things))
-            shown[len(images) - 1, :8] = 0
-            for thing in things:
-                place = demo.PLACES.index(thing.place)
-                shown[len(images) - 1, place] = 1 + demo.SHAPES.index(thing.shape)
-                shown[len(images) - 1, 4 + place] = 1 + list(demo.COLOURS).index(thing.colour)
-            for kind in phase.kinds[step % len(phase.kinds)]:
-                rows.append(self._encode(*demo.ask(rng, kind, things)))
-                owners.append(len(images) - 1)
-        for _ in range(phase.digits):
-            image, digit = demo.draw_digit(rng, int(rng.integers(len(demo.digit_scans("train")[0]))), "train")
-            images.append(image)
-            shown[len(images) - 1, 8] = digit
-            rows.append(self._encode(*demo.ask_digit(rng, digit)))
-            owners.append(len(images) - 1)
-        length = max(len(ids) for ids, _ in rows)
-        ids = torch.full((len(rows), length), self.tokenizer.pad_token_id)
-        labels, mask = torch.full_like(ids, IGNORED), torch.zeros_like(ids)
-        for row, (tokens, asked) in enumerate(rows):
-            ids[row, : len(tokens)] = torch.tensor(tokens)
-            labels[row, asked : len(tokens)] = torch.tensor(tokens[asked:])
-            mask[row, : len(tokens)] = 1
-        pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2).float() / 255
-        return {
-            "pixels": pixels,
-            "ids": ids,
-            "labels": labels,
-            "mask": mask,
-            "picture": torch.tensor(owners),
-            "shown": shown,
-        }
-
-    def _encode(self, question: str, answer: str) -> tuple[list[int], int]:
-        prompt = encode_prompt(self.tokenizer, question, self.image_token, tokens_per_image(demo.SIZE))[0].tolist()
-        reply = self.tokenizer(answer, add_special_tokens=False)["input_ids"]
-        return [*prompt, *reply, self.tokenizer.eos_token_id], len(prompt)
-
-
 class Guide(torch.nn.Module):
-    """Linear read-outs of the image embeddings, for training only: what each quarter shows, and which digit.
+    """Linear read-outs of the image embeddings, for training only: each quarter's shape and colour, and the digit.
 
     They give the encoder a direct gradient. Without them it learns colours and places in 500 steps but still calls
     every shape a star after 1,000 (docs/LOG.md).
@@ -226,25 +140,25 @@ def growth(model: FastVlmForConditionalGeneration, pixels: torch.Tensor) -> list
     the stream that they are added to (root mean square over `pixels`), while training goes on.
     """
     encoder = model.model.vision_tower.timm_model
-    found = []  # (block, layer scale, last layer)
+    branches = []  # (block, layer scale, last layer)
     for block in (block for stage in encoder.stages for block in stage.blocks):
         if hasattr(block, "layer_scale_1"):  # an attention block has a branch more
-            found.append((block, block.layer_scale_1, block.token_mixer.proj))
-            found.append((block, block.layer_scale_2, block.mlp.fc2))
+            branches.append((block, block.layer_scale_1, block.token_mixer.proj))
+            branches.append((block, block.layer_scale_2, block.mlp.fc2))
         else:
-            found.append((block, block.layer_scale, block.mlp.fc2))
+            branches.append((block, block.layer_scale, block.mlp.fc2))
     sizes: dict[Any, tuple[float, float]] = {}  # root mean squares of input and output
 
     def note(module: Any, inputs: Any, output: torch.Tensor) -> None:
         sizes[module] = (inputs[0].square().mean().sqrt().item(), output.square().mean().sqrt().item())
 
-    hooks = [module.register_forward_hook(note) for block, scale, _ in found for module in (block, scale)]
+    hooks = [module.register_forward_hook(note) for block, scale, _ in branches for module in (block, scale)]
     with torch.no_grad():
         encoder.eval().forward_features(pixels)
     encoder.train()
     for hook in hooks:
         hook.remove()
-    shares = {layer: sizes[scale][1] / sizes[block][0] for block, scale, layer in found}
+    shares = {layer: sizes[scale][1] / sizes[block][0] for block, scale, layer in branches}
     return [(layer, max(1.0, SHARE / share) ** (1 / (WOKEN - WAKE))) for layer, share in shares.items()]
 
 
@@ -283,7 +197,6 @@ def train(
     seed: int = 0, advance: Callable[[], None] = lambda: None
 ) -> tuple[FastVlmForConditionalGeneration, Qwen2Tokenizer]:
     """Train from nothing and return the model (eval mode) and its tokenizer."""
-    _keep_freed_buffers()
     torch.manual_seed(seed)
     tokenizer = make_tokenizer()
     model, guide = make_model(tokenizer).train(), Guide(TEXT["hidden_size"])
@@ -316,47 +229,11 @@ def train(
     return model.eval(), tokenizer
 
 
-def _keep_freed_buffers() -> None:
-    """Let glibc reuse large buffers instead of faulting them in again: an eighth of the time a step (docs/LOG.md).
-
-    For the life of the process; `model_export.mil.allocator` does it for a block, and imports go the other way.
-    """
-    if platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-4, 0)  # M_MMAP_MAX, malloc.h: nothing by mmap
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: never trim
-
-
 def save(model: FastVlmForConditionalGeneration, tokenizer: Qwen2Tokenizer, folder: Path) -> None:
     """Write the checkpoint in the Transformers layout, float16, to `folder`, whole; an old one is replaced."""
     with staged(folder, replace=True) as staging:
         model.half().save_pretrained(staging)
         tokenizer.save_pretrained(staging)
-        for name, document in _processors().items():
+        for name, document in processor_files(demo.SIZE).items():
             (staging / name).write_text(json.dumps(document, indent=2) + "\n")
         (staging / "LICENSE").write_bytes((demo.CHECKPOINT / "LICENSE").read_bytes())  # the same data, the same terms
-
-
-def _processors() -> dict[str, dict]:
-    square = {"height": demo.SIZE, "width": demo.SIZE}
-    image_processor = {
-        "image_processor_type": "CLIPImageProcessor",
-        "do_convert_rgb": True,
-        "do_resize": True,
-        "size": {"shortest_edge": demo.SIZE},
-        "resample": 3,
-        "do_center_crop": True,
-        "crop_size": square,
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": [0.0, 0.0, 0.0],
-        "image_std": [1.0, 1.0, 1.0],
-    }
-    processor = {
-        "processor_class": "LlavaProcessor",
-        "image_token": "<image>",
-        "num_additional_image_tokens": 0,
-        "patch_size": 64,
-    }
-    return {"preprocessor_config.json": image_processor, "processor_config.json": processor}

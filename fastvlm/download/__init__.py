@@ -1,4 +1,1 @@
-"""Checkpoints from a hub or an archive, resumable and checked.
-
-Imports `common` and `checkpoint`.
-"""
+"""Checkpoints from a hub or an archive, resumable and checked."""

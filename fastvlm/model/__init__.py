@@ -1,4 +1,1 @@
-"""The PyTorch model: building it, folding its branches, running it.
-
-Imports `common`, `data` and `checkpoint`.
-"""
+"""The PyTorch model: building it, folding its branches, running it."""

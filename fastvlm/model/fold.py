@@ -12,7 +12,6 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
 
 import torch
 from timm.layers import ConvNormAct
@@ -26,10 +25,10 @@ from timm.models.fastvit import (
     RepMixerBlock,
 )
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from fastvlm.common.errors import CheckFailed
+from fastvlm.model.depthwise import DepthwiseByTaps
 
 # Float64 carries 1e-16 and some hundred layers in a row lose two or three digits (2e-14 measured on the real shape);
 # a real fault, such as one statistic off by a millionth, shows at 1e-7 or more.
@@ -112,7 +111,7 @@ def _units(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module
 
 
 def _parts(unit: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
-    """What a block is compared at inside: its foldable modules, and the layer scales, which end as identities.
+    """The places inside a block at which it is compared: foldable modules, and layer scales, which end as identities.
 
     Not its FFN or attention as a whole: they take in the layer scale that follows. Nor what is inside a branch.
     """
@@ -145,7 +144,7 @@ def _widen(name: str, unit: nn.Module) -> None:
 
 
 def _drop(name: str, unit: nn.Module) -> None:
-    """Free a unit of a throw-away copy."""
+    """Free the memory of a unit in a temporary copy."""
     unit.to("meta")
 
 
@@ -224,7 +223,7 @@ def _fold_layer_scale(block: nn.Module, name: str, producer: nn.Conv2d | nn.Line
 
 
 def _outputs(model: nn.Module, image_size: int, seed: int) -> dict[str, Tensor]:
-    """What a float64 copy of `model` computes, by name (see `_run`)."""
+    """The outputs of a float64 copy of `model`, by name (see `_run`)."""
     outputs: dict[str, Tensor] = {}
     _run(_shallow_copy(model).eval(), image_size, seed, _widen, _drop, outputs.__setitem__)
     return outputs
@@ -279,42 +278,7 @@ def _run(
         hooks.append(unit.register_forward_hook(partial(after, name=name)))
     generator = torch.Generator().manual_seed(seed)
     pixels = torch.rand(1, 3, image_size, image_size, dtype=torch.float64, generator=generator)
-    with _DepthwiseByTaps():
+    with DepthwiseByTaps():
         record("forward_features", model.forward_features(pixels))  # type: ignore[operator]
     for hook in hooks:
         hook.remove()
-
-
-class _DepthwiseByTaps(TorchFunctionMode):
-    """Compute depthwise convolutions as a sum over kernel taps, which is their definition.
-
-    PyTorch has no depthwise kernel for float64 on the CPU: it runs one convolution a channel, 35,040 for the real
-    encoder and 94 % of the proof's time.
-    """
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.conv2d and not kwargs and args[1].shape[1] == 1 and args[6] > 1:
-            return _depthwise(*args)
-        return func(*args, **(kwargs or {}))
-
-
-def _depthwise(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    dilation: tuple[int, int],
-    groups: int,
-) -> Tensor:
-    """conv2d for a (O, 1, kh, kw) kernel, O a multiple of groups: (B, groups, H, W) -> (B, O, H', W')."""
-    x = nn.functional.pad(x, (padding[1], padding[1], padding[0], padding[0]))
-    x = x.repeat_interleave(weight.shape[0] // groups, dim=1)
-    reach = [(size - 1) * step for size, step in zip(weight.shape[2:], dilation)]
-    rows, columns = ((x.shape[2 + i] - reach[i] - 1) // stride[i] + 1 for i in (0, 1))
-    out = x.new_zeros(x.shape[0], weight.shape[0], rows, columns)
-    for i, j in itertools.product(*map(range, weight.shape[2:])):
-        top, left = i * dilation[0], j * dilation[1]
-        window = x[:, :, top : top + rows * stride[0] : stride[0], left : left + columns * stride[1] : stride[1]]
-        out.addcmul_(window, weight[:, 0, i, j].view(-1, 1, 1))
-    return out if bias is None else out + bias.view(-1, 1, 1)

@@ -1,4 +1,4 @@
-"""`python -m fastvlm predict`: ask a checkpoint about pictures, in PyTorch."""
+"""`fastvlm predict`: ask a checkpoint about pictures, in PyTorch."""
 
 import argparse
 import math
@@ -93,8 +93,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     with progress(f"load {args.model_path}"):
         device = choose_device(args.device)
 
-        from fastvlm.data.preprocessing import open_image
-        from fastvlm.model.surface import Sampler, load_checkpoint
+        from fastvlm.data.images import open_image
+        from fastvlm.model.language import Sampler
+        from fastvlm.model.torch_parts import load_checkpoint
 
         Sampler(args.temperature, args.top_p)  # refuses values before the model is loaded
         pictures = [open_image(path) for path in args.image_file]
@@ -105,8 +106,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     log(f"{', '.join(dict.fromkeys(model.runners.values()))}, {pixels}; loaded in {time.monotonic() - started:.1f} s")
     if any(len(job.pictures) > 1 for job in jobs):
         log("warning: FastVLM was trained with one picture a prompt; answers about several may be poor")
-    asked = ((f"--prompt {job.prompt[:32]!r}", job.prompt, len(job.pictures)) for job in jobs)
-    model.check_prompts(asked, args.conv_mode)
+    prompts = ((f"--prompt {job.prompt[:32]!r}", job.prompt, len(job.pictures)) for job in jobs)
+    model.check_prompts(prompts, args.conv_mode)
     image_embeddings = []
     with progress("encode (pictures)", len(pictures)) as advance:
         for picture in pictures:
@@ -157,15 +158,15 @@ def generate_batch(model: Any, embeds: Sequence[np.ndarray], args: argparse.Name
 
     language = model.language
     positions = math.inf if language.positions is None else language.positions
-    room = [positions - one.shape[1] + 1 for one in embeds]
+    room = [positions - prompt.shape[1] + 1 for prompt in embeds]
     if len(embeds) > 1 and min(room) < args.max_new_tokens:
-        return [answer for one in embeds for answer in generate_batch(model, [one], args)]
-    length = max(one.shape[1] for one in embeds)
+        return [answer for prompt in embeds for answer in generate_batch(model, [prompt], args)]
+    length = max(prompt.shape[1] for prompt in embeds)
     batch = np.zeros((len(embeds), length, embeds[0].shape[2]), np.float32)
     mask = torch.zeros(len(embeds), length, dtype=torch.long)
-    for row, one in enumerate(embeds):
-        batch[row, length - one.shape[1] :] = one[0]
-        mask[row, length - one.shape[1] :] = 1
+    for row, prompt in enumerate(embeds):
+        batch[row, length - prompt.shape[1] :] = prompt[0]
+        mask[row, length - prompt.shape[1] :] = 1
     sampling = (
         {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p, "top_k": 0}
         if args.temperature > 0
@@ -174,7 +175,7 @@ def generate_batch(model: Any, embeds: Sequence[np.ndarray], args: argparse.Name
     ends = torch.tensor(sorted(language.eos_ids), device=language.like.device)
 
     def check(generated: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Before each token: the rows that go on must be finite."""
+        """Check before each token that the logits of every unfinished answer are finite."""
         step = generated.shape[1]
         going = scores if not step else scores[~torch.isin(generated[:, -1], ends)]
         finite(going.cpu().numpy(), f"language model: logits of token {step + 1} of the answer", language)

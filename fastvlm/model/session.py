@@ -1,4 +1,4 @@
-"""Several questions to one model, each as cheap as what is new in it."""
+"""Several questions to one model: only the part of each that is new is computed."""
 
 import hashlib
 import os
@@ -10,18 +10,22 @@ from typing import Any
 import numpy as np
 
 from fastvlm.common.files import read_small
-from fastvlm.data.preprocessing import MAX_BYTES, as_rgb
-from fastvlm.model.surface import FastVLM, Sampler
+from fastvlm.data.images import MAX_BYTES, as_rgb
+from fastvlm.model.language import Sampler
+from fastvlm.model.surface import FastVLM
 
 KEPT_PICTURES = 16  # image embeddings of 0.9 MB each in the 0.5B model
 
 
 class Session:
-    """A `FastVLM` that remembers: a picture's embeddings by the hash of its content, and the KV cache as far as a
-    prompt begins like the one before. A second question on the same picture prefills its own tokens only.
+    """A `FastVLM` with caches: pictures' embeddings by the hash of their content, and the KV cache of the prefix that
+    a prompt shares with the one before. A second question on the same picture prefills its own tokens only.
 
     The answers are `FastVLM.generate`'s but for rounding: a matrix product of few rows rounds otherwise than one of
     many. One answer at a time: beginning another ends the one before.
+
+    Args:
+        model: the checkpoint or artefact, as loaded.
     """
 
     def __init__(self, model: FastVLM) -> None:
@@ -32,7 +36,7 @@ class Session:
         self._prompts = 0  # read so far
 
     def picture(self, image: Any) -> tuple[str, np.ndarray]:
-        """A picture's hash and its embeddings (1, N, H), from memory if it was seen before."""
+        """A picture's hash and its embeddings (1, N, H), from the cache if it was seen before."""
         key = content_hash(image)
         if key not in self._pictures:
             model = self.model
@@ -43,16 +47,17 @@ class Session:
         return key, self._pictures[key]
 
     def prefill(self, prompt: str, image: Any = None) -> tuple[np.ndarray, int]:
-        """Read a prompt: the last position's logits (V,) float32, and how many tokens had to be read for it.
+        """Read a prompt; `prompt` and `image` as in `FastVLM.stream`.
 
-        `image` as in `FastVLM.stream`.
+        Returns:
+            The last position's logits (V,) float32, and the number of tokens that the cache did not hold.
         """
         model, images = self.model, [] if image is None else image if isinstance(image, (list, tuple)) else [image]
         ids = model.tokenize(prompt, len(images))[0].tolist()
         hashes, embeddings = zip(*map(self.picture, images), strict=True) if images else ((), ())
         shown = iter([key for key in hashes for _ in range(model.tokens_per_image)])
         keys = [next(shown) if token == model.image_token_id else token for token in ids]
-        known = min(_common(keys, self._keys), len(keys) - 1)  # the last position's logits are asked for
+        known = min(_common_prefix(keys, self._keys), len(keys) - 1)  # the last position's logits are asked for
         past = model.language.rewind(self._past, known) if known else None
         self._keys, self._past = [], None  # half of a prefill would be no cache
         rest = ids[known:]
@@ -64,7 +69,7 @@ class Session:
         return logits, len(keys) - known
 
     def stream(self, prompt: str, image: Any = None, max_new_tokens: int = 256, **sampling: Any) -> Iterator[str]:
-        """As `FastVLM.stream`; `sampling` as for `fastvlm.model.surface.Sampler`."""
+        """As `FastVLM.stream`; `sampling` as for `fastvlm.model.language.Sampler`."""
         draw = Sampler(**sampling)
         logits, _ = self.prefill(prompt, image)
         yield from self.model.decode(self._tokens(self.model.language.decode(logits, self._past, max_new_tokens, draw)))
@@ -88,6 +93,6 @@ def content_hash(image: Any) -> str:
     return hashlib.sha256(f"{rgb.size} ".encode() + rgb.tobytes()).hexdigest()
 
 
-def _common(one: list[Any], other: list[Any]) -> int:
-    """How many items both begin with."""
-    return next((i for i, (a, b) in enumerate(zip(one, other)) if a != b), min(len(one), len(other)))
+def _common_prefix(first: list[Any], second: list[Any]) -> int:
+    """The length of the longest prefix of both."""
+    return next((i for i, (a, b) in enumerate(zip(first, second)) if a != b), min(len(first), len(second)))

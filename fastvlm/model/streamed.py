@@ -26,7 +26,7 @@ _pool: ThreadPoolExecutor | None = None
 
 @contextmanager
 def workers() -> Iterator[None]:
-    """Inside, streamed layers are computed by as many threads as PyTorch has, each running its operations alone."""
+    """Compute streamed layers inside the block on as many threads as PyTorch has, one thread an operation."""
     global _pool
     with threads.alone() as count, ThreadPoolExecutor(count) as _pool:
         try:
@@ -37,7 +37,7 @@ def workers() -> Iterator[None]:
 
 @dataclass
 class Memory:
-    """What layers may keep of their stored weights: all of the 0.5B model's in 16 bits."""
+    """Memory for stored weights that layers keep: all of the 0.5B model's in 16 bits."""
 
     free: int = 5 << 28  # bytes
 
@@ -51,7 +51,7 @@ class Memory:
 class StreamedLinear(nn.Module):
     """x (..., I) @ weight (O, I) transposed + bias, in x's dtype.
 
-    `read()` gives access to the weight's rows. With `keeps` what it gave stays; else it ends with each use.
+    `read()` gives access to the weight's rows, for as long as the layer lives with `keeps`, else for each use anew.
     """
 
     def __init__(
@@ -59,14 +59,14 @@ class StreamedLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.read, (self.out_features, self.in_features), self.bias = read, shape, bias
-        self.keeps, self.kept = keeps, cast(Rows | None, None)
+        self.keeps, self.stored = keeps, cast(Rows | None, None)
 
     def forward(self, x: Tensor) -> Tensor:
         flat, result = x.flatten(0, -2), x.new_empty(*x.shape[:-1], self.out_features)
         out, step = result.view(-1, self.out_features), max(_AT_ONCE // self.in_features, min(len(flat), _OUTPUTS))
         multiply = _many_rows if _ONEDNN and len(flat) >= _OUTPUTS else nn.functional.linear
-        rows = self.kept or self.read()
-        self.kept = rows if self.keeps else None
+        rows = self.stored or self.read()
+        self.stored = rows if self.keeps else None
 
         def compute(start: int, stop: int) -> None:
             with torch.inference_mode():  # which each thread has of its own
@@ -84,10 +84,10 @@ def _many_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def forget(model: nn.Module) -> None:
-    """Drop what the layers of a model keep, until they are used again."""
+    """Drop the stored weights that the layers of a model keep, until they are used again."""
     for layer in model.modules():
         if isinstance(layer, StreamedLinear):
-            layer.kept = None
+            layer.stored = None
 
 
 def _spread(compute: Callable[[int, int], None], size: int) -> None:

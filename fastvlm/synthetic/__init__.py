@@ -1,4 +1,1 @@
-"""Checkpoints of any published shape with random weights.
-
-Imports `common`, `data` and `checkpoint`.
-"""
+"""Checkpoints of any published shape with random weights."""

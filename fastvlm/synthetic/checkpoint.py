@@ -9,8 +9,7 @@ import hashlib
 import json
 import math
 import os
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,22 +75,11 @@ def write_checkpoint(
     tied: bool | None = None,
     seed: int = 0,
     image_size: int | None = None,
-    stream_scale: Mapping[int, float] | None = None,
-    attention_scale: float = 1.0,
-    patch_scale: float = 1.0,
-    low_pass: bool = False,
 ) -> Path:
     """Write a complete checkpoint folder (weights, config, tokenizer, processor files, licence) and return its path.
 
     `shape` is a key of SHAPES, `layout` one of LAYOUTS, `form` one of FORMS; `tied` None takes the published value, and
     a tied checkpoint has no `lm_head.weight`. The same (shape, form, dtype, seed) is the same model in both layouts.
-    `stream_scale` {stage: F} lets the residual streams of attention stages (3 and 4) be F times as large while every
-    branch, and what leaves the stage, stays as it is but for LayerNorm's eps; folded form, and not in float16, whose
-    range the divided weights leave. `attention_scale` multiplies what every attention adds to its stream: over random
-    weights it is nearly uniform and adds little, so that an encoder whose LayerNorms are lost still comes to 21 dB.
-    `patch_scale` does so with the last patch embedding, before and after its GELU, as the published 0.5B's is large.
-    `low_pass` gives depthwise kernels a mean, as trained ones have, and rounds all values to float16's digits, as
-    published ones are: white noise, which rounding is, is then averaged on its way, and weights are exact.
     UserError if `path` exists or an argument is unknown.
     """
     target, sizes = Path(path), SHAPES.get(shape)
@@ -101,17 +89,13 @@ def write_checkpoint(
         )
     if target.exists():
         raise UserError(f"write_checkpoint: {target} exists; choose another path or remove it")
-    if (stream_scale or patch_scale != 1) and (form != "folded" or dtype == "float16"):
-        raise UserError(f"write_checkpoint: scales with form {form}, dtype {dtype}: expected folded, not float16")
     tied = sizes.tied if tied is None else tied
     config = _config(sizes, layout, form, dtype, tied, image_size or sizes.image_size)
     with staged(target) as staging:
         (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         (staging / "LICENSE").write_text(_LICENCE)
         tokenizer.write(staging, layout, sizes.published_ids, image_size or sizes.image_size)
-        expected = _expected(config, layout, form, tied)
-        factors = _factors(expected, stream_scale or {}, attention_scale, patch_scale)
-        _write_weights(staging, expected, layout, dtype, shards, seed, factors, low_pass)
+        _write_weights(staging, _expected(config, layout, form, tied), layout, dtype, shards, seed)
     return target
 
 
@@ -186,45 +170,8 @@ def _expected(config: dict[str, Any], layout: str, form: str, tied: bool) -> dic
     return {name: tuple(tensor.shape) for name, tensor in state.items() if not (tied and name == naming.LM_HEAD)}
 
 
-def _factors(
-    expected: Mapping[str, tuple[int, ...]],
-    stream_scale: Mapping[int, float],
-    attention_scale: float,
-    patch_scale: float,
-) -> dict[str, float]:
-    """Tensor -> factor. A stage's stream starts at its position encoding; layer scales end the branches that add to it;
-    the branches' LayerNorms don't see its scale, their convolutions and the layer after the stage do."""
-    factors = {name: attention_scale for name in expected if name.endswith(".layer_scale_1.gamma")}
-    for stage, scale in stream_scale.items():
-        at = rf"stages\.{stage}\."
-        written = rf"{at}(pos_emb\.reparam_conv\.(weight|bias)|blocks\.\d+\.layer_scale_[12]\.gamma)"
-        last = not any(f"stages.{stage + 1}." in name for name in expected)
-        after = "final_conv" if last else rf"stages\.{stage + 1}\.downsample\.proj\.0"
-        read = rf"{at}blocks\.\d+\.mlp\.conv\.conv\.weight|{after}\.reparam_conv\.weight"
-        if not any(re.search(written, name) for name in expected):
-            raise UserError(f"write_checkpoint: stream_scale {stage}: a stage without attention and position encoding")
-        for name in expected:
-            if re.search(written, name):
-                factors[name] = factors.get(name, 1.0) * scale
-            elif re.search(read, name):
-                factors[name] = factors.get(name, 1.0) / scale
-    for name in expected:
-        if re.search(r"stages\.4\.downsample\.proj\.1\.reparam_conv\.(weight|bias)", name):
-            factors[name] = patch_scale
-        elif re.search(r"stages\.4\.pos_emb\.reparam_conv\.weight", name):
-            factors[name] = factors.get(name, 1.0) / patch_scale
-    return factors
-
-
 def _write_weights(
-    folder: Path,
-    expected: dict[str, tuple[int, ...]],
-    layout: str,
-    dtype: str,
-    shards: int,
-    seed: int,
-    factors: Mapping[str, float],
-    low_pass: bool,
+    folder: Path, expected: dict[str, tuple[int, ...]], layout: str, dtype: str, shards: int, seed: int
 ) -> None:
     total = sum(math.prod(shape) for shape in expected.values())
     parts: list[dict[str, tuple[int, ...]]] = [{} for _ in range(shards)]
@@ -236,22 +183,14 @@ def _write_weights(
     weight_map = {}
     for number, part in enumerate(parts, 1):
         file = "model.safetensors" if shards == 1 else f"model-{number:05d}-of-{shards:05d}.safetensors"
-        _write_safetensors(folder / file, part, source, dtype, seed, factors, low_pass)
+        _write_safetensors(folder / file, part, source, dtype, seed)
         weight_map.update({source(name): file for name in part})
     if shards > 1:
         index = {"metadata": {"total_size": total * torch_dtype(dtype).itemsize}, "weight_map": weight_map}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _write_safetensors(
-    path: Path,
-    part: dict[str, tuple[int, ...]],
-    source: Any,
-    dtype: str,
-    seed: int,
-    factors: Mapping[str, float],
-    low_pass: bool,
-) -> None:
+def _write_safetensors(path: Path, part: dict[str, tuple[int, ...]], source: Any, dtype: str, seed: int) -> None:
     """The safetensors format: 8 bytes of header length, a JSON header, the data (huggingface.co/docs/safetensors)."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     position = 0
@@ -270,13 +209,6 @@ def _write_safetensors(
         file.write(len(encoded).to_bytes(8, "little") + encoded)
         for name, shape in part.items():
             for chunk in _values(name, shape, seed):
-                factor = factors.get(name, 1.0)
-                if low_pass and chunk.is_floating_point():
-                    exponent = math.floor(math.log2(factor))  # which rounds nothing
-                    chunk = (_with_mean(chunk, name, shape) * (factor / 2.0**exponent)).half().float()
-                    factor = 2.0**exponent
-                if name in factors:
-                    chunk *= factor
                 stored = chunk if chunk.dtype == torch.int64 else chunk.to(torch_dtype(dtype))
                 file.write(stored.view(torch.uint8).numpy().data)
 
@@ -286,7 +218,7 @@ def _values(name: str, shape: tuple[int, ...], seed: int) -> Iterator[torch.Tens
     if name.endswith("num_batches_tracked"):
         yield torch.full((1,), 1000)
         return
-    kind, low, high, skip = _rule(name, shape)
+    kind, low, high, skip = rule(name, shape)
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     count = math.prod(shape)
@@ -302,19 +234,7 @@ def _values(name: str, shape: tuple[int, ...], seed: int) -> Iterator[torch.Tens
         yield values
 
 
-def _with_mean(values: torch.Tensor, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-    """Depthwise kernels (but those that hold a skip) with a mean of two standard deviations, by the sign of the first
-    tap, and their response to an even picture as it was."""
-    mixes = len(shape) == 4 and shape[1] == 1 and shape[2] > 1 and name.startswith(naming.VISION)
-    if not mixes or ".token_mixer." in name or ".pos_emb." in name:
-        return values
-    area = shape[2] * shape[3]
-    kernels = values.view(-1, area)
-    deviation = _rule(name, shape)[2]
-    return ((kernels + 2 * deviation * kernels[:, :1].sign()) / math.sqrt(1 + 4 * area)).flatten()
-
-
-def _rule(name: str, shape: tuple[int, ...]) -> tuple[str, float, float, bool]:
+def rule(name: str, shape: tuple[int, ...]) -> tuple[str, float, float, bool]:
     """How a tensor is drawn: ("normal", mean, std) or ("uniform", low, high), and whether a skip is added."""
     fan_in = math.prod(shape[1:]) if len(shape) > 1 else 1
     if not name.startswith(naming.VISION):

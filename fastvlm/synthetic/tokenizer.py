@@ -7,6 +7,7 @@ from typing import Any
 
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
+from fastvlm.data.preprocessing import processor_files
 from fastvlm.data.prompt import CHAT_TEMPLATE
 
 SMALL_SIZE = 509  # bytes and merges of the small vocabulary; Qwen's three special tokens and <image> follow
@@ -87,31 +88,8 @@ def _write_transformers(
     document["added_tokens"].sort(key=lambda entry: entry["id"])
     _dump(folder / "tokenizer.json", document, indent=None)
     _dump(folder / "tokenizer_config.json", _tokenizer_config(special) | {"image_token": IMAGE})
-    size = {"height": image_size, "width": image_size}
-    image_processor = {
-        "crop_size": size,
-        "do_center_crop": True,
-        "do_convert_rgb": True,
-        "do_normalize": True,
-        "do_rescale": True,
-        "do_resize": True,
-        "image_mean": [0.0, 0.0, 0.0],
-        "image_processor_type": "CLIPImageProcessor",
-        "image_std": [1.0, 1.0, 1.0],
-        "processor_class": "LlavaProcessor",
-        "resample": 3,
-        "rescale_factor": 1 / 255,
-        "size": {"shortest_edge": image_size},
-    }
-    _dump(folder / "preprocessor_config.json", image_processor)
-    processor = {
-        "image_token": IMAGE,
-        "num_additional_image_tokens": 0,
-        "patch_size": 64,
-        "processor_class": "LlavaProcessor",
-        "vision_feature_select_strategy": "full",
-    }
-    _dump(folder / "processor_config.json", processor)
+    for name, processor in processor_files(image_size).items():
+        _dump(folder / name, processor)
 
 
 def _tokenizer_config(special: dict[str, int]) -> dict[str, Any]:

@@ -1,4 +1,1 @@
-"""Checks of a package without its device: rules, compute plan, ranges; and the checks for a Mac.
-
-Imports `mil` and `encoder`.
-"""
+"""Checks of a package without its device: rules, compute plan, ranges; and the checks for a Mac."""

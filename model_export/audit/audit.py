@@ -1,4 +1,4 @@
-"""`python -m model_export audit PACKAGE`: is this package a program that the Neural Engine runs well?
+"""`fastvlm audit PACKAGE`: is this package a program that the Neural Engine runs well?
 
 A static check of any .mlpackage, ours or anyone's, from its saved bytes, on any machine. What it looks for is the table
 `neural_engine_rules.json`. It says what the published guidance says of the graph; where Core ML really places each
@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from fastvlm.common.errors import UserError
+from fastvlm.common.units import format_bytes
 from model_export.audit import compute_plan
 from model_export.audit import rules as audit_rules
 from model_export.mil import MILError, Program, read_package
+from model_export.mil.blob import stored_tensors
 from model_export.mil.costs import Cost, Graph, cost_of, padded_size_of, size_of
 
 # Operations that compute nothing; each count is shown, also when it is 0.
@@ -28,6 +30,8 @@ def audit(package: Path, function: str | None = None) -> dict[str, Any]:
     """
     try:
         program = read_package(package)
+        for _ in stored_tensors(program):  # reads each one's header
+            pass
     except MILError as error:
         raise UserError(str(error)) from error
     if function is not None and function not in program.functions:
@@ -76,7 +80,7 @@ def _function(program: Program, graph: Graph) -> dict[str, Any]:
         **_totals(graph, costs),
         "padding": _padding(graph),
         "costliest": _costliest(graph, costs),
-        "findings": [finding.document() for finding in audit_rules.findings(program, graph)],
+        "findings": audit_rules.findings(program, graph),
     }
 
 
@@ -157,15 +161,17 @@ def _costliest(graph: Graph, costs: list[Cost]) -> list[dict[str, Any]]:
 def lines(document: dict[str, Any]) -> list[str]:
     """The document as text."""
     weights = document["weights"]
-    head = f"{weights['bytes'] / 1e6:,.1f} MB of weights in {weights['tensors']} tensors"
+    head = (
+        f"{format_bytes(weights['bytes'])} of weights in {weights['tensors']} tensors, those inside the program counted"
+    )
     text = [f"{document['package']}: specification {document['specification_version']}, {head}"]
     for name, part in document["functions"].items():
         text += ["", *_figures(name, part), *_findings(part["findings"])]
     if "compute_plan" in document:
         text += ["", *compute_plan.lines(document["compute_plan"])]
-    found = sum(document["rules"].values())
+    count = sum(document["rules"].values())
     rules = sum(count > 0 for count in document["rules"].values())
-    verdict = f"{found} findings by {rules} rules" if found else f"no finding by {len(document['rules'])} rules"
+    verdict = f"{count} findings by {rules} rules" if count else f"no finding by {len(document['rules'])} rules"
     return [*text, f"{document['package']}: {verdict}"]
 
 
@@ -181,14 +187,14 @@ def _figures(name: str, part: dict[str, Any]) -> Iterator[str]:
     if part["weights"]["forms"]:
         yield f"  weights: {', '.join(f'{count} {form}' for form, count in part['weights']['forms'].items())}"
     moved, intensity = part["bytes"], part["intensity"]
-    kinds = ", ".join(f"{size / 1e6:,.1f} {dtype}" for dtype, size in moved["by_type"].items())
-    yield f"  {part['macs'] / 1e9:,.2f} GMAC, {moved['total'] / 1e6:,.1f} MB moved ({kinds})" + (
+    kinds = ", ".join(f"{format_bytes(size)} {dtype}" for dtype, size in moved["by_type"].items())
+    yield f"  {part['macs'] / 1e9:,.2f} GMAC, {format_bytes(moved['total'])} moved ({kinds})" + (
         f", {intensity:.1f} MAC/byte" if intensity is not None else ""
     )
     if part["macs_unknown"]:
         yield f"  not counted, their shapes are unknown: {', '.join(part['macs_unknown'])}"
     padding = part["padding"]
-    yield f"  padding of last axes: {padding['bytes'] / 1e6:,.1f} MB, most for {padding['worst']}"
+    yield f"  padding of last axes: {format_bytes(padding['bytes'])}, most for {padding['worst']}"
     yield f"  {'GMAC':>9} {'share':>6} {'MB':>9} {'MAC/byte':>9}  operation"
     for row in part["costliest"]:
         macs = row["macs"] or 0
@@ -197,10 +203,10 @@ def _figures(name: str, part: dict[str, Any]) -> Iterator[str]:
         yield f"  {figures}  {row['operation']} ({row['type']}) {row['shape']}"
 
 
-def _findings(found: list[dict[str, Any]]) -> Iterator[str]:
+def _findings(findings: list[dict[str, Any]]) -> Iterator[str]:
     rules = audit_rules.rules()
-    for key in dict.fromkeys(finding["rule"] for finding in found):
-        group = [finding for finding in found if finding["rule"] == key]
+    for key in dict.fromkeys(finding["rule"] for finding in findings):
+        group = [finding for finding in findings if finding["rule"] == key]
         yield f"  [{key}] {rules[key].title}: {len(group)}"
         yield f"    why: {rules[key].reason}"
         for remedy in dict.fromkeys(finding["remedy"] for finding in group):

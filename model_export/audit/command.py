@@ -10,7 +10,7 @@ from model_export import contract
 
 def add_audit(verbs: Any) -> None:
     """Add `audit`."""
-    text = "check an .mlpackage for the Neural Engine: findings with remedies, operations, costs"
+    text = "Check an .mlpackage for the Neural Engine: findings with remedies, operations, costs."
     parser = verbs.add_parser("audit", description=text)
     parser.add_argument("package", type=Path, metavar="PACKAGE", help="an .mlpackage, or an artefact with one")
     parser.add_argument("--function", metavar="NAME", help="only this function (default: all)")

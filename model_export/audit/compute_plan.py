@@ -1,11 +1,10 @@
 """The devices that Core ML would use: MLComputePlan of a package, read in a process of its own, on a Mac.
 
-`python -m model_export.audit.compute_plan PACKAGE` compiles the package and prints one JSON line. It is a process of
-its own because the framework ends the whole process, uncatchable, where it should raise (coremltools #2757, #2758).
+`python -m model_export.audit.compute_plan PACKAGE [FUNCTION]` compiles the package and prints one JSON line. It is a
+process of its own because the framework ends the whole process, uncatchable, where it should raise (coremltools #2757,
+#2758).
 """
 
-import argparse
-import json
 import sys
 import tempfile
 from collections import Counter
@@ -46,34 +45,30 @@ def read(
         return {"status": "skipped", "reason": "needs macOS", "would_say": ESTABLISHES}
     if command is None:
         command = [sys.executable, "-m", "model_export.audit.compute_plan", str(package.resolve())]
-        command += ["--function", function] if function else []
+        command += [function] if function else []
     try:
         operations = children.run(command, timeout=timeout).document("the process")["operations"]
         devices = Counter(str(operation["preferred"]) for operation in operations)
     except (UserError, CheckFailed) as error:
-        return _failed(str(error))
+        return {"status": "failed", "reason": str(error)}
     except (KeyError, TypeError):
-        return _failed("the process printed no plan")
+        return {"status": "failed", "reason": "the process printed no plan"}
     if not operations:
-        return _failed("it places no operation")
+        return {"status": "failed", "reason": "it places no operation"}
     return {"status": "read", "operations": operations, "devices": dict(sorted(devices.items()))}
-
-
-def _failed(reason: str) -> dict[str, Any]:
-    return {"status": "failed", "reason": reason}
 
 
 def operations_of(plan: Any, function: str | None = None) -> list[dict[str, Any]]:
     """A `MLComputePlan`'s operations, of one function or of all: name of the first output, type, devices, cost share.
 
-    Constants, which the plan places nowhere, are left out. Raises ValueError for a model without a program or without
+    Constants, which the plan places nowhere, are left out. Raises UserError for a model without a program or without
     that function.
     """
     program = plan.model_structure.program
     if program is None:
-        raise ValueError("the compute plan holds no ML program")
+        raise UserError("the compute plan holds no ML program")
     if function is not None and function not in program.functions:
-        raise ValueError(f"the compute plan has the functions {', '.join(program.functions)}, not {function}")
+        raise UserError(f"the compute plan has the functions {', '.join(program.functions)}, not {function}")
     placed = []
     for name, item in program.functions.items():
         for operation in item.block.operations if function in (None, name) else ():
@@ -114,24 +109,18 @@ def lines(plan: dict[str, Any]) -> list[str]:
     return text
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Compile, load the plan for the CPU and the Neural Engine, print it. macOS only."""
-    parser = argparse.ArgumentParser(prog="python -m model_export.audit.compute_plan", description=main.__doc__)
-    parser.add_argument("package", type=Path)
-    parser.add_argument("--function")
-    args = parser.parse_args(argv)
+def compiled_plan(package: str, function: str | None = None) -> dict[str, Any]:
+    """Compile a package and read its plan for the CPU and the Neural Engine. macOS only."""
     if sys.platform != "darwin":
-        print("error: a compute plan needs macOS", file=sys.stderr)
-        return 2
+        raise UserError("a compute plan needs macOS")
     ct = coremltools()
     from coremltools.models.compute_plan import MLComputePlan
 
     with tempfile.TemporaryDirectory() as folder:
-        compiled = ct.utils.compile_model(str(args.package), str(Path(folder) / "model.mlmodelc"))
+        compiled = ct.utils.compile_model(package, str(Path(folder) / "model.mlmodelc"))
         plan = MLComputePlan.load_from_path(str(compiled), compute_units=ct.ComputeUnit.CPU_AND_NE)
-        print(json.dumps({"operations": operations_of(plan, args.function)}), flush=True)
-    return 0
+        return {"operations": operations_of(plan, function)}
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(children.answer(lambda: compiled_plan(*sys.argv[1:])))

@@ -1,4 +1,4 @@
-"""`python -m model_export mac`: what only a Mac can say of a package; elsewhere, why that was skipped."""
+"""`fastvlm mac`: what only a Mac can say of a package; elsewhere, why that was skipped."""
 
 import argparse
 import sys
@@ -31,8 +31,8 @@ Predict = Callable[[str, str, np.ndarray], np.ndarray]  # function, compute unit
 
 
 def add_mac(verbs: Any) -> None:
-    """Add the verb `mac` to the sub-parsers of `python -m model_export`."""
-    text = "run a package in Core ML on every compute unit against the executor (macOS; elsewhere: skipped, with why)"
+    """Add the verb `mac` to the sub-parsers of model_export."""
+    text = "Run a package in Core ML on every compute unit, against the executor (macOS; elsewhere it says why not)."
     parser = verbs.add_parser("mac", description=text)
     parser.add_argument("--model", required=True, type=Path, metavar="PATH", help="an artefact, or an .mlpackage")
     parser.add_argument(
@@ -41,8 +41,8 @@ def add_mac(verbs: Any) -> None:
         choices=COMPUTE_UNITS,
         default=list(COMPUTE_UNITS),
         metavar="UNIT",
-        help="compute units: %(choices)s (default: all of them, one after the other; the framework can end the whole"
-        " process, so one a process says more)",
+        help="compute units: %(choices)s (default: all, one after the other; Core ML can crash the process: to get the"
+        " other results anyway, run each unit on its own)",
     )
     parser.set_defaults(run=run_mac)
 

@@ -9,8 +9,7 @@ if TYPE_CHECKING:
 
 # Operations that only hand values on: what they hold has been counted where it was computed.
 _MOVES = {
-    "cast", "clone", "concat", "expand_dims", "permute", "reshape", "slice_by_index", "split", "split_with_sizes",
-    "squeeze", "transpose", "unbind", "unsqueeze", "view",
+    "cast", "concat", "container", "expand_dims", "reshape", "slice_by_index", "split", "squeeze", "transpose",
 }  # fmt: skip
 
 
@@ -21,16 +20,16 @@ def summary(ranges: list["Range"]) -> dict[str, Any]:
 
     every = computing(ranges)
     held = [pair for pair in every if pair[0].dtype == "fp16"]
-    judged, place = [found for found, _ in held or every], {found.name: place for found, place in every}
-    tightest = min(judged, key=lambda found: found.headroom)
-    square = min(judged, key=lambda found: found.square_headroom)
-    weights = max(judged, key=lambda found: found.weight_subnormal)
+    judged, place = [operation for operation, _ in held or every], {operation.name: place for operation, place in every}
+    tightest = min(judged, key=lambda operation: operation.headroom)
+    square = min(judged, key=lambda operation: operation.square_headroom)
+    weights = max(judged, key=lambda operation: operation.weight_subnormal)
 
-    def at(found: "Range") -> str:
-        return f"{place[found.name]} ({found.type} {found.name})".lstrip()
+    def at(operation: "Range") -> str:
+        return f"{place[operation.name]} ({operation.type} {operation.name})".lstrip()
 
-    over = sum(found.headroom < 1 for found in judged)
-    under = sum(found.headroom < HEADROOM for found in judged)
+    over = sum(operation.headroom < 1 for operation in judged)
+    under = sum(operation.headroom < HEADROOM for operation in judged)
     parts = [
         f"smallest headroom {times(tightest.headroom)} at {at(tightest)}, which reaches {tightest.largest:.4g}",
         f"{under} of {len(judged)} operations under {HEADROOM:g}x, {over} overflow",
@@ -42,11 +41,12 @@ def summary(ranges: list["Range"]) -> dict[str, Any]:
         )
     if weights.weight_subnormal:
         parts.append(f"most subnormal weights at {at(weights)}, {weights.weight_subnormal:.1%}")
-    scaled = [found for found in judged if found.exponent]
+    scaled = [operation for operation in judged if operation.exponent]
     if scaled:
-        near = min(judged, key=lambda found: found.exported_headroom)
+        near = min(judged, key=lambda operation: operation.exported_headroom)
+        largest = max(operation.exponent for operation in scaled)
         parts.append(
-            f"an export lets {len(scaled)} operations carry x / 2^k, k up to {max(one.exponent for one in scaled)}:"
+            f"an export lets {len(scaled)} operations carry x / 2^k, k up to {largest}:"
             f" smallest headroom then {times(near.exported_headroom)} at {at(near)}"
         )
     condition = "" if held else "in a float32 program, were it float16: "
@@ -61,8 +61,8 @@ def summary(ranges: list["Range"]) -> dict[str, Any]:
         "largest_square": square.square,
         "largest_square_at": square.name if square.square else None,
         "scaled_operations": len(scaled),
-        "smallest_exported_headroom": _finite(min(found.exported_headroom for found in judged)),
-        "square_overflows": sum(found.square_headroom < 1 for found in judged),
+        "smallest_exported_headroom": _finite(min(operation.exported_headroom for operation in judged)),
+        "square_overflows": sum(operation.square_headroom < 1 for operation in judged),
         "verdict": condition + "; ".join(parts),
     }
 
@@ -70,11 +70,11 @@ def summary(ranges: list["Range"]) -> dict[str, Any]:
 def computing(ranges: list["Range"]) -> list[tuple["Range", str]]:
     """The operations that do more than hand values on (all, if none does), each with the place it is at: its layer, or
     "after LAYER" where a package's operation has no weight that names one."""
-    found, last = [], ""
-    for one in ranges:
-        last = one.layer or last
-        found.append((one, one.layer or (f"after {last}" if last else "")))
-    return [(one, place) for one, place in found if one.type not in _MOVES] or found
+    placed, last = [], ""
+    for operation in ranges:
+        last = operation.layer or last
+        placed.append((operation, operation.layer or (f"after {last}" if last else "")))
+    return [(operation, place) for operation, place in placed if operation.type not in _MOVES] or placed
 
 
 def times(headroom: float) -> str:
@@ -85,12 +85,12 @@ def times(headroom: float) -> str:
     return f"{headroom:,.{digits}f}x"
 
 
-def row(found: "Range") -> dict[str, Any]:
+def row(operation: "Range") -> dict[str, Any]:
     """An operation in the document; what is infinite (no values, no LayerNorm) is null."""
     return {
-        **asdict(found),
-        "headroom": _finite(found.headroom),
-        "square_headroom": _finite(found.square_headroom),
+        **asdict(operation),
+        "headroom": _finite(operation.headroom),
+        "square_headroom": _finite(operation.square_headroom),
     }
 
 

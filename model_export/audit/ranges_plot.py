@@ -1,6 +1,5 @@
-"""The plot of `python -m model_export ranges`: every operation's largest value against float16's limit."""
+"""The plot of `fastvlm ranges`: every operation's largest value against float16's limit."""
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +22,14 @@ def write_plot(ranges: list[Range], target: Path, title: str) -> None:
 
 def _draw(figure: Any, ranges: list[Range], title: str) -> None:
     shown = computing(ranges)
-    operations, names = [found for found, _ in shown], [place for _, place in shown]
+    operations, names = [operation for operation, _ in shown], [place for _, place in shown]
     values = figure.add_axes((0.07, 0.30, 0.915, 0.575))
     shares = figure.add_axes((0.07, 0.09, 0.915, 0.155), sharex=values)
     figure.text(0.07, 0.965, title, color=_COLOURS["ink"], fontsize=11, va="center")
+    shares.set_xlim(-1, len(operations))
     _values(values, operations, names)
     _shares(shares, operations)
-    _stages(values, shares, names)
-    shares.set_xlim(-1, len(operations))
+    plots.stage_bands((values, shares), enumerate(names), len(names), _COLOURS)
     moves = len(ranges) - len(operations)
     shares.set_xlabel(
         f"operation, in order of execution ({len(operations)}; {moves} that only move values are left out)"
@@ -39,8 +38,8 @@ def _draw(figure: Any, ranges: list[Range], title: str) -> None:
 
 def _values(axes: Any, operations: list[Range], names: list[str]) -> None:
     """The upper half."""
-    largest = [max(found.largest, _FLOOR) for found in operations]
-    squares = [(index, max(found.square, _FLOOR)) for index, found in enumerate(operations) if found.square]
+    largest = [max(operation.largest, _FLOOR) for operation in operations]
+    squares = [(index, max(operation.square, _FLOOR)) for index, operation in enumerate(operations) if operation.square]
     everything = [*largest, *(square for _, square in squares)]
     top, bottom = max(*everything, LARGEST) * 2**4, min(*everything, 0.5) / 2
     axes.set_yscale("log", base=2)
@@ -53,8 +52,8 @@ def _values(axes: Any, operations: list[Range], names: list[str]) -> None:
         place = {"transform": axes.get_yaxis_transform(), "ha": "left", "va": "bottom", "fontsize": 9}
         axes.text(0.004, height * 1.08, text, color=_COLOURS["bad"], **place)
     axes.plot(range(len(largest)), largest, color=_VALUE, linewidth=1.1, label="largest magnitude", zorder=3)
-    if any(found.exponent for found in operations):
-        held = [max(found.largest * 2.0**-found.exponent, _FLOOR) for found in operations]
+    if any(operation.exponent for operation in operations):
+        held = [max(operation.largest * 2.0**-operation.exponent, _FLOOR) for operation in operations]
         axes.plot(
             range(len(held)), held, color=_COLOURS["good"], linewidth=1.1, label="as the export carries it", zorder=3
         )
@@ -71,9 +70,11 @@ def _values(axes: Any, operations: list[Range], names: list[str]) -> None:
 
 def _shares(axes: Any, operations: list[Range]) -> None:
     """The lower half: shares of subnormals, in percent."""
-    values = [100 * found.subnormal for found in operations]
+    values = [100 * operation.subnormal for operation in operations]
     weights = [
-        (index, 100 * found.weight_subnormal) for index, found in enumerate(operations) if found.weight_subnormal
+        (index, 100 * operation.weight_subnormal)
+        for index, operation in enumerate(operations)
+        if operation.weight_subnormal
     ]
     axes.vlines(range(len(values)), 0, values, color=_VALUE, linewidth=1.2, label="subnormal values")
     axes.plot(*_columns(weights), ".", color=_WEIGHT, markersize=5, markeredgewidth=0, label="subnormal weights")
@@ -86,21 +87,6 @@ def _columns(points: list[tuple[int, float]]) -> tuple[list[int], list[float]]:
     return [index for index, _ in points], [value for _, value in points]
 
 
-def _stages(values: Any, shares: Any, names: list[str]) -> None:
-    """A line where each stage starts, and its name along the top where there is room for it."""
-    starts: dict[str, int] = {}
-    for index, name in enumerate(names):
-        found = re.search(r"stem|stages\.\d+|final_conv", name)
-        if found:
-            starts.setdefault(found[0].replace("stages.", "stage ").replace("final_conv", "final"), index)
-    for (name, start), end in zip(starts.items(), [*list(starts.values())[1:], len(names)]):
-        for axes in (values, shares):
-            axes.axvline(start - 0.5, color=_COLOURS["line"], linewidth=0.9, zorder=1)
-        if end - start > 0.03 * len(names):
-            place = {"transform": values.get_xaxis_transform(), "ha": "center", "va": "bottom", "fontsize": 9}
-            values.text((start + end) / 2, 1.008, name, color=_COLOURS["soft"], **place)
-
-
 def _mark(axes: Any, operations: list[Range], names: list[str]) -> None:
     """Annotate the largest value and the largest square."""
     value = max(range(len(operations)), key=lambda index: operations[index].largest)
@@ -110,11 +96,6 @@ def _mark(axes: Any, operations: list[Range], names: list[str]) -> None:
         marks.append((operations[square].square, square, _SQUARE, "square "))
     marks.sort()
     close = len(marks) == 2 and marks[1][0] < marks[0][0] * 2**3
-    for (height, index, colour, what), offset in zip(marks, (14, 30 if close else 14)):
-        left = index > len(operations) / 2
-        axes.annotate(
-            f"{what}{height:.4g} at {names[index]}: headroom {times(LARGEST / height)}" if height else "all zero",
-            (index, max(height, _FLOOR)), xytext=(8 if left else -8, offset), textcoords="offset points",
-            ha="right" if left else "left", va="center", color=colour, fontsize=9, zorder=6,
-            bbox=plots.behind(_COLOURS),
-        )  # fmt: skip
+    for (height, index, colour, what), above in zip(marks, (14, 30 if close else 14)):
+        text = f"{what}{height:.4g} at {names[index]}: headroom {times(LARGEST / height)}" if height else "all zero"
+        plots.note(axes, (index, max(height, _FLOOR)), text, colour, _COLOURS, above)

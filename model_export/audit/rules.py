@@ -6,11 +6,12 @@ The table has every threshold, reason, remedy and source; here is only how to fi
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from fastvlm.common.units import format_bytes
 from model_export.mil import Operation, Program, TensorType
 from model_export.mil.costs import INPUT, OUTPUT, Graph, padded_size_of, size_of
 
@@ -37,22 +38,6 @@ class Rule:
     sources: tuple[tuple[str, str], ...]
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One violation: which operation, what was found, what to do, and who says so (URLs)."""
-
-    rule: str
-    operation: str
-    type: str
-    shape: str
-    found: str
-    remedy: str
-    source: tuple[str, ...]
-
-    def document(self) -> dict[str, Any]:
-        return asdict(self) | {"source": list(self.source)}
-
-
 _Hit = tuple[Operation | str, str] | tuple[Operation | str, str, str, str]
 _Check = Callable[[Graph, Mapping[str, Any]], Iterator[_Hit]]
 CHECKS: dict[str, _Check] = {}
@@ -67,33 +52,38 @@ def _sources() -> dict[str, dict[str, str]]:
 def rules() -> dict[str, Rule]:
     """The table, in its order."""
     named = _sources()
-    found = {}
+    table = {}
     for row in json.loads(TABLE.read_text())["rules"]:
         sources = tuple((named[name]["title"], named[name]["url"]) for name in row.pop("sources"))
-        found[row["key"]] = Rule(**row, sources=sources)
-    return found
+        table[row["key"]] = Rule(**row, sources=sources)
+    return table
 
 
-def findings(program: Program, graph: Graph) -> list[Finding]:
-    """Every violation in one function of a program, rule by rule in the table's order."""
-    result: list[Finding] = []
+def findings(program: Program, graph: Graph) -> list[dict[str, Any]]:
+    """Every violation in one function of a program, rule by rule in the table's order: "rule", "operation" with its
+    "type" and "shape", what was "found" there, the "remedy", and the URLs that are its "source"."""
+    result: list[dict[str, Any]] = []
     for key, rule in rules().items():
         hits = _opset(program, graph, rule.threshold) if key == "weights-opset" else CHECKS[key](graph, rule.threshold)
-        for where, found, *own in hits:
-            remedy, source = rule.remedy, tuple(url for _, url in rule.sources)
-            if own:
-                remedy, source = own[0], (_sources()[own[1]]["url"],)
+        for where, problem, *own in hits:
             if isinstance(where, Operation):
+                name, kind = where.name, where.type
                 type = where.outputs[0].type if where.outputs else None
-                result.append(Finding(key, where.name, where.type, _text(type), found, remedy, source))
             else:
-                kind = "input" if where in graph.inputs else "function"
-                result.append(Finding(key, where, kind, _text(graph.types.get(where)), found, remedy, source))
+                name, kind, type = where, "input" if where in graph.inputs else "function", graph.types.get(where)
+            remedy, source = own or (rule.remedy, None)
+            result.append(
+                {
+                    "rule": key,
+                    "operation": name,
+                    "type": kind,
+                    "shape": "" if type is None else str(type),
+                    "found": problem,
+                    "remedy": remedy,
+                    "source": [_sources()[source]["url"]] if source else [url for _, url in rule.sources],
+                }
+            )
     return result
-
-
-def _text(type: TensorType | None) -> str:
-    return "" if type is None else str(type)
 
 
 def _check(key: str) -> Callable[[_Check], _Check]:
@@ -107,14 +97,14 @@ def _check(key: str) -> Callable[[_Check], _Check]:
 def _each_value(graph: Graph, fault: Callable[[TensorType], str | None]) -> Iterator[_Hit]:
     """The first fault among the results of each operation, and that of each of the function's inputs."""
     for item in graph.function.inputs:
-        found = fault(item.type) if item.type is not None else None
-        if found is not None:
-            yield item.name, found
+        problem = fault(item.type) if item.type is not None else None
+        if problem is not None:
+            yield item.name, problem
     for operation in graph.operations:
         faults = (fault(item.type) for item in operation.outputs if item.type is not None)
-        found = next((found for found in faults if found is not None), None)
-        if found is not None:
-            yield operation, found
+        problem = next((problem for problem in faults if problem is not None), None)
+        if problem is not None:
+            yield operation, problem
 
 
 @_check("rank")
@@ -130,7 +120,7 @@ def _last_axis(graph: Graph, threshold: Mapping[str, Any]) -> Iterator[_Hit]:
     def fault(type: TensorType) -> str | None:
         size, padded = size_of(type), padded_size_of(type, threshold["alignment_bytes"])
         if size and padded and padded > max(threshold["padded_bytes"], threshold["padding_factor"] * size):
-            return f"{size / 1e6:.2f} MB take {padded / 1e6:.2f} MB, {padded / size:.0f} x"
+            return f"{format_bytes(size)} take {format_bytes(padded)}, {padded / size:.0f} x"
         return None
 
     return _each_value(graph, fault)
@@ -196,9 +186,9 @@ def _islands(graph: Graph, threshold: Mapping[str, Any]) -> Iterator[_Hit]:
         types -= {"fp32", "fp64"}  # not islands: reported once, for the whole function
     leaving = rules()["unsupported-operation"].threshold
     for operation in graph.operations:
-        found = _computes_in(graph, operation, types)
-        if operation.type != "cast" and found and _leaves(graph, operation, leaving) is None:
-            yield operation, f"computes in {', '.join(found)}"
+        dtypes = _computes_in(graph, operation, types)
+        if operation.type != "cast" and dtypes and _leaves(graph, operation, leaving) is None:
+            yield operation, f"computes in {', '.join(dtypes)}"
 
 
 def _norm_transposes(graph: Graph) -> dict[int, tuple[Operation, list[Operation]]]:
@@ -333,7 +323,7 @@ def _sizes(graph: Graph, threshold: Mapping[str, Any]) -> Iterator[_Hit]:
 def _weights(graph: Graph, threshold: Mapping[str, Any]) -> Iterator[_Hit]:
     stored = {key: size for item in graph.operations for key, (_, size) in graph.weights(item).items()}
     if sum(stored.values()) > threshold["bytes"]:
-        yield graph.function.name, f"{sum(stored.values()) / 1e9:.2f} GB of weights"
+        yield graph.function.name, f"{format_bytes(sum(stored.values()))} of weights"
 
 
 @_check("linear")

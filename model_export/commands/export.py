@@ -4,17 +4,17 @@ import argparse
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from fastvlm.common.arguments import Parser, whole_number
+from fastvlm.checkpoint.folder_kind import checkpoint_folder
+from fastvlm.common.arguments import Parser, number, whole_number
 from fastvlm.common.cli import progress
-from fastvlm.common.files import Output
+from fastvlm.common.files import Output, present
+from fastvlm.common.units import counted, format_bytes
 from model_export import config as configuration
-from model_export import contract
-from model_export.commands.inspect import human, parity_lines
-
-if TYPE_CHECKING:
-    from model_export.export import Plan, Sources
+from model_export import contract, encoder_forms
+from model_export.commands.inspect import parity_lines
+from quantization.recipe import usable_recipe
 
 # From the staged artefact's folder to what the manifest keeps of its comparison with the checkpoint
 Prove = Callable[[argparse.Namespace, Path], dict[str, Any]]
@@ -42,11 +42,13 @@ def add_all(verbs: Any, prove: Prove) -> None:
 
 def _add_export(parser: Parser, parts: tuple[str, ...], prove: Prove | None = None) -> None:
     default = configuration.ExportConfig
-    parser.add_place("--checkpoint", metavar="CHECKPOINT", help="a checkpoint's folder; it is only read")
+    text = "a checkpoint's folder; it is only read"
+    parser.add_place("--checkpoint", type=checkpoint_folder, metavar="CHECKPOINT", help=text)
     parser.add_argument("--output-dir", required=True, type=Output(whole=True), metavar="FOLDER", help="the artefact")
     if "llm" in parts:
         parser.add_argument(
             "--quant",
+            type=usable_recipe,
             default=default.quant,
             metavar="RECIPE",
             help="a recipe: name, name with a size, .json (default: %(default)s)",
@@ -54,9 +56,10 @@ def _add_export(parser: Parser, parts: tuple[str, ...], prove: Prove | None = No
     if parts == ("llm",):
         parser.add_argument(
             "--layout",
+            choices=contract.LAYOUTS,
             default=default.layout,
             metavar="NAME",
-            help=f"{', '.join(contract.LAYOUTS)} (default: %(default)s)",
+            help="%(choices)s (default: %(default)s)",
         )
     if "vision" in parts:
         for flag, values, initial in (
@@ -65,10 +68,11 @@ def _add_export(parser: Parser, parts: tuple[str, ...], prove: Prove | None = No
             ("--minimum-deployment-target", configuration.DEPLOYMENT_TARGETS, default.minimum_deployment_target),
         ):
             shown = initial or f"{configuration.DEFAULT_TARGET}, or what the rest needs"
-            parser.add_argument(flag, default=initial, metavar="NAME", help=f"{', '.join(values)} (default: {shown})")
+            text = f"%(choices)s (default: {shown})"
+            parser.add_argument(flag, choices=values, default=initial, metavar="NAME", help=text)
         parser.add_argument(
             "--resolutions",
-            type=int,
+            type=configuration.image_size,
             nargs="+",
             default=(),
             metavar="PIXELS",
@@ -76,22 +80,27 @@ def _add_export(parser: Parser, parts: tuple[str, ...], prove: Prove | None = No
         )
         parser.add_argument(
             "--vision-quant",
+            type=encoder_forms.usable,
             default=default.vision_quant,
             metavar="FORM",
             help="compressed encoder weights: palette4, palette6-g16, int8, ..., or a recipe's .json with rules for"
             " vision_encoder.* (default: what --quant says, or %(default)s)",
         )
         parser.add_argument(
-            "--min-snr", type=float, metavar="DB", help="the smallest encoder that keeps this signal-to-noise ratio"
+            "--min-snr",
+            type=number(0, 100),
+            metavar="DB",
+            help="the smallest encoder that keeps this signal-to-noise ratio",
         )
     parser.add_argument(
         "--calibration-data",
-        type=Path,
+        type=present,
         metavar="PATH",
         help="a folder of pictures, or LLaVA-format .json or .jsonl: for float16's powers of two, and for recipes that"
         " calibrate (default: drawn pictures)",
     )
-    parser.add_argument("--image-size", type=int, metavar="PIXELS", help="per side (default: the checkpoint's own)")
+    text = "per side (default: the checkpoint's own)"
+    parser.add_argument("--image-size", type=configuration.image_size, metavar="PIXELS", help=text)
     parser.add_argument("--overwrite", action="store_true", help="replace an existing artefact by a whole new one")
     parser.add_argument("--dry-run", action="store_true", help="say what would be written, write nothing")
     parser.set_defaults(run=partial(run_export, parts, prove))
@@ -104,27 +113,19 @@ def run_export(parts: tuple[str, ...], prove: Prove | None, args: argparse.Names
         config = configuration.ExportConfig(**{key: value for key, value in vars(args).items() if key in fields})
         from model_export import export as exporting
 
-    with exporting.Sources() as sources:
-        with progress(f"open {config.checkpoint}"):
-            plan = exporting.plan(config, parts, None if args.dry_run else sources.begin)
-        return _export(plan, args, sources, prove)
-
-
-def _export(plan: "Plan", args: argparse.Namespace, sources: "Sources", prove: Prove | None) -> dict[str, Any]:
-    from model_export import export as exporting
-
-    config, parts = plan.config, plan.parts
+    with progress(f"open {config.checkpoint}"):
+        plan = exporting.plan(config, parts)
     if args.dry_run:
         document = plan.document()
         size = plan.checkpoint.image_size
         print(f"would write {config.output_dir}: {', '.join(parts)}, recipe {plan.recipe.name}, {size} x {size} pixels")
         for name, size in plan.sizes.items():
-            print(f"  {name:<24} about {human(size)}")
+            print(f"  {name:<24} about {format_bytes(size)}")
         return document
     parity = partial(prove, args) if prove is not None else None
-    document = exporting.export(plan, parity, sources)
+    document = exporting.export(plan, parity)
     size = sum(entry["size"] for entry in document["files"].values())
-    print(f"{config.output_dir}: {', '.join(parts)}, {len(document['files'])} files, {human(size)}")
+    print(f"{config.output_dir}: {', '.join(parts)}, {counted(len(document['files']), 'file')}, {format_bytes(size)}")
     if parity is not None:
         for line in parity_lines(document["parity"]):
             print(f"parity: {line}")

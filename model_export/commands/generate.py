@@ -41,7 +41,7 @@ def add_generate(verbs: Any) -> None:
         default="auto",
         metavar="HOW",
         help=f"of the executor and PyTorch: {', '.join(configuration.COMPUTES)} (default: auto, the faster of float32"
-        " and bfloat16 for each stage, measured once; int8: that with 8-bit operands in most of the encoder and for the"
+        " and bfloat16 for each stage; int8: like auto, but with 8-bit operands in most of the encoder and for the"
         " logits, the fastest where the processor has VNNI)",
     )
     parser.set_defaults(run=run_generate)
@@ -51,7 +51,7 @@ def run_generate(args: argparse.Namespace) -> dict[str, Any]:
     """Answer the prompts one after the other, and print the answers as they come."""
     images = args.image_file or []
     with progress(f"load {args.model}"), ThreadPoolExecutor(1) as beside:  # pictures are decoded meanwhile
-        from fastvlm.data.preprocessing import as_rgb
+        from fastvlm.data.images import as_rgb
         from fastvlm.model.session import Session
         from model_export import runtime
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from fastvlm.common.cli import progress
+from fastvlm.common.units import format_bytes
 from model_export import contract
 
 
@@ -41,7 +42,7 @@ def run_inspect(args: argparse.Namespace) -> dict[str, Any]:
             if (args.model / contract.PACKAGE).exists():
                 document["package"] = package.describe_package(args.model / contract.PACKAGE)
     for name, entry in document.get("files", {}).items():
-        print(f"{human(entry['size']):>12}  {name}")
+        print(f"{format_bytes(entry['size']):>12}  {name}")
     for key in ("parts", "config", "image"):
         if key in document:
             print(f"{key}: {_flat(document[key])}")
@@ -61,7 +62,7 @@ def run_inspect(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _vision_lines(vision: dict[str, Any]) -> Iterator[str]:
-    """What the manifest says of the encoder, beside what its package says itself."""
+    """The manifest's facts of the encoder, beside those of its package."""
     yield f"{_flat(vision['resolutions'])} pixels, {vision['channels']} channels"
     if fp16 := vision.get("fp16"):
         headroom = fp16["headroom"]
@@ -73,7 +74,7 @@ def _vision_lines(vision: dict[str, Any]) -> Iterator[str]:
     if small := vision.get("compression"):
         forms = _flat(dict(Counter(small["forms"].values()).most_common()))
         yield (
-            f"weights {human(small['weight_bytes'])} instead of {human(small['float16_weight_bytes'])}:"
+            f"weights {format_bytes(small['weight_bytes'])} instead of {format_bytes(small['float16_weight_bytes'])}:"
             f" {forms}, float16 {len(small['wide'])}"
         )
     if scaling := vision.get("scaling"):
@@ -99,15 +100,10 @@ def parity_lines(parity: Mapping[str, Any]) -> list[str]:
     return [line for line in (parity.get("verdict"), recipe.get("sentence")) if line]
 
 
-def human(size: int) -> str:
-    """Bytes as megabytes or kilobytes."""
-    return f"{size / 1e6:,.1f} MB" if size >= 1e6 else f"{size / 1e3:,.1f} kB"
-
-
 def _flat(value: Any) -> str:
     """A dictionary or list on one line, without what is not set."""
     if isinstance(value, dict):
         return ", ".join(f"{key} {_flat(item)}" for key, item in value.items() if item is not None)
     if isinstance(value, (list, tuple)):
-        return "[" + ", ".join(map(str, value)) + "]"
+        return " ".join(map(_flat, value)) or "none"
     return str(value)

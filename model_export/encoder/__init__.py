@@ -1,4 +1,1 @@
-"""The vision encoder as a Core ML package: channel-first graph, range-safe float16, compression.
-
-Imports `model_export.mil`, `contract` and `config`.
-"""
+"""The vision encoder as a Core ML package: channel-first graph, range-safe float16, compression."""

@@ -15,7 +15,7 @@ from fastvlm.common.errors import CheckFailed, UserError
 from model_export.encoder.coreml import coremltools
 from model_export.encoder_forms import VisionQuant
 from quantization.coreml.compression import Compressed, Compression, applies, compress, nbytes
-from quantization.coreml.palettes import Palette
+from quantization.coreml.palettes import Palette, per_channel
 
 if TYPE_CHECKING:
     from torch import nn  # read by `config`, so by every command: torch is imported where it is needed
@@ -79,8 +79,8 @@ def assign(quant: VisionQuant, shapes: Mapping[str, tuple[int, ...]]) -> Assignm
 
 
 def fault_of(shape: tuple[int, ...], form: Compression, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
-    """Why a layer stays fp16 under a form, or None."""
-    total = sum(int(np.prod(one)) for one in shapes.values())
+    """The reason why a layer stays fp16 under a form, or None."""
+    total = sum(int(np.prod(shape)) for shape in shapes.values())
     if np.prod(shape) < _WORTHWHILE * total:
         return f"{np.prod(shape)} weights, less than {_WORTHWHILE:.0e} of the encoder's: nothing to save"
     return applies(shape, form)
@@ -154,7 +154,7 @@ def _decoder(builder: Any, weight: Compressed, target: str, before: Any, name: s
                 quantized_data=stored.data, scale=stored.scale, zero_point=zero, axis=np.int32(0), name=name, **at
             )
         rank = stored.data.ndim
-        scale = stored.scale if stored.scale.ndim == rank else _column(stored.scale, rank)
+        scale = stored.scale if stored.scale.ndim == rank else per_channel(stored.scale, rank)
         return builder.constexpr_blockwise_shift_scale(
             data=_narrow(stored.data, f"int{bits}"), scale=scale, name=name, **at
         )
@@ -168,11 +168,9 @@ def _decoder(builder: Any, weight: Compressed, target: str, before: Any, name: s
     if stored.scale is None:
         return builder.constexpr_lut_to_dense(indices=indices, lut=tables, name=name, **at)
     plain = builder.constexpr_lut_to_dense(indices=indices, lut=tables, name=f"{name}_palette", **at)
-    return builder.constexpr_blockwise_shift_scale(data=plain, scale=_column(stored.scale, len(shape)), name=name, **at)
-
-
-def _column(scale: np.ndarray, rank: int) -> np.ndarray:
-    return scale.reshape(-1, *[1] * (rank - 1))
+    return builder.constexpr_blockwise_shift_scale(
+        data=plain, scale=per_channel(stored.scale, len(shape)), name=name, **at
+    )
 
 
 def _narrow(values: np.ndarray, name: str) -> np.ndarray:

@@ -133,14 +133,14 @@ class Flow:
 
 def flow(fastvit: nn.Module) -> Flow:
     """Read a folded FastViT, before or after `channel_first`. Raises TypeError for a block of another architecture."""
-    found, fresh = Flow(), Value([])
+    result, fresh = Flow(), Value([])
 
     def value(*places: str) -> Value:
-        found.values.append(Value(list(places)))
-        return found.values[-1]
+        result.values.append(Value(list(places)))
+        return result.values[-1]
 
     def link(layer: str, source: Value, target: Value, **more: Any) -> Value:
-        found.links.append(Link(layer, source, target, **more))
+        result.links.append(Link(layer, source, target, **more))
         return target
 
     def activated(name: str, module: Any, source: Value) -> Value:
@@ -162,7 +162,7 @@ def flow(fastvit: nn.Module) -> Flow:
             link(f"{mixer}.qkv", fresh, part, rows=slice(number * channels, (number + 1) * channels))
         scores = value(f"{mixer}:scores")
         scores.activations.append(f"{mixer}.softmax")
-        found.scores.append((scores, parts[0], parts[1]))
+        result.scores.append((scores, parts[0], parts[1]))
         link(f"{mixer}.proj", parts[2], stream, scale=f"{name}.layer_scale_1")
         stream.places += [f"{mixer}.proj", f"{name}.mlp:input"]
 
@@ -191,8 +191,8 @@ def flow(fastvit: nn.Module) -> Flow:
             scale = "layer_scale_2" if isinstance(block, AttentionBlock) else "layer_scale"
             link(f"{name}.mlp.fc2", hidden, x, scale=f"{name}.{scale}")
             x.places += [f"{name}.mlp.fc2", name]
-    found.features = activated("final_conv", fastvit.final_conv, x)
-    return found
+    result.features = activated("final_conv", fastvit.final_conv, x)
+    return result
 
 
 def choose(fastvit: nn.Module, ranges: Mapping[str, Measured], headroom: float = HEADROOM) -> Flow:

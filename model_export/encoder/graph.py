@@ -39,3 +39,14 @@ def graph(encoder: Encoder, image_size: int) -> torch.export.ExportedProgram:
         program = torch.export.export(encoder.eval(), example)
     program._verifiers = [Verifier]  # of core ATen
     return program
+
+
+def module_of(node: torch.fx.Node) -> tuple[str, str]:
+    """Path and class of the innermost module that a node comes from."""
+    path, kind = list((node.meta.get("nn_module_stack") or {"": ("", "")}).values())[-1]
+    return path, kind if isinstance(kind, str) else kind.__name__
+
+
+def kind_of(node: torch.fx.Node) -> str:
+    """The name of a node's ATen operation."""
+    return str(node.target).removeprefix("aten.").partition(".")[0]

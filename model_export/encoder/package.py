@@ -11,6 +11,8 @@ from fastvlm.common.errors import CheckFailed, UserError
 from fastvlm.common.files import read_small
 from model_export import contract
 from model_export.encoder.coreml import coremltools
+from model_export.mil import MILError, Program, TensorType, read_package
+from model_export.mil.reader import LARGEST_SPECIFICATION
 
 # Where an .mlpackage keeps its program and its weights; as coremltools writes them and Xcode reads them.
 _ITEMS = {
@@ -20,6 +22,7 @@ _ITEMS = {
 SPECIFICATION = Path("Data/com.apple.CoreML/model.mlmodel")
 WEIGHTS = Path("Data/com.apple.CoreML/weights/weight.bin")
 METADATA = "fastvlm."  # in front of our keys of the user-defined metadata
+_WORDS = {"fp16": "float16", "fp32": "float32", "fp64": "float64"}  # MIL's types by the names that NumPy has
 _NAMESPACE = uuid.uuid5(uuid.NAMESPACE_URL, "https://github.com/apple/ml-fastvlm#mlpackage")
 
 
@@ -61,35 +64,48 @@ def describe_package(package: Path, function: str | None = None) -> dict[str, An
 
     Raises UserError when it is not an ML program, or has no such function.
     """
-    spec = read_specification(package)
-    functions = sorted(spec.mlProgram.functions) if spec.WhichOneof("Type") == "mlProgram" else []
-    name = function or spec.description.defaultFunctionName or "main"
-    if name not in functions:
-        held = f"its functions are {', '.join(functions)}" if functions else "nothing that this project wrote"
-        raise UserError(f"{package}: is not an ML program with a function `{name}`: {held}")
-    try:
-        return {"functions": functions, **_described(spec, name)}
-    except (KeyError, IndexError, ValueError) as error:
+    program = _read(package)
+    name = function or program.default_function
+    if name not in program.functions:
         raise UserError(
-            f"{package}: function `{name}`: malformed ({type(error).__name__}: {error}): export again"
-        ) from error
+            f"{package}: has no function `{name}`: its functions are {', '.join(sorted(program.functions))}"
+        )
+    return _described(program, name)
 
 
-def _described(spec: Any, name: str) -> dict[str, Any]:
-    program, interface = spec.mlProgram.functions[name], _interfaces(spec)[name]
-    operations = program.block_specializations[program.opset].operations
-    computed = [operation for operation in operations if operation.type != "const"]
-    values = [operation for operation in computed if not operation.type.startswith("constexpr_")]
+def _read(package: Path) -> Program:
+    try:
+        return read_package(package)
+    except MILError as error:
+        raise UserError(f"{package}: {error}" if str(package) not in str(error) else str(error)) from error
+
+
+def _described(program: Program, name: str) -> dict[str, Any]:
+    function = program.functions[name]
+    computed = [operation for operation in function.block.operations if operation.type != "const"]
+    values = [
+        (operation, _WORDS.get(output.type.dtype, output.type.dtype))
+        for operation in computed
+        for output in operation.outputs[:1]
+        if output.type and not operation.type.startswith("constexpr_")
+    ]
+    in_float32 = [operation.name for operation, dtype in values if dtype == "float32" and operation.type != "cast"]
     return {
-        "inputs": {feature.name: _feature(feature) for feature in interface.input},
-        "outputs": {feature.name: _feature(feature) for feature in interface.output},
-        "specification_version": spec.specificationVersion,
-        "opset": program.opset,
+        "functions": sorted(program.functions),
+        "inputs": _features(function.described_inputs),
+        "outputs": _features(function.described_outputs),
+        "specification_version": program.specification_version,
+        "opset": function.opset,
         "operations": dict(sorted(Counter(operation.type for operation in computed).items())),
-        "value_dtypes": dict(sorted(Counter(_dtype(operation.outputs[0]) for operation in values).items())),
-        "float32_operations": [_name(operation) for operation in values if _computes_float32(operation)],
-        "metadata": dict(sorted(spec.description.metadata.userDefined.items())),
+        "value_dtypes": dict(sorted(Counter(dtype for _, dtype in values).items())),
+        # by the program's names, without what the conversion to float16 appends
+        "float32_operations": [name.removesuffix("_cast_fp16") for name in in_float32],
+        "metadata": dict(sorted(program.metadata.items())),
     }
+
+
+def _features(types: Mapping[str, TensorType]) -> dict[str, tuple[str, tuple[int | None, ...]]]:
+    return {name: (_WORDS.get(type.dtype, type.dtype), type.shape) for name, type in types.items()}
 
 
 def check_package(
@@ -103,11 +119,12 @@ def check_package(
     which takes it off the Neural Engine.
     """
     faults = []
-    described = describe_package(package)
+    program = _read(package)
+    described = _described(program, program.default_function)
     if described["functions"] != sorted(sizes):
         faults.append(f"functions: got {described['functions']}, expected {sorted(sizes)}")
     for function in sorted(set(sizes) & set(described["functions"])):
-        facts = describe_package(package, function)
+        facts = _described(program, function)
         at = "" if len(sizes) == 1 else f"{function}: "
         shapes = {
             "inputs": (contract.INPUT, contract.input_shape(sizes[function])),
@@ -127,8 +144,8 @@ def check_package(
             )
     if faults:
         raise CheckFailed(f"{package.name} is not what the app expects: {'; '.join(faults)}")
-    kept = ("functions", "specification_version", "opset", "operations", "value_dtypes")
-    return {key: described[key] for key in (*kept, *(["float32_operations"] if float32 else []))}
+    keys = ("functions", "specification_version", "opset", "operations", "value_dtypes")
+    return {key: described[key] for key in (*keys, *(["float32_operations"] if float32 else []))}
 
 
 def read_specification(package: Path) -> Any:
@@ -136,8 +153,6 @@ def read_specification(package: Path) -> Any:
     path = package / SPECIFICATION
     spec = coremltools().proto.Model_pb2.Model()
     try:
-        from model_export.mil.reader import LARGEST_SPECIFICATION  # torch, which the app's verbs need not wait for
-
         spec.ParseFromString(read_small(path, LARGEST_SPECIFICATION))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}): not a whole .mlpackage") from error
@@ -149,23 +164,3 @@ def read_specification(package: Path) -> Any:
 def _interfaces(spec: Any) -> dict[str, Any]:
     """Each function's description: one of several functions has its own, a single one the model's."""
     return {item.name: item for item in spec.description.functions} or {"main": spec.description}
-
-
-def _feature(feature: Any) -> tuple[str, tuple[int, ...]]:
-    array = feature.type.multiArrayType
-    known = {number: name.lower() for name, number in array.ArrayDataType.items()}
-    return known.get(array.dataType, f"unknown type {array.dataType}"), tuple(array.shape)
-
-
-def _name(operation: Any) -> str:
-    """The operation's name in the program, without what the conversion to float16 appends."""
-    return str(operation.attributes["name"].immediateValue.tensor.strings.values[0]).removesuffix("_cast_fp16")
-
-
-def _computes_float32(operation: Any) -> bool:
-    return operation.type != "cast" and _dtype(operation.outputs[0]) == "float32"
-
-
-def _dtype(value: Any) -> str:
-    tensor = value.type.tensorType
-    return str(tensor.DESCRIPTOR.fields_by_name["dataType"].enum_type.values_by_number[tensor.dataType].name.lower())

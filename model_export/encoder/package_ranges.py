@@ -1,5 +1,6 @@
 """The largest values of a saved program, operation by operation, measured with the MIL executor in float32."""
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -7,11 +8,13 @@ import numpy as np
 import torch
 
 from model_export import mil
-from model_export.encoder.ranges import Advance, Range, Tally, finished, layer_name, several, subnormal_share, weights
+from model_export.encoder.ranges import Advance, Range, Tally, finished, subnormal_share
 from model_export.mil import registry
 from model_export.mil.blob import WeightFile, immediate
 from model_export.mil.program import BlobRef, Constant, Operation
 from model_export.mil.types import NUMPY
+
+_TWO_WORDS = ("final_conv", "pos_emb", "reparam_conv", "token_mixer")  # parts of timm's names with a "_" of their own
 
 
 def measure_package(
@@ -27,10 +30,10 @@ def measure_package(
     tallies: dict[str, Tally] = {}
     norms = {op.name: constants.norm(op) for op in executor.operations if op.type == "layer_norm"}
     sources = {source for source, _ in norms.values()}
-    kept: dict[str, torch.Tensor] = {}  # what a LayerNorm reads
+    of_norms: dict[str, torch.Tensor] = {}  # what a LayerNorm reads
 
     def watch(operation: Operation, outputs: Mapping[str, torch.Tensor]) -> None:
-        kept.update({name: value for name, value in outputs.items() if name in sources})
+        of_norms.update({name: value for name, value in outputs.items() if name in sources})
         floats = [value for value in outputs.values() if value.is_floating_point()]
         if floats and operation.name not in tallies:
             tallies[operation.name] = constants.tally(operation)
@@ -38,15 +41,27 @@ def measure_package(
             tallies[operation.name].see(value)
         if operation.name in norms:
             source, axes = norms[operation.name]
-            tallies[operation.name].see_norm(kept[source], axes)
+            tallies[operation.name].see_norm(of_norms[source], axes)
 
     for array in pixels:
         array = array.astype(NUMPY[input_type.dtype])
-        kept[input_name] = torch.from_numpy(array)
+        of_norms[input_name] = torch.from_numpy(array)
         executor.run({input_name: array}, watch=watch)
-        kept.clear()
+        of_norms.clear()
         advance()
     return finished(tallies)
+
+
+def layer_name(weight: str) -> str | None:
+    """timm's name of a layer from the name that coremltools gives its weight, None if it isn't one:
+    `p_fastvit_stages_3_pos_emb_weight_to_fp16` is of `stages.3.pos_emb`."""
+    match = re.search(r"_((?:stem|stages|final_conv)_.*?)_(?:weight|bias)(?:_|$)", weight)
+    if match is None:
+        return None
+    path = match[1].replace("_", ".")
+    for words in _TWO_WORDS:
+        path = path.replace(words.replace("_", "."), words)
+    return path
 
 
 class _Constants:
@@ -69,16 +84,17 @@ class _Constants:
         return str(source), tuple(node.const("axes", list(range(rank))))
 
     def tally(self, operation: Operation) -> Tally:
-        """An empty tally; its layer is that of the first weight whose name says so."""
+        """An empty tally; its layer is that of the first weight whose name has one."""
         names = [item for items in operation.inputs.values() for item in items if isinstance(item, str)]
-        constants = [self._get(name) for name in names]
+        values = map(self._get, names)  # scalars are parameters, no weights
+        constants = [v for v in values if isinstance(v, torch.Tensor) and v.is_floating_point() and v.dim()]
         layers = (layer_name(name) for name in names if name in self._makers)
         type = operation.outputs[0].type
         return Tally(
             operation.name,
             operation.type,
             next((layer for layer in layers if layer), None),
-            weight_subnormal=subnormal_share(weights(constants)),
+            weight_subnormal=subnormal_share(constants),
             dtype=type.dtype if type else "",
         )
 
@@ -93,7 +109,9 @@ class _Constants:
             return self._load(maker.attributes["val"])
         builder = registry.lookup(maker.type, self._executor.function.opset)
         assert builder is not None  # or the executor would have refused the program
-        return several(builder(self._node(maker)).run())[[output.name for output in maker.outputs].index(name)]
+        result = builder(self._node(maker)).run()
+        several = result if isinstance(result, tuple) else (result,)
+        return several[[output.name for output in maker.outputs].index(name)]
 
     def _load(self, constant: Constant) -> Any:
         if not isinstance(constant.data, BlobRef):

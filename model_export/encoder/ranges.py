@@ -1,12 +1,9 @@
-"""The largest values of the encoder, operation by operation, and their headroom in float16.
+"""The largest values of the encoder and their headroom in float16: of a folded encoder, module by module.
 
-Measured in float32, in which an overflow of float16 is seen and not hidden: on a package with the MIL executor, on a
-checkpoint with the exported graph of its folded encoder, and for an export, quickly, module by module.
+Measured in float32, in which an overflow of float16 is seen and not hidden. A package's operations: `package_ranges`.
 """
 
 import math
-import operator
-import re
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -17,18 +14,18 @@ import numpy as np
 import torch
 from timm.layers import LayerNorm2d
 from timm.models.fastvit import Attention, AttentionBlock
-from torch import fx, nn
+from torch import nn
 
 from fastvlm.checkpoint.checkpoint import Checkpoint
 from fastvlm.common.errors import UserError
 from model_export.encoder import fp16
-from model_export.encoder.channel_first import Encoder, channel_first
+from model_export.encoder.channel_first import channel_first
 from model_export.encoder.fp16 import LARGEST, SMALLEST_NORMAL
-from model_export.encoder.graph import folded_encoder, graph
+from model_export.encoder.graph import folded_encoder
 from model_export.mil.allocator import give_back
 
 _TILE = 1 << 18  # elements looked at a time for subnormals: they and their magnitudes stay in the cache
-_TWO_WORDS = ("final_conv", "pos_emb", "reparam_conv", "token_mixer")  # parts of timm's names with a "_" of their own
+CONTAINER = "container"  # the type of a module that only puts out what its last part did
 Advance = Callable[[], Any]
 
 
@@ -36,8 +33,9 @@ Advance = Callable[[], Any]
 class Range:
     """The largest values of one operation, or module, over the pictures.
 
-    `type` is the operation's in its graph; `layer` timm's name of the module that it belongs to, None if unknown;
-    `dtype` what a package keeps the value in ("fp16" in a graph, which is what an export would make of it).
+    `type` is the operation's or the module's class; `layer` timm's name of the module that it belongs to, None if
+    unknown; `dtype` what a package keeps the value in ("fp16" in a checkpoint, which is what an export would make of
+    it).
 
     largest: the largest magnitude. square: the largest (x - mean)^2 inside a LayerNorm, which a processor that takes it
     apart has to hold; 0 without one. subnormal: of the values that are not zero, the share under 2^-14, which float16
@@ -87,6 +85,9 @@ class Tally:
 
     def see(self, values: torch.Tensor) -> None:
         self.largest = max(self.largest, largest(values, self.name))
+        self.count(values)
+
+    def count(self, values: torch.Tensor) -> None:
         small, nonzero = _count_small(values)
         self.small, self.nonzero = self.small + small, self.nonzero + nonzero
 
@@ -137,18 +138,17 @@ def _in_memory_order(values: torch.Tensor) -> torch.Tensor:
     return values.permute(sorted(range(values.dim()), key=values.stride, reverse=True))
 
 
-# An export: by module
-
-
-def measure_modules(encoder: nn.Module, pixels: Iterable[np.ndarray]) -> dict[str, Range]:
+def measure_modules(
+    encoder: nn.Module, pixels: Iterable[np.ndarray], advance: Advance = lambda: None, subnormals: bool = False
+) -> dict[str, Range]:
     """The output of every module of a folded timm FastViT, by module name in order of execution.
 
-    pixels: arrays (1, 3, S, S) float32. Layers have the name that timm gives them (`stages.3.blocks.0.mlp.fc2`), a
-    block or a stage is what leaves it. `stages.3.blocks.0.mlp:input` is an attention block's stream between its two
-    branches; of `stages.3.blocks.0.token_mixer`, `:queries` (over the root of the head's size), `:keys`, `:values` and
-    `:scores`, what its softmax gets: no module puts them out. A LayerNorm has the largest square of its input. Shares
-    of subnormals are not measured: this is an encoding and one look at each value a picture (5 % of the time at 1024 x
-    1024).
+    pixels: arrays (1, 3, S, S) float32; `advance()` after each. Layers have the name that timm gives them
+    (`stages.3.blocks.0.mlp.fc2`), a block or a stage is what leaves it. `stages.3.blocks.0.mlp:input` is an attention
+    block's stream between its two branches; of `stages.3.blocks.0.token_mixer`, `:queries` (over the root of the head's
+    size), `:keys`, `:values` and `:scores`, what its softmax gets: no module puts them out. A LayerNorm has the largest
+    square of its input. Shares of subnormals are measured only with `subnormals`: without, this is an encoding and one
+    look at each value a picture (5 % of the time at 1024 x 1024).
 
     Raises UserError for values that are not finite in float32, and for no pixels at all.
     """
@@ -158,9 +158,16 @@ def measure_modules(encoder: nn.Module, pixels: Iterable[np.ndarray]) -> dict[st
 
     def see(name: str, module: nn.Module, values: torch.Tensor) -> Tally:
         nonlocal last
+        if name not in tallies:
+            weights = module.parameters(recurse=False) if subnormals and ":" not in name else ()
+            tallies[name] = Tally(name, CONTAINER, name.partition(":")[0], weight_subnormal=subnormal_share(weights))
+        tally = tallies[name]
         if values is not last[0]() or values._version != last[1]:  # a container puts out what its last child did
             last = weakref.ref(values), values._version, largest(values, name)
-        tally = tallies.setdefault(name, Tally(name, type(module).__name__, name.partition(":")[0]))
+            if not isinstance(module, Attention):  # whose last part is its projection, in another order of axes
+                tally.type = type(module).__name__
+            if subnormals:
+                tally.count(values)
         tally.largest = max(tally.largest, last[2])
         return tally
 
@@ -195,6 +202,7 @@ def measure_modules(encoder: nn.Module, pixels: Iterable[np.ndarray]) -> dict[st
                 values = torch.from_numpy(array).contiguous(memory_format=torch.channels_last)
                 encoder.forward_features(values)  # type: ignore[operator]
                 give_back()  # or what one picture has split would stay beside what the next one needs
+                advance()
     finally:
         for handle in handles:
             handle.remove()
@@ -212,139 +220,12 @@ def finished(tallies: Mapping[str, Tally]) -> list[Range]:
     return [tally.range() for tally in tallies.values()]
 
 
-# A checkpoint: by operation of the exported graph
-
-
 def measure_checkpoint(
-    checkpoint: Checkpoint, image_size: int, pixels: Iterable[np.ndarray], advance: Advance = lambda: None
+    checkpoint: Checkpoint, pixels: Iterable[np.ndarray], advance: Advance = lambda: None
 ) -> list[Range]:
-    """Every operation of a checkpoint's folded encoder, in order of execution, before any rescaling, with the exponents
-    that an export would choose by these pictures.
-
-    pixels: arrays (1, 3, image_size, image_size) float32. `advance()` after each.
-    Raises UserError as `measure_modules`.
-    """
-    fastvit = channel_first(folded_encoder(checkpoint)[0])
-    operations = measure_graph(graph(Encoder(fastvit), image_size), pixels, advance)
-    places = _places(operations)
-    exponents = fp16.choose(fastvit, _at_places(places, operations)).exponents()
-    return [replace(one, exponent=exponents.get(place, 0)) for place, one in zip(places, operations)]
-
-
-def _places(ranges: Iterable[Range]) -> list[str]:
-    """The name that `measure_modules` gives what each operation of a channel-first graph puts out."""
-    places: list[str] = []
-    for one in ranges:
-        place, part = one.layer or "", one.name.partition(":")[2]
-        if one.type == "matmul" and f"{place}:scores" not in places:  # the first of an attention's two
-            part = "scores"
-        elif one.type == "gelu" and not place.endswith(".mlp.act"):
-            place = place.removesuffix(".act")  # it ends its block
-        places.append(f"{place}:{part}" if part else place)
-    return places
-
-
-def _at_places(places: Iterable[str], ranges: Iterable[Range]) -> dict[str, Range]:
-    """Ranges by place, the largest of each. An attention block's two additions are both its stream."""
-    by_place: dict[str, Range] = {}
-    for place, one in zip(places, ranges):
-        before = by_place.get(place, one)
-        by_place[place] = replace(one, largest=max(before.largest, one.largest), square=max(before.square, one.square))
-    blocks = {place: one for place, one in by_place.items() if f"{place}.mlp.fc2" in by_place}
-    return by_place | {f"{place}.mlp:input": one for place, one in blocks.items()}
-
-
-def measure_graph(
-    program: torch.export.ExportedProgram, pixels: Iterable[np.ndarray], advance: Advance = lambda: None
-) -> list[Range]:
-    """Every operation of an exported encoder, in order of execution.
-
-    A fused attention (`scaled_dot_product_attention`) is preceded by `NAME:scores`, the products that its softmax gets.
-    """
-    watched = _Watched(program)
-    with torch.no_grad():
-        for array in pixels:
-            watched.run(torch.from_numpy(array))
-            advance()
-    return finished(watched.tallies)
-
-
-class _Watched(fx.Interpreter):
-    """Runs a graph and tallies the floats that each operation gives; values are freed after their last use."""
-
-    def __init__(self, program: torch.export.ExportedProgram) -> None:
-        super().__init__(program.module(check_guards=False))
-        self.tallies: dict[str, Tally] = {}
-        self._norms: dict[str, list[fx.Node]] = {}  # the elementary operations of a LayerNorm, by module
-        for node in self.module.graph.nodes:  # type: ignore[union-attr]
-            if (found := module_of(node))[1].endswith("ChannelNorm"):
-                self._norms.setdefault(found[0], []).append(node)
-
-    def run_node(self, n: fx.Node) -> Any:
-        """Run one node of the graph, and look at what it gives."""
-        if n.op != "call_function" or n.target is operator.getitem:
-            return super().run_node(n)
-        norm = self._norms.get(module_of(n)[0], [])
-        kind = kind_of(n)
-        if kind == "layer_norm" or n in norm[:1]:
-            self._norm_input = self.env[n.args[0]]  # type: ignore[index]
-        if kind == "scaled_dot_product_attention":
-            q, k = (self.env[argument] for argument in n.args[:2])  # type: ignore[index]
-            scale = n.kwargs.get("scale") or q.shape[-1] ** -0.5
-            self._tally(n, ":scores", "matmul").see(q * scale @ k.transpose(-2, -1))
-        result = super().run_node(n)
-        values = [value for value in several(result) if isinstance(value, torch.Tensor) and value.is_floating_point()]
-        if not values or n in norm[:-1]:
-            return result
-        tally = self._tally(n, "", "layer_norm" if norm else kind)
-        if kind == "split":  # an attention's: FastViT has no other
-            for part, value in zip((":queries", ":keys", ":values"), values, strict=True):
-                self._tally(n, part, kind).see(value)
-        for value in values:
-            tally.see(value)
-        if norm or kind == "layer_norm":
-            axes = (1,) if norm else tuple(range(-len(n.args[1]), 0))  # type: ignore[arg-type]
-            tally.see_norm(self._norm_input, axes)
-        return result
-
-    def _tally(self, node: fx.Node, suffix: str, kind: str) -> Tally:
-        name = node.name + suffix
-        if name not in self.tallies:
-            constants = [self.fetch_attr(str(other.target)) for other in node.all_input_nodes if other.op == "get_attr"]
-            layer = layer_name(module_of(node)[0])
-            self.tallies[name] = Tally(name, kind, layer, weight_subnormal=subnormal_share(weights(constants)))
-        return self.tallies[name]
-
-
-def several(value: Any) -> tuple[Any, ...]:
-    return tuple(value) if isinstance(value, (tuple, list)) else (value,)
-
-
-def module_of(node: fx.Node) -> tuple[str, str]:
-    """Path and class of the innermost module that a node comes from."""
-    path, kind = list((node.meta.get("nn_module_stack") or {"": ("", "")}).values())[-1]
-    return path, kind if isinstance(kind, str) else kind.__name__
-
-
-def kind_of(node: fx.Node) -> str:
-    """The name of a node's ATen operation."""
-    return str(node.target).removeprefix("aten.").partition(".")[0]
-
-
-def weights(values: Iterable[Any]) -> list[torch.Tensor]:
-    """The tensors of floats among an operation's constants; not its scalars, which are parameters."""
-    return [v for v in values if isinstance(v, torch.Tensor) and v.is_floating_point() and v.dim()]
-
-
-def layer_name(text: str) -> str | None:
-    """timm's name of a layer from a module's path, or from the name that coremltools gives its weight; None if neither.
-
-    `fastvit.stages.3.pos_emb` and `p_fastvit_stages_3_pos_emb_weight_to_fp16` are both `stages.3.pos_emb`.
-    """
-    found = re.search(r"(?:^|[._])((?:stem|stages|final_conv)(?:[._].*)?$)", text)
-    if found is None or "." in found[1]:
-        return found and found[1]
-    path = re.sub(r"_(weight|bias)(_.*)?$", "", found[1]).replace("_", ".")
-    for words in _TWO_WORDS:
-        path = path.replace(words.replace("_", "."), words)
-    return path
+    """Every module of a checkpoint's folded encoder (see `measure_modules`), with shares of subnormals, and with the
+    exponents that an export would choose by these pictures."""
+    fastvit = folded_encoder(checkpoint)[0]
+    ranges = measure_modules(fastvit, pixels, advance, subnormals=True)
+    exponents = fp16.choose(channel_first(fastvit), ranges).exponents()
+    return [replace(range_, exponent=exponents.get(name, 0)) for name, range_ in ranges.items()]

@@ -10,7 +10,6 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +18,10 @@ import torch
 from torch import nn
 
 from fastvlm.common.cli import log, progress
-from fastvlm.common.documents import load
+from fastvlm.common.documents import Unreadable, load
 from fastvlm.common.errors import UserError
 from fastvlm.common.staging import write_file
+from fastvlm.common.units import format_bytes
 from model_export import contract, encoder_forms, mil
 from model_export.config import DEPLOYMENT_TARGETS, ExportConfig
 from model_export.encoder import compress
@@ -42,19 +42,8 @@ _LEAST_ADDED = 1e-3  # of the budget: bounds what a round that added next to not
 
 Noise = dict[str, dict[str, float]]  # layer -> form -> noise power relative to the features'
 Write = Callable[[Mapping[str, Compression], Path], Any]
-Options = Mapping[
-    str, Mapping[str, tuple[int, float]]
-]  # layer -> form, `encoder_forms.NONE` among them -> (bytes, noise)
-
-
-@dataclass(frozen=True)
-class _Round:
-    """One choice: layer -> form, bytes of the weights, and the relative noise power predicted and measured."""
-
-    chosen: dict[str, str]
-    size: int
-    predicted: float
-    noise: float
+# layer -> form, `encoder_forms.NONE` among them -> (bytes, noise)
+Options = Mapping[str, Mapping[str, tuple[int, float]]]
 
 
 def search(
@@ -65,23 +54,18 @@ def search(
     `write(forms, package)` writes a package; temporary ones go into `folder`. Sensitivities are kept in the file
     `OUTPUT_DIR.sensitivity.json`, so that an interrupted search goes on, and the next one (another ratio) is quick.
 
-    Raises UserError when float16 alone does not keep the ratio, or the deployment target has no compressed weights;
-    CheckFailed when weights do not fit float16.
+    Raises UserError when float16 alone does not keep the ratio, CheckFailed when weights do not fit float16.
     """
     assert config.min_snr is not None
-    legal = [COMPRESSIONS[name] for name in FORMS_TRIED if _legal(COMPRESSIONS[name], config.deployment_target)]
-    if not legal:
-        raise UserError(
-            f"--min-snr with --minimum-deployment-target {config.deployment_target}, which has no compressed weights:"
-            f" ask for {min(form.target for form in COMPRESSIONS.values())}, or leave the flag out"
-        )
+    targets = DEPLOYMENT_TARGETS[: DEPLOYMENT_TARGETS.index(config.deployment_target) + 1]
+    legal = [form for form in map(COMPRESSIONS.__getitem__, FORMS_TRIED) if form.target in targets]
     compress.check_finite(compress.weights(encoder.fastvit))
     shapes = compress.layer_shapes(encoder.fastvit)
     options = {
         name: [form for form in legal if compress.fault_of(shape, form, shapes) is None]
         for name, shape in shapes.items()
     }
-    check = _Check(encoder, pictures, write, folder)
+    check = _checker(encoder, pictures, write, folder)
     base = check({})
     if base > 10 ** (-config.min_snr / 10):
         raise UserError(
@@ -105,51 +89,56 @@ def search(
 
 
 def fit(
-    layers: Options, asked: float, base: float, check: Callable[[Mapping[str, Compression]], float]
+    layers: Options, least_db: float, base: float, check: Callable[[Mapping[str, Compression]], float]
 ) -> tuple[dict[str, Compression], dict[str, Any]]:
-    """The smallest choice of forms that `check` finds to keep `asked` dB, and facts for the manifest.
+    """The smallest choice of forms that `check` finds to keep `least_db` dB, and facts for the manifest.
 
-    `check(forms)` is the relative noise power of the whole; `base` that of float16 alone, which keeps `asked`. Every
+    `check(forms)` is the relative noise power of the whole; `base` that of float16 alone, which keeps `least_db`. Every
     round's budget is corrected by what the last choice really added, against what was predicted. Where `_ROUNDS` rounds
     all failed, each further one halves the budget, down to float16 itself.
     """
-    allowed = 10 ** (-asked / 10)
-    budget, too_much = allowed - base, float("inf")
-    rounds: list[_Round] = []
-    best: _Round | None = None
+    allowed = 10 ** (-least_db / 10)
+    budget, too_much, best_noise = allowed - base, float("inf"), base
+    best: dict[str, str] | None = None
+    tried: list[dict[str, str]] = []
+    rounds: list[dict[str, float]] = []
     while best is None or len(rounds) < _ROUNDS:
         chosen = allocate(layers, min(budget, _BELOW * too_much))
-        size = sum(layers[name][form][0] for name, form in chosen.items())
-        if (best is not None and size >= best.size) or any(one.chosen == chosen for one in rounds):
+        if (best is not None and _bytes(layers, chosen) >= _bytes(layers, best)) or chosen in tried:
             break  # nothing to gain
+        tried.append(chosen)
         forms = _forms(chosen)
         predicted = sum(layers[name][form][1] for name, form in chosen.items())
         noise = check(forms) if forms else base
-        rounds.append(_Round(chosen, size, base + predicted, noise))
+        size, measured = _bytes(layers, chosen), decibels(noise)
+        rounds.append(
+            {"weight_bytes": size, "predicted_db": round(decibels(base + predicted), 2)}
+            | {"measured_db": round(measured, 2)}
+        )
         log(
-            f"--min-snr {asked:g}: {len(forms)} of {len(layers)} layers compressed, {size / 1e6:,.2f} MB:"
-            f" {decibels(noise):.2f} dB{'' if noise <= allowed else ', too little'}"
+            f"--min-snr {least_db:g}: {len(forms)} of {len(layers)} layers compressed, {format_bytes(size)}:"
+            f" {measured:.2f} dB{'' if noise <= allowed else ', too little'}"
         )
         if noise > allowed:
             too_much = predicted
             budget = predicted * ((allowed - base) / (noise - base) if len(rounds) < _ROUNDS else 0.5)
             continue
-        best = rounds[-1]
-        if decibels(noise) - asked <= _CLOSE_ENOUGH_DB:
+        best, best_noise = chosen, noise
+        if measured - least_db <= _CLOSE_ENOUGH_DB:
             break
         budget *= (allowed - base) / max(noise - base, _LEAST_ADDED * (allowed - base))
-    if best is None or not _forms(best.chosen):
-        log(f"warning: --min-snr {asked:g}: only float16 keeps it: no layer is compressed")
-    return _forms(best.chosen) if best else {}, {
-        "asked_db": asked,
+    if not _forms(best or {}):
+        log(f"warning: --min-snr {least_db:g}: only float16 keeps it: no layer is compressed")
+    return _forms(best or {}), {
+        "asked_db": least_db,
         "float16_db": round(decibels(base), 2),
-        "kept_db": round(decibels(best.noise if best else base), 2),
-        "rounds": [
-            {"weight_bytes": one.size, "predicted_db": round(decibels(one.predicted), 2)}
-            | {"measured_db": round(decibels(one.noise), 2)}
-            for one in rounds
-        ],
+        "kept_db": round(decibels(best_noise), 2),
+        "rounds": rounds,
     }
+
+
+def _bytes(layers: Options, chosen: Mapping[str, str]) -> int:
+    return sum(layers[name][form][0] for name, form in chosen.items())
 
 
 def _forms(chosen: Mapping[str, str]) -> dict[str, Compression]:
@@ -168,7 +157,7 @@ def measure(
     written after every layer.
     """
     key = _key(fastvit, pixels)
-    known = _read(cache, key)
+    known = _known(cache, key) if cache is not None else {}
     todo = [(name, form) for name, forms in options.items() for form in forms if form.name not in known.get(name, {})]
     total = sum(map(len, options.values()))
     if cache is not None:
@@ -180,7 +169,7 @@ def measure(
                 known.setdefault(name, {})[form.name] = runs.noise_of(name, form)
                 advance()
                 if cache is not None and (position + 1 == len(todo) or todo[position + 1][0] != name):
-                    _save(cache, key, known)
+                    write_file(cache, json.dumps({"key": key, "noise": known}, indent=1).encode())
     return {name: {form.name: known[name][form.name] for form in forms} for name, forms in options.items()}
 
 
@@ -196,60 +185,48 @@ class _Tails:
                 values.append(step(values[-1]))  # type: ignore[operator]
 
     def noise_of(self, layer: str, form: Compression) -> float:
-        """Relative noise power of the features when one layer's weight is in this form; the weight is put back."""
+        """Relative noise power of the features when one layer's weight is in this form, mean over the pictures; the
+        weight is put back."""
         weight = self.layers[layer].weight
         original = weight.detach().clone()
         small = compress_weight(original.half().numpy(), form)
-        try:
-            weight.data.copy_(torch.from_numpy(small.decode().astype(np.float32)))
-            return self._noise(layer)
-        finally:
-            weight.data.copy_(original)
-
-    def _noise(self, layer: str) -> float:
-        """Relative noise power of the features now, against those of the unchanged encoder; mean over the pictures."""
-        part = layer.split(".")
-        first = {"stem": 0, "stages": 1 + int(part[1]) if part[0] == "stages" else 0}.get(part[0], len(self.steps) - 1)
+        weight.data.copy_(torch.from_numpy(small.decode().astype(np.float32)))
+        kind, number, *_ = layer.split(".")
+        first = 1 + int(number) if kind == "stages" else 0 if kind == "stem" else len(self.steps) - 1
         powers = []
         for values in self.entering:
             x = values[first]
             for step in self.steps[first:]:
                 x = step(x)  # type: ignore[operator]
             powers.append(float((x - values[-1]).square().sum() / values[-1].square().sum()))
+        weight.data.copy_(original)
         return sum(powers) / len(powers)
 
 
-class _Check:
-    """Relative noise power, as typed, of a package written with some forms, at the native size; worst picture."""
+def _checker(
+    encoder: Encoder, pictures: Callable[[int], Any], write: Write, folder: Path
+) -> Callable[[Mapping[str, Compression]], float]:
+    """The noise of a package written with some forms, as typed, at the native size; of the worst picture."""
+    references: list[np.ndarray] = []  # the float32 encoder's features of each picture: the same in every round
 
-    def __init__(self, encoder: Encoder, pictures: Callable[[int], Any], write: Write, folder: Path) -> None:
-        self.write, self.package = write, folder / "check.mlpackage"
-        self.encoder, self.pictures = encoder, pictures
-        self.features: list[np.ndarray] = []  # the float32 encoder's, of each picture: the same in every round
-
-    def __call__(self, forms: Mapping[str, Compression]) -> float:
-        self.write(forms, self.package)
-        executor = mil.load(self.package)
-        size = executor.inputs[contract.INPUT].shape[-1]
-        assert size is not None
-        if not self.features:
+    def check(forms: Mapping[str, Compression]) -> float:
+        package = folder / "check.mlpackage"
+        write(forms, package)
+        executor = mil.load(package)
+        pixels = list(pictures(executor.inputs[contract.INPUT].shape[-1] or 0))
+        if not references:
             with torch.inference_mode():
-                self.features = [self.encoder(torch.from_numpy(pixels)).numpy() for pixels in self.pictures(size)]
-        noise = max(
-            relative_noise(expected, executor.predict({contract.INPUT: pixels})[contract.OUTPUT])
-            for pixels, expected in zip(self.pictures(size), self.features)
-        )
-        del executor
-        shutil.rmtree(self.package)
+                references.extend(encoder(torch.from_numpy(array)).numpy() for array in pixels)
+        features = (executor.predict({contract.INPUT: array})[contract.OUTPUT] for array in pixels)
+        noise = max(map(relative_noise, references, features))
+        shutil.rmtree(package)
         return noise
 
-
-def _legal(form: Compression, target: str) -> bool:
-    return DEPLOYMENT_TARGETS.index(form.target) <= DEPLOYMENT_TARGETS.index(target)
+    return check
 
 
 def _why(options: Mapping[str, tuple[int, float]], faults: Sequence[str | None]) -> str:
-    """Why a layer stayed float16; `faults` are those of each form for its shape."""
+    """The reason why a layer stayed float16; `faults` are those of each form for its shape."""
     noises = {form: noise for form, (_, noise) in options.items() if form != encoder_forms.NONE}
     if not noises:
         return "; ".join(dict.fromkeys(fault for fault in faults if fault))
@@ -279,25 +256,15 @@ def _key(fastvit: nn.Module, pixels: Sequence[np.ndarray]) -> str:
     return digest.hexdigest()
 
 
-def _read(cache: Path | None, key: str) -> Noise:
+def _known(cache: Path, key: str) -> Noise:
     """Earlier measurements of the same encoder; {} where the file is of another, or damaged."""
-    if cache is None or not cache.is_file():
+    if not cache.is_file():
         return {}
     try:
         document = load(cache)
-        if document["key"] != key:
-            log(f"{cache}: of another encoder or other pictures: measured anew")
-            return {}
-        noise = {
-            layer: {form: float(value) for form, value in forms.items()} for layer, forms in document["noise"].items()
-        }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        noise = None
-    if noise is None or not all(0 <= value < float("inf") for forms in noise.values() for value in forms.values()):
-        log(f"{cache}: damaged: measured anew")
-        return {}
-    return noise
-
-
-def _save(cache: Path, key: str, noise: Noise) -> None:
-    write_file(cache, json.dumps({"key": key, "noise": noise}, indent=1).encode())
+        if document["key"] == key:
+            return {str(layer): {**forms} for layer, forms in document["noise"].items()}
+    except (Unreadable, KeyError, TypeError, AttributeError):
+        pass
+    log(f"{cache}: damaged, or of another encoder or other pictures: measured anew")
+    return {}

@@ -4,11 +4,11 @@ The same input gives the same bytes.
 """
 
 import gc
+import math
 import shutil
 import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import nn
 
 from fastvlm.checkpoint.checkpoint import Checkpoint
 from fastvlm.common.cli import log, progress
+from fastvlm.common.units import format_bytes
 from fastvlm.data.pictures import noise
 from fastvlm.model.fold import FOLD_TOLERANCE
 from model_export import contract
@@ -25,7 +26,7 @@ from model_export.config import ExportConfig
 from model_export.encoder import compress, fp16, ranges, sensitivity
 from model_export.encoder.channel_first import Encoder, channel_first
 from model_export.encoder.coreml import coremltools, quick_conversion, quiet_conversion
-from model_export.encoder.graph import folded_encoder, graph
+from model_export.encoder.graph import folded_encoder, graph, kind_of, module_of
 from model_export.encoder.package import METADATA, check_package, finish_package
 from model_export.encoder.scaled import SCALED
 from model_export.mil import read_package
@@ -53,33 +54,24 @@ _PASSES = {
 Pictures = Callable[[int], Iterable[np.ndarray]]  # pixels (1, 3, S, S) float32 for a side of S pixels
 
 
-@dataclass(frozen=True)
-class PackageNotes:
-    """The description stored in the package. `source` is a sha256 over the checkpoint's files; `licence` one line."""
-
-    image_strategy: str
-    source: str = ""
-    licence: str = "See LICENSE_MODEL and NOTICE"
-    version: str = "1"
-
-
 def export_vision(
     checkpoint: Checkpoint,
     config: ExportConfig,
     target: Path,
     pictures: Pictures,
-    notes: PackageNotes | None = None,
+    source: str = "",
 ) -> dict[str, Any]:
     """Write the checkpoint's encoder as the .mlpackage `target`, which must not exist; return facts for the manifest.
 
     The fold is proved in float64 on the way; float16's powers of two are chosen on `pictures`; the saved program is
-    read back and held to the contract. Temporary files stay in the folder of `target`.
+    read back and held to the contract. Temporary files stay in the folder of `target`. `source` is a sha256 over the
+    checkpoint's files, for the package's description.
 
     Raises CheckFailed when the fold or the saved program is not what it should be; UserError for unusable weights.
     """
     native = config.image_size or checkpoint.image_size
     sizes = contract.functions(native, config.resolutions)
-    notes = notes or PackageNotes(checkpoint.image_strategy)
+    notes = {"image_strategy": checkpoint.image_strategy, "source_sha256": source}
     fastvit, errors = folded_encoder(checkpoint)
     facts: dict[str, Any] = {}
     if config.compute_precision == "float16":
@@ -130,7 +122,7 @@ def _write(
     sizes: Mapping[str, int],
     forms: Mapping[str, Compression],
     target: Path,
-    notes: PackageNotes,
+    notes: Mapping[str, str],
 ) -> dict[str, Any]:
     """Convert a prepared encoder at every size, weights in these forms, and check what was written."""
     stored = compress.compressed(encoder.fastvit, forms)
@@ -138,9 +130,9 @@ def _write(
     with quick_conversion():
         for size, part in parts.items():
             program = graph(encoder, size)
-            channels = _output_channels(program)
-            added, last = _added(program), _last_operation(program)
-            float32 = {last} if encoder.exponent and not encoder.fits_float16 else set()
+            output = next(node for node in program.graph.nodes if node.op == "output").args[0][0]
+            channels, added = int(output.meta["val"].shape[-1]), _added(program, output)
+            float32 = {output.name} if encoder.exponent and not encoder.fits_float16 else set()
             _convert(program, config, size, part, float32, stored)
             del program
     if len(sizes) > 1:
@@ -156,32 +148,31 @@ def _write(
 
 def _compression(shapes: Mapping[str, tuple[int, ...]], assignment: compress.Assignment) -> dict[str, Any]:
     """The manifest's facts about compressed weights; logged in a line, too."""
-    small, full = compress.size_of(shapes, assignment.forms), compress.size_of(shapes, {})
+    stored_bytes, float16_bytes = compress.size_of(shapes, assignment.forms), compress.size_of(shapes, {})
     log(
-        f"compressed: {len(assignment.forms)} of {len(shapes)} layers, weights {small / 1e6:,.1f} MB instead of"
-        f" {full / 1e6:,.1f}; {len(assignment.uncompressed)} stay float16, export.json says why"
+        f"compressed: {len(assignment.forms)} of {len(shapes)} layers, weights {format_bytes(stored_bytes)} instead of"
+        f" {format_bytes(float16_bytes)}; {len(assignment.uncompressed)} stay float16, export.json says why"
     )
     return {
         "forms": {name: form.name for name, form in assignment.forms.items()},
         "wide": dict(assignment.uncompressed),
-        "weight_bytes": small,
-        "float16_weight_bytes": full,
+        "weight_bytes": stored_bytes,
+        "float16_weight_bytes": float16_bytes,
     }
 
 
-def _added(program: torch.export.ExportedProgram) -> set[str]:
+def _added(program: torch.export.ExportedProgram, output: torch.fx.Node) -> set[str]:
     """Names of the operations of scaled activations, Gains and of the features' own factor, but for the activations
     themselves, which the unscaled encoder has, too."""
-    owners = {one.__name__ for one in (*SCALED.values(), fp16.Gain)}
+    owners = {kind.__name__ for kind in (*SCALED.values(), fp16.Gain)}
     added = {
         node.name
         for node in program.graph.nodes
         if node.op == "call_function"
-        and ranges.module_of(node)[1].rpartition(".")[2] in owners
-        and ranges.kind_of(node) not in ("gelu", "sigmoid", "softmax")
+        and module_of(node)[1].rpartition(".")[2] in owners
+        and kind_of(node) not in ("gelu", "sigmoid", "softmax")
     }
-    last = next(node for node in program.graph.nodes if node.name == _last_operation(program))
-    return added | ({last.name} if ranges.kind_of(last) == "mul" else set())
+    return added | ({output.name} if kind_of(output) == "mul" else set())
 
 
 def _cost_of(added: Collection[str], package: Path) -> dict[str, Any]:
@@ -193,11 +184,11 @@ def _cost_of(added: Collection[str], package: Path) -> dict[str, Any]:
     program = read_package(package)
     saved = Graph(program.functions[program.default_function])
     new, moved = [], 0
-    for one in saved.operations:
-        size = cost_of(saved, one).bytes
+    for operation in saved.operations:
+        size = cost_of(saved, operation).bytes
         moved += size
         # coremltools has a name of its own for what a clamp becomes; FastViT has no other
-        if one.type == "clip" or one.name.removesuffix("_cast_fp16") in added:
+        if operation.type == "clip" or operation.name.removesuffix("_cast_fp16") in added:
             new.append(size)
     share = sum(new) / max(moved, 1)
     log(f"range-safe: {len(new)} operations added, {share:.1%} of the bytes moved, no multiply-accumulates")
@@ -207,7 +198,7 @@ def _cost_of(added: Collection[str], package: Path) -> dict[str, Any]:
 @progress("measure activations, choose powers of two")
 def range_safe(fastvit: nn.Module, pixels: Iterable[np.ndarray]) -> tuple[Encoder, dict[str, Any]]:
     """Make a folded encoder channel-first and carry powers of two so that float16 holds it, in place (see
-    `model_export.encoder.fp16`); and what the manifest says of it.
+    `model_export.encoder.fp16`); and the manifest's entry for it.
 
     pixels: arrays (1, 3, S, S) float32 that its values are measured on.
     """
@@ -215,24 +206,24 @@ def range_safe(fastvit: nn.Module, pixels: Iterable[np.ndarray]) -> tuple[Encode
         measured = ranges.measure_modules(fastvit, pixels)
     gc.collect()  # the hooks' closures: they hold activations
     channel_first(fastvit)
-    found = fp16.choose(fastvit, measured)
-    before, after = fp16.flow(fastvit).headroom(measured), found.headroom(measured)
-    layers, activations = found.layer_exponents(), found.activation_exponents()
-    fp16.rescale(fastvit, found)
-    largest = max((value.exponent for value in found.values), default=0)
+    flow = fp16.choose(fastvit, measured)
+    before, after = fp16.flow(fastvit).headroom(measured), flow.headroom(measured)
+    layers, activations = flow.layer_exponents(), flow.activation_exponents()
+    fp16.rescale(fastvit, flow)
+    largest = max((value.exponent for value in flow.values), default=0)
     if largest > 0:
         log(
-            f"float16: {sum(value.exponent > 0 for value in found.values)} values carry x / 2^k, k up to {largest}:"
+            f"float16: {sum(value.exponent > 0 for value in flow.values)} values carry x / 2^k, k up to {largest}:"
             f" minimum headroom {before.least:.3g}x -> {after.least:.3g}x"
         )
     holds = measured["final_conv"].largest * fp16.HEADROOM <= fp16.LARGEST
-    return Encoder(fastvit, found.features.exponent, holds), {
+    return Encoder(fastvit, flow.features.exponent, holds), {
         "layer_exponents": layers,
         "activation_exponents": activations,
-        "features_exponent": found.features.exponent,
+        "features_exponent": flow.features.exponent,
         "headroom": {
-            moment: {"least": _rounded(one.least), "at": one.name, "squares": _rounded(one.squares)}
-            for moment, one in (("before", before), ("after", after))
+            moment: {"least": _rounded(headroom.least), "at": headroom.name, "squares": _rounded(headroom.squares)}
+            for moment, headroom in (("before", before), ("after", after))
         },
     }
 
@@ -240,16 +231,6 @@ def range_safe(fastvit: nn.Module, pixels: Iterable[np.ndarray]) -> tuple[Encode
 def _rounded(value: float | None) -> float | None:
     """Three digits: the rest depends on the number of threads, and the manifest must not."""
     return None if value is None else float(f"{value:.3g}")
-
-
-def _output_channels(program: torch.export.ExportedProgram) -> int:
-    (output,) = next(node for node in program.graph.nodes if node.op == "output").args[0]
-    return int(output.meta["val"].shape[-1])
-
-
-def _last_operation(program: torch.export.ExportedProgram) -> str:
-    (output,) = next(node for node in program.graph.nodes if node.op == "output").args[0]
-    return str(output.name)
 
 
 @progress("convert to Core ML")
@@ -262,10 +243,11 @@ def _convert(
     stored: Mapping[str, Compressed],
 ) -> None:
     ct = coremltools()
+    ct.converters.mil.Builder.name_count.clear()  # or names would depend on what else this process has built
     passes = ct.PassPipeline()
     # Equal weights of two layers would become one constant, which neither layer's form could find.
-    kept = _PASSES - {"common::const_deduplication"} if stored else _PASSES
-    passes.remove_passes(set(passes.passes) - kept)
+    needed = _PASSES - {"common::const_deduplication"} if stored else _PASSES
+    passes.remove_passes(set(passes.passes) - needed)
     precision = ct.precision.FLOAT32
     if config.compute_precision != "float32":
         precision = ct.transform.FP16ComputePrecision(op_selector=lambda operation: operation.name not in float32)
@@ -306,14 +288,16 @@ def _merge(parts: Mapping[str, Path], target: Path) -> None:
         ct.utils.save_multifunction(description, str(target))
 
 
-def _description(config: ExportConfig, sizes: Mapping[str, int], channels: int, notes: PackageNotes) -> dict[str, str]:
+def _description(
+    config: ExportConfig, sizes: Mapping[str, int], channels: int, notes: Mapping[str, str]
+) -> dict[str, str]:
     native = sizes[contract.MAIN]
     texts = {}
     for function, size in sizes.items():
         at = f"{function}." if len(sizes) > 1 else ""
         texts[at + contract.INPUT] = (
             f"RGB picture, (1, 3, {size}, {size}), planes first, values in [0, 1], prepared by"
-            f" image_strategy {notes.image_strategy}"
+            f" image_strategy {notes['image_strategy']}"
         )
         tokens = contract.tokens_per_image(size)
         texts[at + contract.OUTPUT] = f"Image features before the projector, (1, {tokens}, {channels}), row by row"
@@ -321,22 +305,18 @@ def _description(config: ExportConfig, sizes: Mapping[str, int], channels: int, 
         "short_description": f"FastVLM vision encoder: {native} x {native} pixels to"
         f" {contract.tokens_per_image(native)} image tokens",
         "author": "Exported by the FastVLM on-device toolchain",
-        "licence": notes.licence,
-        "version": notes.version,
+        "licence": "See LICENSE_MODEL and NOTICE",
+        "version": "1",
         **texts,
-        METADATA + "source_sha256": notes.source,
+        **{METADATA + key: text for key, text in notes.items()},
         METADATA + "image_size": str(native),
-        METADATA + "image_strategy": notes.image_strategy,
         METADATA + "compute_units": config.compute_units,
     }
 
 
 def _power_of_ten_above(error: float) -> float:
     """1e-13 for 2.3e-14; 0.0 for an exact fold."""
-    exponent = -20
-    while error > 10.0**exponent:
-        exponent += 1
-    return float(f"1e{exponent}") if error else 0.0
+    return float(f"1e{math.ceil(math.log10(error))}") if error else 0.0
 
 
 @contextmanager

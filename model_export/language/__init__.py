@@ -1,4 +1,1 @@
-"""The language model as an MLX folder: weights, config, tokenizer, mlx-vlm's layout.
-
-Imports `contract`, `config` and `resume`.
-"""
+"""The language model as an MLX folder: weights, config, tokenizer, mlx-vlm's layout."""

@@ -1,7 +1,6 @@
 """Calibration inside an export: pictures and questions through the encoder, and what the recipe makes of them."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +21,6 @@ from quantization.recipe import Recipe
 _DEMO, _DRAWN = 256, 64  # built-in questions; each of the latter costs an answer of the model's own
 
 
-@dataclass(frozen=True)
-class Calibrated:
-    """The recipe without choices, the parts of weights by the artefact's names, and facts for the manifest."""
-
-    recipe: Recipe
-    parts: Mapping[str, Mapping[str, Array]]
-    facts: dict[str, Any]
-
-
 # How many threads add up a product decides its last bits, and these, over thousands of steps, the weights: a recipe
 # gives the same bytes on every number of cores only where that number is fixed.
 @threads.alone()
@@ -41,14 +31,15 @@ def calibrate(
     samples: list[Sample] | None,
     exported: Vision | None,
     layout: str = "app",
-) -> Calibrated:
+) -> tuple[Recipe, dict[str, dict[str, Array]], dict[str, Any]]:
     """Run the samples through the `exported` encoder (None: the checkpoint's), then the recipe's method.
 
     Without samples there are built-in ones. Answers that they don't have are the checkpoint's own. The model computes
-    in bfloat16 where the checkpoint is stored so, else in float32.
+    in bfloat16 where the checkpoint is stored so, else in float32. Returns the recipe without choices, the parts of
+    weights by the artefact's names, and facts for the manifest.
     """
     from fastvlm.model.build import build
-    from fastvlm.model.surface import from_model
+    from fastvlm.model.torch_parts import from_model
 
     samples = built_in(checkpoint.path) if samples is None else samples
     stored = {info.dtype for name, info in checkpoint.tensors.items() if name.startswith(naming.LANGUAGE)}
@@ -70,8 +61,8 @@ def calibrate(
         "encoder": "the exported package" if exported is not None else "the checkpoint's",
         "computed_in": dtype,
     }
-    arrays = {name: {part: as_array(tensor) for part, tensor in found.items()} for name, found in parts.items()}
-    return Calibrated(decided, arrays, facts)
+    arrays = {name: {part: as_array(tensor) for part, tensor in of_weight.items()} for name, of_weight in parts.items()}
+    return decided, arrays, facts
 
 
 def built_in(checkpoint: Path) -> list[Sample]:

@@ -1,15 +1,14 @@
 """Checkpoint to MLX folder: the language model and the projector, streamed from the input files to the output files.
 
 Memory does not depend on the model's size: every output file gets its header first, and then the rows of one weight
-after the other, some megabytes at a time. A finished file can outlive an interrupted run (`model_export.resume`).
+after the other, some megabytes at a time.
 """
 
 import json
 import math
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -25,12 +24,11 @@ from fastvlm.common.errors import UserError
 from model_export import contract
 from model_export.language.config import language_config
 from model_export.language.tensor_file import RowReader, TensorFile
-from model_export.resume import FinishedFiles
 from quantization.calibration import budget
 from quantization.recipe import ELSEWHERE, Recipe
 from quantization.schemes import Scheme, Spec, spec_bytes
 
-SHARD_BYTES = 1 << 30  # what an interrupted run loses at most; peers write 5 GiB, and loaders take any number
+SHARD_BYTES = 1 << 30  # peers write 5 GiB, and loaders take any number
 # What a recipe may have rules for although the layout does not store it.
 ELSEWHERE_OF = {"app": ELSEWHERE, "mlx-vlm": ELSEWHERE[:1], "mlx-lm": (*ELSEWHERE, contract.PROJECTOR_PREFIX)}
 _CHUNK = 1 << 20  # values that a worker converts at once: 4 MiB in float32
@@ -95,11 +93,11 @@ def bytes_to_read(checkpoint: Checkpoint, recipe: Recipe, layout: str = "app") -
 
 
 def planned_bytes(checkpoint: Checkpoint, recipe: Recipe, layout: str = "app") -> int:
-    """What `export_llm` will write, in bytes. UserError with whatever would stop it, but for the values."""
+    """The size in bytes of what `export_llm` will write. UserError for all that would stop it, but for values."""
     language_config(checkpoint, layout)
     if recipe.budget is not None:
         shapes = weight_shapes(checkpoint, layout)
-        budget.check(recipe, shapes, ELSEWHERE_OF[layout])
+        budget.within_reach(recipe, shapes, ELSEWHERE_OF[layout])
         return recipe.budget.limit(sum(map(math.prod, shapes.values())))
     weights = _weights(checkpoint, recipe, layout)
     return sum(spec_bytes(spec) for weight in weights for spec in weight.parts().values())
@@ -111,18 +109,16 @@ def export_llm(
     folder: Path,
     advance: Callable[[int], None] | None = None,
     layout: str = "app",
-    finished: FinishedFiles | None = None,
     ready: Mapping[str, Mapping[str, Array]] | None = None,
 ) -> dict[str, Any]:
     """Write the decoder, the projector and config.json into `folder`, which exists and has no such files.
 
     layout "app" is what the demo app and mlx-lm load; "mlx-vlm" adds the vision tower and uses that loader's names;
     "mlx-lm" is the decoder alone as a plain Qwen2 (see contract.py). `advance(n)` is called after every n of the
-    `bytes_to_read`. The same input gives the same bytes. Files that an earlier run has `finished` are taken over, and
-    new ones are put there. `ready` has the parts of weights that were calibrated (by the names that recipes speak of):
-    they are stored as they are. Returns facts for the manifest: files, parameters, bytes, bits per weight, recipe and
-    its decisions. Raises UserError, with every fault, when the recipe or the loaders cannot take the model (before any
-    work), or when values are not finite or too large for the dtype that the recipe names.
+    `bytes_to_read`. The same input gives the same bytes. `ready` has the parts of weights that were calibrated (by the
+    names that recipes speak of): they are stored as they are. Returns facts for the manifest: files, parameters, bytes,
+    bits per weight, recipe and its decisions. Raises UserError, with every fault, when the recipe or the loaders cannot
+    take the model (before any work), or when values are not finite or too large for the dtype that the recipe names.
     """
     if layout not in contract.LAYOUTS:
         raise UserError(f"unknown layout {layout!r}: expected {' or '.join(contract.LAYOUTS)}")
@@ -133,7 +129,7 @@ def export_llm(
     quantization = _quantization(weights)
     if quantization:
         config["quantization"] = quantization
-    faults = _write_weights(weights, folder, advance, finished or FinishedFiles())
+    faults = _write_weights(weights, folder, advance)
     if faults:
         raise UserError(
             f"recipe {recipe.name} cannot store {checkpoint.path}: {'; '.join(faults)}"
@@ -226,26 +222,14 @@ def _shards(sizes: dict[str, int]) -> dict[str, str]:
     return {name: f"model-{n:05d}-of-{number:05d}.safetensors" for name, n in numbers.items()}
 
 
-def _write_weights(
-    weights: list[Weight], folder: Path, advance: Callable[[int], None] | None, finished: FinishedFiles
-) -> list[str]:
+def _write_weights(weights: list[Weight], folder: Path, advance: Callable[[int], None] | None) -> list[str]:
     """Write every file, one after the other; returns what is wrong with the values."""
     faults: list[str] = []
-    stored: list[Future[None]] = []
     with ThreadPoolExecutor(threads.count()) as pool:
         for file in dict.fromkeys(weight.file for weight in weights):
             own = [weight for weight in weights if weight.file == file]
-            if finished.take(folder / file):
-                if advance:
-                    advance(sum(weight.source_bytes() for weight in own))
-                continue
             with TensorFile(folder / file, {k: v for weight in own for k, v in weight.parts().items()}) as output:
-                found = _stream(own, output, pool, advance)
-            faults += found
-            if not found:  # putting it on the disk takes a worker, the other ones go on with the next file
-                stored.append(pool.submit(finished.keep, folder / file))
-        for future in stored:
-            future.result()
+                faults += _stream(own, output, pool, advance)
     return faults
 
 
@@ -277,7 +261,7 @@ def _pieces(weights: list[Weight]) -> Iterator[tuple[Weight, int, int]]:
 
 
 def _fault(weight: Weight, magnitudes: list[float]) -> str | None:
-    """What is wrong with a weight whose pieces have these largest magnitudes, if anything."""
+    """The fault of a weight whose pieces have these largest magnitudes; None for a sound one."""
     if not all(map(math.isfinite, magnitudes)):
         return f"{weight.rule_name}: values are not finite"
     largest, limit = max(magnitudes), LARGEST[weight.scheme.dtype]
@@ -305,14 +289,11 @@ def _quantization(weights: list[Weight]) -> dict[str, Any] | None:
 
 
 def _decisions(weights: list[Weight], tied: bool) -> dict[str, Any]:
-    """What the recipe decided for the decoder's layers, the embeddings, lm_head and the projector."""
+    """The recipe's decisions for the decoder's layers, the embeddings, lm_head and the projector."""
     schemes = {weight.rule_name: weight.scheme for weight in weights}
     decisions: dict[str, Any] = {part: schemes[name].to_json() for part, name in _DECISIONS.items() if name in schemes}
     return decisions | ({"lm_head": "the embeddings (tied)"} if tied else {})
 
 
 def _write_json(path: Path, document: dict[str, Any]) -> None:
-    with path.open("x", encoding="utf-8") as file:
-        file.write(json.dumps(document, indent=2) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")

@@ -6,8 +6,6 @@ is not trimmed. The thresholds are of the whole process; on exit they get the va
 converges to (mmap 32 MiB, trim 64 MiB; malloc's `M_MMAP_THRESHOLD` in mallopt(3)).
 """
 
-from __future__ import annotations
-
 import ctypes
 import platform
 from collections.abc import Iterator
@@ -43,7 +41,7 @@ def returned_buffers(least: int = 1 << 18) -> Iterator[None]:
 
 
 def give_back() -> None:
-    """On glibc, give back what has been freed and was kept; elsewhere do nothing."""
+    """On glibc, return freed memory to the system; elsewhere do nothing."""
     if libc := _libc():
         libc.malloc_trim(0)
 

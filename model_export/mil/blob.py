@@ -10,13 +10,14 @@ from __future__ import annotations
 import math
 import mmap
 import struct
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .program import BlobRef, Constant, MILError, TensorType
+from .program import BlobRef, Block, Constant, MILError, Program, TensorType
 from .types import HELD, SUB_BYTE
 
 if TYPE_CHECKING:
@@ -63,6 +64,29 @@ def unpack(packed: np.ndarray, dtype: str, count: int) -> np.ndarray:
     signed = unpacked.view(np.int8)
     signed -= 8
     return signed
+
+
+def stored_tensors(program: Program) -> Iterator[tuple[str, Constant, np.ndarray]]:
+    """Yield every tensor that the program refers to in a weight file: its operation's name, the reference, its bytes.
+
+    Raises MILError for one that isn't there, or isn't whole.
+    """
+    files: dict[Path, WeightFile] = {}
+    for function in program.functions.values():
+        for name, constant in _constants(function.block):
+            if isinstance(constant.data, BlobRef):
+                path = constant.data.file
+                file = files[path] = files.get(path) or WeightFile(path)
+                yield name, constant, file.raw(constant.data.offset, constant.type)
+
+
+def _constants(block: Block) -> Iterator[tuple[str, Constant]]:
+    """Yield each constant with the name of its operation."""
+    for operation in block.operations:
+        given = (*operation.attributes.values(), *(item for items in operation.inputs.values() for item in items))
+        yield from ((operation.name, item) for item in given if isinstance(item, Constant))
+        for inner in operation.blocks:
+            yield from _constants(inner)
 
 
 class WeightFile:

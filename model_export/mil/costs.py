@@ -1,6 +1,6 @@
 """A function of an ML program as a graph that a check can walk, and what each of its operations costs.
 
-Costs are what the saved program says, not a device's time: multiply-accumulates, and bytes that an operation reads and
+Costs are the saved program's, not a device's time: multiply-accumulates, and bytes that an operation reads and
 writes if nothing stays on the chip (inputs + outputs + weights as they are stored).
 """
 
@@ -90,14 +90,14 @@ class Graph:
 
         Operation type -> those operations; INPUT or OUTPUT is a key when the function's own interface is reached.
         """
-        found: dict[str, list[Operation]] = {}
+        reached: dict[str, list[Operation]] = {}
         waiting, seen = [operation], {id(operation)}
         while waiting:
             current = waiting.pop()
             names = [item.name for item in current.outputs] if forward else self.live(current)
             for name in names:
                 if name in (self.outputs if forward else self.inputs):
-                    found.setdefault(OUTPUT if forward else INPUT, [])
+                    reached.setdefault(OUTPUT if forward else INPUT, [])
                 if forward:
                     neighbours = self.consumers.get(name, [])
                 else:
@@ -105,26 +105,26 @@ class Graph:
                 for other in neighbours:
                     if id(other) not in seen:
                         seen.add(id(other))
-                        found.setdefault(other.type, []).append(other)
+                        reached.setdefault(other.type, []).append(other)
                         if other.type in through:
                             waiting.append(other)
-        return found
+        return reached
 
     def weights(self, operation: Operation) -> dict[Any, tuple[str, int]]:
         """The stored tensors behind its constant arguments: identity -> (element type, bytes as stored).
 
         A compressed weight is what its `constexpr_*` operation holds.
         """
-        found: dict[Any, tuple[str, int]] = {}
+        stored: dict[Any, tuple[str, int]] = {}
         for item in (argument for given in operation.inputs.values() for argument in given):
             maker = self._constant.get(item) if isinstance(item, str) else None
             if isinstance(item, Constant):
-                _store(found, item)
+                _store(stored, item)
             elif maker is not None:
-                found.update(self.weights(maker))
+                stored.update(self.weights(maker))
                 for constant in maker.attributes.values():  # a const's value; the data of iOS 16's constexpr operations
-                    _store(found, constant)
-        return found
+                    _store(stored, constant)
+        return stored
 
 
 def _flat(block: Block) -> Iterator[Operation]:
@@ -138,10 +138,10 @@ def _names(operation: Operation) -> Iterator[str]:
     return (item for given in operation.inputs.values() for item in given if isinstance(item, str))
 
 
-def _store(found: dict[Any, tuple[str, int]], constant: Constant) -> None:
+def _store(stored: dict[Any, tuple[str, int]], constant: Constant) -> None:
     blob = isinstance(constant.data, BlobRef)
     if blob or constant.type.dtype not in _SETTINGS:
-        found[constant.data if blob else id(constant)] = (constant.type.dtype, size_of(constant.type) or 0)
+        stored[constant.data if blob else id(constant)] = (constant.type.dtype, size_of(constant.type) or 0)
 
 
 def size_of(type: TensorType | None) -> int | None:
@@ -163,7 +163,7 @@ def padded_size_of(type: TensorType | None, alignment: int) -> int | None:
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one operation: multiply-accumulates (None: unknown shapes) and bytes by element type."""
+    """One operation's multiply-accumulates (None: unknown shapes) and bytes by element type."""
 
     macs: int | None
     inputs: int
@@ -182,7 +182,7 @@ class Cost:
 
 
 def cost_of(graph: Graph, operation: Operation) -> Cost:
-    """What one operation computes and moves."""
+    """The cost of one operation: what it computes and moves."""
     by_type: dict[str, int] = {}
 
     def moved(items: list[TensorType | None]) -> int:

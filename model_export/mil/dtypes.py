@@ -1,6 +1,6 @@
 """MIL element types in torch, and the compute policies.
 
-A policy says in what the executor computes, and what becomes of a value whose MIL type is fp16:
+A policy is the dtype that the executor computes in, and its treatment of a value whose MIL type is fp16:
 
 - "as-typed": every operation's result is rounded to fp16 (storage fp16, accumulation fp32). The value is held as a
   float32 tensor that contains only fp16 numbers, so that no kernel has to convert its operands.
@@ -15,8 +15,6 @@ A policy says in what the executor computes, and what becomes of a value whose M
 An operation whose MIL type is fp32 is computed in float32, undivided, in all of them.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch
@@ -26,7 +24,7 @@ from .types import FLOATS
 
 @dataclass(frozen=True)
 class Policy:
-    """How a run treats what has MIL type fp16.
+    """The treatment of values of MIL type fp16 in a run.
 
     rounds: results are rounded to it. decomposes: so are the intermediates of composite operations.
     half: the torch type that holds it. fuses: an operation may take in the activation that follows it.

@@ -36,10 +36,17 @@ class MILExecutor:
         function_name: str | None = None,
         most_bytes: int = MOST_BYTES,
     ) -> None:
-        """Resolve a function (default: the package's own default) under a policy of dtypes.POLICIES.
+        """Resolve a function and prepare its weights.
 
-        Raises MILError for an unknown function or policy, a description that contradicts the program, damaged weights,
-        values that take more than `most_bytes` at once, and unsupported operations, of which it lists all.
+        Args:
+            program: the package (`read_package`).
+            compute: a policy of `dtypes.POLICIES`.
+            function_name: None: the package's default function.
+            most_bytes: the limit on values that are alive at once.
+
+        Raises:
+            MILError: an unknown function or policy, a description that contradicts the program, damaged weights, values
+                beyond `most_bytes`, or unsupported operations, all of which it lists.
         """
         if compute not in POLICIES:
             raise MILError(f"unknown compute policy {compute!r}, expected one of {', '.join(POLICIES)}")
@@ -64,16 +71,34 @@ class MILExecutor:
         self.operations = tuple(step.operation for step in self._plan.steps)
 
     def predict(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Arrays in, arrays out, by the package's names, shapes and element types; MILError for anything else."""
+        """Run the program.
+
+        Args:
+            inputs: an array for each of `self.inputs`, of its shape and element type.
+
+        Returns:
+            An array for each of `self.outputs`.
+
+        Raises:
+            MILError: other names, shapes or element types, or an operation that fails.
+        """
         return self.run(inputs)
 
     @torch.inference_mode()
     def run(self, inputs: Mapping[str, np.ndarray], watch: Watch | None = None) -> dict[str, np.ndarray]:
-        """Like predict. `watch(operation, outputs)` sees every non-constant operation right after it ran.
+        """Run the program as `predict` does, watched.
 
-        The outputs are {name: tensor}: floats as the policy holds them, rounded to their MIL type where it rounds.
-        Watching changes no number, except where the policy fuses; it takes longer and more memory, since nothing is
-        written over.
+        Args:
+            inputs: as `predict` takes them.
+            watch: called with every non-constant operation right after it ran, and its outputs {name: tensor}: floats
+                as the policy holds them, rounded to their MIL type where it rounds. Watching changes no number, except
+                where the policy fuses; it takes longer and more memory, since nothing is written over.
+
+        Returns:
+            As `predict`.
+
+        Raises:
+            MILError: as `predict`.
         """
         values: dict[str, torch.Tensor] = {**self._plan.constants, **self._input_tensors(inputs)}
         with kept_buffers():
@@ -84,8 +109,8 @@ class MILExecutor:
             return {name: self._array(values[name], type) for name, type in self.outputs.items()}
 
     def watched(self, inputs: Mapping[str, np.ndarray]) -> Iterator[tuple[Operation, Mapping[str, torch.Tensor]]]:
-        """What `run` shows to `watch`, one by one: each operation runs when it is asked for, so that two executors may
-        take turns."""
+        """Each operation with its outputs, as `run` passes them to `watch`; it runs when it is asked for, so that two
+        executors may take turns."""
         return self._walk({**self._plan.constants, **self._input_tensors(inputs)}, keep=True)
 
     @torch.inference_mode()
@@ -164,9 +189,9 @@ class MILExecutor:
         missing = [name for name in self.function.block.outputs if name not in types]
         if missing:
             raise MILError(f"{self.program.path}: function {self.function.name!r} returns undefined values {missing}")
-        found = {name: types[name] for name in self.function.block.outputs}
-        _compare(self.program.path, "output", self.function.described_outputs, found)
-        return found
+        outputs = {name: types[name] for name in self.function.block.outputs}
+        _compare(self.program.path, "output", self.function.described_outputs, outputs)
+        return outputs
 
     @staticmethod
     def _array(tensor: torch.Tensor, type: TensorType) -> np.ndarray:
@@ -175,7 +200,22 @@ class MILExecutor:
 
 
 def load(path: Path | str, compute: str = "as-typed", function_name: str | None = None) -> MILExecutor:
-    """An executor of a saved .mlpackage; compute is the name of one of dtypes.POLICIES. Raises MILError."""
+    """Load a saved .mlpackage, to be run in PyTorch.
+
+    Args:
+        path: the package's folder.
+        compute: the arithmetic, one of `dtypes.POLICIES`: "as-typed" rounds to the declared type after every operation,
+            "strict-fp16" inside composite operations as well, "float32" never; "bfloat16", "int8" and "int8-float32"
+            are for speed.
+        function_name: one of the package's functions; None: its default.
+
+    Returns:
+        The executor: `predict({"images": array})` gives the outputs by name, NumPy in and out.
+
+    Raises:
+        MILError: the package is unreadable or malformed, has no such function, takes more than 4 GiB at once, or has
+            unsupported operations, all of which it lists.
+    """
     return MILExecutor(read_package(path), compute, function_name)
 
 
@@ -183,16 +223,16 @@ def _checked_types(program: Program, function: Function) -> dict[str, TensorType
     unusable = [item.name for item in function.inputs if item.type is None or item.type.dtype not in NUMPY]
     if unusable:
         raise MILError(f"{program.path}: function {function.name!r} has inputs that are not tensors: {unusable}")
-    found = {item.name: item.type for item in function.inputs if item.type is not None}
-    _compare(program.path, "input", function.described_inputs, found)
-    return found
+    actual = {item.name: item.type for item in function.inputs if item.type is not None}
+    _compare(program.path, "input", function.described_inputs, actual)
+    return actual
 
 
-def _compare(path: Path, kind: str, described: Mapping[str, TensorType], found: Mapping[str, TensorType]) -> None:
+def _compare(path: Path, kind: str, described: Mapping[str, TensorType], actual: Mapping[str, TensorType]) -> None:
     """The model description and the program must agree on names, element types and, where both know them, shapes."""
-    if set(described) != set(found):
-        raise MILError(f"{path}: the description has {kind}s {sorted(described)}, the program {sorted(found)}")
-    for name, type in found.items():
+    if set(described) != set(actual):
+        raise MILError(f"{path}: the description has {kind}s {sorted(described)}, the program {sorted(actual)}")
+    for name, type in actual.items():
         promised = described[name]
         known = None not in type.shape and None not in promised.shape and promised.shape
         if promised.dtype != type.dtype or (known and promised.shape != type.shape):

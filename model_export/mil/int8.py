@@ -30,7 +30,7 @@ class Quantized:
 
     @classmethod
     def of(cls, x: torch.Tensor) -> Quantized:
-        """With the scale that its own smallest and largest values ask for; zero is always among them."""
+        """Quantize with the scale of its own smallest and largest values; zero is always representable."""
         low, high = (float(bound) for bound in x.aminmax())
         scale, zero = span(low, high)
         rounded = torch.quantize_per_tensor(x.float(), scale, zero, torch.quint8)
@@ -56,7 +56,7 @@ class Int8Linear:
     def __init__(
         self, weight: torch.Tensor, bias: torch.Tensor | None, rows: int, result: torch.dtype = torch.bfloat16
     ) -> None:
-        """`rows`: of the inputs that it will mostly see. `result`: what it gives where no 8 bits are asked for."""
+        """`rows`: of the inputs that it will mostly see. `result`: what it gives without 8 bits."""
         self.result = result
         largest = torch.linalg.vector_norm(weight, float("inf"), dim=1).float()
         self.scales = (largest / 127).clamp_(min=torch.finfo(torch.float32).tiny)

@@ -1,10 +1,8 @@
-"""What a program would take, found before it runs: a few bytes of a package can ask for all memory there is.
+"""The memory that a program would take, known before it runs: a few bytes of a package can ask for all there is.
 
 The declared types are added up. An operation whose result may be larger than its operands is held to its declared type
 when it is built (`registry.Node.expects`); any other one can only fail, with a result that its operands bound.
 """
-
-from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
@@ -16,7 +14,7 @@ from .step import Step
 
 def size(type: TensorType, policy: Policy) -> int:
     """Bytes of a value while it is held; a size known only at run time counts as 1."""
-    return math.prod(1 if one is None else one for one in type.shape) * policy.holds(type.dtype).itemsize
+    return math.prod(1 if size is None else size for size in type.shape) * policy.holds(type.dtype).itemsize
 
 
 def check_peak(where: str, steps: Sequence[Step], inputs: Mapping[str, TensorType], policy: Policy, most: int) -> None:

@@ -7,8 +7,6 @@ with oneDNN (x86), and the operations in ops/ use torch.nn.functional elsewhere,
 rounding.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -53,12 +51,12 @@ def _interleaved(
     first of them, one for the second, since oneDNN has a fast kernel only for those (twice to seven times as fast)."""
     several = len(weight) // settings[3]
     every = [(weight[i::several].clone(), None if bias is None else bias[i::several].clone()) for i in range(several)]
-    parts = [conv2d(*one, *settings) for one in every]  # clones: oneDNN takes no strides from a bias
+    parts = [conv2d(*operands, *settings) for operands in every]  # clones: oneDNN takes no strides from a bias
 
     def run(x: torch.Tensor, activation: str) -> torch.Tensor:
         x = x.contiguous(memory_format=torch.channels_last)
-        found = [part(x, activation).permute(0, 2, 3, 1) for part in parts]
-        return torch.stack(found, -1).flatten(-2).permute(0, 3, 1, 2)
+        results = [part(x, activation).permute(0, 2, 3, 1) for part in parts]
+        return torch.stack(results, -1).flatten(-2).permute(0, 3, 1, 2)
 
     return run
 

@@ -1,6 +1,4 @@
-"""From a function's operations to the list of steps that an executor runs: everything is resolved here, once."""
-
-from __future__ import annotations
+"""The list of steps that an executor runs, made of a function's operations: everything is resolved here, once."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -30,7 +28,7 @@ class Plan:
 
 
 class _Constants:
-    """The values known at load, in their storage types, read when first asked for."""
+    """The values known at load, in their storage types, read at their first use."""
 
     def __init__(self) -> None:
         self._files: dict[Any, WeightFile] = {}
@@ -169,7 +167,7 @@ def _folded(where: str, step: Step) -> dict[str, torch.Tensor]:
 
 
 def _last_uses(function: Function) -> dict[int, list[str]]:
-    """For each operation's index, the values that no later operation reads and the function does not return."""
+    """By operation's index: the values that no later operation reads and the function does not return."""
     last: dict[str, int] = {}
     for index, operation in enumerate(function.block.operations):
         names = {b for item in operation.inputs.values() for b in item if isinstance(b, str)}
@@ -183,12 +181,12 @@ def _last_uses(function: Function) -> dict[int, list[str]]:
 def _constant_outputs(
     outputs: tuple[str, ...], types: Mapping[str, TensorType | None], constants: _Constants, policy: Policy
 ) -> dict[str, torch.Tensor]:
-    found = {}
+    values = {}
     for name in outputs:
         value, type = constants.get(name), types.get(name)
         if isinstance(value, torch.Tensor) and type is not None:
-            found[name] = value.to(policy.holds(type.dtype))
-    return found
+            values[name] = value.to(policy.holds(type.dtype))
+    return values
 
 
 def _values(step: Step) -> set[str]:

@@ -22,7 +22,7 @@ class MILError(Exception):
 
 
 def reason(error: BaseException) -> str:
-    """What a library's exception says, in one line."""
+    """A library's exception in one line."""
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}".removesuffix(": ")
 
 
@@ -51,7 +51,7 @@ class NamedType:
 
 @dataclass(frozen=True)
 class BlobRef:
-    """Where a constant's bytes are: a weight file, already resolved inside the package, and a metadata offset."""
+    """The place of a constant's bytes: a weight file, already resolved inside the package, and a metadata offset."""
 
     file: Path
     offset: int
@@ -113,3 +113,4 @@ class Program:
     specification_version: int
     functions: Mapping[str, Function]
     default_function: str
+    metadata: Mapping[str, str] = field(default_factory=dict)  # user-defined

@@ -4,8 +4,6 @@ Of coremltools only the generated protobuf classes are used, and they are import
 (importing coremltools takes seconds and prints about the libraries it lacks off macOS).
 """
 
-from __future__ import annotations
-
 import errno
 import importlib
 import importlib.util
@@ -44,7 +42,17 @@ _ARRAY_TYPES = {65552: "fp16", 65568: "fp32", 65600: "fp64", 131104: "int32", 13
 
 
 def read_package(path: Path | str) -> Program:
-    """Read a .mlpackage folder. Raises MILError for anything that is not a readable ML program package."""
+    """Read an .mlpackage without preparing it to run.
+
+    Args:
+        path: the package's folder.
+
+    Returns:
+        The program; its weights stay in the package's files until they are read.
+
+    Raises:
+        MILError: the folder is no readable ML program package.
+    """
     path = Path(path)
     specification_path = _specification_path(path)
     try:
@@ -111,11 +119,11 @@ def _message_class() -> Any:
     if "coremltools.proto.Model_pb2" in sys.modules:
         return sys.modules["coremltools.proto.Model_pb2"].Model
     if _PROTO_PACKAGE not in sys.modules:
-        found = importlib.util.find_spec("coremltools")
-        if found is None or found.origin is None:
+        spec = importlib.util.find_spec("coremltools")
+        if spec is None or spec.origin is None:
             raise MILError("coremltools is not installed; its protobuf classes are needed to read an .mlpackage")
         package = types.ModuleType(_PROTO_PACKAGE)
-        package.__path__ = [str(Path(found.origin).parent / "proto")]
+        package.__path__ = [str(Path(spec.origin).parent / "proto")]
         sys.modules[_PROTO_PACKAGE] = package
     return importlib.import_module(f"{_PROTO_PACKAGE}.Model_pb2").Model
 
@@ -137,7 +145,8 @@ class _Reader:
         if absent := sorted(described.keys() - functions.keys()):
             raise MILError(f"{self.package}: the description has functions {', '.join(absent)}, the program has not")
         default = description.defaultFunctionName or "main"
-        return Program(self.package, specification.specificationVersion, functions, default)
+        metadata = dict(description.metadata.userDefined)
+        return Program(self.package, specification.specificationVersion, functions, default, metadata)
 
     def function(self, name: str, message: Any, description: Any) -> Function:
         if message.opset not in message.block_specializations:
@@ -172,7 +181,11 @@ class _Reader:
         )
 
     def operation(self, message: Any) -> Operation:
-        attributes = {key: self.constant(value) for key, value in message.attributes.items() if _is_tensor(value)}
+        attributes = {
+            key: self.constant(value)
+            for key, value in message.attributes.items()
+            if value.type.WhichOneof("type") == "tensorType"
+        }
         name = attributes["name"].data if "name" in attributes else ""
         outputs = tuple(self.named_type(item) for item in message.outputs)
         return Operation(
@@ -235,7 +248,3 @@ class _Reader:
 
 def _is_array(feature: Any) -> bool:
     return feature.type.WhichOneof("Type") == "multiArrayType"
-
-
-def _is_tensor(value: Any) -> bool:
-    return value.type.WhichOneof("type") == "tensorType"

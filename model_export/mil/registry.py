@@ -4,8 +4,6 @@ A builder is called once, when an executor is constructed: it reads the compile-
 and returns a Kernel. It raises Unsupported for a form that it cannot run, so that a program is refused before it runs.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +14,7 @@ import torch
 from .dtypes import Policy
 from .int8 import Int8Linear
 from .program import MOST_BYTES, Constant, Operation, TensorType
+from .rounding import round_fp16
 
 # coremltools' names of the opsets of iOS 15, 16, 17 and 18, oldest first.
 OPSETS = ("CoreML5", "CoreML6", "CoreML7", "CoreML8")
@@ -25,7 +24,7 @@ Argument = str | torch.Tensor | None | tuple["str | torch.Tensor", ...]
 
 
 class Unsupported(Exception):
-    """A known operation in a form that cannot be run; says which."""
+    """A known operation in a form that cannot be run, which the message names."""
 
 
 @dataclass(frozen=True)
@@ -64,10 +63,10 @@ class Node:
     @property
     def type(self) -> TensorType:
         """The first output's type."""
-        found = self.operation.outputs[0].type
-        if found is None:
+        declared = self.operation.outputs[0].type
+        if declared is None:
             raise Unsupported("a result that is not a tensor")
-        return found
+        return declared
 
     def expects(self, *shape: int | None) -> None:
         """Raise Unsupported unless the first result, of this shape (None: known only at run time), is declared so.
@@ -91,6 +90,11 @@ class Node:
         """Whether a composite operation is computed as its chain, each intermediate rounded to fp16."""
         return self.policy.decomposes and self.type.dtype == "fp16"
 
+    @property
+    def step(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        """The rounding of a composite operation's intermediate results: to fp16, or none."""
+        return round_fp16 if self.decomposes else lambda x: x
+
     def has(self, key: str) -> bool:
         """Whether the parameter is given."""
         return bool(self.operation.inputs.get(key)) or (key != "name" and key in self.operation.attributes)
@@ -111,10 +115,10 @@ class Node:
     def type_of(self, key: str) -> TensorType:
         """A given tensor parameter's type."""
         binding = self._binding(key)
-        found = self.types.get(binding) if isinstance(binding, str) else binding.type if binding else None
-        if found is None:
+        known = self.types.get(binding) if isinstance(binding, str) else binding.type if binding else None
+        if known is None:
             raise Unsupported(f"{key} is not a tensor")
-        return found
+        return known
 
     def rank(self, key: str) -> int:
         """A given tensor parameter's rank."""
@@ -138,6 +142,11 @@ class Node:
             return default
         return value.tolist() if isinstance(value, torch.Tensor) else value
 
+    def typed(self, key: str, default: float) -> float:
+        """A number as the operation has it: where intermediates are rounded, so is a default (1e-12 is 0)."""
+        value: float = self.const(key, default)
+        return float(torch.tensor(value, dtype=torch.float16)) if self.decomposes else value
+
     def weight(self, key: str) -> torch.Tensor | None:
         """A constant tensor in compute precision; None when it is not given or not a constant."""
         value = self.raw(key)
@@ -147,39 +156,30 @@ class Node:
 
     def operand(self, key: str) -> Argument:
         """A tensor argument for a Kernel: a constant, a value's name, or None when it is not given."""
-        found = self.weight(key)
+        constant = self.weight(key)
         binding = self._binding(key)
-        return found if found is not None else binding if isinstance(binding, str) else None
+        return constant if constant is not None else binding if isinstance(binding, str) else None
 
     def operands(self, key: str) -> tuple[str | torch.Tensor, ...]:
         """A list-valued parameter's tensors."""
-        found: list[str | torch.Tensor] = []
+        tensors: list[str | torch.Tensor] = []
         for binding in self._bindings(key):
             value = self.constants(binding) if isinstance(binding, str) else self.load(binding)
             dtype = self.types.get(binding) if isinstance(binding, str) else binding.type
             if isinstance(value, torch.Tensor) and dtype is not None:
-                found.append(value.to(self.policy.holds(dtype.dtype)))
+                tensors.append(value.to(self.policy.holds(dtype.dtype)))
             elif isinstance(binding, str):
-                found.append(binding)
+                tensors.append(binding)
             else:
                 raise Unsupported(f"{key} holds text")
-        return tuple(found)
+        return tuple(tensors)
 
-    def kernel(
-        self,
-        run: Callable[..., Any],
-        *keys: str,
-        exact: bool = False,
-        view: bool = False,
-        inplace: Callable[..., Any] | None = None,
-        fused: Callable[[str], Callable[..., Any]] | None = None,
-        activation: str | None = None,
-    ) -> Kernel:
-        """A Kernel whose arguments are these parameters; the first is required."""
+    def kernel(self, run: Callable[..., Any], *keys: str, **more: Any) -> Kernel:
+        """A Kernel with these fields whose arguments are these parameters; the first is required."""
         args = tuple(self.operand(key) for key in keys)
         if args[0] is None:
             raise Unsupported(f"{keys[0]} is missing")
-        return Kernel(run, args, exact, view, inplace, fused, activation)
+        return Kernel(run, args, **more)
 
 
 def broadcast(*shapes: Sequence[int | None]) -> list[int | None]:
@@ -219,8 +219,8 @@ def mil_op(*names: str, since: str = "CoreML5") -> Callable[[Builder], Builder]:
 def lookup(type: str, opset: str) -> Builder | None:
     """The builder of an operation in an opset, or None."""
     level = OPSETS.index(opset)
-    found = [builder for since, builder in _TABLE.get(type, []) if since <= level]
-    return found[-1] if found else None
+    builders = [builder for since, builder in _TABLE.get(type, []) if since <= level]
+    return builders[-1] if builders else None
 
 
 def supported() -> Sequence[str]:

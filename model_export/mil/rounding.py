@@ -1,7 +1,5 @@
 """Rounding to fp16 of float32 tensors, in their own memory, as an fp16 unit leaves its results."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 

@@ -1,7 +1,4 @@
-"""An artefact as a FastVLM: its halves run by PyTorch, the MIL executor, MLX or Core ML.
-
-Imports `model_export.mil`, `encoder`, `artefact`, `config` and `contract`.
-"""
+"""Runs an artefact as a FastVLM, its halves by PyTorch, the MIL executor, MLX or Core ML."""
 
 from model_export.runtime.loading import CoreMLVision, ExecutorVision, function_for, load
 

@@ -1,7 +1,5 @@
 """The layers of a language model in the layout and the arithmetic that are the fastest on this machine."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

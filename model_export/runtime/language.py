@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from fastvlm.common.dtypes import torch_dtype
 from fastvlm.common.errors import UserError
+from fastvlm.model.language import TorchLanguage
 from fastvlm.model.streamed import Memory, StreamedEmbedding, StreamedLinear
-from fastvlm.model.surface import TorchLanguage, TorchProjector
+from fastvlm.model.torch_parts import TorchProjector
 from model_export import contract
 from model_export.mil.allocator import returned_buffers
 from model_export.runtime.fast_linear import fast
@@ -21,7 +22,7 @@ from model_export.stored import StoredTensors, eos_ids
 
 # What to do when an artefact's language model or projector computes NaN or infinity.
 REMEDY = (
-    "its weights are damaged (`python -m model_export verify` tells), or too large for their dtype: export the"
+    "its weights are damaged (`fastvlm verify` tells), or too large for their dtype: export the"
     " checkpoint again, with --quant bf16 if they are float16"
 )
 
@@ -84,7 +85,7 @@ def torch_language(
     rotary = model.model.rotary_emb
     model.model.rotary_emb = type(rotary)(config=text)  # its table is computed, not stored
     release = torch.__version__.split("+")[0]
-    dtype, decode = (one.replace("as-stored", "float32") for one in (dtype, decode))
+    dtype, decode = (value.replace("as-stored", "float32") for value in (dtype, decode))
     computed = (dtype if decode == dtype else f"{dtype} prompts, {decode} tokens") + ", int8 logits" * eight_bits
     name = f"PyTorch {release} CPU {computed} over MLX {stored.label} tensors"
     for module in (model, projector):
@@ -132,7 +133,7 @@ def _fill(
             continue
         held = torch_dtype(speed[0]) if speed and linear and leaf == "weight" else target
         setattr(owner, leaf, nn.Parameter(stored.read(name).to(held), requires_grad=False))
-        if speed and linear and not any(one.is_meta for one in linear.parameters()):
+        if speed and linear and not any(parameter.is_meta for parameter in linear.parameters()):
             module.set_submodule(path, fast(linear, dtype, speed[1] and path == "lm_head"))
     if faults:
         raise UserError(f"{stored.folder}: the weights are not this config.json's: {'; '.join(faults)}; export again")

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from fastvlm.checkpoint import layouts
 from fastvlm.common.errors import UserError
@@ -16,8 +17,8 @@ from model_export import artefact as manifest
 from model_export import contract, mil, stored
 from model_export.config import COMPUTE_UNITS, COMPUTES, LLM_RUNNERS, VISION_RUNNERS
 from model_export.encoder.coreml import coremltools
-from model_export.mil import int8
-from model_export.runtime import fastest, language, mlx_language
+from model_export.mil import int8, onednn
+from model_export.runtime import language, mlx_language
 
 
 def load(
@@ -28,18 +29,28 @@ def load(
     resolution: int | None = None,
     units: str | None = None,
 ) -> FastVLM:
-    """The artefact as a `fastvlm.model.surface.FastVLM` (see there for methods, shapes and units).
+    """Load an artefact to be run from its own bytes.
 
-    `vision`: "coreml" (macOS only), or "executor", which computes the saved program in PyTorch by the policy `compute`:
-    "as-typed" rounds to the program's float16 after every operation, "float32" does not, "strict-fp16" rounds inside
-    composite operations as well: PyTorch's language model is in float32 beside them. "bfloat16" is both parts for
-    speed, "auto" the faster of float32 and bfloat16 for the encoder, for prompts and for single tokens each, by a
-    measurement that is kept for the machine; "int8" is that with 8-bit operands in most of the encoder and for the
-    logits. `llm`: "mlx" or "torch". For both, "auto" is Core ML and MLX on a Mac, the executor and PyTorch elsewhere;
-    each part's `.name` says what runs it. `resolution` is the side of the pictures in pixels, one of those that the
-    encoder was exported for; None is its native one. `units`: Core ML's compute units; None: as exported.
+    Args:
+        artefact: the folder that an export wrote.
+        vision: the encoder's runner: "coreml" (macOS only), "executor" (the saved program in PyTorch), or "auto": Core
+            ML on a Mac, else the executor.
+        llm: the language model's runner: "mlx", "torch", or "auto": MLX on a Mac, else PyTorch.
+        compute: the executor's and PyTorch's arithmetic. "as-typed" rounds to the program's float16 after every
+            operation, "strict-fp16" inside composite operations as well, "float32" never; the language model is in
+            float32 beside all three. For speed: "bfloat16" in both parts; "auto", the faster of float32 and bfloat16
+            by the processor's instructions, for the encoder, for prompts and for single tokens each; "int8", the same
+            with 8-bit operands in most of the encoder and for the logits.
+        resolution: the side of the pictures in pixels, one that the encoder was exported for; None: its native one.
+        units: Core ML's compute units: "ALL", "CPU_AND_NE", "CPU_AND_GPU" or "CPU_ONLY"; None: as exported.
 
-    Raises UserError for an artefact that is not whole, a runner that does not exist here, or another resolution.
+    Returns:
+        The model, with the methods, shapes and units of a checkpoint's (`fastvlm.load`); `runners` names what runs
+        each part.
+
+    Raises:
+        UserError (`fastvlm.common.errors`): the artefact is not whole, a runner doesn't exist on this machine, or the
+            resolution was not exported.
     """
     folder = Path(artefact).expanduser()
     for flag, value, known in (
@@ -67,9 +78,9 @@ def load(
     function = function_for(document, folder, resolution)
     stages = None
     if compute == "bfloat16":
-        stages = fastest.Stages("bfloat16", "bfloat16", "bfloat16")
+        stages = ("bfloat16", "bfloat16", "bfloat16")
     elif compute in ("auto", "int8") and not (use_coreml and use_mlx):
-        stages = fastest.choose()
+        stages = fastest_here()
     encoder: Vision
     if use_coreml:
         encoder = CoreMLVision(folder, units or document["config"].get("compute_units", "ALL"), function)
@@ -77,7 +88,7 @@ def load(
         encoder = ExecutorVision(folder, _policy(compute, stages), function)
     how: tuple[Any, ...] = ("float32" if compute == "float32" else "as-stored",)
     if stages:
-        how = (stages.prefill, stages.decode, compute == "int8")
+        how = (*stages[1:], compute == "int8")
     speaker, projector = mlx_language.mlx_language(folder) if use_mlx else language.torch_language(folder, *how)
     image_token, preprocessor = config["image_token_index"], read_preprocessor(folder)
     tokenizer = layouts.load_tokenizer(folder, image_token)
@@ -92,17 +103,40 @@ def load(
     )
 
 
-def _policy(compute: str, stages: fastest.Stages | None) -> str:
-    """The executor's policy for what was asked, where `stages` is what is fastest here."""
+def fastest_here() -> tuple[str, str, str]:
+    """The faster of float32 and bfloat16 for the encoder, for prompts and for single tokens.
+
+    Without bfloat16 instructions oneDNN emulates them, two to three times slower than float32; single tokens, whose
+    time is that of reading the matrices, are faster in it all the same.
+    """
+    if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
+        return "bfloat16", "bfloat16", "bfloat16"
+    return "float32", "float32", "bfloat16" if onednn.packs(torch.bfloat16) else "float32"
+
+
+def _policy(compute: str, stages: tuple[str, ...] | None) -> str:
+    """The executor's policy for a `compute`, where `stages` is what is fastest here."""
     if stages is None:
         return compute
     if compute == "int8":
-        return "int8" if stages.encode == "bfloat16" else "int8-float32"
-    return stages.encode
+        return "int8" if stages[0] == "bfloat16" else "int8-float32"
+    return stages[0]
 
 
 def function_for(document: dict[str, Any], folder: Path, resolution: int | None) -> str | None:
-    """The package's function for a resolution; None is the one that runs when none is named. UserError for another."""
+    """Choose the package's function for a resolution.
+
+    Args:
+        document: the artefact's manifest (`model_export.artefact.read_whole`).
+        folder: the artefact, which the error names.
+        resolution: the side of the pictures in pixels; None: the native one.
+
+    Returns:
+        The function's name; None: the package's default function.
+
+    Raises:
+        UserError: the encoder was not exported for the resolution.
+    """
     held = document["vision"]["resolutions"]
     if resolution is not None and resolution not in held:
         raise UserError(
@@ -120,7 +154,16 @@ _REMEDY = (
 
 
 class ExecutorVision:
-    """The saved Core ML program, computed by the MIL executor."""
+    """The saved Core ML program, computed by the MIL executor.
+
+    Args:
+        folder: the artefact.
+        compute: a policy of `model_export.mil.dtypes.POLICIES`.
+        function: one of the package's functions; None: its default.
+
+    Raises:
+        UserError: the package is missing, damaged, or no program that the executor runs.
+    """
 
     def __init__(self, folder: Path, compute: str = "as-typed", function: str | None = None) -> None:
         try:
@@ -130,7 +173,7 @@ class ExecutorVision:
         self.compute, self.name, self.remedy = compute, f"MIL executor ({compute})", _REMEDY
 
     def encode(self, pixel_values: np.ndarray) -> np.ndarray:
-        """(1, 3, S, S) float32 -> (1, N, C) float32."""
+        """Pixel values (1, 3, S, S) float32 -> encoder features (1, N, C) float32. UserError where the run fails."""
         try:
             return self.executor.predict({contract.INPUT: pixel_values})[contract.OUTPUT]
         except mil.MILError as error:
@@ -138,9 +181,17 @@ class ExecutorVision:
 
 
 class CoreMLVision:
-    """The saved Core ML program, run by Core ML with the given compute units.
+    """The saved Core ML program, run by Core ML (macOS only).
 
     coremltools compiles the package at every load, which an app does once, when it is built.
+
+    Args:
+        folder: the artefact.
+        units: the name of one of coremltools' `ComputeUnit`s.
+        function: one of the package's functions; None: its default.
+
+    Raises:
+        UserError: Core ML refuses the package.
     """
 
     def __init__(self, folder: Path, units: str, function: str | None = None) -> None:
@@ -156,7 +207,7 @@ class CoreMLVision:
         self.name, self.remedy = f"Core ML ({units})", _REMEDY
 
     def encode(self, pixel_values: np.ndarray) -> np.ndarray:
-        """(1, 3, S, S) float32 -> (1, N, C) float32."""
+        """Pixel values (1, 3, S, S) float32 -> encoder features (1, N, C) float32. UserError where the run fails."""
         pixels = np.require(pixel_values, np.float32, ["C", "W"])  # the binding refuses read-only arrays
         try:
             features = self.model.predict({contract.INPUT: pixels})[contract.OUTPUT]

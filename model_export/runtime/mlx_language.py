@@ -9,7 +9,7 @@ import numpy as np
 
 from fastvlm.common.errors import UserError
 from fastvlm.common.limits import positions
-from fastvlm.model.surface import Language
+from fastvlm.model.language import Language
 from model_export import contract
 from model_export.runtime.language import REMEDY
 from model_export.stored import StoredTensors, eos_ids
@@ -108,8 +108,8 @@ def _text_model(config: dict[str, Any]) -> tuple[type, type]:
 
     class Model(qwen2_vl.Model):
         def sanitize(self, weights: dict[str, Any]) -> dict[str, Any]:
-            kept = {name: value for name, value in weights.items() if not name.startswith(contract.PROJECTOR_PREFIX)}
-            return super().sanitize(kept)
+            text = {name: value for name, value in weights.items() if not name.startswith(contract.PROJECTOR_PREFIX)}
+            return super().sanitize(text)
 
     return Model, qwen2_vl.ModelArgs
 

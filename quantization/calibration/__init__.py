@@ -1,4 +1,1 @@
-"""Quantization that looks at data: AWQ, GPTQ, DWQ, sensitivity, bit allocation, budgets.
-
-Imports `quantization`'s formats, schemes and recipes.
-"""
+"""Calibrated quantization: AWQ, GPTQ, DWQ, sensitivities, and bits allocated within a budget."""

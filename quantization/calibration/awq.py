@@ -1,7 +1,7 @@
 """AWQ: scale up the inputs that matter before rounding, scale them back in what feeds them, and clip.
 
 Source: https://arxiv.org/abs/2306.00978; the search is that of mlx-lm 0.32.2's `quant/awq.py` (same grids, same
-fallback). docs/QUANTIZATION.md says why it is not called.
+fallback). docs/QUANTIZATION.md has the reasons not to call it.
 """
 
 import copy

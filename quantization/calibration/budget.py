@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from fastvlm.common.errors import UserError
+from fastvlm.common.units import format_bytes
 from quantization.calibration.allocation import allocate
 from quantization.recipe import Recipe
 from quantization.schemes import Scheme, nbytes
@@ -11,15 +12,10 @@ from quantization.schemes import Scheme, nbytes
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-def check(recipe: Recipe, shapes: Shapes, elsewhere: tuple[str, ...] = ()) -> None:
-    """Raise UserError when not even the smallest choices fit the budget."""
-    _rest(recipe, shapes, recipe.options(shapes, elsewhere))
-
-
 def within_reach(recipe: Recipe, shapes: Shapes, elsewhere: tuple[str, ...] = ()) -> Recipe | None:
     """The recipe with the largest choice for each weight, where the budget holds all of them: nothing to measure.
 
-    None where it does not. Raises UserError as `check`.
+    None where it does not. Raises UserError when not even the smallest choices fit.
     """
     options = recipe.options(shapes, elsewhere)
     largest = {
@@ -58,7 +54,7 @@ def _rest(recipe: Recipe, shapes: Shapes, options: Mapping[str, Sequence[Scheme]
     limit, least = recipe.budget.limit(parameters), sum(map(min, sizes.values()))
     if least > limit:
         raise UserError(
-            f"recipe {recipe.name}: {limit / 1e6:,.1f} MB is less than the {least / 1e6:,.1f} MB"
+            f"recipe {recipe.name}: {format_bytes(limit)} is less than the {format_bytes(least)}"
             f" ({8 * least / parameters:.2f} bits per weight) that the smallest choices take: allow more"
         )
     return limit - sum(size[0] for size in sizes.values() if len(size) == 1)

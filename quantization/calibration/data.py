@@ -39,7 +39,7 @@ class Calibration:
         """
         ordered = sorted(self.sequences, key=len)
         while ordered:
-            count = max(1, sum(1 for i, one in enumerate(ordered) if (i + 1) * len(one) <= tokens))
+            count = max(1, sum(1 for i, ids in enumerate(ordered) if (i + 1) * len(ids) <= tokens))
             yield filled(ordered[:count])
             del ordered[:count]
 

@@ -1,6 +1,7 @@
 """A Transformers decoder (Qwen2, Llama and what is built like them) over calibration sequences, layer by layer."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,27 +74,19 @@ def _first_call(model: Any, embeds: Tensor) -> Call:
         calls.append(Call(args[0], kwargs))
         raise _Stop
 
-    hook = model.model.layers[0].register_forward_pre_hook(catch, with_kwargs=True)
-    try:
+    with model.model.layers[0].register_forward_pre_hook(catch, with_kwargs=True), suppress(_Stop):
         model(inputs_embeds=embeds, use_cache=False)
-    except _Stop:
-        pass
-    finally:
-        hook.remove()
     return calls[0]
 
 
 def inputs_of(layer: nn.Module, calls: Sequence[Call], seen: Callable[[str, Tensor], None]) -> None:
     """Run the layer over all calls; `seen(matrix, x)` gets each matrix's input (B * T, I)."""
-    hooks = [
-        layer.get_submodule(name).register_forward_pre_hook(
-            lambda module, args, name=name: seen(name, args[0].flatten(0, -2))  # type: ignore[misc]
-        )
-        for name in MATRICES
-    ]
-    try:
+    with ExitStack() as hooks:
+        for name in MATRICES:
+            hooks.enter_context(
+                layer.get_submodule(name).register_forward_pre_hook(
+                    lambda module, args, name=name: seen(name, args[0].flatten(0, -2))  # type: ignore[misc]
+                )
+            )
         for call in calls:
             call.run(layer)
-    finally:
-        for hook in hooks:
-            hook.remove()

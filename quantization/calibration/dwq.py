@@ -1,7 +1,7 @@
 """DWQ: the codes stay; scales and biases are trained until the logits are the unquantized model's again.
 
 Source: mlx-lm 0.32.2's `quant/dwq.py` (loss, temperature, Adam; `mlx_lm/LEARNED_QUANTS.md`).
-docs/QUANTIZATION.md says why it is not called.
+docs/QUANTIZATION.md has the reasons not to call it.
 """
 
 from collections.abc import Callable, Mapping
@@ -99,7 +99,7 @@ def _open(parts: Mapping[str, Tensor], scheme: Affine) -> _Weight:
 
 
 def _batch(calibration: Calibration, order: np.random.Generator) -> tuple[np.ndarray, Tensor]:
-    """Some sequences (B, T), and which places (B, T) are theirs."""
+    """A random batch of sequences (B, T), and the mask (B, T) of their real tokens."""
     count = len(calibration.sequences)
     chosen = order.choice(count, min(_BATCH, count), replace=False)
     ids, real = filled([calibration.sequences[i] for i in chosen])

@@ -1,7 +1,7 @@
 """GPTQ: round column by column, and let the columns that are still open make up for each error.
 
 Source: https://arxiv.org/abs/2210.17323, algorithm 1; scales, damping and order as mlx-lm 0.32.2's `quant/gptq.py`.
-docs/QUANTIZATION.md says why it is not called.
+docs/QUANTIZATION.md has the reasons not to call it.
 """
 
 from collections.abc import Callable, Sequence

@@ -5,8 +5,8 @@ scheme makes (Amari, Natural gradient works efficiently in learning, 1998, secti
 matrices and all schemes, and nothing as large as a gradient is kept.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -51,9 +51,11 @@ def sensitivities(
         places = torch.from_numpy(real)
         # changes[name]: (schemes, B), d(log p)/dW . dW of each sequence
         changes = {name: torch.zeros(len(schemes), len(ids)) for name, schemes in options.items()}
-        tables = {name: module for name, module in linears.items() if name in options}
         embeds = decoder.embed(model, calibration, ids).requires_grad_()
-        with _watched(tables, options, changes):
+        with ExitStack() as hooks:
+            for name in options.keys() & linears.keys():
+                follow = _follow(options[name], changes[name])
+                hooks.enter_context(linears[name].register_forward_hook(follow))
             hidden = model.model(inputs_embeds=embeds, use_cache=False).last_hidden_state
             gradient = _from_the_head(model, hidden.detach(), places, draw, options.get(head, ()), changes.get(head))
             hidden.backward(gradient)
@@ -67,25 +69,14 @@ def sensitivities(
     return {name: (values / tokens).tolist() for name, values in nats.items()}
 
 
-@contextmanager
-def _watched(
-    modules: Mapping[str, nn.Linear], options: Mapping[str, Sequence[Scheme]], changes: Mapping[str, Tensor]
-) -> Iterator[None]:
-    """While active, a backward pass adds to `changes` what each matrix's schemes do."""
+def _follow(schemes: Sequence[Scheme], changes: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+    """A forward hook of a matrix: the backward pass will add to `changes` what its schemes do."""
 
-    def follow(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            x = args[0].detach()
-            output.register_hook(lambda gradient: _add(modules[name].weight, x, gradient, options[name], changes[name]))
+    def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        x, weight = args[0].detach(), module.get_parameter("weight")
+        output.register_hook(lambda gradient: _add(weight, x, gradient, schemes, changes))
 
-        return hook
-
-    hooks = [module.register_forward_hook(follow(name)) for name, module in modules.items()]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+    return hook
 
 
 @torch.no_grad()
@@ -94,14 +85,9 @@ def _add(weight: Tensor, x: Tensor, gradient: Tensor, schemes: Sequence[Scheme],
     step = max(1, _VALUES // weight.shape[1])
     for start in range(0, len(weight), step):
         rows, part = weight[start : start + step], gradient[..., start : start + step]
-        for number, error in _errors(rows, schemes):
+        for number, scheme in enumerate(schemes):
+            error = as_stored(scheme, rows) - rows
             changes[number] += torch.einsum("bto,bto->b", part.float(), (x @ error.T).float())
-
-
-def _errors(rows: Tensor, schemes: Sequence[Scheme]) -> Iterator[tuple[int, Tensor]]:
-    """The rounding error of each scheme in some rows of a matrix, in its dtype."""
-    for number, scheme in enumerate(schemes):
-        yield number, as_stored(scheme, rows) - rows
 
 
 def _from_the_head(
@@ -135,6 +121,7 @@ def _looked_up(
     indices = torch.where(
         numbers < calibration.vocabulary, place[numbers.clamp(max=calibration.vocabulary - 1)], len(used)
     )
-    for number, error in _errors(rows[used], schemes):
+    for number, scheme in enumerate(schemes):
+        error = as_stored(scheme, rows[used]) - rows[used]
         padded = torch.cat([error, torch.zeros_like(error[:1])])  # pictures' rows are in no table
         changes[number] += torch.einsum("bth,bth->b", gradient.float(), padded[indices].float())

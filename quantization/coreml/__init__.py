@@ -1,4 +1,1 @@
-"""Core ML weight formats: palettes and linear forms.
-
-Imports `fastvlm.common`.
-"""
+"""Core ML weight formats: palettes and linear forms."""

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastvlm.common.errors import UserError
-from quantization.coreml.palettes import Palette, group_fault, palettize
+from quantization.coreml.palettes import Palette, palettize, per_channel
 
 _FP16 = 2  # bytes
 _LARGEST = 65504  # fp16's largest number
@@ -64,7 +64,7 @@ class Linear:
     def decode(self) -> NDArray[np.float16]:
         """scale · data, rounded once to fp16, as both dequantizing operations compute it."""
         rank = self.data.ndim
-        scale = self.scale if self.scale.ndim == rank else self.scale.reshape(-1, *[1] * (rank - 1))
+        scale = self.scale if self.scale.ndim == rank else per_channel(self.scale, rank)
         blocks = (*scale.shape[:2], self.data.shape[1] // scale.shape[1], -1)
         data = self.data.astype(np.float16).reshape(blocks)
         return (data * scale.reshape(*scale.shape[:2], 1, 1)).reshape(self.data.shape)
@@ -91,15 +91,15 @@ def nbytes(shape: tuple[int, ...], scheme: Compression) -> int:
         floats = (tables << scheme.bits) + channels * scheme.per_channel_scale
     else:
         floats = channels if scheme.block is None else channels * (shape[1] // scheme.block)
-    return _packed(math.prod(shape), scheme.bits) + floats * _FP16
+    return (math.prod(shape) * scheme.bits + 7) // 8 + floats * _FP16
 
 
 def applies(shape: tuple[int, ...], scheme: Compression) -> str | None:
-    """Why a weight of this shape stays in fp16 under the scheme, or None when the scheme makes it smaller."""
+    """The reason why a weight of this shape stays in fp16 under the scheme, or None where the scheme shrinks it."""
     if len(shape) < 2 or 0 in shape:
         return f"shape {list(shape)}: expected output channels, input channels and a kernel"
-    if scheme.group is not None and (fault := group_fault(shape[0], scheme.group)):
-        return fault
+    if scheme.group is not None and shape[0] % scheme.group:
+        return f"{shape[0]} output channel(s) do not divide into groups of {scheme.group}"
     if scheme.block is not None and shape[1] % scheme.block:
         return f"{shape[1]} input channel(s) do not divide into blocks of {scheme.block}"
     compressed, plain = nbytes(shape, scheme), math.prod(shape) * _FP16
@@ -113,6 +113,8 @@ def compress(weight: NDArray[np.float16], scheme: Compression) -> Compressed:
     """
     if fault := applies(weight.shape, scheme):
         raise UserError(f"cannot store a weight {list(weight.shape)} as {scheme.name}: {fault}")
+    if weight.dtype != np.float16 or not np.isfinite(weight).all():
+        raise ValueError(f"cannot compress {weight.dtype} {list(weight.shape)}: expected finite fp16 weights")
     if scheme.kind == "palette":
         stored: Palette | Linear = palettize(
             weight, scheme.bits, scheme.group, per_channel_scale=scheme.per_channel_scale
@@ -122,14 +124,8 @@ def compress(weight: NDArray[np.float16], scheme: Compression) -> Compressed:
     return Compressed(scheme, stored)
 
 
-def _packed(count: int, bits: int) -> int:
-    return (count * bits + 7) // 8
-
-
 def _linear(weight: NDArray[np.float16], bits: int, block: int | None) -> Linear:
     """Round to the nearest multiple of a scale, chosen for each channel or block for the least squared error."""
-    if weight.dtype != np.float16 or not np.isfinite(weight).all():
-        raise ValueError(f"cannot quantize: expected finite fp16 weights, got {weight.dtype} with NaN or infinity")
     channels, blocks = len(weight), 1 if block is None else weight.shape[1] // block
     rows = weight.reshape(channels * blocks, -1)
     data, scale = np.empty(rows.shape, np.int8), np.empty(len(rows), np.float16)
@@ -150,9 +146,9 @@ def _best_scale(values: NDArray[np.float32], bits: int) -> NDArray[np.float16]:
     best, least = np.ones(len(values), np.float16), np.full(len(values), np.inf)
     ideal = np.zeros(len(values))
 
-    def consider(candidate: NDArray[np.floating]) -> None:
+    def consider(unclipped: NDArray[np.floating]) -> None:
         # the bounds: of a subnormal scale's rounding to zero, and of the lowest code times the scale
-        scale = np.clip(candidate, np.finfo(np.float16).smallest_subnormal, _LARGEST / 2 ** (bits - 1))
+        scale = np.clip(unclipped, np.finfo(np.float16).smallest_subnormal, _LARGEST / 2 ** (bits - 1))
         scale = scale.astype(np.float16)
         codes = _codes(values, scale, bits)
         difference = codes * scale.astype(np.float32)[:, None]

@@ -1,4 +1,1 @@
-"""MLX weight formats: affine groups, mxfp, nvfp and casts, byte for byte.
-
-Imports `fastvlm.common`.
-"""
+"""MLX weight formats: affine groups, mxfp, nvfp and casts, byte for byte."""

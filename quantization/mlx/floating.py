@@ -23,11 +23,6 @@ class Format:
     group_size: int
     power: bool
 
-    @property
-    def largest(self) -> float:
-        """The largest value without its scale."""
-        return 6.0 if self.bits == 4 else 448.0
-
 
 FORMATS = {"mxfp4": Format(4, 32, True), "mxfp8": Format(8, 32, True), "nvfp4": Format(4, 16, False)}
 

@@ -1,9 +1,7 @@
 """The loops over values behind `affine` and `floating`, compiled by numba: each group of a weight is read once.
 
 Values come as the bits of their type (float16 and bfloat16 as uint16, float32 as uint32) with its number in `KINDS`, so
-that one machine code serves them all; it is made at the first call of a kernel, in one to five seconds, and kept for
-later processes. The kernels release the GIL: threads of the caller's run them side by side. Everything that is compiled
-is in this file, because numba makes its code anew only when the file itself has changed.
+that one machine code serves them all. The kernels release the GIL: threads of the caller's run them side by side.
 """
 
 import math
@@ -12,9 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
-from numba import njit
 
 from fastvlm.common import threads
+from quantization.compiled import kernel, part
 
 KINDS = {"bfloat16": 0, "float16": 1, "float32": 2}
 _BFLOAT16, _FLOAT16, _FLOAT32 = KINDS.values()
@@ -34,18 +32,6 @@ _NO_WORDS = np.empty(0, U32)
 _E2M1 = np.array([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], F32)
 
 
-# What the kernels call becomes part of them. Division by zero gives infinity, as everywhere else in floating point.
-_part = njit(nogil=True, error_model="numpy")
-
-
-def _compiled(function: Callable[..., Any]) -> Any:
-    """A kernel, its code kept beside this file, else in the user's cache, else (no folder can be written) nowhere."""
-    try:
-        return njit(nogil=True, cache=True, error_model="numpy")(function)
-    except RuntimeError:
-        return _part(function)
-
-
 def spread(work: Callable[[int, int], Any], rows: int, columns: int) -> list[Any]:
     """`work(start, stop)` for all rows, on the cores that this process may use if there is enough for them."""
     count = max(1, min(threads.count(), rows, rows * columns // _LEAST))
@@ -56,26 +42,26 @@ def spread(work: Callable[[int, int], Any], rows: int, columns: int) -> list[Any
         return list(pool.map(work, edges, edges[1:]))
 
 
-def greatest(found: list[float]) -> float:
-    """The largest of what `spread` found, NaN above all."""
-    return math.nan if any(map(math.isnan, found)) else max(found)
+def greatest(magnitudes: list[float]) -> float:
+    """The largest of what `spread` returns, NaN above all."""
+    return math.nan if any(map(math.isnan, magnitudes)) else max(magnitudes)
 
 
 # Integers are wrapped again after every operation: numba makes 64 bits of each result, which halves the vectors. Sums
 # that are indexes are unsigned: it asks of the others whether they count from the end, and that prevents vectors.
 
 
-@_part
+@part
 def _float(bits: Any) -> Any:
     return U32(bits).view(F32)
 
 
-@_part
+@part
 def _bits(value: Any) -> Any:
     return F32(value).view(U32)
 
 
-@_part
+@part
 def _from_half(half: Any) -> Any:
     """A float16's bits to the float32 of its value; infinity and NaN become larger than any float16."""
     bits = U32(half)
@@ -83,7 +69,7 @@ def _from_half(half: Any) -> Any:
     return _float(U32(_bits(magnitude) | U32((bits & U32(0x8000)) << U32(16))))
 
 
-@_part
+@part
 def _rounded(value: Any, kind: Any) -> Any:
     """A float32 to nearest and even in the precision of `kind`, still as float32."""
     bits = _bits(value)
@@ -100,7 +86,7 @@ def _rounded(value: Any, kind: Any) -> Any:
     return value
 
 
-@_part
+@part
 def _stored(value: Any, kind: Any) -> Any:
     """The bits of a float32 that is already in the precision of `kind`."""
     bits = _bits(value)
@@ -108,16 +94,16 @@ def _stored(value: Any, kind: Any) -> Any:
         sign, size = U32(U32(bits >> U32(16)) & U32(0x8000)), U32(bits & _MAGNITUDE)
         normal = U32(U32(size - U32(0x38000000)) >> U32(13))
         small = U32(_bits(F32(_float(size) + _HALF_STEP)) - U32(0x3F000000))
-        found = small if size < _HALF_NORMAL else normal
-        found = U32(0x7C00) if size >= _HALF_INFINITY else found
-        found = U32(0x7E00) if size > _INFINITY else found
-        return U32(found | sign)
+        half = small if size < _HALF_NORMAL else normal
+        half = U32(0x7C00) if size >= _HALF_INFINITY else half
+        half = U32(0x7E00) if size > _INFINITY else half
+        return U32(half | sign)
     if kind == _BFLOAT16:
         return U32(bits >> U32(16))
     return bits
 
 
-@_part
+@part
 def _round(values: Any, kind: Any) -> None:
     """Round float32 values in place to the precision of `kind`."""
     if kind == _FLOAT16:
@@ -128,7 +114,7 @@ def _round(values: Any, kind: Any) -> None:
             values[i] = _rounded(values[i], _BFLOAT16)
 
 
-@_part
+@part
 def _load(source: Any, kind: Any, to: Any, values: Any) -> None:
     """Fill `values` (float32) with `source`'s, in the precision of `to`."""
     if kind == _BFLOAT16:
@@ -144,7 +130,7 @@ def _load(source: Any, kind: Any, to: Any, values: Any) -> None:
         _round(values, to)
 
 
-@_part
+@part
 def _store(values: Any, kind: Any, target: Any) -> None:
     """The inverse of `_load`, of values already in the precision of `kind`."""
     if kind == _BFLOAT16:
@@ -158,24 +144,24 @@ def _store(values: Any, kind: Any, target: Any) -> None:
             target[i] = _bits(values[i])
 
 
-@_part
+@part
 def _largest(values: Any, start: Any, count: Any) -> Any:
     """The bits of the largest magnitude: as integers, floats without their signs keep their order, NaN above all."""
-    found, place = U32(0), U64(start)
+    largest, place = U32(0), U64(start)
     for i in range(count):
         size = U32(_bits(values[place + U64(i)]) & _MAGNITUDE)
-        found = size if size > found else found
-    return found
+        largest = size if size > largest else largest
+    return largest
 
 
-@_part
+@part
 def _ordered(bits: Any) -> Any:
     """Integers in the order of the floats whose bits they are; its own inverse."""
     number = I32(bits)
     return I32(number ^ I32(I32(number >> I32(31)) & I32(0x7FFFFFFF)))
 
 
-@_part
+@part
 def _masks(bits: Any) -> Any:
     """Masks for a word of eight codes: fields of one, two and four codes; and the distance between neighbours."""
     first = U64(U64(0x0001000100010001) * U64((1 << bits) - 1))
@@ -183,7 +169,7 @@ def _masks(bits: Any) -> Any:
     return first, second, U64((1 << 4 * bits) - 1), U64(8 - bits)
 
 
-@_part
+@part
 def _pack(codes: Any, bits: Any, stream: Any) -> None:
     """Codes (uint8, a multiple of 8) to a little-endian bit stream (uint8), the first in the lowest bits.
 
@@ -212,7 +198,7 @@ def _pack(codes: Any, bits: Any, stream: Any) -> None:
             stream[i * bits + byte] = U8(word >> U64(8 * byte))
 
 
-@_part
+@part
 def _unpack(stream: Any, bits: Any, codes: Any) -> None:
     """The inverse of `_pack`."""
     if bits == 8:
@@ -234,12 +220,12 @@ def _unpack(stream: Any, bits: Any, codes: Any) -> None:
         words[i] = (word & first) | ((word << by) & U64(first << U64(8)))
 
 
-@_compiled
+@kernel
 def pack(codes: Any, bits: Any, stream: Any) -> None:
     _pack(codes, bits, stream)
 
 
-@_compiled
+@kernel
 def cast(source: Any, kind: Any, to: Any, target: Any) -> Any:
     """Values from one type to another; returns the largest magnitude of the results, as float32."""
     values, most = np.empty(_BLOCK, F32), U32(0)
@@ -247,23 +233,23 @@ def cast(source: Any, kind: Any, to: Any, target: Any) -> Any:
         part = values[: min(_BLOCK, source.size - start)]
         _load(source[start : start + part.size], kind, to, part)
         _store(part, to, target[start : start + part.size])
-        found = _largest(part, 0, part.size)
-        most = found if found > most else most
+        largest = _largest(part, 0, part.size)
+        most = largest if largest > most else most
     return _float(most)
 
 
-@_part
+@part
 def _edges(values: Any, start: Any, count: Any) -> Any:
     """Least and greatest of some values, as `_ordered` integers."""
     least, greatest, place = I32(0x7FFFFFFF), I32(-0x80000000), U64(start)
     for i in range(count):
-        found = _ordered(_bits(values[place + U64(i)]))
-        least = found if found < least else least
-        greatest = found if found > greatest else greatest
+        ordered = _ordered(_bits(values[place + U64(i)]))
+        least = ordered if ordered < least else least
+        greatest = ordered if ordered > greatest else greatest
     return least, greatest
 
 
-@_part
+@part
 def _codes(values: Any, start: Any, scale: Any, bias: Any, bins: Any, codes: Any) -> None:
     """The codes of 32 values."""
     place = U64(start)
@@ -274,7 +260,7 @@ def _codes(values: Any, start: Any, scale: Any, bias: Any, bins: Any, codes: Any
         codes[place + U64(i)] = U8(_bits(F32(code + _INTEGER_STEP)))  # the addition rounds to nearest and even
 
 
-@_compiled
+@kernel
 def affine_quantize(
     source: Any, kind: Any, to: Any, bits: Any, group: Any, stream: Any, scales: Any, biases: Any
 ) -> Any:
@@ -306,7 +292,7 @@ def affine_quantize(
     return _float(most)
 
 
-@_compiled
+@kernel
 def affine_dequantize(
     stream: Any, scales: Any, biases: Any, kind: Any, bits: Any, group: Any, as_float32: Any, target: Any
 ) -> None:
@@ -334,7 +320,7 @@ def affine_dequantize(
         _store(values, into, target[first : first + values.size])
 
 
-@_part
+@part
 def _e4m3(value: Any) -> Any:
     """A float32 to E4M3's code, to nearest and even; what is larger becomes the largest."""
     bits = _bits(value)
@@ -345,7 +331,7 @@ def _e4m3(value: Any) -> Any:
     return U32((small if size < _E4M3_NORMAL else normal) | sign)
 
 
-@_part
+@part
 def _e2m1(value: Any) -> Any:
     """A float32 to E2M1's code: to nearest, ties towards zero; it has no negative zero."""
     size, code = abs(value), U32(0)
@@ -355,7 +341,7 @@ def _e2m1(value: Any) -> Any:
     return U32(code + (U32(8) if value < F32(0) and code > U32(0) else U32(0)))
 
 
-@_part
+@part
 def _e2m1_by_distance(value: Any) -> Any:
     """The same, as MLX computes it: the first value of the smallest difference, rounded to float32."""
     best, code = abs(value), 0
@@ -367,25 +353,14 @@ def _e2m1_by_distance(value: Any) -> Any:
     return U32(code)
 
 
-@_part
+@part
 def _power(scale: Any) -> Any:
     """The exponent of the smallest power of two that is no smaller than a scale of 0 or more; 0 for 0."""
-    if scale == F32(0):
-        return 0
-    below = 0
-    if _bits(scale) < U32(0x00800000):  # a subnormal number
-        scale, below = F32(scale * F32(1 << 32)), 32
-    bits = _bits(scale)
-    return int(U32(bits >> U32(23))) - _BIAS - below + (1 if bits & U32(0x7FFFFF) else 0)
+    mantissa, exponent = math.frexp(scale)
+    return exponent - 1 if mantissa == 0.5 else exponent
 
 
-@_part
-def _power_of_two(exponent: Any) -> Any:
-    """2^exponent as float32."""
-    return _float(U32((exponent + _BIAS) << 23) if exponent > -_BIAS else U32(1 << (exponent + 149)))
-
-
-@_compiled
+@kernel
 def floating_quantize(
     source: Any, kind: Any, to: Any, bits: Any, group: Any, power: Any, e4m3: Any, stream: Any, scales: Any
 ) -> Any:
@@ -405,7 +380,7 @@ def floating_quantize(
             scale, number = _rounded(F32(_float(largest) / top), to), (first + start) // group
             if power:
                 exponent = _power(scale)
-                scales[number], divisor = U8(exponent + _BIAS), _power_of_two(exponent)
+                scales[number], divisor = U8(exponent + _BIAS), F32(math.ldexp(1.0, exponent))
             else:
                 code = _e4m3(scale)
                 scales[number], divisor = code, e4m3[code]
@@ -428,7 +403,7 @@ def floating_quantize(
     return _float(most)
 
 
-@_compiled
+@kernel
 def floating_dequantize(
     stream: Any, scales: Any, factors: Any, table: Any, kind: Any, bits: Any, group: Any, as_float32: Any, target: Any
 ) -> None:

@@ -1,4 +1,1 @@
-"""The sweep engine: points, workers, cluster, report.
-
-Imports `quantization`'s recipes.
-"""
+"""The engine of sweeps: points, workers, recommendation and report."""

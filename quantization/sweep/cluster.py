@@ -1,4 +1,4 @@
-"""A sweep's executor over a Dask cluster, and everything that can be wrong with one, said in a line."""
+"""A sweep's executor over a Dask cluster, and a line for everything that can be wrong with one."""
 
 import logging
 import time
@@ -9,10 +9,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from fastvlm.common.children import ROOT
 from fastvlm.common.cli import one_line
 from fastvlm.common.errors import UserError
 from fastvlm.common.staging import write_file
-from quantization.sweep.point import ROOT, stop
 
 PATIENCE = 30  # seconds that a cluster may be without workers
 ANSWER = 10  # seconds that a scheduler has to answer
@@ -21,11 +21,10 @@ Identity = Callable[[], Mapping[str, Any]]
 
 
 @contextmanager
-def cluster(address: str, work: Path, identity: Identity, run: str) -> Iterator[tuple[Executor, Callable[[], None]]]:
+def cluster(address: str, work: Path, identity: Identity) -> Iterator[tuple[Executor, Callable[[], None]]]:
     """An executor, and a check to be called now and then that the cluster is still there (UserError).
 
-    `identity` must give on every worker what it gives here, and `work` must be the same folder there. Ends the points
-    of `run` on the workers, and what starts them, with the block.
+    `identity` must give on every worker what it gives here, and `work` must be the same folder there.
     """
     import dask
     import distributed
@@ -39,59 +38,52 @@ def cluster(address: str, work: Path, identity: Identity, run: str) -> Iterator[
         raise UserError(
             f"--scheduler {address}: no Dask scheduler answers there ({why}): see `dask scheduler`"
         ) from None
-    gone = UserError(f"--scheduler {address}: went away: finished points are kept in {work}: sweep again to go on")
-    try:
-        _check_workers(client, address, work, identity)
-        with dask.config.set({"distributed.comm.retry.count": RETRIES}):
-            yield client.get_executor(pure=False), _watch(client, address, gone)
-    except Exception as error:
-        if client.status != "running" and error is not gone:  # whatever a call says when the other end is gone
-            raise gone from error
-        raise
-    finally:
-        with suppress(Exception):
-            if client.status == "running":
-                client.run(stop, run)
-            client.close(timeout=2)
-
-
-def _watch(client: Any, address: str, gone: UserError) -> Callable[[], None]:
+    lost = UserError(f"--scheduler {address}: went away: finished points are kept in {work}: sweep again to go on")
     seen = time.monotonic()
 
     def check() -> None:
         nonlocal seen
         if client.status != "running":
-            raise gone
+            raise lost
         if client.scheduler_info()["workers"]:
             seen = time.monotonic()
         elif time.monotonic() - seen > PATIENCE:
-            raise UserError(f"--scheduler {address}: no workers for {PATIENCE} s: start some: dask worker {address}")
+            raise UserError(f"--scheduler {address}: has no workers: start some: dask worker {address}")
 
-    return check
+    try:
+        while not client.scheduler_info()["workers"]:
+            check()
+            time.sleep(0.1)
+        _check_workers(client, address, work, identity)
+        with dask.config.set({"distributed.comm.retry.count": RETRIES}):
+            yield client.get_executor(pure=False), check
+    except Exception as error:
+        if client.status != "running" and error is not lost:  # whatever a call says when the other end is gone
+            raise lost from error
+        raise
+    finally:
+        with suppress(Exception):
+            client.close(timeout=2)
 
 
 def _check_workers(client: Any, address: str, work: Path, identity: Identity) -> None:
     """Refuse workers that have other code or packages, or another file system."""
-    try:
-        client.wait_for_workers(1, timeout=PATIENCE)
-    except TimeoutError:
-        raise UserError(f"--scheduler {address}: has no workers: start some: dask worker {address}") from None
     token = work / f".seen-{uuid.uuid4().hex}"
     write_file(token, b"")
     try:
         answers = client.run(_look, identity, str(token), on_error="return")
     finally:
         token.unlink(missing_ok=True)
-    mine, faults = dict(identity()), []
+    mine, faults = (dict(identity()), True), []
     for worker, answer in sorted(answers.items()):
         if isinstance(answer, BaseException):
             faults.append(f"{worker} cannot run our code ({one_line(answer)}): start it with PYTHONPATH={ROOT}")
-            continue
-        theirs, sees = answer
-        if not sees:
-            faults.append(f"{worker} does not see {work}: choose a --work-dir that all machines share")
-        if other := [name for name in mine if theirs.get(name) != mine[name]]:
-            faults.append(f"{worker} has other {' and '.join(other)} than here: make them the same")
+        elif answer != mine:
+            parts = [name for name in mine[0] if answer[0].get(name) != mine[0][name]]
+            faults += [f"{worker} has other {' and '.join(parts)} than here: make them the same"] if parts else []
+            faults += (
+                [] if answer[1] else [f"{worker} does not see {work}: choose a --work-dir that all machines share"]
+            )
     if faults:
         raise UserError(f"--scheduler {address}: {'; '.join(faults)}")
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from quantization.sweep.engine import WIDE
+from quantization.sweep.engine import UNCOMPRESSED
 
 KL, AGREEMENT = "answer_kl_mean", "same_answers"  # the figures that quality is judged by
 _SCALES = {"MB": 1e-6, "GB": 1e-9, "%": 100.0, "ms": 1e3}
@@ -14,7 +14,7 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Column:
-    """A figure of a point. `unit` says how it is shown; `more` whether more of it is better."""
+    """A figure of a point. `unit` is how it is shown; `more` whether more of it is better."""
 
     key: str
     label: str
@@ -24,7 +24,7 @@ class Column:
 
     @property
     def scale(self) -> float:
-        """What a value is multiplied by to be in `unit`."""
+        """The factor that turns a value into `unit`."""
         return _SCALES.get(self.unit, 1.0)
 
 
@@ -33,7 +33,7 @@ COLUMNS = (
     Column("bytes_language", "language model", "MB"),
     Column("bytes_vision", "encoder", "MB"),
     Column("bits_per_weight", "bits a weight", "bits"),
-    Column(KL, "KL of the answers", "nats"),
+    Column(KL, "KL of the answers, nats a token", ""),
     Column("answer_top1", "same tokens", "%", more=True),
     Column(AGREEMENT, "same answers", "%", more=True),
     Column("exact", "right answers", "%", more=True),
@@ -42,7 +42,7 @@ COLUMNS = (
     Column("peak_bytes", "peak memory", "GB", timing=True),
     Column("seconds", "took", "s", timing=True),
 )
-_BY_KEY = {one.key: one for one in COLUMNS}
+_BY_KEY = {column.key: column for column in COLUMNS}
 # The trade-offs that are drawn, and the two figures that each trades.
 FRONTS = {
     "size and KL": ("bytes", KL),
@@ -59,8 +59,8 @@ def column(key: str) -> Column:
 
 def label(row: Row, rows: Sequence[Row]) -> str:
     """A point's name without what all points of the sweep share."""
-    forms, sizes = {one["vision_quant"] for one in rows}, {one["resolution"] for one in rows}
-    form = f" with {row['vision_quant']}" if forms != {WIDE} and (len(forms) > 1 or row["vision_quant"] != WIDE) else ""
+    forms, sizes = {point["vision_quant"] for point in rows}, {point["resolution"] for point in rows}
+    form = f" with {row['vision_quant']}" if forms != {UNCOMPRESSED} else ""
     return row["recipe"] + form + (f" at {row['resolution']}" if len(sizes) > 1 else "")
 
 
@@ -72,4 +72,4 @@ def shown(value: float | None, unit: str) -> str:
     if unit == "%":
         return f"{number:.4g} %"
     text = f"{number:.3g}" if number < 1000 else f"{number:,.0f}"
-    return f"{text} {unit}" if unit not in ("", "bits", "nats") else text
+    return f"{text} {unit}" if unit not in ("", "bits") else text

@@ -2,34 +2,35 @@
 
 The engine knows no artefact: `Sweep.measure(point, settings)`, a module's function, is handed to it and gives
 {"figures", "timings", "answers"}. The result is WORK/points/KEY.json, KEY a hash of everything that determines it, so
-nothing is measured twice. Threads here and a Dask cluster's workers run the same function (`sweep_point.run_point`)
-through the same interface, concurrent.futures'.
+nothing is measured twice. Threads here and a Dask cluster's workers run the same function (`point.run_point`) through
+the same interface, concurrent.futures'.
 """
 
+import errno
 import hashlib
 import itertools
 import json
+import math
+import os
 import time
-import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fastvlm.common import staging, threads
+from fastvlm.common.children import ROOT
 from fastvlm.common.cli import log, one_line, progress
 from fastvlm.common.documents import Unreadable, load_object
 from fastvlm.common.errors import UserError
-from quantization.coreml.compression import COMPRESSIONS
 from quantization.recipe import Recipe, load_recipe
 from quantization.sweep.cluster import cluster
-from quantization.sweep.point import ROOT, run_point, stop
-from quantization.sweep.server import NO_SPACE, result_path
+from quantization.sweep.point import end_children, result_path, run_point
 
 FORMAT = 1  # of a point's result; part of its key
-WIDE = "fp16"  # the form that leaves the encoder's weights as they are
+UNCOMPRESSED = "fp16"  # the form that leaves the encoder's weights as they are
 _SOURCES = ("fastvlm", "quantization", "model_export", "benchmarks")  # whose code decides a result
 _SHARE = 0.8  # of the memory that is available
 
@@ -42,8 +43,9 @@ class Sweep:
     """A sweep's measurement, its inputs and its work folder.
 
     `settings` (JSON) goes to `measure` as it is. `inputs` (JSON) is what else decides a result: hashes of all that
-    `settings` name. `identity()`, a module's function, says which code and packages a process has; that decides, too.
-    `need(point)` estimates a point's memory in bytes. `tidy()` is called when all is done, before `work` is let go.
+    `settings` name. `identity()`, a module's function, identifies a process's code and packages, which decide, too.
+    `need(point)` estimates a point's memory in bytes. `libraries` are the modules that all points import. `tidy()` is
+    called at the end, before `work` is released.
     """
 
     measure: Measure
@@ -52,22 +54,23 @@ class Sweep:
     identity: Callable[[], Mapping[str, Any]]
     need: Callable[[Point], int]
     work: Path
+    libraries: Sequence[str] = ()
     tidy: Callable[[], None] = lambda: None
 
 
 @dataclass
 class Outcome:
-    """By point name: its key, and its result or its one-line error. `found` results were there already."""
+    """By point name: its key, and its result or its one-line error. `reused` counts the results of earlier runs."""
 
     keys: dict[str, str]
     results: dict[str, dict[str, Any]] = field(default_factory=dict)
     errors: dict[str, str] = field(default_factory=dict)
-    found: int = 0
+    reused: int = 0
     seconds: float = 0.0
 
 
 def grid(recipes: Sequence[str], forms: Sequence[str], resolutions: Sequence[int]) -> list[Point]:
-    """Every combination. UserError with every recipe and form that is unusable, and whatever is given twice."""
+    """Every combination. UserError with every recipe that is unusable, and whatever is given twice."""
     faults: list[str] = []
     read: list[Recipe] = []
     for text in dict.fromkeys(recipes):
@@ -75,11 +78,8 @@ def grid(recipes: Sequence[str], forms: Sequence[str], resolutions: Sequence[int
             read.append(load_recipe(text))
         except UserError as error:
             faults.append(str(error))
-    legal = (WIDE, *COMPRESSIONS)
-    unknown = [form for form in dict.fromkeys(forms) if form not in legal]
-    faults += [f"--vision-quant {form}: expected one of {', '.join(legal)}" for form in unknown]
     for flag, given in (("--quant", recipes), ("--vision-quant", forms), ("--resolutions", resolutions)):
-        faults += [f"{flag} {one}: given twice" for one in dict.fromkeys(given) if given.count(one) > 1]
+        faults += [f"{flag} {value}: given twice" for value in dict.fromkeys(given) if given.count(value) > 1]
     names = [recipe.name for recipe in read]
     same = [name for name in dict.fromkeys(names) if names.count(name) > 1]
     faults += [f"--quant: {names.count(name)} recipes have the name {name}" for name in same]
@@ -107,11 +107,11 @@ def run(
 
     `jobs` points at a time (None: one a core), each with its share of the cores, while their estimates stay within
     `memory` bytes (None: 80 % of what is available); one that can never fit runs alone. `scheduler` is the address of a
-    Dask cluster whose machines see the same files: its workers do it instead, as many points at a time as they have
-    threads, each with the worker's OMP_NUM_THREADS, within `memory` or the worker's own limit.
+    Dask cluster whose machines see the same files: its workers do it instead, each with its own OMP_NUM_THREADS and (by
+    default) as many points at a time as it has threads.
 
     Raises UserError for a work folder in use, a full disk, and a scheduler that does not answer or goes away. Finished
-    points are kept then, and after KeyboardInterrupt, when those that run are ended.
+    points are kept then, and after KeyboardInterrupt, when those that run here are ended.
     """
     identity = dict(sweep.identity())
     outcome = Outcome({point["name"]: key(sweep, identity, point) for point in points})
@@ -120,11 +120,11 @@ def run(
         for name, digest in outcome.keys.items():
             if (result := _read(sweep.work, digest)) is not None:
                 outcome.results[name] = result
-        outcome.found = len(outcome.results)
+        outcome.reused = len(outcome.results)
         missing = [point for point in points if point["name"] not in outcome.results]
         if missing:
             start = time.monotonic()
-            _measure_all(sweep, missing, outcome, jobs or threads.cores(), memory, scheduler)
+            _measure_all(sweep, missing, outcome, jobs, memory, scheduler)
             outcome.seconds = time.monotonic() - start
         sweep.tidy()
         for left in sweep.work.rglob(staging.PARTIAL):
@@ -135,7 +135,8 @@ def run(
 def key(sweep: Sweep, identity: Mapping[str, Any], point: Point) -> str:
     """sha256 of everything that determines the point's result."""
     decisive = {name: value for name, value in point.items() if name != "name"}
-    whole = [FORMAT, _named(sweep.measure), decisive, dict(sweep.inputs), dict(identity)]
+    measure = f"{sweep.measure.__module__}:{sweep.measure.__qualname__}"
+    whole = [FORMAT, measure, decisive, dict(sweep.inputs), dict(identity)]
     return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
 
 
@@ -162,70 +163,71 @@ def available_memory() -> int:
 
 
 def _measure_all(
-    sweep: Sweep, points: Sequence[Point], outcome: Outcome, jobs: int, memory: float | None, scheduler: str | None
+    sweep: Sweep,
+    points: Sequence[Point],
+    outcome: Outcome,
+    jobs: int | None,
+    memory: float | None,
+    scheduler: str | None,
 ) -> None:
     """Run the points and put what comes of them into `outcome`."""
-    run_id, jobs = uuid.uuid4().hex, min(jobs, len(points))
-    common: dict[str, Any] = {
-        "run": run_id,
-        "measure": _named(sweep.measure),
-        "settings": dict(sweep.settings),
-        "work": str(sweep.work),
-        "limit": memory or (None if scheduler else _SHARE * available_memory()),
-        "threads": None if scheduler else max(1, threads.cores() // jobs),
-    }
-    tasks = [
-        {**common, "point": dict(point), "key": outcome.keys[point["name"]], "bytes": sweep.need(point)}
-        for point in points
-    ]
-    _warn_of_large(tasks, common["limit"])
+    jobs = jobs or (len(points) if scheduler else min(threads.cores(), len(points)))
+    memory = memory or (math.inf if scheduler else _SHARE * available_memory())
+    need = {point["name"]: sweep.need(point) for point in points}
+    if large := [size for size in need.values() if size > memory]:
+        most, budget = f"{max(large) / 1e9:.1f} GB", f"{memory / 1e9:.1f} GB"
+        log(f"warning: {len(large)} points may need up to {most} of {budget}: each of them will run alone")
+    environment = {} if scheduler else threads.environment(max(1, threads.cores() // jobs))
+    os.environ.update(environment)  # the libraries read it when they are loaded, in what all points are forked from
+    common = {
+        "measure": sweep.measure, "settings": dict(sweep.settings), "work": sweep.work, "libraries": sweep.libraries,
+        "environment": environment,
+    }  # fmt: skip
+    waiting, running = [*points], dict[Future[None], str]()
     with ExitStack() as stack:
+        pool: Executor = ThreadPoolExecutor(jobs)
+        check: Callable[[], None] = lambda: None  # noqa: E731  threads do not go away
         if scheduler:
-            pool, check = stack.enter_context(cluster(scheduler, sweep.work, sweep.identity, run_id))
+            pool, check = stack.enter_context(cluster(scheduler, sweep.work, sweep.identity))
         else:
-            pool, check = stack.enter_context(_threads(jobs, run_id)), _always_there
+            stack.callback(_end, pool, running)
         advance = stack.enter_context(progress("sweep (points)", len(points)))
-        pending = {pool.submit(run_point, task): str(task["point"]["name"]) for task in tasks}
-        while pending:
-            done, _ = wait(pending, timeout=1, return_when=FIRST_COMPLETED)
+        while waiting or running:
+            used = sum(need[name] for name in running.values())
+            if waiting and len(running) < jobs and (not running or used + need[waiting[0]["name"]] <= memory):
+                point = waiting.pop(0)
+                task = {**common, "point": dict(point), "key": outcome.keys[point["name"]]}
+                running[pool.submit(run_point, task)] = point["name"]
+                continue
+            done, _ = wait(running, timeout=1, return_when=FIRST_COMPLETED)
             check()
             for future in done:
-                name = pending.pop(future)
+                name = running.pop(future)
                 _settle(future, name, sweep.work, outcome)
                 advance()
                 log(f"{name}: {'FAILED: ' + outcome.errors[name] if name in outcome.errors else 'done'}")
 
 
-def _settle(future: "Future[tuple[int, str]]", name: str, work: Path, outcome: Outcome) -> None:
+def _settle(future: "Future[None]", name: str, work: Path, outcome: Outcome) -> None:
     """Take a point's result or its error. UserError for an error that all other points would have as well."""
-    try:
-        code, error = future.result()
-    except Exception as failure:  # a worker that died, or that could not start the child
-        code, error = 1, f"{type(failure).__name__}: {one_line(failure)}"
-    if code == NO_SPACE:
-        raise UserError(
-            f"{error}: free some and sweep again: {len(outcome.results)} finished points are kept in {work}"
-        )
-    result = None if code else _read(work, outcome.keys[name])
+    error = future.exception()
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        finished = f"{len(outcome.results)} finished points are kept in {work}"
+        raise UserError(f"{one_line(error)}: free some and sweep again: {finished}")
+    result = None if error else _read(work, outcome.keys[name])
     if result is not None:
         outcome.results[name] = result
     else:
-        outcome.errors[name] = error or f"no result in {work}: does the worker see the same folder?"
+        outcome.errors[name] = (
+            one_line(error) if error else f"no result in {work}: does the worker see the same folder?"
+        )
 
 
-def _warn_of_large(tasks: Sequence[Mapping[str, Any]], limit: float | None) -> None:
-    large = [task["bytes"] for task in tasks if limit and task["bytes"] > limit]
-    if large and limit:
-        most, budget = f"{max(large) / 1e9:.1f} GB", f"{limit / 1e9:.1f} GB"
-        log(f"warning: {len(large)} points may need up to {most} of {budget}: each of them will run alone")
-
-
-def _always_there() -> None:
-    """Threads do not go away."""
-
-
-def _named(function: Callable[..., Any]) -> str:
-    return f"{function.__module__}:{function.__qualname__}"
+def _end(pool: Executor, running: Mapping["Future[None]", str]) -> None:
+    """End the processes of the points that still run, and the threads that wait for them."""
+    while wait(running, timeout=0.1).not_done:
+        end_children()
+    pool.shutdown()
 
 
 def _read(work: Path, digest: str) -> dict[str, Any] | None:
@@ -235,14 +237,3 @@ def _read(work: Path, digest: str) -> dict[str, Any] | None:
     except Unreadable:
         return None
     return result if result.get("key") == digest else None
-
-
-@contextmanager
-def _threads(jobs: int, run_id: str) -> Iterator[Executor]:
-    """`jobs` threads; what they run is ended with the block."""
-    with ThreadPoolExecutor(jobs) as pool:
-        try:
-            yield pool
-        finally:
-            stop(run_id)
-            pool.shutdown(wait=False, cancel_futures=True)

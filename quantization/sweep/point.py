@@ -1,137 +1,134 @@
 """One point of a sweep in a process of its own: a crash, or the system's killing it for memory, is its failure alone.
 
-`run_point` runs in a thread of the sweep, or on a worker of a Dask cluster. The first point of a run starts the server
-(`sweep_server`) that has them measured, here and on each worker; all of it ends when this process ends.
+The processes are forks of one that has imported the libraries (multiprocessing's "forkserver"); each ends with the
+process that started it, in whatever way that ends.
 """
 
+import importlib
 import json
 import math
+import multiprocessing
 import os
+import resource
 import signal
-import socket
-import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
+from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 from typing import Any
 
-from fastvlm.common import threads
+from fastvlm.common.errors import CheckFailed
+from fastvlm.common.staging import write_file
 
-ROOT = Path(__file__).resolve().parents[2]
-
-_turn = threading.Condition()
-_points: dict[socket.socket, str] = {}  # the connections to points -> the run that they belong to
-_servers: dict[str, tuple["subprocess.Popen[bytes]", socket.socket]] = {}  # of each run
-_used = 0  # bytes, as estimated, of what this process' points need
-_stopped: set[str] = set()  # runs
+_server = multiprocessing.get_context("forkserver")
+_context: multiprocessing.context.BaseContext = _server
 
 
-def run_point(task: Mapping[str, Any]) -> tuple[int, str]:
-    """Measure one point in a process of its own: its exit code (0: the result is written), and its error in a line.
-
-    task (JSON): "run", an id that `stop` takes; "measure", as "module:function"; "point" and "settings", its arguments;
-    "work" and "key", where the result goes; "bytes", what it may need, of "limit" bytes in all (None: the Dask
-    worker's); "threads" (None: as the environment says).
-    """
-    with _room(task) as admitted:
-        if not admitted:
-            return 1, "stopped"
-        logged = Path(task["work"]) / "logs" / f"{task['key']}.log"
-        logged.parent.mkdir(parents=True, exist_ok=True)
-        with logged.open("w") as errors, _connected(task, errors) as connection:
-            with suppress(OSError):  # ended at once: its exit code tells
-                connection.sendall(json.dumps(task).encode() + b"\n")
-            error, _, code = connection.makefile().read().rpartition("\n")
-    return _outcome(int(code or -signal.SIGKILL), error, logged)  # none: nobody was left to say it
-
-
-def _outcome(code: int, error: str, logged: Path) -> tuple[int, str]:
-    if code == 0:
-        logged.unlink(missing_ok=True)
-        return 0, ""
-    if code < 0:
-        why = ", most likely for want of memory: lower --jobs" if -code == signal.SIGKILL else ""
-        return code, f"killed by {signal.Signals(-code).name}{why}"
-    return code, error or f"exit {code}"
-
-
-def stop(run: str) -> None:
-    """End a run here: every point that this process has had started, and what starts them; start no more."""
-    with _turn:
-        _stopped.add(run)
-        for connection, owner in _points.items():
-            if owner == run:
-                _hang_up(connection)
-        if run in _servers:
-            server, tasks = _servers.pop(run)
-            server.kill()
-            server.wait()
-            tasks.close()
-        _turn.notify_all()
-
-
-def _hang_up(connection: socket.socket) -> None:
-    """End a point: its process group does so when the connection ends."""
-    with suppress(OSError):
-        connection.shutdown(socket.SHUT_WR)
-
-
-@contextmanager
-def _room(task: Mapping[str, Any]) -> Iterator[bool]:
-    """Wait until the point's estimate fits beside what runs here, or nothing runs; False when its run was stopped."""
-    global _used
-    need, limit = task["bytes"], task["limit"] or _worker_limit()
-    with _turn:
-        _turn.wait_for(lambda: task["run"] in _stopped or _used == 0 or _used + need <= limit)
-        _used += need
-    try:
-        yield task["run"] not in _stopped
-    finally:
-        with _turn:
-            _used -= need
-            _turn.notify_all()
-
-
-def _worker_limit() -> float:
-    """The memory limit in bytes of the Dask worker that runs this; infinite where it has none."""
-    from distributed import get_worker
-
-    return get_worker().memory_manager.memory_limit or math.inf  # type: ignore[attr-defined]
-
-
-@contextmanager
-def _connected(task: Mapping[str, Any], errors: Any) -> Iterator[socket.socket]:
-    """A connection to a new process for the point, which ends with it."""
-    ours, theirs = socket.socketpair()
-    with ours:
-        with _turn, theirs:
-            _points[ours] = task["run"]
-            if task["run"] in _stopped:
-                _hang_up(ours)
-            else:
-                socket.send_fds(_server(task), [b"."], [theirs.fileno(), errors.fileno()])
+def apart(act: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a module's function in a process of its own, so that its memory is not this one's. Raises what that raised;
+    CheckFailed where it was killed."""
+    multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]  # as Dask's workers are
+    if _context is _server:
+        _start_server()
+    with ProcessPoolExecutor(1, _context, _begin) as pool:
         try:
-            yield ours
-        finally:
-            with _turn:
-                del _points[ours]
+            return pool.submit(act, *arguments).result()
+        except BrokenProcessPool:
+            raise CheckFailed(f"{act.__name__}: its process was killed, most likely for want of memory") from None
+        except KeyboardInterrupt:
+            end_children()
+            raise
 
 
-def _server(task: Mapping[str, Any]) -> socket.socket:
-    """The connection to the run's server, which is started where there is none, or no longer."""
-    server, tasks = _servers.get(task["run"], (None, None))
-    if server is None or tasks is None or server.poll() is not None:
-        tasks, theirs = socket.socketpair()
-        paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-        number = threads.environment(task["threads"]) if task["threads"] else {}
-        with theirs:
-            server = subprocess.Popen(
-                [sys.executable, "-m", "quantization.sweep.server", task["measure"]],
-                stdin=theirs.fileno(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                env=os.environ | {"PYTHONPATH": paths} | number,
-                start_new_session=True,  # Ctrl-C is for the sweep, which then ends it
-            )  # fmt: skip
-        _servers[task["run"]] = server, tasks
-    return tasks
+def end_children() -> None:
+    """End all processes that this one has started by `apart`, and the one that they are forks of."""
+    for child in multiprocessing.active_children():
+        child.kill()
+    if server := forkserver._forkserver._forkserver_pid:  # type: ignore[attr-defined]
+        with suppress(ProcessLookupError):
+            os.kill(server, signal.SIGKILL)
+
+
+def run_point(task: Mapping[str, Any]) -> None:
+    """Measure one point apart and write its result. Raises what that raised; then "WORK/logs/KEY.log" stays.
+
+    task: "measure", a module's function; "point" and "settings", its arguments; "work" and "key", where the result
+    goes; "libraries", modules to import once for all points; "environment", variables.
+    """
+    if sys.platform == "linux":  # the libraries of macOS must not be used in a fork
+        _server.set_forkserver_preload([*task["libraries"]])
+    apart(_measure, task)
+
+
+def result_path(work: Path, key: str) -> Path:
+    """The file of a point's result."""
+    return work / "points" / f"{key}.json"
+
+
+def _start_server() -> None:
+    """Start the process that points are forked from, deaf to Ctrl-C: while it imports, that would be its traceback."""
+    resource_tracker.ensure_running()  # it changes the mask itself
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _begin() -> None:
+    global _context
+    os.setsid()  # Ctrl-C is for the sweep, which then ends this process
+    if sys.platform == "linux":
+        _context = multiprocessing.get_context("fork")  # what a point has exported apart needs the same libraries
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _measure(task: Mapping[str, Any]) -> None:
+    os.environ.update(task["environment"])
+    logged = task["work"] / "logs" / f"{task['key']}.log"
+    logged.parent.mkdir(parents=True, exist_ok=True)
+    with logged.open("w") as log:
+        os.dup2(log.fileno(), 1)  # whatever is printed goes to the log
+        os.dup2(log.fileno(), 2)
+    try:
+        for name in task["libraries"]:
+            importlib.import_module(name)
+        start = time.perf_counter()
+        result = _plain(task["measure"](task["point"], task["settings"]))
+        result["timings"] |= {"seconds": time.perf_counter() - start, "peak_bytes": peak_bytes()}
+        document = json.dumps({"key": task["key"], **result}, allow_nan=False)
+        write_file(result_path(task["work"], task["key"]), document.encode())
+    except Exception:
+        traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        raise
+    logged.unlink()
+
+
+def _plain(value: Any) -> Any:
+    """Mappings and sequences copied for JSON; figures that are not finite as None."""
+    if isinstance(value, Mapping):
+        return {name: _plain(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def peak_bytes() -> int:
+    """The largest resident memory of this process. Of a fork that has executed no other program it is its own."""
+    unit = 1 if sys.platform == "darwin" else 1024  # getrusage(2): bytes on macOS, KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,19 +1,18 @@
-"""Which points of a sweep no other beats, and which one to ship."""
+"""The Pareto front of a sweep's points, and the recommended one."""
 
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from quantization.sweep.columns import AGREEMENT, KL, Row, column, label, shown
 
-_DEFAULT_AGREEMENT = 0.99  # where nothing is asked for
-_LEVEL = 0.95  # of the interval around a share of answers
+_DEFAULT_AGREEMENT = 0.99  # without a constraint
+_LEVEL = 0.95  # of Wilson's score interval of a share of answers: it stays within 0 and 1, and is sound for few trials
 
 
 @dataclass(frozen=True)
 class Constraints:
-    """What the recommended point has to keep: bytes at most, share of the reference's answers at least."""
+    """Bounds on the recommended point: size in bytes at most, share of the reference's answers at least."""
 
     max_size: float | None = None
     min_agreement: float | None = None
@@ -46,15 +45,6 @@ def front(rows: Sequence[Row], x: str, y: str) -> list[str]:
     return sorted(best, key=lambda name: (finite[name], name))
 
 
-def wilson(successes: int, count: int, level: float = _LEVEL) -> tuple[float, float]:
-    """Wilson's score interval of a share (Wilson, 1927): it stays within 0 and 1, and is sound for few trials."""
-    z = statistics.NormalDist().inv_cdf((1 + level) / 2)
-    share, spread = successes / count, z * z / count
-    middle = (share + spread / 2) / (1 + spread)
-    half = z / (1 + spread) * (share * (1 - share) / count + spread / (4 * count)) ** 0.5
-    return max(0.0, middle - half), min(1.0, middle + half)
-
-
 def recommend(rows: Sequence[Row], constraints: Constraints) -> dict[str, Any]:
     """The smallest point that keeps `min_agreement` within `max_size`, as {"point", "sentence", "questions",
     "interval"}.
@@ -62,6 +52,8 @@ def recommend(rows: Sequence[Row], constraints: Constraints) -> dict[str, Any]:
     With `max_size` alone the best that fits; without constraints, the smallest that keeps 99 % of the answers. Where no
     point does, "point" is None, and the sentence names the nearest. "interval" is that of the share of same answers.
     """
+    from scipy.stats import binomtest
+
     known = [row for row in rows if None not in (row["figures"].get("bytes"), row["figures"].get(AGREEMENT))]
     size, share = constraints.max_size, constraints.min_agreement
     if share is None and size is None:
@@ -75,12 +67,12 @@ def recommend(rows: Sequence[Row], constraints: Constraints) -> dict[str, Any]:
     rest = _smaller(chosen, known) if share is not None else _larger(chosen, known)
     count = chosen["figures"]["questions"]
     same = round(chosen["figures"][AGREEMENT] * count)
-    low, high = wilson(same, count)
+    low, high = binomtest(same, count).proportion_ci(_LEVEL, method="wilson")
     sentence = (
         f"Ship {label(chosen, known)}: {_facts(chosen)} of the answers as the reference's ({same} of {count} questions;"
         f" 95 % interval {100 * low:.3g} to {100 * high:.3g} %); {rest}."
     )
-    interval = [round(low, 4), round(high, 4)]
+    interval = [round(float(low), 4), round(float(high), 4)]
     return {"point": chosen["name"], "sentence": sentence, "questions": count, "interval": interval}
 
 
@@ -117,7 +109,7 @@ def _larger(chosen: Row, known: Sequence[Row]) -> str:
 def _no_point(
     known: Sequence[Row], fits: Sequence[Row], keeps: Sequence[Row], size: float | None, share: float | None
 ) -> str:
-    """Which points come nearest, and what they lack."""
+    """The points that come nearest, and what they lack."""
     if not known:
         return "Nothing to recommend: no point has a size and answers to compare."
     needs = [f"is within {shown(size, 'MB')}"] if size is not None else []

@@ -36,7 +36,7 @@ def document(
     machine: Mapping[str, Any],
     constraints: Constraints,
 ) -> dict[str, Any]:
-    """The whole result. `about` says what was swept; `machine` (a timing) where and with what it was timed."""
+    """The whole result. `about` describes the sweep; `machine` (a timing) the machine and runners of the timings."""
     rows, timings = [], {}
     for point in points:
         if (result := outcome.results.get(point["name"])) is not None:
@@ -66,77 +66,76 @@ def document(
             "points": {row["name"]: timings[row["name"]] for row in rows},
             "pareto": {name: names for name, names in fronts.items() if name in of_timings},
             "sweep_seconds": outcome.seconds,
-            "found": outcome.found,
+            "found": outcome.reused,
         },
     }
 
 
 def _head(point: Point) -> dict[str, Any]:
-    kept = {key: point[key] for key in ("name", "vision_quant", "resolution")}
-    return kept | {"recipe": point["recipe"]["name"]}
+    return {key: point[key] for key in ("name", "vision_quant", "resolution")} | {"recipe": point["recipe"]["name"]}
 
 
-def write(folder: Path, found: Mapping[str, Any], pictures: Mapping[str, str] | None = None) -> Path:
+def write(folder: Path, result: Mapping[str, Any], pictures: Mapping[str, str] | None = None) -> Path:
     """Write report.json, report.csv and index.html, each whole; returns the page. `pictures`: question -> data URL."""
-    contents = (json.dumps(found, indent=1, allow_nan=False) + "\n", table(found), render(found, pictures or {}))
+    contents = (json.dumps(result, indent=1, allow_nan=False) + "\n", table(result), render(result, pictures or {}))
     for name, content in zip(FILES, contents):
         write_file(folder / name, content.encode())
     return folder / FILES[-1]
 
 
-def table(found: Mapping[str, Any]) -> str:
+def table(result: Mapping[str, Any]) -> str:
     """All points as CSV, the failed ones last; figures in bytes, shares, nats and seconds."""
     target = io.StringIO()
-    fields = ["recipe", "vision_quant", "resolution", *(one.key for one in COLUMNS), "error"]
+    fields = ["recipe", "vision_quant", "resolution", *(column.key for column in COLUMNS), "error"]
     writer = csv.DictWriter(target, fields, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
-    for row in found["points"]:
-        writer.writerow({**row, **row["figures"], **found["timings"]["points"][row["name"]]})
-    writer.writerows(found["failed"])
+    for row in result["points"]:
+        writer.writerow({**row, **row["figures"], **result["timings"]["points"][row["name"]]})
+    writer.writerows(result["failed"])
     return target.getvalue()
 
 
-def render(found: Mapping[str, Any], pictures: Mapping[str, str]) -> str:
+def render(result: Mapping[str, Any], pictures: Mapping[str, str]) -> str:
     """The page. Names, questions, answers and errors are data: all of them are escaped."""
-    points, timings = found["points"], found["timings"]
+    points, timings = result["points"], result["timings"]
     rows = [{**row, "figures": row["figures"] | timings["points"][row["name"]]} for row in points]
-    chart = plots(rows, found["pareto"] | timings["pareto"], found)
+    chart = plots(rows, result["pareto"] | timings["pareto"], result)
     return page.render(
         TEMPLATE,
         {"shown": shown},
-        found=found,
+        document=result,
         rows=rows,
-        columns=[one for one in COLUMNS if any(row["figures"].get(one.key) is not None for row in rows)],
+        columns=[column for column in COLUMNS if any(row["figures"].get(column.key) is not None for row in rows)],
         hues=HUES,
         plots=[(name, Markup(svg)) for name, svg in chart.items()],
-        best=set(found["pareto"]["size and KL"]) | set(found["pareto"]["size and answers"]),
+        best=set(result["pareto"]["size and KL"]) | set(result["pareto"]["size and answers"]),
         largest=max((row["figures"]["bytes"] or 0 for row in rows), default=0) or 1,
-        constraints=Constraints(**found["constraints"]),
-        examples=examples(found),
+        constraints=Constraints(**result["constraints"]),
+        examples=examples(result),
         pictures=pictures,
         label=lambda row: label(row, points),
-        notes=[*found["notes"].items(), *timings["notes"].items()],
+        notes=[*result["notes"].items(), *timings["notes"].items()],
     )
 
 
-def examples(found: Mapping[str, Any]) -> dict[str, Any]:
+def examples(result: Mapping[str, Any]) -> dict[str, Any]:
     """The questions on which most points part: {"columns": points, "rows": answers' documents with "cells" added}.
 
     A cell is a point's answer as `differences`. Of a large grid, the points with the recommended one's form and
     resolution.
     """
-    points = [row for row in found["points"] if row["answers"]]
+    points = [row for row in result["points"] if row["answers"]]
     if len(points) > _MOST_COLUMNS:
-        wanted = found["recommendation"]["point"]
+        wanted = result["recommendation"]["point"]
         like = next((row for row in points if row["name"] == wanted), points[0])
         points = [row for row in points if all(row[axis] == like[axis] for axis in ("vision_quant", "resolution"))]
     points = points[:_MOST_COLUMNS]
     rows = []
     for number, answer in enumerate(points[0]["answers"] if points else ()):
         given = [row["answers"][number]["candidate"] for row in points]
-        cells = [differences(answer["reference"], one) for one in given]
+        cells = [differences(answer["reference"], text) for text in given]
         several = len({answer["reference"], *given})
-        rows.append((several, sum(one != answer["reference"] for one in given), {**answer, "cells": cells}))
+        rows.append((several, sum(text != answer["reference"] for text in given), {**answer, "cells": cells}))
     rows.sort(key=lambda row: (-row[0], -row[1]))  # stable: otherwise in the order of the questions
     return {"columns": points, "rows": [row for _, _, row in rows[:_EXAMPLES]]}
 

@@ -101,7 +101,7 @@ def with_recipe(name: str, artefact: Path, checkpoint: Path, target: Path) -> Pa
 
 
 # Parts of faults.
-Fault = tuple[Callable[[Path], None], str, str]  # what breaks a copy, the one rule, what its finding names
+Fault = tuple[str, str, Callable[[Path], object]]  # the one rule, what its finding names, what breaks a copy
 
 
 def put(name: str, key: str, value: Any) -> Callable[[Path], None]:
@@ -133,6 +133,6 @@ def expect_one(found: list[tuple[str, str]], rule: str, names: str) -> None:
 
 def expect_fault(fault: Fault, artefact: Path, folder: Path) -> None:
     """The fault, put into a copy of the artefact, is the one error of the copy."""
-    break_it, rule, names = fault
+    rule, names, break_it = fault
     break_it(linked(artefact, folder))
     expect_one(rules(folder, table()), rule, names)

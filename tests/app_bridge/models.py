@@ -1,4 +1,4 @@
-"""Models in an app's folder: an artefact in form, a download; what a folder holds; the commands, called."""
+"""Models in an app's folder: an artefact in form, a download; what a folder holds."""
 
 import hashlib
 import json
@@ -6,18 +6,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from app_bridge.__main__ import build_parser
-from fastvlm.common.cli import run
 from model_export.artefact import write_manifest
 
 Snapshot = dict[str, tuple[Any, ...]]
-
-
-def call(*arguments: object) -> int:
-    try:
-        return run(build_parser, [str(argument) for argument in arguments])
-    except SystemExit as stopped:  # argparse's way
-        return int(str(stopped.code))
 
 
 def make_artefact(folder: Path, seed: int) -> Path:
@@ -51,10 +42,6 @@ def snapshot(folder: Path) -> Snapshot | None:
         stat, body = path.lstat(), b"" if path.is_dir() else path.read_bytes()
         found[str(path.relative_to(folder))] = (stat.st_mode, stat.st_mtime_ns, hashlib.sha256(body).hexdigest())
     return found
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def model(app: Path) -> Path:

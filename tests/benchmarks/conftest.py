@@ -1,7 +1,6 @@
 """A small FastVLM out of numpy, whose every part has weights to perturb, so that parity itself is what is tested."""
 
 import copy
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,12 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from safetensors.torch import load_file, save_file
 
 from benchmarks.parity import compare, encoders
 from benchmarks.parity.pictures import Picture
 from fastvlm.data import scenes
-from fastvlm.model.surface import FastVLM, Language
+from fastvlm.model.language import Language
+from fastvlm.model.surface import FastVLM
+from tests.helpers import with_tensors
 
 SIZE, CHANNELS, HIDDEN, VOCAB, EOS, IMAGE_ID = 128, 12, 8, 40, 38, 39
 
@@ -107,13 +107,12 @@ class FakeLanguage(Language):
 @pytest.fixture(scope="session")
 def hot_demo(tmp_path_factory) -> Path:
     """The demo checkpoint with a projector whose sums leave even float32's range."""
-    hot = tmp_path_factory.mktemp("hot") / "demo"
-    shutil.copytree(scenes.CHECKPOINT, hot)
-    tensors = load_file(hot / "model.safetensors")
-    name = next(name for name in tensors if name.endswith("multi_modal_projector.linear_1.weight"))
-    tensors[name] = tensors[name].float() * 5e38
-    save_file(tensors, hot / "model.safetensors", metadata={"format": "pt"})
-    return hot
+
+    def heat(tensors):
+        name = next(name for name in tensors if name.endswith("multi_modal_projector.linear_1.weight"))
+        tensors[name] = tensors[name].float() * 5e38
+
+    return with_tensors(scenes.CHECKPOINT, tmp_path_factory.mktemp("hot") / "demo", heat)
 
 
 @pytest.fixture
@@ -135,6 +134,26 @@ def candidate(reference) -> FastVLM:
     return copy.deepcopy(reference)
 
 
+def perturb_pixels(model):
+    model.preprocessor.mean = 1e-3
+
+
+def perturb_vision(model):
+    model.vision.weight += 1
+
+
+def perturb_projector(model):
+    model.projector.weight[2] *= -4
+
+
+def perturb_embedding(model):
+    model.language.embedding[ord("W") % 36, 0] += 4
+
+
+def perturb_head(model):
+    model.language.matrix[2, 7] += 9
+
+
 @pytest.fixture
 def shown() -> list[Picture]:
     rng = np.random.default_rng(3)
@@ -148,7 +167,7 @@ def compared():
 
     def run(expected, actual, pictures):
         seen = [compare.see(expected, actual, one, encoders.encode(expected, actual, one)) for one in pictures]
-        return compare.answer(compare.Speaker.of(expected), compare.Speaker.of(actual), seen)
+        return compare.answer((expected.language, expected.tokenizer), (actual.language, actual.tokenizer), seen)
 
     return run
 

@@ -69,8 +69,8 @@ def test_a_line_after_two_seconds_and_then_each_ten(
         "parity (pictures): 0 of 40, 12 s",
         "parity (pictures): 0 of 40, 22 s",
         "parity (pictures): 12 of 40, 32 s, about 75 s left",
-        "parity (pictures): 12 of 40, 35 s, about 82 s left; hash: 1.5 GB of 3.0 GB, 750.0 MB/s, 2 s, about 2 s left",
-        "hash: 3.0 GB of 3.0 GB, 300.0 MB/s, 10 s",
+        "parity (pictures): 12 of 40, 35 s, about 82 s left; hash: 1.50 GB of 3.00 GB, 750 MB/s, 2 s, about 2 s left",
+        "hash: 3.00 GB of 3.00 GB, 300 MB/s, 10 s",
         "parity (pictures): 40 of 40, 2 min",
     ]
     with pytest.raises(ValueError), cli.progress("a failing one"):
@@ -85,7 +85,7 @@ def test_what_was_there_before_is_not_its_speed(clock: Clock) -> None:
     step.at(8e9, 10e9)
     clock.now = 10
     step.at(9e9, 10e9)
-    assert step.state() == "9.0 GB of 10.0 GB, 100.0 MB/s, 10 s, about 10 s left"
+    assert step.state() == "9.00 GB of 10.00 GB, 100 MB/s, 10 s, about 10 s left"
 
 
 class Watched(io.StringIO):

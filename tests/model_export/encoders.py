@@ -1,6 +1,6 @@
-"""Small FastViTs with random, non-trivial weights, hot ones, and plain figures, for the tests of an export."""
+"""Small FastViTs with random, non-trivial weights, hot ones, packages, and plain figures, for tests of an export."""
 
-import hashlib
+import json
 import re
 import shutil
 from collections import Counter
@@ -13,17 +13,23 @@ from unittest import mock
 import numpy as np
 import timm
 import torch
-from safetensors.torch import load_file, save_file
 from timm.models import fastvit
 from torch import Tensor, nn
 
 from benchmarks.parity.encoders import compare_operations
 from fastvlm.checkpoint.checkpoint import open_checkpoint
+from fastvlm.data import pictures
+from fastvlm.data.preprocessing import read_preprocessor
 from fastvlm.model.build import encoder
 from fastvlm.model.fold import fold
-from fastvlm.model.surface import TorchVision
-from model_export import runtime
+from fastvlm.model.torch_parts import TorchVision
+from fastvlm.synthetic.heat import heat
+from model_export import contract, mil, runtime
 from model_export.artefact import read_whole
+from model_export.config import ExportConfig
+from model_export.encoder import vision
+from model_export.encoder.channel_first import Encoder
+from tests.helpers import with_tensors
 
 VISION = "model.vision_tower.timm_model."
 WIDTHS = (4, 8, 8, 32, 64)
@@ -95,27 +101,52 @@ def outputs_of(model: nn.Module, pixels: Tensor) -> dict[str, Tensor]:
     return seen
 
 
-def hashes(folder: Path) -> dict[str, str]:
-    """sha256 of every file below a folder, by its relative path."""
-    files = (path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+@torch.no_grad()
+def float64_features(checkpoint: Path, pixels: np.ndarray) -> np.ndarray:
+    """The oracle: features (1, N, C) of a checkpoint's encoder as it is stored, in float64."""
+    model = encoder(open_checkpoint(checkpoint), torch.float32).double()
+    return model.forward_features(torch.from_numpy(pixels).double()).flatten(2).transpose(1, 2).numpy()
 
 
-def relative(actual: Tensor, expected: Tensor) -> float:
-    """max |a - b| / max |b|, 0 for two silent ones; infinite for NaN anywhere."""
-    assert actual.shape == expected.shape
-    if not expected.any() and not actual.any():
-        return 0.0
-    return float(torch.nan_to_num((actual - expected).abs().max() / expected.abs().max(), nan=torch.inf))
+# -- packages ---------------------------------------------------------------------------------------------------------
 
 
-def snr_db(expected: np.ndarray, actual: np.ndarray) -> float:
-    """-inf for what is not finite."""
-    expected, actual = np.asarray(expected, np.float64), np.asarray(actual, np.float64)
-    assert expected.shape == actual.shape
-    if not np.isfinite(actual).all():
-        return -np.inf
-    return float(10 * np.log10(np.sum(expected**2) / max(np.sum((expected - actual) ** 2), 1e-300)))
+def exported(
+    folder: Path, target: Path, source: str = "", output: Path | None = None, **settings: Any
+) -> dict[str, Any]:
+    """`export_vision` of a checkpoint folder to the package `target`, measured on the drawn pictures: what it says."""
+    config = ExportConfig(folder, output or target.with_name("out"), **settings)
+    drawn = partial(pictures.pixels, read_preprocessor(folder))
+    return vision.export_vision(open_checkpoint(folder), config, target, drawn, source)
+
+
+def decomposed(encoder: nn.Module, size: int) -> torch.export.ExportedProgram:
+    """The graph as coremltools asks for it."""
+    with torch.no_grad():
+        return torch.export.export(encoder.eval(), (torch.zeros(1, 3, size, size),)).run_decompositions({})
+
+
+def save_encoder(fastvit: nn.Module, size: int, target: Path) -> Path:
+    """An encoder, prepared or not, as a package, by the export's own conversion."""
+    config = ExportConfig(target / "no-checkpoint", target / "out")
+    vision._convert(decomposed(Encoder(fastvit), size), config, size, target, set(), {})
+    return target
+
+
+def computed(package: Path, pixels: np.ndarray, compute: str = "as-typed", function: str | None = None) -> np.ndarray:
+    """What the executor makes of a package's bytes."""
+    return mil.load(package, compute, function).predict({contract.INPUT: pixels})[contract.OUTPUT]
+
+
+def forms_recipe(path: Path, rules: Mapping[str, str]) -> str:
+    """Write a recipe of rules {glob over the encoder's layers: form}; its path."""
+    schemes = [
+        {"pattern": f"vision_encoder.{glob}", "scheme": {"mode": "coreml", "form": form}}
+        for glob, form in rules.items()
+    ]
+    others = {"pattern": "*", "scheme": {"dtype": "float16"}}
+    path.write_text(json.dumps({"name": "rules", "version": 2, "rules": [*schemes, others]}))
+    return str(path)
 
 
 # -- saved programs, by coremltools' own protobuf -----------------------------------------------------------------
@@ -143,11 +174,11 @@ def largest_rank(package: Path, function: str = "main") -> int:
     )
 
 
-def constant_of(package: Path, operation: Any, parameter: str, function: str = "main") -> Any:
+def constant_of(package: Path, operation: Any, parameter: str) -> Any:
     """The value of an operation's parameter that is a constant of the program."""
     import coremltools as ct
 
-    program = ct.utils.load_spec(str(package)).mlProgram.functions[function]
+    program = ct.utils.load_spec(str(package)).mlProgram.functions["main"]
     name = operation.inputs[parameter].arguments[0].name
     for one in program.block_specializations[program.opset].operations:
         if one.type == "const" and one.outputs[0].name == name:
@@ -160,27 +191,20 @@ def constant_of(package: Path, operation: Any, parameter: str, function: str = "
 
 def rewritten(source: Path, target: Path, gains: Mapping[str, float]) -> Path:
     """A copy of a checkpoint with the encoder's tensors that fully match a pattern multiplied; each must match one."""
-    shutil.copytree(source, target)
-    tensors = load_file(target / "model.safetensors")
-    for pattern, gain in gains.items():
-        matching = [name for name in tensors if re.fullmatch(pattern, name.removeprefix(VISION))]
-        assert matching, pattern
-        for name in matching:
-            tensors[name] = tensors[name].float() * gain
-    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
-    return target
+
+    def multiply(tensors: dict[str, Tensor]) -> None:
+        for pattern, gain in gains.items():
+            matching = [name for name in tensors if re.fullmatch(pattern, name.removeprefix(VISION))]
+            assert matching, pattern
+            for name in matching:
+                tensors[name] = tensors[name].float() * gain
+
+    return with_tensors(source, target, multiply)
 
 
 def heated(source: Path, target: Path, factors: Mapping[int, float]) -> Path:
     """A folded checkpoint's copy: the same function up to LayerNorm's eps, a stage's stream so many times as large."""
-    gains = {}
-    for stage, factor in factors.items():
-        after = "final_conv" if stage == 4 else rf"stages\.{stage + 1}\.downsample\.proj\.0"
-        gains[rf"stages\.{stage}\.pos_emb\.reparam_conv\.(weight|bias)"] = factor
-        gains[rf"stages\.{stage}\.blocks\.\d+\.layer_scale_[12]\.gamma"] = factor
-        gains[rf"stages\.{stage}\.blocks\.\d+\.mlp\.conv\.conv\.weight"] = 1 / factor
-        gains[rf"{after}\.reparam_conv\.weight"] = 1 / factor
-    return rewritten(source, target, gains)
+    return heat(Path(shutil.copytree(source, target)), factors)
 
 
 def compared_operations(

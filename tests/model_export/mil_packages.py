@@ -134,10 +134,3 @@ def save_encoder(path: Path, target: str, precision: str, route: str) -> None:
         skip_model_load=True,
     )
     model.save(str(path))
-
-
-def snr(reference: np.ndarray, candidate: np.ndarray) -> float:
-    """Signal-to-noise ratio in dB."""
-    reference = reference.astype(np.float64)
-    noise = ((reference - candidate) ** 2).sum()
-    return float("inf") if noise == 0 else float(10 * np.log10((reference**2).sum() / noise))

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 from coremltools.proto import Model_pb2
 
-from fastvlm.common.cli import run
 from fastvlm.common.errors import UserError
 from model_export import contract, mil
-from model_export.__main__ import build_parser
 from model_export.artefact import check_parts, read_manifest
 from model_export.encoder.package import SPECIFICATION
+
+pytestmark = pytest.mark.slow
 
 OTHERS = (None, 5, -1, 1e400, "x", [], {}, [{}], {"a": []}, True)
 
@@ -33,14 +33,12 @@ def places(value: Any, below: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]
             yield from places(inner, (*below, key))
 
 
-def test_a_manifest_changed_in_any_value_is_understood_or_one_line(
-    artefact: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_manifest_changed_in_any_value_is_understood_or_one_line(artefact: Path, cli: Any) -> None:
     manifest, refused = json.loads((artefact / contract.MANIFEST).read_text()), set()
     shutil.rmtree(artefact / contract.PACKAGE)
     rng = random.Random(0)
     for place in places(manifest):
-        for other in (..., *rng.sample(OTHERS, 2)):
+        for other in (..., rng.choice(OTHERS)):
             changed = json.loads(json.dumps(manifest))
             *above, last = place
             parent = changed
@@ -51,10 +49,9 @@ def test_a_manifest_changed_in_any_value_is_understood_or_one_line(
             else:
                 parent[last] = other
             (artefact / contract.MANIFEST).write_text(json.dumps(changed))
-            code = run(build_parser, ["inspect", "--model", str(artefact)])
-            said = capsys.readouterr().err
-            assert code == 0 or (code == 2 and said.count("\n") == 1), (place, other, said)
-            refused |= {place} if code else set()
+            answer = cli("inspect", artefact)
+            assert answer.code == 0 or (answer.code == 2 and answer.err.count("\n") == 1), (place, other, answer)
+            refused |= {place} if answer.code else set()
     assert {("vision",), ("vision", "resolutions"), ("llm", "recipe", "name"), ("files",)} <= refused
 
 
@@ -67,27 +64,24 @@ def test_a_manifest_that_lacks_a_part_is_no_whole_model(key: str, artefact: Path
         check_parts(artefact, document)
 
 
-def test_a_package_changed_in_any_field_is_understood_or_one_line(
-    artefact: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_package_changed_in_any_field_is_understood_or_one_line(artefact: Path, cli: Any) -> None:
     """A field of its description or of its program, unset or with an extreme value."""
     package = artefact / contract.PACKAGE
     whole = (package / SPECIFICATION).read_bytes()
     rng, refused = random.Random(0), 0
-    for _ in range(60):
+    for _ in range(40):
         model = Model_pb2.Model()
         model.ParseFromString(whole)
         what = change(model, rng)
         (package / SPECIFICATION).write_bytes(model.SerializeToString())
-        code = run(build_parser, ["inspect", "--model", str(package)])
-        said = capsys.readouterr().err
-        assert code == 0 or (code == 2 and said.count("\n") == 1), (what, said)
+        answer = cli("inspect", package)
+        assert answer.code == 0 or (answer.code == 2 and answer.err.count("\n") == 1), (what, answer)
         try:
             mil.load(package)
         except mil.MILError as error:
             refused += 1
             assert "\n" not in str(error), what
-    assert refused > 10
+    assert refused > 6
 
 
 def change(message: Any, rng: random.Random) -> str:

@@ -1,21 +1,17 @@
-"""`python -m quantization recipes`: the named recipes over the published shapes, their sizes and their loaders."""
+"""`fastvlm recipes`: the named recipes over the published shapes, their sizes and their loaders."""
 
 import json
 import math
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
 from mlx_lm.convert import QUANT_RECIPES, mixed_quant_predicate_builder
 
 from fastvlm.checkpoint.checkpoint import open_checkpoint
-from fastvlm.common.arguments import Parser
-from fastvlm.common.cli import add_common, run
 from fastvlm.synthetic.checkpoint import SHAPES
 from model_export.language.llm import planned_bytes
 from model_export.language.llm import weight_shapes as exported_shapes
-from quantization.catalogue import LOADERS, PUBLISHED_APP, SIZES, START, add_recipes, describe, human, weight_shapes
+from quantization.catalogue import LOADERS, SIZES, START, describe, weight_shapes
 from quantization.recipe import load_recipe, named_recipes, recipe_from_json
 
 NAMED = named_recipes()
@@ -23,24 +19,6 @@ ELSEWHERE = ("language_model.lm_head.weight", "vision_tower.")
 # Qwen2's own counts (https://huggingface.co/Qwen/Qwen2-0.5B and its siblings, model.safetensors' metadata)
 PARAMETERS = {"0.5b": 494_032_768, "1.5b": 1_543_714_304, "7b": 7_615_616_512}
 EVERY = {"mlx-lm", "mlx-vlm", "demo app", "app 2.25", "app 3.31"}
-
-
-def command(*arguments: str) -> int:
-    def build() -> Parser:
-        parser = Parser(prog="python -m quantization")
-        verbs = parser.add_subparsers(dest="verb", required=True, parser_class=Parser)
-        add_recipes(verbs)
-        add_common(verbs.choices["recipes"])
-        return parser
-
-    return run(build, ["recipes", *arguments])
-
-
-@pytest.mark.parametrize("name", NAMED)
-def test_named_recipes_say_what_they_are(name):
-    recipe = NAMED[name]
-    assert recipe.name == name and recipe.description.endswith(".")
-    assert all(rule.why for rule in recipe.rules) or name in ("fp16", "bf16")
 
 
 @pytest.mark.parametrize("key", SIZES)
@@ -127,61 +105,35 @@ def test_a_budget_is_its_size():
 
 
 @pytest.mark.parametrize("columns", [None, "80"])
-def test_the_table_of_all(capsys, monkeypatch, columns):
-    """At 80 columns every recipe is there, with its sizes and the one to start with; what each is takes more room."""
+def test_the_table_of_all(cli, monkeypatch, columns):
+    """Every recipe is there, with its sizes, what it is, and the one to start with."""
     if columns:
         monkeypatch.setenv("COLUMNS", columns)
-    assert command("--json") == 0
-    out, table = capsys.readouterr()
-    assert {row["name"] for row in json.loads(out)["recipes"]} == set(NAMED)
-    for name in NAMED:
-        assert name in table
-    assert "285 MB" in table and "4.33 GB" in table and f"→ {START[0]}" in table and len(table.splitlines()) < 130
-    assert ("calibrated on" in table) == (columns is None)
-    assert max(map(len, table.splitlines())) <= (80 if columns else 180)
+    answer = cli("recipes", "--json")
+    assert answer.code == 0 and {row["name"] for row in answer.document["recipes"]} == set(NAMED)
+    for part in (*NAMED, "285 MB", "4.33 GB", f"→ {START[0]}", "calibrated on"):
+        assert part in answer.err
+    lines = answer.err.splitlines()
+    assert len(lines) < 130 and max(map(len, lines)) <= (80 if columns else 180)
 
 
-def test_some_with_their_rules(capsys, tmp_path):
+def test_some_with_their_rules(cli, tmp_path):
     path = tmp_path / "mine.json"
     rule = {"pattern": "language_model.model.layers.27.*_proj.weight", "why": "the last layer",
             "scheme": {"mode": "affine", "bits": 8, "group_size": 64, "dtype": "float16"}}  # fmt: skip
     vision = {"pattern": "vision_encoder.stages.*", "scheme": {"mode": "coreml", "form": "palette4-g16"}}
     rest = {"pattern": "*", "scheme": {"dtype": "float16"}}
     path.write_text(json.dumps({"name": "[mine]", "version": 2, "rules": [rule, vision, rest]}))
-    assert command("int3-mixed", str(path)) == 0
-    out = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    assert "the first 1/8 of the layers" in out and "its values are what attention passes on" in out
+    answer = cli("recipes", "int3-mixed", path)
+    out = " ".join(answer.out.split())
+    assert (
+        answer.code == 0 and "the first 1/8 of the layers" in out and "its values are what attention passes on" in out
+    )
     assert "[mine]" in out and "palette4-g16" in out and "the last layer" in out
     assert "0.5B: recipe [mine] does not fit this model: rule 1 matches no weight" in out
     assert "1.5B: recipe" not in out
 
 
-def test_what_is_no_recipe(capsys):
-    for name, said in (("int7", "unknown recipe 'int7': expected bf16"), ("int4:1GB", "takes no size"),
-                       ("fit:big", "size 'big'"),
-                       (f"fit:{'9' * 400}GB", "expected one such as 400MB"),
-                       ("no/such.json", "no such file")):  # fmt: skip
-        assert command("int4", name) == 2
-        captured = capsys.readouterr()
-        assert said in captured.err and len(captured.err.splitlines()) == 1 and not captured.out
-
-
-def test_help_starts_without_torch():
-    code = "import sys, quantization.catalogue; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
-
-
-@pytest.mark.parametrize(
-    ("size", "said"),
-    [(0, "0 B"), (103, "103 B"), (999, "999 B"), (1000, "1 kB"), (62_400, "62.4 kB"), (999_400, "999 kB"),
-     (999_500, "1 MB"), (16_640_000, "16.6 MB"), (999_499_999, "999 MB"), (999_500_000, "1.00 GB"),
-     (15_231_000_000, "15.23 GB")],
-)  # fmt: skip
-def test_sizes_for_people(size: int, said: str) -> None:
-    assert human(size) == said
-
-
-def test_what_loads_is_told_by_fields() -> None:
-    assert {loader.name for loader in LOADERS if loader.app} == {"demo app", "app 2.25", "app 3.31"}
-    assert {loader.name for loader in LOADERS if loader.layout == "mlx-vlm"} == {"mlx-vlm"}
-    assert PUBLISHED_APP == "demo app"
+def test_what_is_no_recipe_is_one_line(cli):
+    answer = cli("recipes", "int4", f"fit:{'9' * 400}GB")
+    assert answer.code == 2 and len(answer.err.splitlines()) == 1 and not answer.out

@@ -1,6 +1,6 @@
 """Recipes: data in, data out, every fault at once."""
 
-import json
+import re
 
 import mlx.core as mx
 import pytest
@@ -22,23 +22,19 @@ def test_named_recipes():
     recipes = named_recipes()
     assert {"fp16", "bf16", "int8", "int4"} <= set(recipes)
     for name, named in recipes.items():
-        assert named.name == name and named.description
-        assert load_recipe(name) == named
+        assert named.name == name and named.description.endswith(".") and load_recipe(name) == named
+        assert all(rule.why for rule in named.rules) or name in ("fp16", "bf16")
     for name, bits in (("int8", 8), ("int4", 4)):
         quantized = Affine(bits, 64, "float16")
-        assert recipes[name].choices(LAYER) == (quantized,)
-        assert recipes[name].choices("language_model.model.embed_tokens.weight") == (quantized,)
-        assert recipes[name].choices("language_model.lm_head.weight") == (quantized,)
-        assert recipes[name].choices("multi_modal_projector.linear_0.weight") == (Cast("float16"),)
-        assert recipes[name].choices("language_model.model.layers.0.self_attn.q_proj.bias") == (Cast("float16"),)
-        assert recipes[name].choices("language_model.model.norm.weight") == (Cast("float16"),)
+        for weight in (LAYER, "language_model.model.embed_tokens.weight", "language_model.lm_head.weight"):
+            assert recipes[name].choices(weight) == (quantized,)
+        for weight in ("multi_modal_projector.linear_0.weight", "language_model.model.norm.weight",
+                       "language_model.model.layers.0.self_attn.q_proj.bias"):  # fmt: skip
+            assert recipes[name].choices(weight) == (Cast("float16"),)
 
 
-def test_json_round_trip(tmp_path):
-    for name, named in named_recipes().items():
-        path = tmp_path / f"{name}.json"
-        path.write_text(json.dumps(named.to_json()))
-        assert load_recipe(path) == named
+def test_json_round_trip():
+    assert all(recipe_from_json(named.to_json()) == named for named in named_recipes().values())
 
 
 def test_first_rule_wins():
@@ -50,32 +46,26 @@ def test_first_rule_wins():
 def test_all_faults_at_once_with_the_legal_combinations():
     with pytest.raises(UserError) as error:
         recipe_from_json({
-            "name": "", "version": 1, "author": "me",
+            "name": "", "version": True, "author": "me", "method": "magic", "budget": {"bytes": 0},
             "rules": [
-                {"pattern": "*", "scheme": {"mode": "affine", "bits": 7, "group_size": 48, "dtype": "float16"}},
-                {"pattern": "", "scheme": {"dtype": "int8"}},
-                {"pattern": "*", "scheme": {"mode": "fp7"}, "because": "x"},
-                {"pattern": "*", "scheme": {"mode": "affine", "bits": True, "group_size": 64.0, "scale": 1}},
+                {"pattern": "*", "scheme": INT4 | {"bits": 7}},
+                {"pattern": "", "scheme": INT4},
+                {"pattern": "*", "scheme": {"mode": "affine", "bits": 4, "group_size": 64.0, "dtype": "float16"}},
+                {"pattern": "*", "scheme": INT4, "because": "x"},
                 "*",
             ],
         })  # fmt: skip
     message = str(error.value)
-    for part in (
-        "unknown key 'author'", "name: expected", "version: expected 2, got 1",
-        "rule 1: scheme: bits 7 is not one of 2, 3, 4, 5, 6, 8, group_size 48 is not one of 32, 64, 128",
-        "rule 2: pattern", "dtype 'int8' is not one of float16, bfloat16, float32",
-        "rule 3: unknown key 'because'", "unknown mode 'fp7'",
-        "rule 4: scheme: unknown key 'scale', bits True is not one of", "group_size 64.0 is not one of",
-        "dtype is missing", "rule 5: expected an object",
-        '{"mode": "affine", "bits": 2|3|4|5|6|8, "group_size": 32|64|128',
-    ):  # fmt: skip
-        assert part in message
+    for place in ("name", "version", "author", "method", "budget.bytes", "rules.0.scheme", "rules.1.pattern",
+                  "rules.2.scheme", "rules.3.because", "rules.4"):  # fmt: skip
+        assert message.count(f" {place}: ") == 1, place
+    assert message.count('{"mode": "affine", "bits": 2|3|4|5|6|8, "group_size": 32|64|128') == 2
     assert "\n" not in message
 
 
 @pytest.mark.parametrize("document", [[], "int4", None, {"name": "x", "version": 2, "rules": []}])
-def test_what_is_no_recipe(document):
-    with pytest.raises(UserError, match="rules"):
+def test_documents_without_rules(document):
+    with pytest.raises(UserError, match=r"recipe: : Input should be an object, got|recipe x: rules: got none"):
         recipe_from_json(document)
 
 
@@ -83,7 +73,7 @@ def test_files_that_cannot_be_read(tmp_path):
     broken, twice = tmp_path / "broken.json", tmp_path / "twice.json"
     broken.write_text("{")
     twice.write_text('{"name": "x", "name": "y", "version": 2, "rules": []}')
-    with pytest.raises(UserError, match="not readable as JSON"):
+    with pytest.raises(UserError, match=r"no JSON \("):
         load_recipe(broken)
     with pytest.raises(UserError, match=r"the key .* twice"):
         load_recipe(twice)
@@ -161,45 +151,40 @@ def test_choices_and_a_budget():
 def test_a_size_in_the_name():
     assert load_recipe("fit:400MB").budget == Budget(bytes=400_000_000)
     assert load_recipe("fit:1.5GB").budget == Budget(bytes=1_500_000_000)
-    assert (
-        load_recipe("fit:4.5bpw").budget == Budget(bits_per_weight=4.5)
-        and load_recipe("fit:4.5bpw").name == "fit:4.5bpw"
-    )
+    assert load_recipe("fit:4.5bpw").budget == Budget(bits_per_weight=4.5)
+    assert load_recipe("fit:4.5bpw").name == "fit:4.5bpw"
     for text in ("fit:", "fit:400", "fit:0MB", "fit:-1GB", "fit:1e3MB", "fit:400MB:400MB"):
         with pytest.raises(UserError, match="expected one such as 400MB"):
             load_recipe(text)
-    with pytest.raises(UserError, match="int4 takes no size"):
+    with pytest.raises(UserError, match="int4:400MB: takes no size"):
         load_recipe("int4:400MB")
 
 
 @pytest.mark.parametrize(
-    ("keys", "rule", "message"),
+    ("keys", "rule", "place"),
     [
-        ({"method": "magic"}, {}, "method: expected one of rtn, awq, gptq, dwq, got 'magic'"),
-        ({"budget": {"bytes": 4}}, {}, "budget: no rule offers choices to spend it on"),
-        ({"budget": {"bytes": 0}}, {"scheme": None, "choices": [INT4, INT8]}, "budget: expected"),
-        ({"budget": {"bytes": 4, "bits_per_weight": 1}}, {}, "budget: expected"),
+        ({"budget": {"bytes": 4}}, {}, "no rule offers choices to spend a budget on"),
+        ({"budget": {"bytes": 4, "bits_per_weight": 1}}, {}, "budget: expected either"),
         ({"method": "awq"}, {"scheme": None, "choices": [INT4, INT8]}, "method awq takes one scheme"),
-        ({}, {"choices": [INT4, INT8]}, "rule 1: has both scheme and choices"),
-        ({}, {"scheme": None, "choices": [INT4]}, "choices: expected a list of at least two schemes"),
-        ({}, {"layers": {"first": 2}}, "rule 1: layers: expected"),
-        ({}, {"layers": {}}, "rule 1: layers: expected"),
-        ({}, {"layers": {"every": True}}, "rule 1: layers: expected"),
-        ({}, {"layers": {"second": 1}}, "rule 1: layers: expected"),
-        ({}, {"scheme": {"mode": "coreml", "form": "int8"}}, 'rule 1: mode "coreml" is for patterns that begin'),
-        ({}, {"pattern": "vision_encoder.*"}, 'rule 1: mode "coreml" is for patterns that begin'),
-        (
-            {},
-            {"pattern": "vision_encoder.*", "scheme": {"mode": "coreml", "form": "jpeg"}},
-            "form 'jpeg' is not one of",
-        ),
+        ({}, {"choices": [INT4, INT8]}, "rules.0: expected either"),
+        ({}, {"scheme": None, "choices": [INT4]}, "rules.0: expected either"),
+        ({}, {"scheme": None}, "rules.0: expected either"),
+        ({}, {"layers": {"first": 2}}, "rules.0.layers.first: "),
+        ({}, {"layers": {}}, "rules.0.layers: expected"),
+        ({}, {"layers": {"every": True}}, "rules.0.layers.every: "),
+        ({}, {"layers": {"second": 1}}, "rules.0.layers.second: "),
+        ({}, {"scheme": {"mode": "coreml", "form": "int8"}}, 'rules.0: mode "coreml" is for'),
+        ({}, {"pattern": "vision_encoder.*"}, 'rules.0: mode "coreml" is for'),
+        ({}, {"pattern": "vision_encoder.*", "scheme": {"mode": "coreml", "form": "jpeg"}}, "rules.0.scheme: no such"),
+        ({}, {"scheme": {"mode": "fp7"}}, "rules.0.scheme: no such"),
+        ({}, {"scheme": {"mode": []}}, "rules.0.scheme: no such"),
+        ({}, {"scheme": {"dtype": "int8"}}, "rules.0.scheme: no such"),
     ],
 )
-def test_faults_of_what_is_new(keys, rule, message):
+def test_refusals_name_the_place(keys, rule, place):
     first = {key: value for key, value in ({"pattern": "*", "scheme": INT4} | rule).items() if value is not None}
-    with pytest.raises(UserError) as error:
+    with pytest.raises(UserError, match=re.escape(place)):
         recipe(first, ALL, **keys)
-    assert message in str(error.value)
 
 
 def test_methods_take_what_mlx_lm_takes():

@@ -1,4 +1,4 @@
-"""What a scheme says it stores is what it stores, and what MLX makes of the same settings."""
+"""Schemes store what they say, which is what MLX makes of the same settings."""
 
 import itertools
 
@@ -26,7 +26,7 @@ def weight(scheme: Scheme) -> torch.Tensor:
 
 def read_back(document: dict, pattern: str = "*") -> Scheme:
     rules = [{"pattern": pattern, "scheme": document}]
-    return recipe_from_json({"name": "one", "version": 2, "rules": rules}).rules[0].choices[0]
+    return recipe_from_json({"name": "one", "version": 2, "rules": rules}).rules[0].schemes[0]
 
 
 @pytest.mark.parametrize("scheme", STORED, ids=str)
@@ -39,7 +39,7 @@ def test_what_is_stored_is_what_parts_say(scheme):
         assert torch_bytes(part) == torch_bytes(halves[0][name]) + torch_bytes(halves[1][name])
 
 
-@pytest.mark.parametrize("scheme", [one for one in STORED if one.mlx()], ids=str)
+@pytest.mark.parametrize("scheme", [scheme for scheme in STORED if scheme.mlx()], ids=str)
 def test_the_entry_gives_a_module_that_takes_the_parts(scheme):
     """mlx-lm hands the entry of config.json to `to_quantized`, then loads the parts strictly."""
     layer = mlx_nn.Linear(MATRIX[1], MATRIX[0], bias=False).to_quantized(**scheme.mlx())
@@ -52,7 +52,7 @@ def test_the_entry_gives_a_module_that_takes_the_parts(scheme):
 
 @pytest.mark.parametrize("scheme", STORED, ids=str)
 def test_json_and_back(scheme):
-    assert [one for one in STORED if one == read_back(scheme.to_json())] == [scheme]
+    assert [stored for stored in STORED if stored == read_back(scheme.to_json())] == [scheme]
 
 
 def test_the_encoders_forms():
@@ -77,12 +77,12 @@ def test_what_a_scheme_cannot_store(document, shape, fault):
 
 
 def test_the_legal_combinations_in_a_line():
-    said = legal_combinations()
-    assert "\n" not in said and all(mode in said for mode in MODES)
+    legal = legal_combinations()
+    assert "\n" not in legal and all(mode in legal for mode in MODES)
     for scheme in STORED:
-        assert all(str(value) in said for value in scheme.to_json().values())
+        assert all(str(value) in legal for value in scheme.to_json().values())
     for document in ({"mode": "mxfp4", "bits": 4, "dtype": "float16"}, {"mode": "mxfp4"}, {"mode": "mxfp6"},
                      {"mode": "nvfp4", "dtype": "int8"}):  # fmt: skip
         with pytest.raises(UserError) as error:
             read_back(document)
-        assert said in str(error.value)
+        assert legal in str(error.value)

@@ -12,12 +12,9 @@ would be stored in fp16: statistics, squares, exponentials, scores. What stays o
 Tensors are float32 holding fp16 numbers, and so are the results. Arguments are not written over.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 
 from ..rounding import round_fp16
 
@@ -48,21 +45,6 @@ def affine(
     return x if beta is None else round_fp16(x.add_(beta.reshape(*shape)))
 
 
-def l2_normalized(x: torch.Tensor, axes: list[int], epsilon: float) -> torch.Tensor:
-    """x / sqrt(sum of squares + epsilon): square, sum, sum, rsqrt, product."""
-    total = round_fp16(round_fp16(x.square()).sum(axes, keepdim=True))
-    return standardized(x.clone(), total, epsilon)
-
-
-def local_response_normalized(x: torch.Tensor, size: int, alpha: float, beta: float, k: float) -> torch.Tensor:
-    """x / (k + alpha * mean of squares over channels) ** beta: square, mean, product, sum, power, quotient."""
-    squares = round_fp16(x.square()).flatten(2).unsqueeze(1)
-    padded = F.pad(squares, (0, 0, size // 2, (size - 1) // 2))
-    mean = round_fp16(F.avg_pool2d(padded, (size, 1), stride=1).squeeze(1).reshape(x.shape))
-    base = round_fp16(round_fp16(mean.mul_(constant(alpha))).add_(constant(k)))
-    return round_fp16(x / round_fp16(base.pow_(constant(beta))))
-
-
 def softmax(x: torch.Tensor, axis: int) -> torch.Tensor:
     """exp(x - max) / sum of the same: maximum (exact), difference, exponential, sum, quotient.
 
@@ -75,26 +57,6 @@ def softmax(x: torch.Tensor, axis: int) -> torch.Tensor:
 def softplus(x: torch.Tensor) -> torch.Tensor:
     """log(1 + exp(x)): exponential, sum, logarithm. Overflows from 11.1, on an M3 Max from 10.4 (coremltools #2687)."""
     return round_fp16(round_fp16(round_fp16(x.exp()).add_(1)).log_())
-
-
-def log_sum_exp(x: torch.Tensor, axes: list[int], keep: bool) -> torch.Tensor:
-    """log(sum of exp(x)): exponential, sum, logarithm; without a shift, as on an M3 Max (coremltools #2690)."""
-    return log_sum(round_fp16(x.exp()), axes, keep)
-
-
-def sum_square(x: torch.Tensor, axes: list[int], keep: bool) -> torch.Tensor:
-    """Square, sum."""
-    return round_fp16(round_fp16(x.square()).sum(axes, keepdim=keep))
-
-
-def l2_norm(x: torch.Tensor, axes: list[int], keep: bool) -> torch.Tensor:
-    """Square, sum, square root."""
-    return round_fp16(sum_square(x, axes, keep).sqrt_())
-
-
-def log_sum(x: torch.Tensor, axes: list[int], keep: bool) -> torch.Tensor:
-    """Sum, logarithm."""
-    return round_fp16(round_fp16(x.sum(axes, keepdim=keep)).log_())
 
 
 def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:

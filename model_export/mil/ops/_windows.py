@@ -1,7 +1,5 @@
 """Padding of sliding windows, shared by convolution and pooling."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch
@@ -43,7 +41,7 @@ def padding(
 
 
 def windows(size: int | None, before: int, after: int, kernel: int, stride: int, dilation: int = 1) -> int | None:
-    """How many windows fit along a dimension. Unsupported where padding makes it larger than any picture."""
+    """The number of windows along a dimension. Unsupported where padding makes it larger than any picture."""
     if before + after > _MOST_PADDING:
         raise Unsupported(f"padding of {before} and {after}")
     return None if size is None else (size + before + after - dilation * (kernel - 1) - 1) // stride + 1

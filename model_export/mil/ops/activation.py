@@ -1,7 +1,5 @@
 """Activations. Semantics: coremltools defs `activation.py`."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 
@@ -9,7 +7,6 @@ import torch
 import torch.nn.functional as F
 
 from ..registry import Kernel, Node, Unsupported, mil_op
-from ..rounding import round_fp16
 from . import _strict
 
 Unary = Callable[[torch.Tensor], torch.Tensor]
@@ -90,7 +87,7 @@ def prelu(node: Node) -> Kernel:
 @mil_op("softplus_parametric")
 def softplus_parametric(node: Node) -> Kernel:
     """alpha_c log(1 + exp(beta_c x)), c being the second dimension."""
-    step: Unary = round_fp16 if node.decomposes else lambda x: x
+    step = node.step
     function = _strict.softplus if node.decomposes else partial(F.softplus, threshold=88.0)
 
     def run(x: torch.Tensor, alpha: torch.Tensor, beta: torch.Tensor) -> torch.Tensor:

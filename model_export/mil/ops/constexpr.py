@@ -3,8 +3,6 @@
 Semantics: coremltools defs `iOS16/constexpr_ops.py` and `iOS18/compression.py`; an operand may be another one's result.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch
@@ -141,10 +139,10 @@ def _chunked(table: torch.Tensor, indices: torch.Tensor, starts: dict[int, torch
         rows = indices[first : first + count].to(torch.int32)
         for place, start in starts.items():
             rows += start[first : first + count] if place == 0 else start
-        found = table.index_select(0, rows.reshape(-1)).reshape(*rows.shape, *table.shape[1:])
+        looked_up = table.index_select(0, rows.reshape(-1)).reshape(*rows.shape, *table.shape[1:])
         if table.ndim == 2:  # the vector's elements come after the index's place along the axis
-            found = found.movedim(-1, axis + 1).flatten(axis, axis + 1)
-        result[first * factor : (first + count) * factor] = found
+            looked_up = looked_up.movedim(-1, axis + 1).flatten(axis, axis + 1)
+        result[first * factor : (first + count) * factor] = looked_up
     return result
 
 

@@ -1,7 +1,5 @@
 """The one branch-free operation of coremltools defs `control_flow.py` (const belongs to the executor)."""
 
-from __future__ import annotations
-
 import torch
 
 from ..registry import Kernel, Node, broadcast, mil_op

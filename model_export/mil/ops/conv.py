@@ -1,7 +1,5 @@
 """Convolutions. Semantics: coremltools defs `conv.py`."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -48,7 +46,7 @@ def conv(node: Node) -> Kernel:
     ):  # oneDNN doesn't ask
         raise Unsupported(f"x {type} for a weight {node.type_of('weight')} in {groups} groups and its bias")
     spread = zip(type.shape[2:], before, after, kernel, strides, dilations)
-    node.expects(type.shape[0], outer, *(windows(*one) for one in spread))
+    node.expects(type.shape[0], outer, *(windows(*axis) for axis in spread))
     symmetric = before == after
     inner = before if symmetric else [0] * spatial
 
@@ -59,7 +57,7 @@ def conv(node: Node) -> Kernel:
         padded = (*static[:2], *(size if symmetric else size + b + a for size, b, a in zip(static[2:], before, after)))
         if node.policy.int8 and int8.AVAILABLE and _is_pointwise(weight, groups, static, node.type):
             rows = static[0] * static[2] * static[3]
-            layer = int8.Int8Linear(weight.flatten(1), bias, rows, node.policy.half)
+            layer = int8.Int8Linear(weight.flatten(1), bias, rows, node.policy.holds(node.type.dtype))
             return replace(node.kernel(int8.pointwise(layer), "x"), pointwise=layer)
         packed = onednn.conv2d(weight, bias, strides, inner, dilations, groups, padded)
 
@@ -94,7 +92,9 @@ def conv_transpose(node: Node) -> Kernel:
         raise Unsupported("an output size known only at run time")
     full = [
         None if size is None else (size - 1) * stride + dilation * ((kernel or 1) - 1) + 1
-        for size, kernel, stride, dilation in zip(*(one[2:] for one in node.shapes("x", "weight")), strides, dilations)
+        for size, kernel, stride, dilation in zip(
+            *(sizes[2:] for sizes in node.shapes("x", "weight")), strides, dilations
+        )
     ]
     if math.prod(size or 1 for size in full) > MOST_BYTES or any(size < 1 for size in sizes if size is not None):
         raise Unsupported(f"a full result of {full}")

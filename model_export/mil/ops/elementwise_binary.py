@@ -1,7 +1,5 @@
 """Operations on two broadcast tensors. Semantics: coremltools defs `elementwise_binary.py`."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

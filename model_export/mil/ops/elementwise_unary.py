@@ -1,47 +1,25 @@
 """Operations on each element of one tensor. Semantics: coremltools defs `elementwise_unary.py`."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch
 
 from ..dtypes import STORAGE
 from ..registry import Kernel, Node, Unsupported, mil_op
-from ..rounding import round_fp16
 
 Unary = Callable[[torch.Tensor], torch.Tensor]
 
-# type: (function, the same in place or None, whether fp16 operands give fp16 results exactly)
-_UNARY: dict[str, tuple[Unary, Unary | None, bool]] = {
-    "abs": (torch.abs, torch.abs_, True),
-    "acos": (torch.acos, torch.acos_, False),
-    "asin": (torch.asin, torch.asin_, False),
-    "atan": (torch.atan, torch.atan_, False),
-    "atanh": (torch.atanh, torch.atanh_, False),
-    "ceil": (torch.ceil, torch.ceil_, True),
-    "cos": (torch.cos, torch.cos_, False),
-    "cosh": (torch.cosh, torch.cosh_, False),
-    "erf": (torch.erf, torch.erf_, False),
-    "exp": (torch.exp, torch.exp_, False),
-    "exp2": (torch.exp2, torch.exp2_, False),
-    "floor": (torch.floor, torch.floor_, True),
-    "logical_not": (torch.logical_not, None, True),
-    "round": (torch.round, torch.round_, True),
-    "sign": (torch.sign, None, True),
-    "sin": (torch.sin, torch.sin_, False),
-    "sinh": (torch.sinh, torch.sinh_, False),
-    "sqrt": (torch.sqrt, torch.sqrt_, False),
-    "square": (torch.square, torch.square_, False),
-    "tan": (torch.tan, torch.tan_, False),
-    "tanh": (torch.tanh, torch.tanh_, False),
-}
+# Operations that PyTorch has under the same names: those that give fp16 exactly for fp16 operands, and the others.
+_EXACT = ("abs", "ceil", "floor", "logical_not", "round", "sign")
+_ROUNDED = (
+    "acos", "asin", "atan", "atanh", "cos", "cosh", "erf", "exp", "exp2", "sin", "sinh", "sqrt", "square", "tan", "tanh"
+)  # fmt: skip
 
 
-@mil_op(*_UNARY)
+@mil_op(*_EXACT, *_ROUNDED)
 def unary(node: Node) -> Kernel:
-    function, inplace, exact = _UNARY[node.operation.type]
-    return node.kernel(function, "x", exact=exact, inplace=inplace)
+    name = node.operation.type
+    return node.kernel(getattr(torch, name), "x", exact=name in _EXACT, inplace=getattr(torch, f"{name}_", None))
 
 
 # Defaults of epsilon, which is added to x.
@@ -56,10 +34,8 @@ def shifted(node: Node) -> Kernel:
     if epsilon is None:
         default = torch.tensor(_EPSILON[node.operation.type])
         epsilon = default.to(STORAGE[node.type.dtype]).item()
-    function = _SHIFTED[node.operation.type]
-    if node.decomposes:
-        return node.kernel(lambda x: function(round_fp16(x + epsilon)), "x")
-    return node.kernel(lambda x: function(x + epsilon), "x")
+    function, step = _SHIFTED[node.operation.type], node.step
+    return node.kernel(lambda x: function(step(x + epsilon)), "x")
 
 
 @mil_op("clip")

@@ -1,7 +1,5 @@
 """Resizing of the last two dimensions. Semantics: coremltools defs `image_resizing.py`."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 

@@ -1,7 +1,5 @@
 """Matrix products. Semantics: coremltools defs `linear.py`."""
 
-from __future__ import annotations
-
 import math
 
 import torch

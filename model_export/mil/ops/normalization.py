@@ -3,10 +3,6 @@
 Each is one operation, computed in float32 and rounded once after; under strict-fp16 the chain of `_strict`.
 """
 
-from __future__ import annotations
-
-from functools import partial
-
 import torch
 import torch.nn.functional as F
 
@@ -72,8 +68,8 @@ def layer_norm(node: Node) -> Kernel:
         return F.layer_norm(x, normalized, gamma, beta, epsilon)
 
     def general(x: torch.Tensor, gamma: Weight, beta: Weight) -> torch.Tensor:
-        kept = [axis for axis in range(rank) if axis not in axes]
-        order = kept + axes
+        others = [axis for axis in range(rank) if axis not in axes]
+        order = others + axes
         result = trailing(x.permute(order), gamma, beta)
         return result.permute([order.index(axis) for axis in range(rank)])
 
@@ -85,19 +81,26 @@ def layer_norm(node: Node) -> Kernel:
 
 @mil_op("l2_norm")
 def l2_norm(node: Node) -> Kernel:
-    """x / sqrt(sum of squares over the last three dimensions + epsilon)."""
-    epsilon = node.const("epsilon", 1e-6)
-    if node.decomposes:
-        return node.kernel(lambda x: _strict.l2_normalized(x, [-3, -2, -1], epsilon), "x", exact=True)
-    return node.kernel(lambda x: x / torch.sqrt(x.square().sum((-3, -2, -1), keepdim=True) + epsilon), "x")
+    """x / sqrt(sum of squares over the last three dimensions + epsilon): square, sum, sum, rsqrt, product."""
+    step, epsilon = node.step, node.typed("epsilon", 1e-6)
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        total = step(step(x.square()).sum((-3, -2, -1), keepdim=True))
+        return x * step(step(total + epsilon).rsqrt())
+
+    return node.kernel(run, "x")
 
 
 @mil_op("local_response_norm")
 def local_response_norm(node: Node) -> Kernel:
-    """x / (k + alpha / size * sum of squares over `size` neighbouring channels) ** beta."""
-    size, alpha = node.const("size"), node.const("alpha", 1e-4)
-    beta, k = node.const("beta", 0.75), node.const("k", 1.0)
-    if node.decomposes:
-        chain = partial(_strict.local_response_normalized, size=size, alpha=alpha, beta=beta, k=k)
-        return node.kernel(chain, "x", exact=True)
-    return node.kernel(lambda x: F.local_response_norm(x, size, alpha, beta, k), "x")
+    """x / (k + alpha * mean of squares over `size` neighbouring channels) ** beta: square, mean, product, sum, power,
+    quotient."""
+    step, size = node.step, node.const("size")
+    alpha, beta, k = node.typed("alpha", 1e-4), node.typed("beta", 0.75), node.typed("k", 1.0)
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        squares = F.pad(step(x.square()).flatten(2).unsqueeze(1), (0, 0, size // 2, (size - 1) // 2))
+        mean = step(F.avg_pool2d(squares, (size, 1), stride=1).squeeze(1).reshape(x.shape))
+        return x / step(step(step(mean * alpha) + k).pow(beta))
+
+    return node.kernel(run, "x")

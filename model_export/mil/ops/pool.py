@@ -1,7 +1,5 @@
 """Pooling. Semantics: coremltools defs `pool.py`."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -39,7 +37,7 @@ def _window(node: Node) -> _Window:
                 raise Unsupported("ceil_mode with a size known only at run time")
             if (out - 1) * strides[axis] + sizes[axis] > size + before[axis] + after[axis]:
                 raise Unsupported("ceil_mode with an incomplete last window")
-    node.expects(*type.shape[:2], *(windows(*one) for one in zip(type.shape[2:], before, after, sizes, strides)))
+    node.expects(*type.shape[:2], *(windows(*axis) for axis in zip(type.shape[2:], before, after, sizes, strides)))
     return _Window(spatial, sizes, strides, before, after)
 
 

@@ -1,53 +1,58 @@
-"""Reductions. Semantics: coremltools defs `reduction.py`."""
+"""Reductions. Semantics: coremltools defs `reduction.py`.
 
-from __future__ import annotations
+Under strict-fp16 each intermediate is rounded. A logarithm of a sum of exponentials is then taken without a shift by
+the maximum, as on an M3 Max (coremltools #2690).
+"""
 
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from ..registry import Kernel, Node, mil_op
-from . import _strict
 
 
-def _prod(x: torch.Tensor, axes: list[int], keep: bool) -> torch.Tensor:
+def _prod(x: Tensor, axes: list[int], keep: bool) -> Tensor:
     for axis in sorted((axis % x.ndim for axis in axes), reverse=True):
         x = torch.prod(x, axis, keepdim=keep)
     return x
 
 
-Reduction = Callable[[torch.Tensor, list[int], bool], torch.Tensor]
-
 # type: (function of the tensor, the axes and whether to keep them, whether fp16 operands give fp16 results exactly)
-_REDUCTIONS: dict[str, tuple[Reduction, bool]] = {
+_PLAIN: dict[str, tuple[Callable[[Tensor, list[int], bool], Tensor], bool]] = {
     "reduce_sum": (torch.sum, False),
     "reduce_mean": (torch.mean, False),
     "reduce_max": (torch.amax, True),
     "reduce_min": (torch.amin, True),
     "reduce_prod": (_prod, False),
     "reduce_l1_norm": (lambda x, axes, keep: x.abs().sum(axes, keep), False),
-    "reduce_l2_norm": (lambda x, axes, keep: x.square().sum(axes, keep).sqrt(), False),
-    "reduce_log_sum": (lambda x, axes, keep: x.sum(axes, keep).log(), False),
-    "reduce_log_sum_exp": (torch.logsumexp, False),
-    "reduce_sum_square": (lambda x, axes, keep: x.square().sum(axes, keep), False),
 }
-
-_CHAINS: dict[str, Reduction] = {
-    "reduce_l2_norm": _strict.l2_norm,
-    "reduce_log_sum": _strict.log_sum,
-    "reduce_log_sum_exp": _strict.log_sum_exp,
-    "reduce_sum_square": _strict.sum_square,
+# type: function of the same, and of what each intermediate goes through
+_COMPOSITE: dict[str, Callable[[Tensor, list[int], bool, Callable[[Tensor], Tensor]], Tensor]] = {
+    "reduce_l2_norm": lambda x, axes, keep, step: step(step(x.square()).sum(axes, keep)).sqrt(),
+    "reduce_log_sum": lambda x, axes, keep, step: step(x.sum(axes, keep)).log(),
+    "reduce_log_sum_exp": lambda x, axes, keep, step: step(step(x.exp()).sum(axes, keep)).log(),
+    "reduce_sum_square": lambda x, axes, keep, step: step(x.square()).sum(axes, keep),
 }
 
 
-@mil_op(*_REDUCTIONS)
-def reduction(node: Node) -> Kernel:
-    function, exact = _REDUCTIONS[node.operation.type]
-    if node.decomposes and node.operation.type in _CHAINS:
-        function, exact = _CHAINS[node.operation.type], True
-    axes = node.const("axes", list(range(node.rank("x"))))
-    keep = node.const("keep_dims", False)
+@mil_op(*_PLAIN)
+def plain(node: Node) -> Kernel:
+    function, exact = _PLAIN[node.operation.type]
+    axes, keep = _axes(node)
     return node.kernel(lambda x: function(x, axes, keep).to(x.dtype), "x", exact=exact)
+
+
+@mil_op(*_COMPOSITE)
+def composite(node: Node) -> Kernel:
+    function, (axes, keep), step = _COMPOSITE[node.operation.type], _axes(node), node.step
+    if node.operation.type == "reduce_log_sum_exp" and not node.decomposes:
+        return node.kernel(lambda x: torch.logsumexp(x, axes, keep), "x")
+    return node.kernel(lambda x: function(x, axes, keep, step).to(x.dtype), "x")
+
+
+def _axes(node: Node) -> tuple[list[int], bool]:
+    return node.const("axes", list(range(node.rank("x")))), node.const("keep_dims", False)
 
 
 @mil_op("reduce_argmax", "reduce_argmin")

@@ -1,7 +1,5 @@
 """Gathering. Semantics: coremltools defs `scatter_gather.py`."""
 
-from __future__ import annotations
-
 import torch
 
 from ..registry import Kernel, Node, Unsupported, broadcast, mil_op

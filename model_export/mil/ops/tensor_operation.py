@@ -1,7 +1,5 @@
 """Joining, splitting, padding, sorting. Semantics: coremltools defs `tensor_operation.py`."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 

@@ -1,7 +1,5 @@
 """Operations that move elements: every result is exact. Semantics: coremltools defs `tensor_transformation.py`."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

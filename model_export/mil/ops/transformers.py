@@ -1,7 +1,5 @@
 """Attention as one operation, since iOS 18. Semantics: coremltools defs `iOS18/transformers.py`."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 
@@ -15,7 +13,7 @@ def scaled_dot_product_attention(node: Node) -> Kernel:
 
     query, key, value = node.shapes("query", "key", "value")
     leading = [query[:-2], key[:-2], value[:-2]]
-    if any(broadcast(one, query[:-2]) != list(query[:-2]) for one in leading):
+    if any(broadcast(shape, query[:-2]) != list(query[:-2]) for shape in leading):
         raise Unsupported(f"query, key and value of shapes {query}, {key}, {value}")
     node.expects(*query[:-1], value[-1])
 

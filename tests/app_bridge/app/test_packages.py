@@ -8,6 +8,7 @@ import pytest
 from app_bridge.app import facts, packages
 from app_bridge.app.facts import AppFacts, Package
 from app_bridge.app.swift import Program
+from app_bridge.install import guide
 from fastvlm.common.errors import UserError
 from quantization.catalogue import LOADERS
 
@@ -208,7 +209,12 @@ def test_sources_that_no_version_fits() -> None:
 
 @pytest.mark.parametrize(
     ("facts_", "name"),
-    [(PUBLISHED, "demo app"), (app(GOOD_59, PULL_59), "app 2.25"), (app(GOOD_78, PULL_78), "app 3.31")],
+    [
+        (PUBLISHED, "demo app"),
+        (app(GOOD_59, PULL_59), "app 2.25"),
+        (app(GOOD_78, PULL_78), "app 3.31"),
+        (guide.own_app(), "app 3.31"),
+    ],
 )
 def test_what_loads_the_weights(facts_: AppFacts, name: str) -> None:
     assert packages.loader(facts_) == next(loader for loader in LOADERS if loader.name == name)
@@ -217,13 +223,12 @@ def test_what_loads_the_weights(facts_: AppFacts, name: str) -> None:
 def test_a_requirement_allows_what_xcode_allows() -> None:
     def allowed(kind: str, least: str, most: str | None = None) -> list[str]:
         package = Package("x", "", kind, least, most)
-        return [v for v in ("0.1.18", "0.1.20", "0.2.0", "1.0.0", "1.10.0", "2.0.0") if packages._allows(package, v)]
+        return [v for v in ("0.1.18", "0.1.20", "0.2.0", "1.0.0", "1.10.0", "2.0.0") if packages.allows(package, v)]
 
     assert allowed("upToNextMajorVersion", "0.1.19") == ["0.1.20", "0.2.0"]
     assert allowed("upToNextMajorVersion", "1.0") == ["1.0.0", "1.10.0"]
     assert allowed("upToNextMinorVersion", "0.1.18") == ["0.1.18", "0.1.20"]
     assert allowed("versionRange", "0.1.20", "1.10.0") == ["0.1.20", "0.2.0", "1.0.0"]
-    assert allowed("branch", "main") == []
 
 
 def test_every_figure_has_a_source() -> None:

@@ -1,18 +1,22 @@
 """What Xcode makes of files in a framework's folder, and what of it would fail the build or the app."""
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from app_bridge.app import sources
 from app_bridge.app.facts import table
 from app_bridge.app.resources import check, collisions, group, resource
 from app_bridge.validation.validate import validate
 from fastvlm.common.findings import errors
 from tests.app_bridge import broken
 from tests.app_bridge.app.conftest import VIEWER
-from tests.app_bridge.models import call, contents, model
+from tests.app_bridge.models import model
+from tests.helpers import contents
+
+Cli = Callable[..., Any]
 
 
 @pytest.mark.parametrize(
@@ -69,30 +73,26 @@ def test_what_collides_in_the_framework(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("verb", ["validate", "bundle"])
-def test_what_collides_is_refused(
-    app: Path, app_artefact: Path, verb: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sources, "differences", lambda read, table: [])
+def test_what_collides_is_refused(app: Path, app_artefact: Path, verb: str, cli: Cli) -> None:
     (app / "FastVLM" / "config.json").write_text("{}")
-    assert call(verb, app_artefact, "--app", app) == 1
-    said = capsys.readouterr()
-    assert "error: resource-collision: FastVLM: config.json\n" in said.err + said.out
+    answer = cli(verb, app_artefact, "--app", app)
+    assert answer.code == 1 and "error: resource-collision: FastVLM: config.json\n" in answer.err + answer.out
     assert not model(app).exists()
 
 
-def test_a_bundle_of_its_own_collides_only_where_xcode_takes_it_in(app: Path, app_artefact: Path) -> None:
+def test_a_bundle_of_its_own_collides_only_where_xcode_takes_it_in(app: Path, app_artefact: Path, cli: Cli) -> None:
     """Our own project's folder (viewer/), with a model in it."""
     shutil.copytree(VIEWER / "Viewer.xcodeproj", app / "Viewer.xcodeproj")
     assert group(app / "FastVLM" / "deep" / "own") == app / "FastVLM" and group(app / "out" / "own") is None
     for name in ("FastVLM", "out"):
         (app / name / "model").mkdir(parents=True)
         (app / name / "model" / "config.json").write_text("{}")
-    assert call("bundle", app_artefact, "--output-dir", app / "FastVLM" / "own") == 1
+    assert cli("bundle", app_artefact, "--output-dir", app / "FastVLM" / "own").code == 1
     assert not (app / "FastVLM" / "own").exists()
-    assert call("bundle", app_artefact, "--output-dir", app / "out" / "own") == 0
+    assert cli("bundle", app_artefact, "--output-dir", app / "out" / "own").code == 0
 
 
-def test_what_a_hubs_client_adds_is_neither_a_fault_nor_bundled(app_artefact: Path, tmp_path: Path) -> None:
+def test_what_a_hubs_client_adds_is_neither_a_fault_nor_bundled(app_artefact: Path, tmp_path: Path, cli: Cli) -> None:
     """`hf download --local-dir` writes notes about each file, in folders of the files' names."""
     folder = broken.linked(app_artefact, tmp_path / "downloaded")
     for name in [*contents(folder), "README.md", ".gitattributes"]:
@@ -103,5 +103,5 @@ def test_what_a_hubs_client_adds_is_neither_a_fault_nor_bundled(app_artefact: Pa
     (folder / ".gitattributes").write_text("*.safetensors filter=lfs\n")
     assert errors(validate(folder, table())) == []
     assert not [one for one in validate(folder, table()) if one.rule in ("name-twice", "file-extra")]
-    assert call("bundle", folder, "--output-dir", tmp_path / "own") == 0
+    assert cli("bundle", folder, "--output-dir", tmp_path / "own").code == 0
     assert contents(tmp_path / "own" / "model") == contents(app_artefact)

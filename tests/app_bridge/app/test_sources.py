@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from app_bridge.app import facts, sources
+from app_bridge.app.differences import differences
 from fastvlm.common.errors import UserError
 from model_export import contract
 from tests.app_bridge.app.app_changes import (
@@ -55,7 +56,7 @@ def refusal(app: Path) -> str:
 
 
 def test_our_app_has_the_tables_facts() -> None:
-    assert sources.differences(sources.read(VIEWER), TABLE) == []
+    assert differences(sources.read(VIEWER), TABLE) == []
     assert sources.read(VIEWER) == TABLE
 
 
@@ -93,17 +94,13 @@ def test_the_contract_and_the_table_agree() -> None:
     assert all(path.startswith(contract.LANGUAGE_PREFIX) for path in others)
 
 
-def test_the_table_survives_json() -> None:
-    assert facts.from_document(json.loads(json.dumps(TABLE.document()))) == TABLE
-
-
 @pytest.mark.parametrize("name", CHANGES)
 def test_one_change_is_one_difference(name: str, change: Change) -> None:
     """Each either as a fact, which has its new value, or as a declaration, with its place."""
     file, old, new, expected = CHANGES[name]
     app = change(file, old, new)
     read = sources.read(app)
-    found = sources.differences(read, TABLE)[: -len(read.changed) or None]
+    found = differences(read, TABLE)[: -len(read.changed) or None]
     said = [line.partition(":")[0].replace("language_model.model.layers.{layer}.", "…") for line in found]
     said += [f"!{changed.what}" for changed in read.changed]
     assert list(dict.fromkeys(said)) == expected, found
@@ -120,7 +117,7 @@ def test_a_difference_says_only_what_differs(change: Change) -> None:
     change(VIEWING, "imageGridThw:", "frames:")
     change("FastVLM/Settings.swift", "let inner: Int", "let inner: Int?")
     app = change(VIEWING, "[1, 256, 3072]", "[1, 64, 3072]")
-    assert sources.differences(sources.read(app), TABLE) == [
+    assert differences(sources.read(app), TABLE) == [
         "output_shape: the app has [1, 64, 3072], the table [1, 256, 3072]",
         "config intermediate_size: required: the app has false, the table true",
         "layers multi_modal_projector.linear_1: the app has it, the table nothing",
@@ -145,13 +142,13 @@ def test_how_files_are_split_does_not_matter(app: Path) -> None:
         path.unlink()
     (folder / "deep").mkdir()
     (folder / "deep" / "All.swift").write_text(text)
-    assert sources.differences(sources.read(app), TABLE) == []
+    assert differences(sources.read(app), TABLE) == []
 
 
 def test_files_outside_of_the_projects_folders_are_not_read(app: Path) -> None:
     (app / "Old").mkdir()
     shutil.copy(app / DECODER, app / "Old" / "Decoder.swift")
-    assert sources.differences(sources.read(app), TABLE) == []
+    assert differences(sources.read(app), TABLE) == []
 
 
 def test_a_file_that_the_target_leaves_out_is_not_read(app: Path, change: Change) -> None:
@@ -167,7 +164,7 @@ def test_a_file_that_the_target_leaves_out_is_not_read(app: Path, change: Change
         "\t\tAA0000000000000000000050 = {isa = PBXFileSystemSynchronizedBuildFileExceptionSet; membershipExceptions = "
         "(Spare.swift, ); target = AA0000000000000000000002; };\n\t\tAA0000000000000000000022 = {",
     )
-    assert sources.differences(sources.read(app), TABLE) == []
+    assert differences(sources.read(app), TABLE) == []
 
 
 def test_the_interfaces_of_mlx_swift_lm_3(change: Change) -> None:
@@ -184,7 +181,7 @@ def test_the_interfaces_of_mlx_swift_lm_3(change: Change) -> None:
         SESSION, "loadContainer(configuration: Viewer.folder)", "loadContainer(from: Viewer.folder, using: loader)"
     )
     read = sources.read(app)
-    assert [line.partition(":")[0] for line in sources.differences(read, TABLE)] == ["api", "Writer.write(_"]
+    assert [line.partition(":")[0] for line in differences(read, TABLE)] == ["api", "Writer.write(_"]
     assert read.changed[0].facts == ("turn", "turn_separator", "prompt_end", "system_prompt")  # only warned of
     assert read.api == (
         "LMInput.ProcessedImage(pixels:frames:)",

@@ -10,37 +10,22 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from app_bridge.__main__ import build_parser
 from app_bridge.memory import fit, limits, report
 from app_bridge.memory.limits import FITS, MIB, NOT, TIGHT, Limit
-from benchmarks.estimate.estimate import devices, facts
-from fastvlm.common.cli import run
+from benchmarks.estimate.devices import devices, facts
 from fastvlm.synthetic.checkpoint import SHAPES
 from quantization.recipe import load_recipe
 
-Run = Callable[..., tuple[int, str, str]]
+Cli = Callable[..., Any]
 
 
-@pytest.fixture
-def command(capsys: pytest.CaptureFixture[str]) -> Run:
-    def call(*arguments: object) -> tuple[int, str, str]:
-        try:
-            code = run(build_parser, ["plan", *map(str, arguments)])
-        except SystemExit as error:  # argparse's own refusals
-            code = int(error.code or 0)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
+def document(cli: Cli, *arguments: object) -> tuple[int, dict[str, Any]]:
+    answer = cli("plan", *arguments, "--json")
+    return answer.code, answer.document
 
 
-def document(command: Run, *arguments: object) -> tuple[int, dict[str, Any]]:
-    code, out, _ = command(*arguments, "--json")
-    return code, json.loads(out.splitlines()[-1])
-
-
-def test_an_artefacts_sizes_are_its_files_and_what_was_planned(command: Run, app_artefact: Path) -> None:
-    code, found = document(command, app_artefact, "--device", "iphone-15-pro")
+def test_an_artefacts_sizes_are_its_files_and_what_was_planned(cli: Cli, app_artefact: Path) -> None:
+    code, found = document(cli, app_artefact, "--device", "iphone-15-pro")
     parts = {part["name"]: part["high"] for part in found["parts"]}
     assert code == 0 and found["passed"] and found["need"]["high"] == sum(parts.values())
     for part, name in (("language model", "model"), ("projector", "multi_modal_projector")):
@@ -62,40 +47,43 @@ def test_verdicts(low: int, high: int, verdict: str) -> None:
     assert Limit(10, 20, ()).verdict(low, high) == verdict
 
 
-def test_a_model_that_does_not_fit_names_the_largest_that_does(command: Run) -> None:
+def test_a_model_that_does_not_fit_names_the_largest_that_does(cli: Cli) -> None:
     asked = ("--shape", "1.5b", "--device", "iphone-12", "--recipe")
-    code, found = document(command, *asked, "fp16")
+    code, found = document(cli, *asked, "fp16")
     best, in_app = found["largest"], found["largest_in_app"]
     assert code == 1 and not found["passed"]
     assert in_app["high"] <= best["high"] <= found["limits"]["increased"]["low"] and "demo app" in in_app["loads_in"]
-    code, again = document(command, *asked, in_app["recipe"])
+    code, again = document(cli, *asked, in_app["recipe"])
     assert (code, again["need"]["high"]) == (0, in_app["high"])
-    names = [one["name"] for one, _ in fit.sized_recipes(SHAPES["1.5b"])]
-    assert document(command, *asked, names[names.index(best["recipe"]) - 1])[0] == 1  # the next larger one
-    code, found = document(command, "--shape", "7b", "--device", "iphone-12")
+    names = [one.name for one, _ in fit.sized_recipes(SHAPES["1.5b"])]
+    assert document(cli, *asked, names[names.index(best["recipe"]) - 1])[0] == 1  # the next larger one
+    code, found = document(cli, "--shape", "7b", "--device", "iphone-12")
     assert (code, found["largest"], found["largest_in_app"]) == (1, None, None)
 
 
-def test_the_entitlement_decides_and_no_source_is_quoted(command: Run) -> None:
+def test_the_entitlement_decides_and_no_source_is_quoted(cli: Cli) -> None:
     asked = ("--shape", "7b", "--recipe", "int4", "--device", "iphone-16-pro")
-    code, found = document(command, *asked)
+    code, found = document(cli, *asked)
     assert code == 0
     assert {state: limit["verdict"] for state, limit in found["limits"].items()} == {"increased": FITS, "default": NOT}
     line = report.verdict(found)
     assert "fits (the published app has the entitlement); without it does not fit" in line
-    out = command(*asked)[1]
+    out = cli("plan", *asked).out
     assert " ".join(out.split()).endswith(line) and "http" not in out
     sources = [source for limit in found["limits"].values() for source in limit["sources"]]
     assert sources and not any(source["says"] in " ".join(out.split()) for source in sources)
 
 
-def test_a_given_limit_takes_any_device(command: Run) -> None:
-    assert document(command, "--shape", "0.5b", "--limit", "3.0GB")[0] == 0
-    code, found = document(command, "--shape", "0.5b", "--limit", "1GiB", "--device", "vision-pro")
+def test_a_given_limit_takes_any_device(cli: Cli) -> None:
+    assert document(cli, "--shape", "0.5b", "--limit", "3.0GB")[0] == 0
+    code, found = document(cli, "--shape", "0.5b", "--limit", "1GiB", "--device", "vision-pro")
     started = next(part["low"] for part in found["parts"] if part["name"] == "app")
     assert code == 1 and started == 95 * MIB  # what was given is what was left beside it
     assert found["limits"]["default"]["low"] == found["limits"]["increased"]["high"] == 1024 * MIB + started
-    assert "1.07 GB as you measured it" in command("--shape", "0.5b", "--limit", "1GiB")[1]
+    assert "1.07 GB as you measured it" in cli("plan", "--shape", "0.5b", "--limit", "1GiB").out
+    assert report.verdict(found).endswith("take a smaller model.")
+    small = document(cli, "--shape", "0.5b", "--limit", "50MB")[1]
+    assert report.verdict(small).endswith("No model fits for sure: the app alone takes 99.6 MB to 419 MB.")
 
 
 @pytest.mark.parametrize(
@@ -136,8 +124,9 @@ SHAPE, DEVICE = ("--shape", "0.5b"), ("--device", "m1")
         ((), ["ARTEFACT", "--device"]),
         (("x", *SHAPE, *DEVICE), ["--shape"]),
         (("x", "--recipe", "int4", *DEVICE), ["--recipe"]),
-        (("--shape", "9b", "--memory", "8", "--prompt-length", "9999"),
-         ["--shape", "0.5b, 1.5b, 7b", "--memory", "--prompt-length", "--device"]),
+        (("--shape", "9b", "--limit", "3", "--prompt-length", "9999"),
+         ["--shape", "0.5b, 1.5b, 7b", "--limit", "--prompt-length"]),
+        (("--shape", "7b", "--memory", "8"), ["--memory", "--device"]),
         ((*SHAPE, "--device", "pixel-9"), ["unknown", "--limit 3.0GB"]),
         *(((*SHAPE, "--device", device), [f"--device {device}", nearest]) for device, nearest in (
             ("iPhone 13 Max", "iphone-13"), ("iphone-16e", "iphone-16"), ("M6 Pro", "m4-pro"),
@@ -149,16 +138,13 @@ SHAPE, DEVICE = ("--shape", "0.5b"), ("--device", "m1")
         ((*SHAPE, *DEVICE, "--recipe", "int7"), ["int7"]),
         ((*SHAPE, *DEVICE, "--recipe", "fit"), ["fit"]),
         *(((*SHAPE, *DEVICE, "--prompt-length", text), ["--prompt-length"]) for text in ("-1", "many")),
-        ((*SHAPE, "--measure"), ["--measure"]),
-        (("x", "--measure", *DEVICE), ["--measure"]),
-        (("--table", *DEVICE), ["--table", "device"]),
         (("/nowhere", *DEVICE), ["/nowhere"]),
     ],
 )  # fmt: skip
-def test_refusals_are_one_line_with_every_fault(command: Run, arguments: tuple[str, ...], messages: list[str]) -> None:
-    code, out, err = command(*arguments)
-    assert (code, err.count("\n")) == (2, 1) and err.startswith("error: ")
-    assert all(message in err for message in messages) and "Traceback" not in err + out
+def test_refusals_are_one_line_with_every_fault(cli: Cli, arguments: tuple[str, ...], messages: list[str]) -> None:
+    answer = cli("plan", *arguments)
+    assert (answer.code, answer.err.count("\n")) == (2, 1) and answer.err.startswith("error: ")
+    assert all(message in answer.err for message in messages)
 
 
 @pytest.mark.parametrize(
@@ -172,7 +158,7 @@ def test_refusals_are_one_line_with_every_fault(command: Run, arguments: tuple[s
     ],
 )
 def test_an_unusable_artefact_is_refused(
-    command: Run, app_artefact: Path, tmp_path: Path, name: str, change: Callable[[bytes], bytes]
+    cli: Cli, app_artefact: Path, tmp_path: Path, name: str, change: Callable[[bytes], bytes]
 ) -> None:
     copy = shutil.copytree(app_artefact, tmp_path / "copy")
     before = (copy / name).read_bytes()
@@ -181,11 +167,11 @@ def test_an_unusable_artefact_is_refused(
     manifest = json.loads((copy / "export.json").read_text())
     manifest["files"][name]["size"] = (copy / name).stat().st_size
     (copy / "export.json").write_text(json.dumps(manifest))
-    code, out, err = command(copy, "--device", "m1")
-    assert (code, err.count("\n")) == (2, 1) and "Traceback" not in out + err
+    answer = cli("plan", copy, "--device", "m1")
+    assert (answer.code, answer.err.count("\n")) == (2, 1)
 
 
-def test_an_artefact_of_another_layout_or_half_is_refused(command: Run, app_artefact: Path, tmp_path: Path) -> None:
+def test_an_artefact_of_another_layout_or_half_is_refused(cli: Cli, app_artefact: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(app_artefact, tmp_path / "copy")
     whole = json.loads((copy / "export.json").read_text())
     for change, message in (
@@ -196,10 +182,10 @@ def test_an_artefact_of_another_layout_or_half_is_refused(command: Run, app_arte
         ({"image": {}}, "no image.image_size"),
     ):
         (copy / "export.json").write_text(json.dumps(whole | change))
-        code, _, err = command(copy, "--device", "m1")
-        assert code == 2 and message in err
+        answer = cli("plan", copy, "--device", "m1")
+        assert answer.code == 2 and message in answer.err
     (copy / "model.safetensors").unlink()
-    assert command(copy, "--device", "m1")[0] == 2
+    assert cli("plan", copy, "--device", "m1").code == 2
 
 
 def test_every_device_has_a_sourced_limit_or_asks() -> None:
@@ -243,28 +229,3 @@ def test_the_plan_agrees_with_what_was_reported() -> None:
     assert verdicts["iphone-14-pro"]["increased"] == FITS  # 23: black and hot, but nothing of memory
     assert verdicts["iphone-15"]["increased"] == FITS  # tested
     assert verdicts["iphone-16-pro"]["increased"] == FITS  # 24 doesn't say which model
-
-
-def test_the_table_is_the_one_in_the_docs_and_what_plan_says(command: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    code, found = document(command, "--table")
-    report.print_overview(found)
-    text, out = (Path(__file__).parents[3] / "docs" / "APP.md").read_text(encoding="utf-8"), capsys.readouterr().out
-    stands = text.partition("<!-- plan --table -->\n")[2].partition("<!-- /plan --table -->")[0]
-    assert code == 0 and stands.strip() == out.strip()
-    lines = [line for line in out.splitlines() if line.startswith("| ")]
-    assert len({line.count("|") for line in lines}) == 1 and len(lines) == 1 + len(found["rows"])
-    assert {row["model"] for row in found["rows"]} == {"0.5B", "1.5B", "7B"}
-    assert all(device.name in str(found["columns"]) for device in devices().values())
-    keys = {device.name: device.key for device in devices().values()}
-    cells = {(row["model"], row["recipe"]): row["verdicts"] for row in found["rows"]}
-    seen = set()
-    for model, recipe, place in (("0.5B", "int8", 0), ("1.5B", "fp16", 1), ("7B", "int4", -1), ("7B", "int6", 3)):
-        column, verdicts = found["columns"][place], cells[model, recipe][place]
-        asked = ("--shape", model.lower(), "--recipe", recipe, "--device", keys[column["devices"][0]])
-        code, one = document(command, *asked, "--memory", f"{column['memory_gb']:g}")
-        assert {state: limit["verdict"] for state, limit in one["limits"].items()} == verdicts
-        assert code == (verdicts["increased"] != FITS)
-        seen |= set(verdicts.values())
-    assert seen >= {FITS, NOT}
-    unknown = [column["devices"] for column in found["columns"] if not column["limits"]]
-    assert unknown == [["iPad Pro (M5)"]] and sum("?" in line for line in lines) == len(found["rows"])

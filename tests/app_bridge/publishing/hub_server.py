@@ -1,41 +1,27 @@
-"""A loopback hub that repositories are published to, and that misbehaves on request: a pytest plugin.
+"""A hub in this process: `FakeApi` stands for huggingface_hub's HfApi, `HubServer` answers the real one on a port.
 
-Its answers are what huggingface_hub 2.4.0 asks for without Xet (hf_api.py, _commit_api.py, lfs.py): repositories and
-branches, preupload, the LFS batch with one PUT, the commit as lines of JSON, the listing, the files.
+The server's answers are what huggingface_hub 2.4.0 asks for without Xet (hf_api.py, _commit_api.py, lfs.py).
 """
 
 import base64
 import hashlib
 import json
 import re
-import socket
-import struct
 import threading
-from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-import pytest
+from httpx2 import Request, Response
+from huggingface_hub import CommitOperationDelete, ModelInfo
+from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
 TOKEN = "hf_test"
 LARGE_FROM = 1000  # bytes from which a file is kept by LFS
 Tree = dict[str, bytes]
-
-
-@dataclass
-class Fault:
-    """What goes wrong with the requests whose "METHOD /path" begins with `where`, `times` of them after `skip`."""
-
-    where: str
-    status: int = 0  # answered, after the request was read; 0: the connection is cut
-    silent: bool = False  # nothing is answered until the client hangs up
-    done: bool = False  # the request is obeyed first, and only its answer is lost
-    body: Any = None
-    skip: int = 0
-    times: int = 1 << 30
 
 
 @dataclass
@@ -54,32 +40,92 @@ class Repository:
     def files(self, branch: str = "main") -> Tree:
         return self.trees[self.head[branch]]
 
+    def info(self, name: str, revision: str) -> dict[str, Any]:
+        """What the hub says of a commit. KeyError for none."""
+        oid = self.head.get(revision, revision)
+        siblings = [_sibling(path, content) for path, content in sorted(self.trees[oid].items())]
+        return {"id": name, "sha": oid, "private": self.private, "siblings": siblings, "tags": []}
 
-class Refused(Exception):
-    """An answer that is no success: status, X-Error-Code, text."""
+
+class FakeApi:
+    """`repositories` by name; `calls` of what changes something; `fail`: name of a method -> what it raises."""
+
+    def __init__(self) -> None:
+        self.repositories: dict[str, Repository] = {}
+        self.calls: list[str] = []
+        self.fail: dict[str, Exception] = {}
+
+    def existing(self, name: str, files: Tree) -> Repository:
+        """Make a repository with these files."""
+        self.repositories[name] = Repository()
+        self.repositories[name].commit("main", files)
+        return self.repositories[name]
+
+    def model_info(self, name: str, revision: str, **_: Any) -> ModelInfo:
+        self._called("model_info", change=False)
+        if name not in self.repositories:
+            raise refused(RepositoryNotFoundError, 404)
+        try:
+            return ModelInfo(**self.repositories[name].info(name, revision))
+        except KeyError:
+            raise refused(RevisionNotFoundError, 404) from None
+
+    def create_repo(self, name: str, private: bool | None, exist_ok: bool) -> None:
+        self._called("create_repo")
+        self.repositories[name] = Repository(bool(private))
+        self.repositories[name].commit("main", {".gitattributes": b""})
+
+    def create_branch(self, name: str, branch: str, exist_ok: bool) -> None:
+        self._called("create_branch")
+        head = self.repositories[name].head
+        head.setdefault(branch, head["main"])
+
+    def create_commit(
+        self, name: str, operations: list[Any], revision: str, parent_commit: str, commit_message: str
+    ) -> Any:
+        self._called("create_commit")
+        repository = self.repositories[name]
+        if repository.head[revision] != parent_commit:
+            raise refused(HfHubHTTPError, 412)
+        tree = dict(repository.files(revision))
+        for one in operations:
+            if isinstance(one, CommitOperationDelete):
+                del tree[one.path_in_repo]
+            else:
+                source = one.path_or_fileobj
+                tree[one.path_in_repo] = source if isinstance(source, bytes) else Path(source).read_bytes()
+        return SimpleNamespace(oid=repository.commit(revision, tree))
+
+    def _called(self, method: str, change: bool = True) -> None:
+        if method in self.fail:
+            raise self.fail[method]
+        self.calls += [method] * change
 
 
 class HubServer:
-    """`repositories` by name, `objects` by sha256, `faults`, `requests` seen, sha256 `received` in whole."""
+    """`repositories` by name, `objects` by sha256."""
 
     def __init__(self) -> None:
         self.repositories: dict[str, Repository] = {}
         self.objects: dict[str, bytes] = {}
-        self.faults: list[Fault] = []
-        self.requests: list[str] = []
-        self.received: list[str] = []
-        self.token = TOKEN
         hub = self
 
         class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
             def do_GET(self) -> None:
-                with suppress(OSError):
-                    hub.serve(self)
-                self.close_connection = True
+                body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+                assert self.headers.get("Authorization") == f"Bearer {TOKEN}" or self.command == "PUT"
+                try:
+                    status, answer = 200, hub.route(unquote(urlsplit(self.path).path), body)
+                except KeyError:
+                    status, answer = 404, {"error": "Repository not found"}
+                content = json.dumps(answer).encode()
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(content)))
+                self.send_header("X-Error-Code", "RepoNotFound")
+                self.end_headers()
+                self.wfile.write(content)
 
-            do_POST = do_PUT = do_DELETE = do_HEAD = do_GET
+            do_POST = do_PUT = do_GET
 
             def log_message(self, *args: Any) -> None:
                 pass
@@ -88,147 +134,59 @@ class HubServer:
         self.url = f"http://127.0.0.1:{self.httpd.server_port}"
         threading.Thread(target=self.httpd.serve_forever, args=(0.05,), daemon=True).start()
 
-    def writes(self) -> list[str]:
-        """The requests that ask for a change."""
-        return [request for request in self.requests if not request.startswith("GET ")]
-
-    def serve(self, http: BaseHTTPRequestHandler) -> None:
-        """One request, in order: its fault if it has one, the token, the answer."""
-        path = unquote(urlsplit(http.path).path)
-        request, authorization = f"{http.command} {path}", http.headers.get("Authorization")
-        self.requests.append(request)
-        fault = self._fault(request)
-        if fault and not fault.status and not fault.done:
-            if fault.silent:
-                http.rfile.read(1 << 30)
-            return _cut(http)
-        body = http.rfile.read(int(http.headers.get("Content-Length", 0)))
-        if fault and fault.status:
-            return _answer(http, fault.status, fault.body)
-        try:
-            if authorization not in (None, f"Bearer {self.token}") or (not authorization and http.command == "POST"):
-                raise Refused(401, "", "Invalid user token.")
-            answer = self._route(path, body, bool(authorization))
-        except Refused as refused:
-            status, code, text = refused.args
-            return _answer(http, status, {"error": text}, **({"X-Error-Code": code} if code else {}))
-        return _cut(http) if fault and fault.done else _answer(http, 200, answer)
-
-    def _fault(self, request: str) -> Fault | None:
-        for fault in self.faults:
-            if request.startswith(fault.where) and fault.times > 0:
-                fault.skip -= 1
-                if fault.skip < 0:
-                    fault.times -= 1
-                    return fault
-        return None
-
-    def _route(self, path: str, body: bytes, known: bool) -> Any:
+    def route(self, path: str, body: bytes) -> Any:
+        """The answer to a request. KeyError for no repository."""
         if path == "/api/repos/create":
-            return self._create(json.loads(body))
+            asked = json.loads(body)
+            name = f"{asked['organization']}/{asked['name']}"
+            self.repositories[name] = Repository(asked.get("visibility") == "private")
+            self.repositories[name].commit("main", {".gitattributes": b"*.safetensors filter=lfs\n"})
+            return {"url": f"{self.url}/{name}"}
         if path == "/api/validate-yaml":
             return {"warnings": [], "errors": []}
         if match := re.fullmatch(r"/objects/(\w+)", path):
-            if _sha256(body) != match[1]:
-                raise Refused(400, "", "the content is not that of its oid")
+            assert hashlib.sha256(body).hexdigest() == match[1]
             self.objects[match[1]] = body
-            self.received.append(match[1])
             return {}
         if path.endswith(".git/info/lfs/objects/batch"):
-            return {"objects": [self._action(one) for one in json.loads(body)["objects"]]}
-        match = re.fullmatch(r"/(?:api/models/)?([^/]+/[^/]+)(?:/(\w+)/([^/]+))?(?:/(.+))?", path)
-        repository = self.repositories.get(match[1]) if match else None
-        if not match or repository is None or (repository.private and not known):
-            raise Refused(404, "RepoNotFound", "Repository not found")
-        verb, revision = match[2] or "revision", match[3] or "main"
-        if verb == "branch":
-            repository.head[revision] = repository.head["main"]
-            return {}
-        oid = repository.head.get(revision, revision)
-        if oid not in repository.trees:
-            raise Refused(404, "RevisionNotFound", "Invalid rev id")
-        if verb == "resolve":
-            return repository.trees[oid][match[4]]
+            objects = json.loads(body)["objects"]
+            return {"objects": [one | {"actions": self._actions(one["oid"])} for one in objects]}
+        match = re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(\w+)/([^/]+))?", path)
+        assert match, path
+        repository, verb, revision = self.repositories[match[1]], match[2], match[3] or "main"
         if verb == "preupload":
-            modes = {True: "lfs", False: "regular"}
-            files = [{**one, "uploadMode": modes[one["size"] >= LARGE_FROM]} for one in json.loads(body)["files"]]
-            return {"files": [{**one, "shouldIgnore": False, "oid": None} for one in files]}
+            files = json.loads(body)["files"]
+            modes = ["lfs" if one["size"] >= LARGE_FROM else "regular" for one in files]
+            made = zip(files, modes, strict=True)
+            return {"files": [one | {"uploadMode": mode, "shouldIgnore": False, "oid": None} for one, mode in made]}
         if verb == "commit":
-            return self._commit(repository, revision, [json.loads(line) for line in body.splitlines()])
-        siblings = [_sibling(name, content) for name, content in sorted(repository.trees[oid].items())]
-        return {"id": match[1], "sha": oid, "private": repository.private, "siblings": siblings, "tags": []}
+            return {"commitOid": self._commit(repository, revision, body), "commitUrl": f"{self.url}/a/b/commit/1"}
+        return repository.info(match[1], revision)
 
-    def _create(self, asked: dict[str, Any]) -> dict[str, str]:
-        name = f"{asked['organization']}/{asked['name']}"
-        self.repositories[name] = Repository(asked.get("visibility") == "private")
-        self.repositories[name].commit("main", {".gitattributes": b"*.safetensors filter=lfs\n"})
-        return {"url": f"{self.url}/{name}"}
+    def _actions(self, oid: str) -> dict[str, Any]:
+        return {"upload": {"href": f"{self.url}/objects/{oid}", "header": {}}}
 
-    def _action(self, one: dict[str, Any]) -> dict[str, Any]:
-        href = f"{self.url}/objects/{one['oid']}"
-        return one if one["oid"] in self.objects else one | {"actions": {"upload": {"href": href, "header": {}}}}
-
-    def _commit(self, found: Repository, branch: str, lines: list[dict[str, Any]]) -> dict[str, str]:
-        """All of it or nothing, as git does."""
-        tree = dict(found.files(branch))
-        for key, value in ((line["key"], line["value"]) for line in lines):
-            if key == "header" and value.get("parentCommit", found.head[branch]) != found.head[branch]:
-                raise Refused(412, "", "A commit has happened since. Please refresh and try again.")
-            if key == "file":
+    def _commit(self, repository: Repository, branch: str, body: bytes) -> str:
+        tree = dict(repository.files(branch))
+        for line in map(json.loads, body.splitlines()):
+            value = line["value"]
+            if line["key"] == "header":
+                assert value["parentCommit"] == repository.head[branch]
+            elif line["key"] == "file":
                 tree[value["path"]] = base64.b64decode(value["content"])
-            elif key == "lfsFile":
-                if value["oid"] not in self.objects:
-                    raise Refused(400, "", f"LFS object missing: {value['path']}")
+            else:
+                assert line["key"] == "lfsFile"
                 tree[value["path"]] = self.objects[value["oid"]]
-            elif key == "deletedFile":
-                del tree[value["path"]]
-        oid = found.commit(branch, tree)
-        return {"commitOid": oid, "commitUrl": f"{self.url}/a/b/commit/{oid}"}
+        return repository.commit(branch, tree)
 
 
-def _sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
+def refused(kind: type[HfHubHTTPError], status: int) -> HfHubHTTPError:
+    """An exception as huggingface_hub raises it for an answer of this status."""
+    return kind(f"HTTP {status}\n\nno thanks", response=Response(status, request=Request("GET", "http://hub")))
 
 
 def _sibling(path: str, content: bytes) -> dict[str, Any]:
     blob = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
-    lfs = {"sha256": _sha256(content), "size": len(content), "pointerSize": 130}
+    lfs = {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 130}
     plain = {"rfilename": path, "size": len(content), "blobId": blob}
     return plain | {"lfs": lfs} if len(content) >= LARGE_FROM else plain
-
-
-def _answer(http: BaseHTTPRequestHandler, status: int, answer: Any, **headers: str) -> None:
-    body = answer if isinstance(answer, bytes) else json.dumps(answer or {}).encode()
-    http.send_response(status)
-    for key, value in {"Content-Length": str(len(body)), "Connection": "close", **headers}.items():
-        http.send_header(key, value)
-    http.end_headers()
-    http.wfile.write(body)
-
-
-def _cut(http: BaseHTTPRequestHandler) -> None:
-    """A TCP reset."""
-    http.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    http.connection.close()
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
-    """The user's hub, with a token; the client's waits between attempts are none."""
-    import huggingface_hub
-    from huggingface_hub import constants
-    from huggingface_hub.utils import _detect_agent, _http, close_session
-
-    server = HubServer()
-    monkeypatch.setenv("HF_ENDPOINT", server.url)
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # it needs a storage service of its own
-    monkeypatch.setattr(_detect_agent, "_registry", {"standardEnvVars": [], "harnesses": {}})  # asks a hub otherwise
-    monkeypatch.setattr(_http.time, "sleep", lambda seconds: None)
-    yield server
-    huggingface_hub.set_client_factory(_http.default_client_factory)
-    huggingface_hub.logging.set_verbosity_warning()
-    close_session()
-    server.httpd.shutdown()
-    server.httpd.server_close()

@@ -14,13 +14,11 @@ import pytest
 import yaml
 from markdown_it import MarkdownIt
 
-from app_bridge.__main__ import build_parser
 from app_bridge.publishing import card, checks
-from fastvlm.common import cli
 from model_export import artefact as exported
 
 Make = Callable[..., Path]
-Captured = pytest.CaptureFixture[str]
+Written = Callable[..., str]
 RESEARCH = "Disclaimer: This Apple Machine Learning Research Model is for scientific research.\n"
 MODEL = "Apple Machine Learning Research Model"
 ATTRIBUTION = f"{MODEL} is licensed under the {MODEL} License Agreement."
@@ -68,23 +66,30 @@ def made(app_artefact: Path, tmp_path: Path) -> Make:
     return make
 
 
-def command(*argv: str | Path) -> int:
-    return cli.run(build_parser, ["card", *map(str, argv)])
+@pytest.fixture
+def written(cli: Callable[..., Any]) -> Callable[..., str]:
+    """`written(folder, *flags)`: the text of the card."""
+
+    def write(folder: Path, *flags: object) -> str:
+        path = folder.parent / "README.md"
+        assert cli("card", folder, "--output", path, "--overwrite", *flags).code == 0
+        return path.read_text()
+
+    return write
 
 
-def written(folder: Path, *argv: str | Path) -> str:
-    path = folder.parent / "README.md"
-    assert command(folder, "--output", path, "--overwrite", *argv) == 0
-    return path.read_text()
-
-
-def refused(capsys: Captured, *argv: str | Path) -> str:
+@pytest.fixture
+def refused(cli: Callable[..., Any]) -> Callable[..., str]:
     """The one error line of a card that can't be written."""
-    assert command(*argv) == 2, argv
-    out, err = capsys.readouterr()
-    assert [line for line in err.splitlines() if line.startswith("error: ")] == err.splitlines()[-1:] and not out
-    assert "Traceback" not in err
-    return str(err.splitlines()[-1])
+
+    def refuse(*words: object) -> str:
+        answer = cli("card", *words)
+        lines = answer.err.splitlines()
+        assert answer.code == 2 and not answer.out, words
+        assert [line for line in lines if line.startswith("error: ")] == lines[-1:] and "Traceback" not in answer.err
+        return str(lines[-1])
+
+    return refuse
 
 
 def front(text: str) -> dict[str, Any]:
@@ -119,13 +124,13 @@ def quality(folder: Path, **figures: float) -> dict[str, Any]:
 # --- what is in it
 
 
-def test_figures_are_the_manifests(made: Make) -> None:
+def test_figures_are_the_manifests(made: Make, written: Written) -> None:
     folder = made(parity=PARITY)
     manifest, text = exported.read_manifest(folder), written(folder)
     found = tables(text)
     assert found["worst layer against PyTorch"] == ["2.123 dB", "≥ 40 dB", "yes"]
     assert found["encoder features, signal to noise"] == ["3.123 dB", "≥ 50 dB", "no"]
-    assert found["prefill logits, KL divergence"] == ["7.123 nats", "reported", "not judged"]
+    assert found["prefill logits, KL a position of the prompt"] == ["7.123 nats", "reported", "not judged"]
     assert found["vision"] == ["PyTorch cpu float32", "MIL executor (as-typed)"]
     assert (
         PARITY["verdict"] in text
@@ -148,21 +153,19 @@ def test_figures_are_the_manifests(made: Make) -> None:
     assert "Core ML ran the encoder" in text and "no Apple hardware" not in text
 
 
-def test_what_was_not_measured_or_named_is_said(app_artefact: Path, capsys: Captured) -> None:
-    assert command(app_artefact) == 0
-    text = capsys.readouterr().out
+def test_what_was_not_measured_or_named_is_said(app_artefact: Path, cli: Callable[..., Any]) -> None:
+    text = cli("card", app_artefact).out
     assert text.count("Not measured.") == 2 and "Nothing of this has been run" in text
     assert " dB" not in text and "KL" not in text and "within" not in text and "{{" not in text
     assert "base_model" not in text and card.PLACEHOLDER in text
     assert front(text)["license"] == "other" and front(text)["license_link"] == "LICENSE" and "esearch" not in text
-    assert command(app_artefact, "--base-model", "acme/FastVLM_base", "--repo", "acme/out_4") == 0
-    text = capsys.readouterr().out
+    text = cli("card", app_artefact, "--base-model", "acme/FastVLM_base", "--repo", "acme/out_4").out
     assert front(text)["base_model"] == "acme/FastVLM_base"
     assert "base_model_relation" not in front(text)  # not quantized
     assert "# out\\_4\n" in text and "hf download acme/out_4 --local-dir MODEL" in text
 
 
-def test_quality_of_these_bytes_only(made: Make, capsys: Captured) -> None:
+def test_quality_of_these_bytes_only(made: Make, written: Written, refused: Written) -> None:
     folder = made()
     path = folder.parent / "quality.json"
     path.write_text(json.dumps(document := quality(folder)))
@@ -170,12 +173,11 @@ def test_quality_of_these_bytes_only(made: Make, capsys: Captured) -> None:
     found = tables(text)
     assert found["same answers"] == ["–", "98.50%"] and found["prompt: KL, nats"] == ["–", "0.0489"]
     assert "200 questions" in text and "Some CPU" in text and "9.87" not in text and "somebody" not in text
-    capsys.readouterr()
     path.write_text(json.dumps(quality(folder, bytes=1)))
-    assert "expected one candidate that is this artefact" in refused(capsys, folder, "--quality", path)
+    assert "expected one candidate that is this artefact" in refused(folder, "--quality", path)
     document["candidates"][0]["about"]["text"] = "/home/somebody/book.txt: 3 tokens"
     path.write_text(json.dumps(document))
-    assert "path of this machine, /home/somebody/book.txt" in refused(capsys, folder, "--quality", path)
+    assert "path of this machine, /home/somebody/book.txt" in refused(folder, "--quality", path)
 
 
 @pytest.mark.parametrize(
@@ -187,25 +189,25 @@ def test_quality_of_these_bytes_only(made: Make, capsys: Captured) -> None:
         ({"bits": 4, "group_size": 32, "mode": "mxfp4"}, {"demo app", "app 2.25"}),
     ],
 )  # fmt: skip
-def test_what_reads_these_weights(made: Make, app_artefact: Path, block: Any, no: set[str]) -> None:
+def test_what_reads_these_weights(made: Make, written: Written, app_artefact: Path, block: Any, no: set[str]) -> None:
     text = written(made(llm=exported.read_manifest(app_artefact)["llm"] | {"quantization": block}))
     loaders = dict(re.findall(r"^- (.*) \(.*\): (yes|no)$", text, re.MULTILINE))
     assert set(loaders) == {"mlx-lm", "demo app", "app 2.25", "app 3.31"}
     assert {name for name, reads in loaders.items() if reads == "no"} == no
 
 
-def test_the_licence_is_said_aloud(made: Make, capsys: Captured) -> None:
+def test_the_licence_is_said_aloud(made: Make, cli: Callable[..., Any], written: Written) -> None:
     notice = f"What was changed:\n- all of it\n\n{ATTRIBUTION}\n"
     text = written(made({"LICENSE_MODEL": RESEARCH, "NOTICE": notice}))
     assert front(text)["license"] == "apple-amlr" and front(text)["license_link"] == "LICENSE_MODEL"
     assert text.index("For research only") < text.index("## Size") and ATTRIBUTION in text.split("## Licence")[1]
-    assert "research" in capsys.readouterr().err
-    text = written(made({"LICENSE": None}, licences=[]))
-    assert "license" not in front(text) and "Without a licence" in text
-    assert "it can't be published" in capsys.readouterr().err
+    assert "research" in cli("card", made({"LICENSE_MODEL": RESEARCH, "NOTICE": notice})).err
+    answer = cli("card", made({"LICENSE": None}, licences=[]))
+    assert "license" not in front(answer.out) and "Without a licence" in answer.out
+    assert "it can't be published" in answer.err
 
 
-def test_values_are_data(made: Make, app_artefact: Path) -> None:
+def test_values_are_data(made: Make, written: Written, app_artefact: Path) -> None:
     llm = exported.read_manifest(app_artefact)["llm"]
     llm["recipe"] |= {"name": "a`b|c\n# d", "description": "<script>x</script> | *y* [z](javascript:1)\n\n# no"}
     notice = "What was changed:\n- ```\n# inner\n````\n"
@@ -230,20 +232,22 @@ def test_a_locale_without_utf8(app_artefact: Path) -> None:
 @pytest.mark.parametrize(
     "content", [b"", b"{}", b"[1]", b"\xff\xfe", b'{"candidates": 3, "reference": {}}', b"null", b"[" * 100_000, None]
 )
-def test_no_quality(content: bytes | None, app_artefact: Path, tmp_path: Path, capsys: Captured) -> None:
+def test_no_quality(content: bytes | None, app_artefact: Path, tmp_path: Path, refused: Written) -> None:
     path = tmp_path / "quality.json"
     path.mkdir() if content is None else path.write_bytes(content)
-    line = refused(capsys, app_artefact, "--quality", path)
+    line = refused(app_artefact, "--quality", path)
     assert f"--quality {path}: " in line and ": expected the JSON" in line and "Error" not in line
 
 
-def test_a_card_is_not_overwritten(app_artefact: Path, tmp_path: Path, capsys: Captured) -> None:
+def test_a_card_is_not_overwritten(
+    app_artefact: Path, tmp_path: Path, refused: Written, cli: Callable[..., Any]
+) -> None:
     (edited := tmp_path / "README.md").write_text("mine")
-    assert "--overwrite" in refused(capsys, app_artefact, "--output", edited) and edited.read_text() == "mine"
-    assert command(app_artefact, "--output", edited, "--overwrite") == 0 and "# " in edited.read_text()
+    assert "--overwrite" in refused(app_artefact, "--output", edited) and edited.read_text() == "mine"
+    assert cli("card", app_artefact, "--output", edited, "--overwrite").code == 0 and "# " in edited.read_text()
 
 
-def test_an_artefact_without_a_card(made: Make, app_artefact: Path, capsys: Captured) -> None:
+def test_an_artefact_without_a_card(made: Make, app_artefact: Path, refused: Written) -> None:
     manifest = exported.read_manifest(app_artefact)
     for changed, message in (
         ({"config": manifest["config"] | {"layout": "mlx-vlm"}}, "export with --layout app"),
@@ -251,15 +255,15 @@ def test_an_artefact_without_a_card(made: Make, app_artefact: Path, capsys: Capt
         ({"vision": {}}, "no vision.channels"),
         ({"parity": {"passed": True}}, "lacks what a card tells"),
     ):
-        assert message in refused(capsys, made(**changed))
+        assert message in refused(made(**changed))
     folder = made()
     (folder / "config.json").write_text("{}")
     (folder / "notes.txt").write_text("mine")
-    line = refused(capsys, folder)
+    line = refused(folder)
     assert "config.json: changed" in line and "notes.txt: extra" in line
 
 
-def test_unusable_input_is_one_line(app_artefact: Path, tmp_path: Path, capsys: Captured) -> None:
+def test_unusable_input_is_one_line(app_artefact: Path, tmp_path: Path, refused: Written) -> None:
     (loop := tmp_path / "loop").symlink_to(loop)
     for argv in (
         (tmp_path / "none",), (app_artefact / "config.json",), (tmp_path,), (app_artefact, "--output", tmp_path),
@@ -268,7 +272,7 @@ def test_unusable_input_is_one_line(app_artefact: Path, tmp_path: Path, capsys: 
         (app_artefact, "--repo", ""), (app_artefact, "--output", tmp_path / "no" / "card.md"),
         (loop, "--output", tmp_path / "card.md"), (app_artefact, "--output", loop / "card.md"),
     ):  # fmt: skip
-        refused(capsys, *argv)
+        refused(*argv)
     assert not (app_artefact / "README.md").exists() and not (tmp_path / "no").exists()
 
 

@@ -3,12 +3,12 @@
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from app_bridge import licence
 from model_export.artefact import carry_licences, read_manifest, write_manifest
-from tests.app_bridge.models import call
 
 # Text of our own with what matters in Apple's: the name, broken over two lines as there.
 RESEARCH = """This Apple Machine Learning
@@ -121,15 +121,14 @@ def test_the_research_term_is_by_the_text_not_the_name(make: Make, capsys: pytes
     assert capsys.readouterr().err == ""
 
 
-def test_nothing_overrides_it(app_artefact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_nothing_overrides_it(app_artefact: Path, tmp_path: Path, cli: Callable[..., Any]) -> None:
     """For real, through the command line: the same artefact with and without its licence."""
-    assert call("bundle", app_artefact, "--output-dir", tmp_path / "with") == 0
+    assert cli("bundle", app_artefact, "--output-dir", tmp_path / "with").code == 0
     bare = shutil.copytree(app_artefact, tmp_path / "bare")
     (bare / "LICENSE").unlink()
     document = {key: value for key, value in read_manifest(bare).items() if key not in ("files", "manifest_sha256")}
     write_manifest(bare, document)
-    capsys.readouterr()
     for flags in ([], ["--overwrite"], ["--dry-run"]):
-        assert call("bundle", bare, "--output-dir", tmp_path / "without", *flags) == 1
-        assert "licence-missing" in capsys.readouterr().err
+        answer = cli("bundle", bare, "--output-dir", tmp_path / "without", *flags)
+        assert answer.code == 1 and "licence-missing" in answer.err
     assert not (tmp_path / "without").exists()

@@ -13,6 +13,7 @@ import pytest
 from app_bridge.app import facts as app_facts
 from app_bridge.app.facts import AppFacts, Key
 from tests.app_bridge.broken import (
+    Change,
     Fault,
     expect_fault,
     expect_one,
@@ -30,10 +31,27 @@ pytestmark = pytest.mark.slow
 
 CONFIG, PREPROCESSOR, TOKENIZER = "config.json", "preprocessor_config.json", "tokenizer.json"
 PACKAGE = "fastvithd.mlpackage"
+PROGRAM, WEIGHT_BIN = (f"{PACKAGE}/Data/com.apple.CoreML/{name}" for name in ("model.mlmodel", "weights/weight.bin"))
 
 
-def shape(feature: Any, *sizes: int) -> None:
-    feature.type.multiArrayType.shape[:] = sizes
+def feature(spec: Any, side: str) -> Any:
+    return (spec.description.input if side == "input" else spec.description.output)[0]
+
+
+def shape(side: str, *sizes: int) -> Change:
+    return lambda spec: feature(spec, side).type.multiArrayType.shape.__setitem__(slice(None), sizes)
+
+
+def half(side: str) -> Change:
+    return lambda spec: setattr(feature(spec, side).type.multiArrayType, "dataType", 65552)
+
+
+def named(side: str, name: str) -> Change:
+    return lambda spec: setattr(feature(spec, side), "name", name)
+
+
+def version(number: int) -> Change:
+    return lambda spec: setattr(spec, "specificationVersion", number)
 
 
 def other_default(specification: Any) -> None:
@@ -71,9 +89,12 @@ def size_of(type: Any, number: int, size: int) -> None:
     type.tensorType.dimensions[number].constant.size = size
 
 
+def main(specification: Any) -> Any:
+    return specification.mlProgram.functions["main"]
+
+
 def last(specification: Any) -> Any:
-    function = specification.mlProgram.functions["main"]
-    return function.block_specializations[function.opset].operations[-1]
+    return main(specification).block_specializations[main(specification).opset].operations[-1]
 
 
 def an_image(specification: Any) -> None:
@@ -101,185 +122,90 @@ def with_head(tensors: dict[str, np.ndarray]) -> None:
     tensors["language_model.lm_head.weight"] = tensors["language_model.model.embed_tokens.weight"]
 
 
-# name: (what breaks a copy, the one rule, what its finding names)
-FAULTS: dict[str, Fault] = {
-    # config.json
-    "config missing": (gone(CONFIG), "file-missing", CONFIG),
-    "config a folder": (a_folder, "file-unreadable", CONFIG),
-    "config truncated": (in_text(CONFIG, lambda text: text[:200]), "not-json", CONFIG),
-    "config in Latin-1": (in_text(CONFIG, lambda text: text.replace(b"silu", b"sil\xfc")), "not-json", CONFIG),
-    "config with NaN": (in_text(CONFIG, lambda text: text.replace(b"1e-06", b"NaN")), "not-json", CONFIG),
-    "config a list": (in_text(CONFIG, lambda text: b"[" + text + b"]"), "not-json", CONFIG),
-    "key twice": (
-        in_text(CONFIG, lambda text: text.replace(b"{", b'{"vocab_size": 576,', 1)),
-        "duplicate-key",
-        "vocab_size",
-    ),
-    "key missing": (without(CONFIG, "hidden_size"), "key-missing", "hidden_size"),
-    "key null": (put(CONFIG, "vocab_size", None), "key-type", "vocab_size"),
-    "text for a number": (put(CONFIG, "hidden_size", "64"), "key-type", "hidden_size"),
-    "half a number": (put(CONFIG, "intermediate_size", 128.5), "key-type", "intermediate_size"),
-    "true for a number": (put(CONFIG, "image_token_index", True), "key-type", "image_token_index"),
-    "number past Int": (put(CONFIG, "image_token_index", 2**63), "key-type", "image_token_index"),
-    "number for a Bool": (put(CONFIG, "tie_word_embeddings", 1), "key-type", "tie_word_embeddings"),
-    "nothing for a Bool": (put(CONFIG, "tie_word_embeddings", []), "key-type", "tie_word_embeddings"),
-    "number past Float": (put(CONFIG, "rope_theta", 1e39), "key-type", "rope_theta"),
-    "rope scaling without sections": (put(CONFIG, "rope_scaling", {"type": "linear"}), "key-missing", "mrope_section"),
-    "rope scaling with halves": (put(CONFIG, "rope_scaling", {"mrope_section": [2.5]}), "key-type", "mrope_section"),
-    "rope scaling with null": (
-        put(CONFIG, "rope_scaling", {"mrope_section": [2], "type": None}),
-        "key-type",
-        "rope_scaling",
-    ),
-    "rope scaling that the app leaves out": (
-        put(CONFIG, "rope_scaling", {"mrope_section": [2], "type": "linear", "factor": 2.0}),
-        "config-value",
-        "rope_scaling",
-    ),
-    "rope scaling of transformers' name": (
-        put(CONFIG, "rope_scaling", {"mrope_section": [2], "rope_type": "yarn"}),
-        "config-value",
-        "rope_type",
-    ),
-    "rope scaling a list": (put(CONFIG, "rope_scaling", [1]), "key-type", "rope_scaling"),
-    "model type": (put(CONFIG, "model_type", "qwen2_vl"), "model-type", "model_type"),
-    "model type missing": (without(CONFIG, "model_type"), "key-missing", "model_type"),
-    "no layers": (put(CONFIG, "num_hidden_layers", 0), "config-value", "num_hidden_layers"),
-    "config a pipe": (a_pipe, "file-unreadable", CONFIG),
-    "no vocabulary": (put(CONFIG, "vocab_size", 0), "config-value", "vocab_size"),
-    "another activation": (put(CONFIG, "hidden_act", "gelu"), "config-value", "hidden_act"),
-    "another prompt": (put(CONFIG, "mm_use_im_start_end", True), "config-value", "mm_use_im_start_end"),
-    "larger vocabulary": (put(CONFIG, "vocab_size", 600), "weight-shape", "embed_tokens"),
-    "more heads": (put(CONFIG, "num_key_value_heads", 4), "weight-shape", "k_proj"),
-    "another layer": (put(CONFIG, "num_hidden_layers", 3), "layer-count", "num_hidden_layers"),
-    "endless layers": (put(CONFIG, "num_hidden_layers", 10**15), "layer-count", "num_hidden_layers"),
-    "features": (put(CONFIG, "mm_hidden_size", 768), "encoder-width", "mm_hidden_size"),
-    "head said to be there": (put(CONFIG, "tie_word_embeddings", False), "tied-embeddings", "tie_word_embeddings"),
-    "head not spoken of": (
-        several(without(CONFIG, "tie_word_embeddings"), in_tensors(with_head)),
-        "tied-embeddings",
-        "tie_word_embeddings",
-    ),
-    "another number that only the manifest knows": (put(CONFIG, "rope_theta", 10000.0), "file-changed", CONFIG),
-    # preprocessor_config.json
-    "processor class": (put(PREPROCESSOR, "processor_class", "FastVlmProcessor"), "processor-class", "processor_class"),
-    "processor class missing": (without(PREPROCESSOR, "processor_class"), "key-missing", "processor_class"),
-    "crop missing": (without(PREPROCESSOR, "crop_size"), "key-missing", "crop_size"),
-    "crop a number": (put(PREPROCESSOR, "crop_size", 1024), "key-type", "crop_size"),
-    "crop as text": (put(PREPROCESSOR, "crop_size", {"height": 1024, "width": "1024"}), "key-type", "crop_size.width"),
-    "crop too small": (put(PREPROCESSOR, "crop_size", {"height": 512, "width": 512}), "crop-size", "crop_size"),
-    "crop not square": (put(PREPROCESSOR, "crop_size", {"height": 1024, "width": 512}), "crop-size", "crop_size"),
-    "edge too short": (put(PREPROCESSOR, "size", {"shortest_edge": 512}), "shortest-edge", "shortest_edge"),
-    "two colours": (put(PREPROCESSOR, "image_mean", [0.0, 0.0]), "list-length", "image_mean"),
-    "text for a colour": (put(PREPROCESSOR, "image_std", [1, 1, "1"]), "key-type", "image_std"),
-    "CLIP's mean": (put(PREPROCESSOR, "image_mean", [0.48, 0.46, 0.41]), "normalisation", "image_mean"),
-    "no deviation": (put(PREPROCESSOR, "image_std", [1, 0, 1]), "normalisation", "image_std"),
-    # the package
-    "package missing": (gone(PACKAGE), "file-missing", PACKAGE),
-    "package renamed": (
-        lambda folder: (folder / PACKAGE).rename(folder / "encoder.mlpackage"),
-        "package-name",
-        "encoder.mlpackage",
-    ),
-    "specification truncated": (
-        in_text(f"{PACKAGE}/Data/com.apple.CoreML/model.mlmodel", lambda data: data[:-1000]),
-        "package-unreadable",
-        PACKAGE,
-    ),
-    "package's manifest gone": (gone(f"{PACKAGE}/Manifest.json"), "package-unreadable", PACKAGE),
-    "a neural network": (in_package(lambda spec: spec.neuralNetwork.SetInParent()), "package-unreadable", PACKAGE),
-    "weights of the package truncated": (
-        in_text(f"{PACKAGE}/Data/com.apple.CoreML/weights/weight.bin", lambda data: data[:-4096]),
-        "package-weights",
-        PACKAGE,
-    ),
-    "weights of the package gone": (gone(f"{PACKAGE}/Data/com.apple.CoreML/weights"), "package-weights", PACKAGE),
-    "a NaN in the package": (
-        in_text(f"{PACKAGE}/Data/com.apple.CoreML/weights/weight.bin", nan_in),
-        "weight-value",
-        PACKAGE,
-    ),
-    "a function that is only described": (in_package(described_only), "package-unreadable", "encode_256"),
-    "input renamed": (
-        in_package(lambda spec: setattr(spec.description.input[0], "name", "image")),
-        "input-name",
-        "input",
-    ),
-    "output renamed": (
-        in_package(lambda spec: setattr(spec.description.output[0], "name", "features")),
-        "output-name",
-        "output",
-    ),
-    "input of three dimensions": (
-        in_package(lambda spec: shape(spec.description.input[0], 3, 1024, 1024)),
-        "input-rank",
-        "images",
-    ),
-    "input not square": (
-        in_package(lambda spec: shape(spec.description.input[0], 1, 3, 1024, 512)),
-        "input-shape",
-        "images",
-    ),
-    "input of one colour": (
-        in_package(lambda spec: shape(spec.description.input[0], 1, 1, 1024, 1024)),
-        "input-shape",
-        "images",
-    ),
-    "input of any size": (in_package(flexible), "input-shape", "images"),
-    "smaller input": (
-        in_package(lambda spec: shape(spec.description.input[0], 1, 3, 512, 512)),
-        "encoder-tokens",
-        "image_features",
-    ),
-    "float16 input": (
-        in_package(lambda spec: setattr(spec.description.input[0].type.multiArrayType, "dataType", 65552)),
-        "input-dtype",
-        "images",
-    ),
-    "a picture as input": (in_package(an_image), "input-kind", "images"),
-    "second input": (in_package(second_input), "input-extra", "inputs"),
-    "float16 output": (
-        in_package(lambda spec: setattr(spec.description.output[0].type.multiArrayType, "dataType", 65552)),
-        "output-dtype",
-        "image_features",
-    ),
-    "output without a batch": (
-        in_package(lambda spec: shape(spec.description.output[0], 256, 3072)),
-        "output-rank",
-        "image_features",
-    ),
-    "output of fewer channels": (
-        in_package(lambda spec: shape(spec.description.output[0], 1, 256, 768)),
-        "output-shape",
-        "image_features",
-    ),
-    "another default function": (in_package(other_default), "default-function", PACKAGE),
-    "too new a system": (
-        in_package(lambda spec: setattr(spec, "specificationVersion", 10)),
-        "deployment-target",
-        PACKAGE,
-    ),
-    "too old a specification": (
-        in_package(lambda spec: setattr(spec, "specificationVersion", 6)),
-        "specification-version",
-        PACKAGE,
-    ),
-    "a program of another input": (
-        in_package(lambda spec: size_of(spec.mlProgram.functions["main"].inputs[0].type, 2, 512)),
-        "package-description",
-        "images",
-    ),
-    "a program of another output": (
-        in_package(lambda spec: size_of(last(spec).outputs[0].type, 1, 64)),
-        "package-description",
-        "image_features",
-    ),
-    "an unknown system": (
-        in_package(lambda spec: setattr(spec, "specificationVersion", 99)),
-        "deployment-target",
-        PACKAGE,
-    ),
+# A key of either file -> values that Swift's type doesn't take.
+WRONG_TYPES: dict[str, dict[str, list[Any]]] = {
+    CONFIG: {
+        "vocab_size": [None],
+        "hidden_size": ["64"],
+        "intermediate_size": [128.5],
+        "image_token_index": [True, 2**63],
+        "tie_word_embeddings": [1, []],
+        "rope_theta": [1e39],
+        "rope_scaling": [[1], {"mrope_section": [2.5]}, {"mrope_section": [2], "type": None}],
+    },
+    PREPROCESSOR: {"crop_size": [1024, {"height": 1024, "width": "1024"}], "image_std": [[1, 1, "1"]]},
 }
+# (the one rule, what its finding names, what breaks a copy)
+FAULTS: list[Fault] = [
+    *(
+        ("key-type", key, put(file, key, value))
+        for file, keys in WRONG_TYPES.items()
+        for key, values in keys.items()
+        for value in values
+    ),
+    ("file-missing", CONFIG, gone(CONFIG)),
+    ("file-unreadable", CONFIG, a_folder),
+    ("not-json", CONFIG, in_text(CONFIG, lambda text: text[:200])),
+    ("not-json", CONFIG, in_text(CONFIG, lambda text: text.replace(b"silu", b"sil\xfc"))),
+    ("not-json", CONFIG, in_text(CONFIG, lambda text: text.replace(b"1e-06", b"NaN"))),
+    ("not-an-object", CONFIG, in_text(CONFIG, lambda text: b"[" + text + b"]")),
+    ("duplicate-key", "vocab_size", in_text(CONFIG, lambda text: text.replace(b"{", b'{"vocab_size": 576,', 1))),
+    ("key-missing", "hidden_size", without(CONFIG, "hidden_size")),
+    ("key-missing", "mrope_section", put(CONFIG, "rope_scaling", {"type": "linear"})),
+    ("config-value", "rope_type", put(CONFIG, "rope_scaling", {"mrope_section": [2], "rope_type": "yarn"})),
+    ("model-type", "model_type", put(CONFIG, "model_type", "qwen2_vl")),
+    ("key-missing", "model_type", without(CONFIG, "model_type")),
+    ("config-value", "num_hidden_layers", put(CONFIG, "num_hidden_layers", 0)),
+    ("file-unreadable", CONFIG, a_pipe),
+    ("config-value", "vocab_size", put(CONFIG, "vocab_size", 0)),
+    ("config-value", "hidden_act", put(CONFIG, "hidden_act", "gelu")),
+    ("config-value", "mm_use_im_start_end", put(CONFIG, "mm_use_im_start_end", True)),
+    ("weight-shape", "embed_tokens", put(CONFIG, "vocab_size", 600)),
+    ("weight-shape", "k_proj", put(CONFIG, "num_key_value_heads", 4)),
+    ("layer-count", "num_hidden_layers", put(CONFIG, "num_hidden_layers", 3)),
+    ("layer-count", "num_hidden_layers", put(CONFIG, "num_hidden_layers", 10**15)),
+    ("encoder-width", "mm_hidden_size", put(CONFIG, "mm_hidden_size", 768)),
+    ("tied-embeddings", "tie_word_embeddings", put(CONFIG, "tie_word_embeddings", False)),
+    ("tied-embeddings", "tie_word_embeddings", several(without(CONFIG, "tie_word_embeddings"), in_tensors(with_head))),
+    ("file-changed", CONFIG, put(CONFIG, "rope_theta", 10000.0)),
+    ("processor-class", "processor_class", put(PREPROCESSOR, "processor_class", "FastVlmProcessor")),
+    ("key-missing", "processor_class", without(PREPROCESSOR, "processor_class")),
+    ("key-missing", "crop_size", without(PREPROCESSOR, "crop_size")),
+    ("crop-size", "crop_size", put(PREPROCESSOR, "crop_size", {"height": 512, "width": 512})),
+    ("crop-size", "crop_size", put(PREPROCESSOR, "crop_size", {"height": 1024, "width": 512})),
+    ("shortest-edge", "shortest_edge", put(PREPROCESSOR, "size", {"shortest_edge": 512})),
+    ("list-length", "image_mean", put(PREPROCESSOR, "image_mean", [0.0, 0.0])),
+    ("normalisation", "image_mean", put(PREPROCESSOR, "image_mean", [0.48, 0.46, 0.41])),
+    ("normalisation", "image_std", put(PREPROCESSOR, "image_std", [1, 0, 1])),
+    ("file-missing", PACKAGE, gone(PACKAGE)),
+    ("package-name", "encoder.mlpackage", lambda folder: (folder / PACKAGE).rename(folder / "encoder.mlpackage")),
+    ("package-unreadable", PACKAGE, in_text(PROGRAM, lambda data: data[:-1000])),
+    ("package-unreadable", PACKAGE, gone(f"{PACKAGE}/Manifest.json")),
+    ("package-unreadable", PACKAGE, in_package(lambda spec: spec.neuralNetwork.SetInParent())),
+    ("package-weights", PACKAGE, in_text(WEIGHT_BIN, lambda data: data[:-4096])),
+    ("package-weights", PACKAGE, gone(f"{PACKAGE}/Data/com.apple.CoreML/weights")),
+    ("weight-value", PACKAGE, in_text(WEIGHT_BIN, nan_in)),
+    ("package-unreadable", "encode_256", in_package(described_only)),
+    ("input-name", "input", in_package(named("input", "image"))),
+    ("output-name", "output", in_package(named("output", "features"))),
+    ("input-rank", "images", in_package(shape("input", 3, 1024, 1024))),
+    ("input-shape", "images", in_package(shape("input", 1, 3, 1024, 512))),
+    ("input-shape", "images", in_package(shape("input", 1, 1, 1024, 1024))),
+    ("input-shape", "images", in_package(flexible)),
+    ("encoder-tokens", "image_features", in_package(shape("input", 1, 3, 512, 512))),
+    ("input-dtype", "images", in_package(half("input"))),
+    ("input-kind", "images", in_package(an_image)),
+    ("input-extra", "inputs", in_package(second_input)),
+    ("output-dtype", "image_features", in_package(half("output"))),
+    ("output-rank", "image_features", in_package(shape("output", 256, 3072))),
+    ("output-shape", "image_features", in_package(shape("output", 1, 256, 768))),
+    ("default-function", PACKAGE, in_package(other_default)),
+    ("deployment-target", PACKAGE, in_package(version(10))),
+    ("specification-version", PACKAGE, in_package(version(6))),
+    ("package-description", "images", in_package(lambda spec: size_of(main(spec).inputs[0].type, 2, 512))),
+    ("package-description", "image_features", in_package(lambda spec: size_of(last(spec).outputs[0].type, 1, 64))),
+    ("deployment-target", PACKAGE, in_package(version(99))),
+]
 
 
 def changed(**values: Any) -> Callable[[AppFacts], AppFacts]:
@@ -321,44 +247,41 @@ def another_section(facts: AppFacts) -> AppFacts:
     return replace(facts, config=tuple(config))
 
 
-# Another app: name: (its facts, the one rule, what its finding names)
-APPS: dict[str, tuple[Callable[[AppFacts], AppFacts], str, str]] = {
-    "class": (changed(model_class="FastViTHD"), "package-name", PACKAGE),
-    "input's name": (changed(input_name="pixels"), "input-name", PACKAGE),
-    "input's type": (changed(input_dtype="float16"), "input-dtype", "images"),
-    "input's shape": (changed(input_shape=(1, 3, 512, 512)), "input-shape", "images"),
-    "output's name": (changed(output_name="features"), "output-name", PACKAGE),
-    "output's shape": (changed(output_shape=(1, 64, 3072)), "output-shape", "image_features"),
-    "output's type": (changed(output_dtype="float16"), "output-dtype", "image_features"),
-    "model type": (changed(model_type="fast_vlm"), "model-type", "model_type"),
-    "processor": (changed(processor_class="FastVLMProcessor"), "processor-class", "processor_class"),
-    "a key more": (one_more_key, "key-missing", "sliding_window"),
-    "no default for what the app ends without": (without_default, "key-missing", "rope_scaling.mrope_section"),
-    "a default without it": (another_section, "key-missing", "rope_scaling.sections"),
-    "a bias more": (with_bias, "weight-missing", "o_proj.bias"),
-    "patches": (changed(patch_size=32), "prompt-tokens", "prompt"),
-    "additional tokens": (changed(additional_image_tokens=1), "prompt-tokens", "prompt"),
-    "image token": (changed(image_token="<|image_pad|>"), "image-token", TOKENIZER),
-    "marks": (changed(turn="<|turn|>{role}\n{content}<|im_end|>"), "turn-token", TOKENIZER),
-    "end of a turn": (changed(turn="<|im_start|>{role}\n{content}<|endoftext|>"), "eos-token", "eos_token"),
-    "another file to find the model by": (changed(bundle_resource="model.json"), "file-missing", "model.json"),
-    "package known to break": (pinned(mlx_swift_examples="2.25.7"), "package-known-to-break", "mlx-swift-examples"),
-    "package gone": (
-        lambda facts: replace(facts, packages=facts.packages[:2]),
-        "package-missing",
-        "swift-transformers",
-    ),
-    "older iPhones": (changed(deployment={"iOS": "16.4"}), "deployment-target", PACKAGE),
-    "older Macs": (changed(deployment={"iOS": "18.2", "macOS": "13.0"}), "deployment-target", PACKAGE),
-}
+# Another app: (the one rule, what its finding names, its facts)
+APPS: list[tuple[str, str, Callable[[AppFacts], AppFacts]]] = [
+    ("package-name", PACKAGE, changed(model_class="FastViTHD")),
+    ("input-name", PACKAGE, changed(input_name="pixels")),
+    ("input-dtype", "images", changed(input_dtype="float16")),
+    ("input-shape", "images", changed(input_shape=(1, 3, 512, 512))),
+    ("output-name", PACKAGE, changed(output_name="features")),
+    ("output-shape", "image_features", changed(output_shape=(1, 64, 3072))),
+    ("output-dtype", "image_features", changed(output_dtype="float16")),
+    ("model-type", "model_type", changed(model_type="fast_vlm")),
+    ("processor-class", "processor_class", changed(processor_class="FastVLMProcessor")),
+    ("key-missing", "sliding_window", one_more_key),
+    ("key-missing", "rope_scaling.mrope_section", without_default),
+    ("key-missing", "rope_scaling.sections", another_section),
+    ("weight-missing", "o_proj.bias", with_bias),
+    ("prompt-tokens", "prompt", changed(patch_size=32)),
+    ("prompt-tokens", "prompt", changed(additional_image_tokens=1)),
+    ("image-token", TOKENIZER, changed(image_token="<|image_pad|>")),
+    ("turn-token", TOKENIZER, changed(turn="<|turn|>{role}\n{content}<|im_end|>")),
+    ("eos-token", "eos_token", changed(turn="<|im_start|>{role}\n{content}<|endoftext|>")),
+    ("file-missing", "model.json", changed(bundle_resource="model.json")),
+    ("package-known-to-break", "mlx-swift-examples", pinned(mlx_swift_examples="2.25.7")),
+    ("package-missing", "swift-transformers", lambda facts: replace(facts, packages=facts.packages[:2])),
+    ("deployment-target", PACKAGE, changed(deployment={"iOS": "16.4"})),
+    ("deployment-target", PACKAGE, changed(deployment={"iOS": "18.2", "macOS": "13.0"})),
+]
 
 
-@pytest.mark.parametrize("name", FAULTS)
-def test_each_fault_is_one_finding(name: str, app_artefact: Path, tmp_path: Path) -> None:
-    expect_fault(FAULTS[name], app_artefact, tmp_path / "broken")
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: f"{fault[0]}-{fault[1]}")
+def test_each_fault_is_one_finding(fault: Fault, app_artefact: Path, tmp_path: Path) -> None:
+    expect_fault(fault, app_artefact, tmp_path / "broken")
 
 
-@pytest.mark.parametrize("name", APPS)
-def test_each_difference_of_the_app_is_one_finding(name: str, app_artefact: Path) -> None:
-    change, rule, names = APPS[name]
+@pytest.mark.parametrize(("rule", "names", "change"), APPS)
+def test_each_difference_of_the_app_is_one_finding(
+    rule: str, names: str, change: Callable[[AppFacts], AppFacts], app_artefact: Path
+) -> None:
     expect_one(rules(app_artefact, change(app_facts.table())), rule, names)

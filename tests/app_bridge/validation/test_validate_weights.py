@@ -92,202 +92,112 @@ def begins(document: dict[str, Any]) -> None:
 def copied(name: str, target: str) -> Callable[[Path], None]:
     def copy(folder: Path) -> None:
         (folder / target).parent.mkdir(exist_ok=True)
-        shutil.copy(folder / name, folder / target)
+        (shutil.copytree if (folder / name).is_dir() else shutil.copy)(folder / name, folder / target)
 
     return copy
 
 
-# name: (what breaks a copy, the one rule, what its finding names)
-FAULTS: dict[str, Fault] = {
-    # weights
-    "no weights": (several(gone(WEIGHTS), gone(PROJECTOR), broken.signed), "file-missing", "safetensors"),
-    "projector's file missing": (gone(PROJECTOR), "file-missing", PROJECTOR),
-    "weights truncated": (in_text(WEIGHTS, lambda data: data[:-100]), "weights-unreadable", WEIGHTS),
-    "weights a pointer": (
-        in_text(WEIGHTS, lambda data: b"version https://git-lfs.github.com/spec/v1\n"),
-        "weights-unreadable",
-        WEIGHTS,
-    ),
-    "weight missing": (dropped(NORM), "weight-missing", NORM),
-    "bias missing": (dropped(f"{Q}.bias"), "weight-missing", f"{Q}.bias"),
-    "projector's weight missing": (
-        dropped("multi_modal_projector.linear_2.weight", PROJECTOR),
-        "weight-missing",
-        "linear_2",
-    ),
-    "weight too many": (
-        in_tensors(lambda t: t.__setitem__("vision_tower.x", t[NORM])),
-        "weight-unknown",
-        "vision_tower.x",
-    ),
-    "a layer missing": (
-        in_tensors(lambda t: [t.pop(name) for name in list(t) if name.startswith(LAYER)]),
-        "layer-count",
-        "num_hidden_layers",
-    ),
-    "weight of another shape and type": (
-        tensor(f"{Q}.weight", lambda w: w[:-1].astype(np.int32)),
-        "weight-shape",
-        f"{Q}.weight",
-    ),
-    "a file that only the manifest knows of": (several(gone(PROJECTOR), broken.signed), "file-missing", PROJECTOR),
-    "weight renamed": (
-        in_tensors(lambda t: t.__setitem__("language_model.norm.weight", t.pop("language_model.model.norm.weight"))),
+def without_layer(tensors: dict[str, np.ndarray]) -> None:
+    for name in [name for name in tensors if name.startswith(LAYER)]:
+        del tensors[name]
+
+
+def renamed(old: str, new: str) -> Callable[[Path], None]:
+    return in_tensors(lambda tensors: tensors.__setitem__(new, tensors.pop(old)))
+
+
+def normalizers(*types: str) -> Callable[[Path], None]:
+    return put(TOKENIZER, "normalizer", {"type": "Sequence", "normalizers": [{"type": one} for one in types]})
+
+
+def without_blanks(document: dict[str, Any]) -> None:
+    document["pre_tokenizer"]["pretokenizers"][0]["behavior"] = "Removed"
+
+
+def block(value: Any) -> Callable[[Path], None]:
+    return put(CONFIG, "quantization", value)
+
+
+FOUR: dict[str, Any] = {"group_size": 64, "bits": 4}
+# (the one rule, what its finding names, what breaks a copy)
+FAULTS: list[Fault] = [
+    ("file-missing", "safetensors", several(gone(WEIGHTS), gone(PROJECTOR), broken.signed)),
+    ("file-missing", PROJECTOR, gone(PROJECTOR)),
+    ("weights-unreadable", WEIGHTS, in_text(WEIGHTS, lambda data: data[:-100])),
+    ("weights-unreadable", WEIGHTS, in_text(WEIGHTS, lambda data: b"version https://git-lfs.github.com/spec/v1\n")),
+    ("weight-missing", NORM, dropped(NORM)),
+    ("weight-missing", f"{Q}.bias", dropped(f"{Q}.bias")),
+    ("weight-missing", "linear_2", dropped("multi_modal_projector.linear_2.weight", PROJECTOR)),
+    ("weight-unknown", "vision_tower.x", in_tensors(lambda t: t.__setitem__("vision_tower.x", t[NORM]))),
+    ("layer-count", "num_hidden_layers", in_tensors(without_layer)),
+    ("weight-shape", f"{Q}.weight", tensor(f"{Q}.weight", lambda w: w[:-1].astype(np.int32))),
+    ("file-missing", PROJECTOR, several(gone(PROJECTOR), broken.signed)),
+    (
         "weight-name",
         "language_model.norm.weight",
+        renamed("language_model.model.norm.weight", "language_model.norm.weight"),
     ),
-    "LLaVA's names": (in_tensors(unprefixed), "weight-name", "model.safetensors: model.layers"),
-    "bias that the app has not": (
-        in_tensors(lambda t: t.__setitem__(f"{LAYER}self_attn.o_proj.bias", t[NORM])),
-        "weight-unknown",
-        "o_proj.bias",
-    ),
-    "weight of another shape": (tensor(f"{Q}.weight", lambda w: w[:-1]), "weight-shape", f"{Q}.weight"),
-    "weight transposed": (tensor(f"{LAYER}mlp.up_proj.weight", lambda w: w.T), "weight-shape", "up_proj"),
-    "weight of another rank": (tensor(NORM, lambda w: w[None]), "weight-rank", NORM),
-    "weight of another type": (tensor(NORM, lambda w: w.astype(np.int32)), "weight-dtype", NORM),
-    "one NaN": (tensor(NORM, lambda w: with_value(w, np.nan)), "weight-value", NORM),
-    "one infinite value": (tensor(f"{Q}.weight", lambda w: with_value(w, -np.inf)), "weight-value", f"{Q}.weight"),
-    "two models": (copied(WEIGHTS, "old.safetensors"), "weight-twice", "old.safetensors"),
-    "a bit flipped": (in_text(WEIGHTS, lambda data: data[:-1] + bytes([data[-1] ^ 1])), "file-changed", WEIGHTS),
-    # tokenizer
-    "tokenizer missing": (gone(TOKENIZER), "file-missing", TOKENIZER),
-    "tokenizer's settings missing": (gone(TOKENIZER_CONFIG), "file-missing", TOKENIZER_CONFIG),
-    "tokenizer truncated": (in_text(TOKENIZER, lambda text: text[:-100]), "not-json", TOKENIZER),
-    "tokenizer of another model": (
-        in_json(TOKENIZER, lambda document: swapped(document["added_tokens"])),
-        "tokenizer-stale",
-        TOKENIZER,
-    ),
-    "both tokenizer files of another": (in_added(swapped), "tokenizer-stale", TOKENIZER),
-    "other merges": (
-        in_json(TOKENIZER, lambda document: document["model"]["merges"].reverse()),
-        "tokenizer-stale",
-        TOKENIZER,
-    ),
-    "tokenizer class": (put(TOKENIZER_CONFIG, "tokenizer_class", "T5Tokenizer"), "tokenizer-class", "tokenizer_class"),
-    "tokenizer class missing": (without(TOKENIZER_CONFIG, "tokenizer_class"), "tokenizer-class", "tokenizer_class"),
-    "tokenizer's model": (
-        put(TOKENIZER, "model", {"type": "WordLevel", "vocab": {}, "unk_token": "?"}),
-        "tokenizer-model",
-        TOKENIZER,
-    ),
-    "no document of the library": (
-        in_json(TOKENIZER, lambda document: document["model"]["merges"].append("x y z")),
-        "tokenizer-unreadable",
-        TOKENIZER,
-    ),
-    "unknown step": (
-        put(TOKENIZER, "pre_tokenizer", {"type": "UnicodeScripts"}),
-        "tokenizer-component",
-        "pre_tokenizer",
-    ),
-    "unknown normalizer": (
-        put(TOKENIZER, "normalizer", {"type": "Sequence", "normalizers": [{"type": "Nmt"}]}),
-        "tokenizer-component",
-        "normalizer",
-    ),
-    "another decoder": (put(TOKENIZER, "decoder", {"type": "Fuse"}), "tokenizer-text", TOKENIZER),
-    "small letters only": (
-        put(TOKENIZER, "normalizer", {"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "Lowercase"}]}),
-        "tokenizer-text",
-        TOKENIZER,
-    ),
-    "no blanks": (
-        in_json(TOKENIZER, lambda document: document["pre_tokenizer"]["pretokenizers"][0].update(behavior="Removed")),
-        "tokenizer-text",
-        TOKENIZER,
-    ),
-    "byte without a token": (in_json(TOKENIZER, without_byte), "tokenizer-bytes", TOKENIZER),
-    "tokens around the prompt": (in_json(TOKENIZER, begins), "tokenizer-adds-tokens", "post_processor"),
-    "image token lost": (in_added(lost("<image>")), "image-token", TOKENIZER),
-    "image token of another id": (put(CONFIG, "image_token_index", -200), "image-token-index", "image_token_index"),
-    "mark of a turn lost": (in_added(lost("<|im_start|>")), "turn-token", TOKENIZER),
-    "another end": (put(TOKENIZER_CONFIG, "eos_token", "<|endoftext|>"), "eos-token", "eos_token"),
-    "id past the table": (
-        in_json(TOKENIZER, lambda document: document["model"]["vocab"].__setitem__("ĀĀ", 700)),
-        "vocabulary-size",
-        TOKENIZER,
-    ),
-    # the folder
-    "previous model inside": (
-        several(copied(CONFIG, "previous/config.json"), broken.signed),
-        "name-twice",
-        "previous/config.json",
-    ),
-    "second package of the name": (
-        several(lambda folder: shutil.copytree(folder / PACKAGE, folder / "old" / PACKAGE), broken.signed),
-        "name-twice",
-        f"old/{PACKAGE}",
-    ),
-    "file that the app doesn't read": (
-        put("processor_config.json", "patch_size", 32),
-        "file-changed",
-        "processor_config.json",
-    ),
-    "licence gone": (gone("LICENSE"), "licence-missing", "LICENSE"),
-    "half a model": (lambda folder: broken.signed(folder, parts=["llm"]), "artefact-partial", "export.json"),
-    "another layout": (
-        lambda folder: broken.signed(folder, parts=["llm"], llm={"layout": "mlx-vlm"}),
-        "artefact-layout",
-        "export.json",
-    ),
-}
-
+    ("weight-name", "model.safetensors: model.layers", in_tensors(unprefixed)),
+    ("weight-unknown", "o_proj.bias", in_tensors(lambda t: t.__setitem__(f"{LAYER}self_attn.o_proj.bias", t[NORM]))),
+    ("weight-shape", f"{Q}.weight", tensor(f"{Q}.weight", lambda w: w[:-1])),
+    ("weight-shape", "up_proj", tensor(f"{LAYER}mlp.up_proj.weight", lambda w: w.T)),
+    ("weight-rank", NORM, tensor(NORM, lambda w: w[None])),
+    ("weight-dtype", NORM, tensor(NORM, lambda w: w.astype(np.int32))),
+    ("weight-value", NORM, tensor(NORM, lambda w: with_value(w, np.nan))),
+    ("weight-value", f"{Q}.weight", tensor(f"{Q}.weight", lambda w: with_value(w, -np.inf))),
+    ("weight-twice", "old.safetensors", copied(WEIGHTS, "old.safetensors")),
+    ("file-changed", WEIGHTS, in_text(WEIGHTS, lambda data: data[:-1] + bytes([data[-1] ^ 1]))),
+    ("file-missing", TOKENIZER, gone(TOKENIZER)),
+    ("file-missing", TOKENIZER_CONFIG, gone(TOKENIZER_CONFIG)),
+    ("not-json", TOKENIZER, in_text(TOKENIZER, lambda text: text[:-100])),
+    ("tokenizer-stale", TOKENIZER, in_json(TOKENIZER, lambda document: swapped(document["added_tokens"]))),
+    ("tokenizer-stale", TOKENIZER, in_added(swapped)),
+    ("tokenizer-stale", TOKENIZER, in_json(TOKENIZER, lambda document: document["model"]["merges"].reverse())),
+    ("tokenizer-class", "tokenizer_class", put(TOKENIZER_CONFIG, "tokenizer_class", "T5Tokenizer")),
+    ("tokenizer-class", "tokenizer_class", without(TOKENIZER_CONFIG, "tokenizer_class")),
+    ("tokenizer-model", TOKENIZER, put(TOKENIZER, "model", {"type": "WordLevel", "vocab": {}, "unk_token": "?"})),
+    ("tokenizer-unreadable", TOKENIZER, in_json(TOKENIZER, lambda read: read["model"]["merges"].append("x y z"))),
+    ("tokenizer-component", "pre_tokenizer", put(TOKENIZER, "pre_tokenizer", {"type": "UnicodeScripts"})),
+    ("tokenizer-component", "normalizer", normalizers("Nmt")),
+    ("tokenizer-text", TOKENIZER, put(TOKENIZER, "decoder", {"type": "Fuse"})),
+    ("tokenizer-text", TOKENIZER, normalizers("NFC", "Lowercase")),
+    ("tokenizer-text", TOKENIZER, in_json(TOKENIZER, without_blanks)),
+    ("tokenizer-bytes", TOKENIZER, in_json(TOKENIZER, without_byte)),
+    ("tokenizer-adds-tokens", "post_processor", in_json(TOKENIZER, begins)),
+    ("image-token", TOKENIZER, in_added(lost("<image>"))),
+    ("image-token-index", "image_token_index", put(CONFIG, "image_token_index", -200)),
+    ("turn-token", TOKENIZER, in_added(lost("<|im_start|>"))),
+    ("eos-token", "eos_token", put(TOKENIZER_CONFIG, "eos_token", "<|endoftext|>")),
+    ("vocabulary-size", TOKENIZER, in_json(TOKENIZER, lambda read: read["model"]["vocab"].update({"ĀĀ": 700}))),
+    ("name-twice", "previous/config.json", several(copied(CONFIG, "previous/config.json"), broken.signed)),
+    ("name-twice", f"old/{PACKAGE}", several(copied(PACKAGE, f"old/{PACKAGE}"), broken.signed)),
+    ("file-changed", "processor_config.json", put("processor_config.json", "patch_size", 32)),
+    ("licence-missing", "LICENSE", gone("LICENSE")),
+    ("artefact-partial", "export.json", lambda folder: broken.signed(folder, parts=["llm"])),
+    ("artefact-layout", "export.json", lambda folder: broken.signed(folder, parts=["llm"], llm={"layout": "mlx-vlm"})),
+]
 # Of an int4 artefact.
-QUANTIZED: dict[str, Fault] = {
-    "scales missing": (dropped(f"{Q}.scales"), "quantized-triple", Q),
-    "biases missing": (dropped(f"{Q}.biases"), "quantized-triple", Q),
-    "packed weight missing": (dropped(f"{Q}.weight"), "quantized-triple", Q),
-    "scales of another shape": (tensor(f"{Q}.scales", lambda s: s[:-1]), "weight-shape", f"{Q}.scales"),
-    "scales of another type": (tensor(f"{Q}.scales", lambda s: s.astype(np.uint8)), "weight-dtype", f"{Q}.scales"),
-    "packed weight of another type": (tensor(f"{Q}.weight", lambda w: w.view(np.int32)), "weight-dtype", f"{Q}.weight"),
-    "norm quantized": (
-        in_tensors(lambda t: t.__setitem__(f"{LAYER}input_layernorm.scales", t[NORM])),
-        "weight-unknown",
-        "scales",
-    ),
-    "block missing": (without(CONFIG, "quantization"), "quantization-missing", "quantization"),
-    "block a list": (put(CONFIG, "quantization", [64, 4]), "quantization-block", "quantization"),
-    "block without bits": (put(CONFIG, "quantization", {"group_size": 64}), "quantization-block", "bits"),
-    "bits as text": (put(CONFIG, "quantization", {"group_size": 64, "bits": "4"}), "quantization-block", "bits"),
-    "other bits": (put(CONFIG, "quantization", {"group_size": 64, "bits": 8}), "quantization-mismatch", "quantization"),
-    "other groups": (
-        put(CONFIG, "quantization", {"group_size": 32, "bits": 4}),
-        "quantization-mismatch",
-        "quantization",
-    ),
-    "unsupported mode": (
-        put(CONFIG, "quantization", {"group_size": 64, "bits": 4, "mode": "mxfp4"}),
-        "quantization-unsupported",
-        "quantization",
-    ),
-    "unsupported bits": (
-        put(CONFIG, "quantization", {"group_size": 64, "bits": 5}),
-        "quantization-unsupported",
-        "quantization",
-    ),
-    "unsupported groups": (
-        put(CONFIG, "quantization", {"group_size": 16, "bits": 4}),
-        "quantization-unsupported",
-        "quantization",
-    ),
-    "one module apart": (
-        put(CONFIG, "quantization", {"group_size": 64, "bits": 4, Q: {"group_size": 64, "bits": 8}}),
-        "quantization-unsupported",
-        "quantization",
-    ),
-    "entry for no module": (
-        put(CONFIG, "quantization", {"group_size": 64, "bits": 4, "no.module": {"group_size": 64, "bits": 4}}),
-        "quantization-entry",
-        "no.module",
-    ),
-    "module said not to be quantized": (
-        put(CONFIG, "quantization", {"group_size": 64, "bits": 4, Q: False}),
-        "quantization-entry",
-        Q,
-    ),
-}
+QUANTIZED: list[Fault] = [
+    ("quantized-triple", Q, dropped(f"{Q}.scales")),
+    ("quantized-triple", Q, dropped(f"{Q}.biases")),
+    ("quantized-triple", Q, dropped(f"{Q}.weight")),
+    ("weight-shape", f"{Q}.scales", tensor(f"{Q}.scales", lambda s: s[:-1])),
+    ("weight-dtype", f"{Q}.scales", tensor(f"{Q}.scales", lambda s: s.astype(np.uint8))),
+    ("weight-dtype", f"{Q}.weight", tensor(f"{Q}.weight", lambda w: w.view(np.int32))),
+    ("weight-unknown", "scales", in_tensors(lambda t: t.__setitem__(f"{LAYER}input_layernorm.scales", t[NORM]))),
+    ("quantization-missing", "quantization", without(CONFIG, "quantization")),
+    ("quantization-block", "quantization", put(CONFIG, "quantization", [64, 4])),
+    ("quantization-block", "bits", block({"group_size": 64})),
+    ("quantization-block", "bits", block({"group_size": 64, "bits": "4"})),
+    ("quantization-mismatch", "quantization", block({"group_size": 64, "bits": 8})),
+    ("quantization-mismatch", "quantization", block({"group_size": 32, "bits": 4})),
+    ("quantization-unsupported", "quantization", block(FOUR | {"mode": "mxfp4"})),
+    ("quantization-unsupported", "quantization", block({"group_size": 64, "bits": 5})),
+    ("quantization-unsupported", "quantization", block({"group_size": 16, "bits": 4})),
+    ("quantization-unsupported", "quantization", block(FOUR | {Q: {"group_size": 64, "bits": 8}})),
+    ("quantization-entry", "no.module", block(FOUR | {"no.module": FOUR})),
+    ("quantization-entry", Q, block(FOUR | {Q: False})),
+]
 
 
 @pytest.fixture(scope="module")
@@ -295,14 +205,14 @@ def int4_artefact(app_artefact: Path, app_checkpoint: Path, tmp_path_factory: py
     return broken.with_recipe("int4", app_artefact, app_checkpoint, tmp_path_factory.mktemp("int4") / "artefact")
 
 
-@pytest.mark.parametrize("name", FAULTS)
-def test_each_fault_is_one_finding(name: str, app_artefact: Path, tmp_path: Path) -> None:
-    expect_fault(FAULTS[name], app_artefact, tmp_path / "broken")
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: f"{fault[0]}-{fault[1]}")
+def test_each_fault_is_one_finding(fault: Fault, app_artefact: Path, tmp_path: Path) -> None:
+    expect_fault(fault, app_artefact, tmp_path / "broken")
 
 
-@pytest.mark.parametrize("name", QUANTIZED)
-def test_each_fault_of_a_quantized_artefact_is_one_finding(name: str, int4_artefact: Path, tmp_path: Path) -> None:
-    expect_fault(QUANTIZED[name], int4_artefact, tmp_path / "broken")
+@pytest.mark.parametrize("fault", QUANTIZED, ids=lambda fault: f"{fault[0]}-{fault[1]}")
+def test_each_fault_of_a_quantized_artefact_is_one_finding(fault: Fault, int4_artefact: Path, tmp_path: Path) -> None:
+    expect_fault(fault, int4_artefact, tmp_path / "broken")
 
 
 def test_the_unbroken_quantized_artefact_has_none(int4_artefact: Path) -> None:

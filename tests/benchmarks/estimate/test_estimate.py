@@ -5,42 +5,33 @@ import math
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from benchmarks.__main__ import build_parser
 from benchmarks.estimate import estimate
 from benchmarks.estimate.devices import devices, facts
-from fastvlm.common import cli
+from quantization.catalogue import SIZES
 
 DEVICES = sorted(devices())
 
 
-def answer(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
-    code = cli.run(build_parser, ["estimate", *arguments])
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
-
-
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("shape", estimate.SHAPE_NAMES)
-def test_a_range_for_every_device_and_shape(device: str, shape: str) -> None:
-    result = estimate.estimate(shape, device, "int4")
-    assert result["label"] == "estimate"
-    stages = result["stages"]
-    assert list(stages) == ["encode", "project", "prefill"]
-    for stage in (*stages.values(), result["total"], result["decode"]):
-        assert 0 < stage["low"] < stage["high"] < math.inf
-    for edge in ("low", "high"):
-        assert result["total"][edge] == pytest.approx(sum(stage[edge] for stage in stages.values()))
-    for stage in stages.values():
-        assert sum(stage["shares"].values()) == pytest.approx(1)
-        assert stage["shares"][stage["dominant"]] == max(stage["shares"].values())
-    json.dumps(result, allow_nan=False)
+@pytest.mark.parametrize("shape", tuple(SIZES))
+def test_a_range_for_every_device_and_shape(shape: str) -> None:
+    for device in DEVICES:
+        result = estimate.estimate(shape, device, "int4")
+        stages = result["stages"]
+        assert result["label"] == "estimate" and list(stages) == ["encode", "project", "prefill"]
+        for stage in (*stages.values(), result["total"], result["decode"]):
+            assert 0 < stage["low"] < stage["high"] < math.inf
+        for edge in ("low", "high"):
+            assert result["total"][edge] == pytest.approx(sum(stage[edge] for stage in stages.values()))
+        for stage in stages.values():
+            assert sum(stage["shares"].values()) == pytest.approx(1)
+            assert stage["shares"][stage["dominant"]] == max(stage["shares"].values())
+        json.dumps(result, allow_nan=False)
 
 
 @pytest.mark.parametrize(
@@ -53,30 +44,6 @@ def test_the_papers_times_lie_in_the_ranges(shape: str, resolution: int, ms: flo
     total = estimate.estimate(shape, "m1-max", "fp16", resolution, 0)["total"]
     assert total["low"] < ms / 1e3 < total["high"]
     assert total["high"] / total["low"] < 1.7  # not by being wide
-
-
-@settings(max_examples=30)
-@given(
-    st.sampled_from(estimate.SHAPE_NAMES), st.sampled_from(DEVICES), st.integers(1, 15), st.integers(0, 500),
-    st.integers(1, 500),
-)  # fmt: skip
-def test_more_picture_and_more_prompt_take_longer(shape: str, device: str, side: int, prompt: int, more: int) -> None:
-    def total(sides: int, length: int) -> dict[str, Any]:
-        found: dict[str, Any] = estimate.estimate(shape, device, "fp16", 64 * sides, length)["total"]
-        return found
-
-    here = total(side, prompt)
-    for other in (total(side + 1, prompt), total(side, prompt + more)):
-        assert other["low"] >= here["low"] * (1 - 1e-12)
-        assert other["high"] >= here["high"] * (1 - 1e-12)
-
-
-def test_smaller_weights_decode_faster_and_larger_models_slower() -> None:
-    def decode(shape: str, recipe: str) -> float:
-        return float(estimate.estimate(shape, "m4-max", recipe)["decode"]["low"])
-
-    assert decode("7b", "int4") > decode("7b", "int8") > decode("7b", "fp16")
-    assert decode("0.5b", "int4") > decode("1.5b", "int4") > decode("7b", "int4")
 
 
 def test_bytes_are_the_recipes() -> None:
@@ -118,86 +85,70 @@ def test_ranges_are_the_residuals_and_widen_away_from_the_points() -> None:
     assert width("iphone-12-pro", "prefill") > width("m1", "prefill") > width("m1-max", "prefill")
     assert width("m1-max", "encode", units="CPU_AND_GPU") == pytest.approx(9)
     assert width("m5", "prefill") > 4 * width("m4", "prefill") * 0.99
-
-
-@pytest.mark.parametrize(
-    ("device", "settings", "said"),
-    [
-        ("m1", {}, "encode: extrapolated: no usable published point of a Mac with this chip"),
-        ("iphone-16", {}, "prefill: extrapolated: no usable published point of any phone"),
-        ("iphone-13", {}, "memory_gbps of the A15 not confirmed by a source"),
-        ("m1-max", {"resolution": 1536}, "encode: extrapolated: larger than the published points"),
-        ("m1-max", {"prompt": 2048}, "prefill: extrapolated: larger than the published points"),
-        ("m1-max", {"units": "CPU_AND_GPU"}, "no published point of the encoder alone on the GPU"),
-        ("iphone-17-pro", {}, "matrix units"),
-    ],
-)
-def test_weaknesses_are_said(device: str, settings: dict[str, Any], said: str) -> None:
-    assert any(said in warning for warning in estimate.estimate("0.5b", device, **settings)["warnings"])
-
-
-def test_the_same_chip_in_another_phone_is_no_extrapolation() -> None:
-    """iPhone 12 has the 12 Pro's A14; an M1 in a tablet isn't one in a Mac, which has a fan."""
+    # iPhone 12 has the 12 Pro's A14; an M1 in a tablet isn't one in a Mac, which has a fan
     assert width("iphone-12", "encode") == width("iphone-12-pro", "encode") < width("iphone-13", "encode")
     assert width("ipad-pro-m1", "prefill") > width("m1", "prefill")
 
 
-def test_a_device_with_points_within_their_reach_has_no_warning() -> None:
-    assert estimate.estimate("0.5b", "m1-max")["warnings"] == []
-
-
-def test_what_does_not_fit_is_said() -> None:
-    assert any("don't fit" in warning for warning in estimate.estimate("7b", "iphone-12-pro", "fp16")["warnings"])
-    assert not any("don't fit" in warning for warning in estimate.estimate("0.5b", "iphone-12-pro")["warnings"])
+@pytest.mark.parametrize(
+    ("shape", "device", "settings", "said"),
+    [
+        ("0.5b", "m1", {}, "encode: extrapolated: no usable published point of a Mac with this chip"),
+        ("0.5b", "iphone-16", {}, "prefill: extrapolated: no usable published point of any phone"),
+        ("0.5b", "iphone-13", {}, "memory_gbps of the A15 not confirmed by a source"),
+        ("0.5b", "m1-max", {"resolution": 1536}, "encode: extrapolated: larger than the published points"),
+        ("0.5b", "m1-max", {"prompt": 2048}, "prefill: extrapolated: larger than the published points"),
+        ("0.5b", "m1-max", {"units": "CPU_AND_GPU"}, "no published point of the encoder alone on the GPU"),
+        ("0.5b", "iphone-17-pro", {}, "matrix units"),
+        ("7b", "iphone-12-pro", {}, "don't fit"),
+    ],
+)
+def test_weaknesses_are_said(shape: str, device: str, settings: dict[str, Any], said: str) -> None:
+    assert any(said in warning for warning in estimate.estimate(shape, device, **settings)["warnings"])
+    assert estimate.estimate("0.5b", "m1-max")["warnings"] == []  # has points, and within their reach
 
 
 # --- the command line
 
 
-def test_table_and_document(capsys: pytest.CaptureFixture[str]) -> None:
-    code, out, err = answer(capsys, "--shape", "0.5b", "--device", "m1-max", "--resolution", "512")
-    assert (code, err) == (0, "")
-    assert "estimate: 0.5b fp16 on Mac with M1 Max" in out and "error on points held out" in out
-    stages = re.findall(r"^(encode|project|prefill|total|decode)\b.* … ", out, re.MULTILINE)
+def test_table_document_and_list(cli: Callable[..., Any]) -> None:
+    words = ("estimate", "--shape", "0.5B", "--device", "MacBook Pro M1Max", "--resolution", "512")
+    answer = cli(*words)
+    assert (answer.code, answer.err) == (0, "")
+    assert "estimate: 0.5b fp16 on Mac with M1 Max" in answer.out and "error on points held out" in answer.out
+    stages = re.findall(r"^(encode|project|prefill|total|decode)\b.* … ", answer.out, re.MULTILINE)
     assert stages == ["encode", "project", "prefill", "total", "decode"]  # each of them a range
-    code, out, _ = answer(capsys, "--shape", "0.5b", "--device", "m1-max", "--resolution", "512", "--json")
-    assert json.loads(out.splitlines()[-1]) == json.loads(json.dumps(estimate.estimate("0.5b", "m1-max", "fp16", 512)))
+    expected = estimate.estimate("0.5b", "m1-max", "fp16", 512)
+    assert cli(*words, "--json").document == json.loads(json.dumps(expected))
+    assert all(device in cli("estimate", "--list").out for device in DEVICES)
+    assert set(cli("estimate", "--list", "--json").document["devices"]) == set(DEVICES)
 
 
-def test_list(capsys: pytest.CaptureFixture[str]) -> None:
-    code, out, _ = answer(capsys, "--list")
-    assert code == 0 and all(device in out for device in DEVICES)
-    assert set(json.loads(answer(capsys, "--list", "--json")[1].splitlines()[-1])["devices"]) == set(DEVICES)
+SHAPE, DEVICE = ("--shape", "0.5b"), ("--device", "m1")
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("words", "said"),
     [
-        (["--shape", "0.5b", "--device", "m0"], ["--device m0: unknown; expected one of m1, ", "iphone-15-pro"]),
-        (["--device", "m1"], ["--shape is missing"]),
-        (["--shape", "0.5b"], ["--device is missing"]),
-        (["--shape", "9b", "--device", "x", "--resolution", "100", "--prompt-length", "-1"],
-         ["--shape 9b", "--device x", "--resolution 100", "--prompt-length -1"]),
-        (["--shape", "0.5b", "--device", "m1", "--resolution", "0"], ["--resolution 0: expected a multiple of 64"]),
-        (["--shape", "0.5b", "--device", "m1", "--resolution", "4096"], ["to 2048"]),
-        (["--shape", "0.5b", "--device", "m1", "--recipe", "nope"], ["unknown recipe 'nope'"]),
-        (["--shape", "0.5b", "--device", "m1", "--recipe", "fit"], ["leaves the schemes open"]),
-        (["--shape", "0.5b", "--device", "m1", "--recipe", "fit:1MB"], ["does not fit"]),
+        ((*SHAPE, "--device", "m0"), ["--device: m0: unknown", "expected one of m1, ", "iphone-15-pro"]),
+        ((), ["--shape: is missing", "--device: is missing"]),
+        (("--shape", "9b", "--device", "x", "--resolution", "100", "--prompt-length", "-1"),
+         ["--shape: got 9b", "--device: x", "--resolution: got 100", "--prompt-length: got -1"]),
+        ((*SHAPE, *DEVICE, "--resolution", "4096"), ["to 2048"]),
+        ((*SHAPE, *DEVICE, "--recipe", "nope"), ["unknown recipe 'nope'"]),
+        ((*SHAPE, *DEVICE, "--recipe", "fit"), ["leaves the schemes open"]),
+        ((*SHAPE, *DEVICE, "--recipe", "fit:1MB"), ["does not fit"]),
+        ((*SHAPE, *DEVICE, "--units", "CPU_ONLY"), ["--units: got CPU_ONLY"]),
     ],
 )  # fmt: skip
-def test_bad_input_is_one_line(capsys: pytest.CaptureFixture[str], arguments: list[str], said: list[str]) -> None:
-    code, out, err = answer(capsys, *arguments)
-    assert (code, out) == (2, "")
-    assert len(err.splitlines()) == 1 and all(word in err for word in said)
-
-
-def test_units_that_nobody_measured_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    code, _, err = answer(capsys, "--shape", "0.5b", "--device", "m1", "--units", "CPU_ONLY")
-    assert code == 2 and "CPU_ONLY" in err
+def test_bad_input_is_one_line(cli: Callable[..., Any], words: tuple[str, ...], said: list[str]) -> None:
+    answer = cli("estimate", *words)
+    assert (answer.code, answer.out) == (2, "")
+    assert len(answer.err.splitlines()) == 1 and all(word in answer.err for word in said)
 
 
 def test_listing_imports_no_torch() -> None:
     code = (
-        "import sys; from benchmarks.estimate import command; command.known_devices(); sys.exit('torch' in sys.modules)"
+        "import sys; from benchmarks.estimate import estimate; estimate.known_devices(); exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

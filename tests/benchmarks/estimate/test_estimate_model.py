@@ -16,7 +16,6 @@ from benchmarks.estimate.work import EncoderWork, LanguageModel, encoder_work
 BAR = 0.25  # of every held-out published point
 LANGUAGE = LanguageModel(24, 896, 14, 2, 64, 4864, 151936)
 FACTS, PUBLISHED, STORED = facts("devices.json"), facts("published.json"), facts("calibration.json")
-HD = PUBLISHED["encoders"]["fastvithd"]
 HELD_OUT = [point for point in fit.points() if point.use == "held out"]
 INSIDE = [point for point in fit.points() if point.use == "calibrates"]
 
@@ -32,47 +31,32 @@ def faster(device: Device, factor: float, *fields: str) -> Device:
     return dataclasses.replace(device, **changed)
 
 
-# --- what holds for any parameters
-
-
-@given(parameters, any_device, st.integers(1, 31), factors)
-def test_encoding_grows_with_the_picture_and_shrinks_with_the_engine(
-    p: dict[str, float], device: Device, side: int, factor: float
+@given(parameters, any_device, st.integers(1, 31), st.integers(1, 2000), factors)
+def test_times_grow_with_the_work_and_shrink_with_the_device(
+    p: dict[str, float], device: Device, side: int, tokens: int, factor: float
 ) -> None:
+    """Whatever the parameters are."""
     device = dataclasses.replace(device, ne_gbps=device.ne_gbps or p["ne_phone_gbps"])
-    work, larger = (encoder_work(HD, 64 * sides) for sides in (side, side + 1))
-    here = model.encode_time(p, device, work).seconds
-    assert 0 < here <= model.encode_time(p, device, larger).seconds
-    assert model.encode_time(p, faster(device, factor, "ne_tops"), work).seconds <= here
-    assert model.encode_time(p, faster(device, factor, "ne_gbps"), work).seconds <= here
-    assert model.encode_time(p, faster(device, factor, "ne_tops", "ne_gbps"), work).seconds < here
-    assert model.encode_time(p, device, work, weights=work.weights / factor).seconds <= here
-
-
-@given(parameters, any_device, st.integers(1, 2000), st.integers(1, 500), factors)
-def test_prefill_grows_with_the_prompt_and_shrinks_with_the_gpu(
-    p: dict[str, float], device: Device, tokens: int, more: int, factor: float
-) -> None:
     weights = 2.0 * LANGUAGE.matrices
 
-    def seconds(on: Device, length: int, size: float = weights) -> float:
+    def encode(on: Device = device, sides: int = side, part: float = 1.0) -> float:
+        work = encoder_work("fastvithd", 64 * sides)
+        return model.encode_time(p, on, work, work.weights * part).seconds
+
+    def prefill(on: Device = device, length: int = tokens, size: float = weights) -> float:
         return model.prefill_time(p, on, LANGUAGE, length, size, LANGUAGE.output).seconds
 
-    here = seconds(device, tokens)
-    assert 0 < here <= seconds(device, tokens + more)
-    assert seconds(faster(device, factor, "gpu_tflops"), tokens) < here
-    assert seconds(faster(device, factor, "memory_gbps"), tokens) <= here
-    assert seconds(device, tokens, weights * 2) >= here
+    def decode(on: Device = device, layers: int = 24, size: float = weights) -> float:
+        return model.decode_time(p, on, layers, size).seconds
 
-
-@given(parameters, any_device, st.floats(1e6, 1e11), factors)
-def test_decoding_shrinks_with_bandwidth_and_with_fewer_bytes(
-    p: dict[str, float], device: Device, weights: float, factor: float
-) -> None:
-    here = model.decode_time(p, device, 24, weights)
-    assert model.decode_time(p, faster(device, factor, "memory_gbps"), 24, weights).seconds < here.seconds
-    assert model.decode_time(p, device, 24, weights / factor).seconds < here.seconds
-    assert model.decode_time(p, device, 25, weights).seconds > here.seconds
+    assert 0 < encode() <= encode(sides=side + 1)
+    assert max(encode(faster(device, factor, one)) for one in ("ne_tops", "ne_gbps")) <= encode()
+    assert encode(faster(device, factor, "ne_tops", "ne_gbps")) < encode() and encode(part=1 / factor) <= encode()
+    assert 0 < prefill() <= min(prefill(length=tokens + 100), prefill(size=2 * weights))
+    assert prefill(faster(device, factor, "gpu_tflops")) < prefill()
+    assert prefill(faster(device, factor, "memory_gbps")) <= prefill()
+    assert max(decode(faster(device, factor, "memory_gbps")), decode(size=weights / factor)) < decode()
+    assert decode(layers=25) > decode()
 
 
 def test_what_dominates_is_said() -> None:
@@ -81,14 +65,10 @@ def test_what_dominates_is_said() -> None:
     assert model.encode_time(p, device, EncoderWork(10**12, 10)).dominant == "compute"
     assert model.encode_time(p, device, EncoderWork(10**6, 10**9)).dominant == "bandwidth"
     assert model.encode_time(p, device, EncoderWork(10**6, 10)).dominant == "dispatch"
-    assert model.decode_time(p, device, 24, 1e9).dominant == "bandwidth"
-
-
-def test_sixteen_tokens_take_as_long_as_sixty_four_but_for_attention() -> None:
-    p = {**STORED["parameters"], "gpu_scores": 0.0}
-    device = devices()["m1-max"]
-    few, tile, more = (model.prefill_time(p, device, LANGUAGE, tokens, 1.0).seconds for tokens in (16, 64, 65))
-    assert few == tile < more
+    few, tile, more = (
+        model.prefill_time({**p, "gpu_scores": 0.0}, device, LANGUAGE, tokens, 1.0).seconds for tokens in (16, 64, 65)
+    )
+    assert few == tile < more  # matrix products go in tiles of 64 tokens
 
 
 # --- calibration
@@ -101,6 +81,7 @@ def test_known_parameters_are_found_again() -> None:
     assert fit.fit(made) == pytest.approx(truth, rel=0.02)
 
 
+@pytest.mark.slow
 def test_the_stored_calibration_is_what_the_fit_gives(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     monkeypatch.setattr(fit, "OUTPUT", tmp_path / "calibration.json")
     fit.main()
@@ -115,9 +96,9 @@ def test_the_stored_calibration_is_what_the_fit_gives(monkeypatch: pytest.Monkey
         assert limits["least"] < value < limits["most"], f"{name} sits on its bound"
 
 
-@pytest.mark.parametrize("point", HELD_OUT, ids=lambda point: point.id)
-def test_every_held_out_point_is_within_the_bar(point: fit.Point) -> None:
-    assert abs(point.predict(STORED["parameters"]) / point.seconds - 1) <= BAR
+def test_every_held_out_point_is_within_the_bar() -> None:
+    off = {point.id: point.predict(STORED["parameters"]) / point.seconds - 1 for point in HELD_OUT}
+    assert len(off) == 43 and not {name: error for name, error in off.items() if abs(error) > BAR}
 
 
 @pytest.mark.parametrize("name", ["ne_rate", "gpu_rate", "decode_bandwidth", "gpu_scores_unfused", "ne_spill_gbps"])
@@ -144,31 +125,18 @@ def test_leaving_out_a_point_leaves_it_out() -> None:
 # --- facts
 
 
-def test_every_figure_has_a_source() -> None:
-    sources = FACTS["sources"]
-    for key, source in sources.items():
-        assert set(source) == {"url", "says"} and source["says"]
-        assert source["url"].startswith("https://") or key == "not-confirmed"
+def test_every_figure_and_every_point_has_a_source() -> None:
     figures = [figure for chip in FACTS["chips"].values() for figure in chip.values() if isinstance(figure, dict)]
-    assert {figure["source"] for figure in figures} == set(sources)
-    assert all(figure["value"] > 0 for figure in figures)
-    for chip in FACTS["chips"].values():
-        published = chip.get("neural_engine_tops")
-        assert published is None or published["precision"] in ("float16", "int8")
-
-
-def test_every_point_has_a_source_and_known_keys() -> None:
-    known = {"id", "stage", "device", "model", "language", "resolution", "tokens", "bits", "ms", "tokens_per_s",
-             "source", "note", "outside", "unusable", "unfused", "gpu_part",
-             "encoder_on_gpu"}  # fmt: skip
-    entries: list[dict[str, Any]] = PUBLISHED["points"]
-    assert len({entry["id"] for entry in entries}) == len(entries)
-    assert {entry["source"] for entry in entries} == set(PUBLISHED["sources"])
-    for entry in entries:
-        assert set(entry) <= known
-        assert ("ms" in entry) != ("tokens_per_s" in entry)
-        assert entry["device"] in devices()
-    assert all(source["url"].startswith("https://") for source in PUBLISHED["sources"].values())
+    points: list[dict[str, Any]] = PUBLISHED["points"]
+    for document, used in ((FACTS, figures), (PUBLISHED, points)):
+        assert {one["source"] for one in used} == set(document["sources"])
+        for key, source in document["sources"].items():
+            assert set(source) == {"url", "says"} and source["says"]
+            assert source["url"].startswith("https://") or key == "not-confirmed"
+    assert all(figure["value"] > 0 and figure.get("precision") in (None, "float16", "int8") for figure in figures)
+    assert len({point["id"] for point in points}) == len(points)
+    for point in points:
+        assert ("ms" in point) != ("tokens_per_s" in point) and point["device"] in devices()
 
 
 def test_no_point_rests_on_an_unconfirmed_figure_or_on_this_machine() -> None:

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from benchmarks import metrics
 from benchmarks.parity import language
 from fastvlm.model import streamed
-from fastvlm.model.surface import Language, load_checkpoint
+from fastvlm.model.language import Language
+from fastvlm.model.torch_parts import load_checkpoint
 
 MOST = 12
 
@@ -93,6 +94,6 @@ def test_a_streamed_model_is_the_model(demo_model, embeds, greedy, keeps, monkey
             assert model.language.logits(embeds[1]) == pytest.approx(expected, abs=1e-4)
             assert [one.tokens for one in language.answers(model.language, embeds, MOST, tell)] == greedy
     layers = [layer for layer in model.language.model.modules() if isinstance(layer, streamed.StreamedLinear)]
-    assert len(layers) == 4 * 7 + 1 and all((layer.kept is not None) == bool(keeps) for layer in layers)
+    assert len(layers) == 4 * 7 + 1 and all((layer.stored is not None) == bool(keeps) for layer in layers)
     streamed.forget(model.language.model)
-    assert not any(layer.kept for layer in layers)
+    assert not any(layer.stored for layer in layers)

@@ -5,11 +5,13 @@ import math
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from benchmarks.parity import compare, pictures, tolerances, verdict
 from benchmarks.parity.language import Reading
 from fastvlm.common.errors import CheckFailed, UserError
 from fastvlm.data import scenes
+from tests.benchmarks.conftest import perturb_embedding, perturb_head, perturb_pixels, perturb_projector, perturb_vision
 
 
 @pytest.fixture
@@ -31,31 +33,7 @@ def test_the_same_model_passes_exactly(judge):
     assert all(row["divergence"] is None and row["reference"] == row["candidate"] for row in result["rows"])
     assert result["pictures"] == {"demo": 4}
     assert list(result["metrics"]) == list(verdict.LABELS)
-
-
-def test_the_document_is_json_and_the_same_twice(judge):
-    first, second = (json.dumps(judge(), allow_nan=False) for _ in range(2))
-    assert first == second
-
-
-def perturb_vision(model):
-    model.vision.weight[5, 3] += 1
-
-
-def perturb_projector(model):
-    model.projector.weight[2, 1] += 1
-
-
-def perturb_embedding(model):
-    model.language.embedding[ord("W") % 36, 0] += 2
-
-
-def perturb_head(model):
-    model.language.matrix[2, 7] += 9
-
-
-def perturb_pixels(model):
-    model.preprocessor.mean = 1e-3
+    json.dumps(result, allow_nan=False)
 
 
 @pytest.mark.parametrize(
@@ -163,7 +141,7 @@ def test_where_answers_part(reference, candidate, shown):
     forced = [*tokens[:2], other, *tokens[3:]]
     readings = [Reading(np.zeros((1, 1)), ids) for ids in (tokens, forced)]
     readings[0].margin = 0.25
-    sides = [compare.Speaker.of(model) for model in (reference, candidate)]
+    sides = [(model.language, model.tokenizer) for model in (reference, candidate)]
     parted, decode = compare._divergence(*sides, *readings), reference.tokenizer.decode
     assert parted["position"] == 2 and parted["margin"] == 0.25
     assert parted["common"] == decode(tokens[:2])
@@ -248,32 +226,19 @@ def test_the_demo_checkpoint_gets_its_questions(monkeypatch):
     assert [(a.question, a.image.tobytes()) for a in chosen] == [(b.question, b.image.tobytes()) for b in again]
 
 
-def test_no_pictures_are_refused(tmp_path):
-    with pytest.raises(UserError, match="no pictures"):
-        pictures.choose(tmp_path, tmp_path, 3)
-    with pytest.raises(UserError, match="not a folder"):
-        pictures.choose(tmp_path, tmp_path / "missing", 3)
-    with pytest.raises(UserError, match="--limit: got 0"):
-        pictures.choose(tmp_path, None, 0)
-
-
-def test_every_file_that_is_no_picture_is_named(folder):
-    (folder / "broken.png").write_bytes(b"not a picture")
-    (folder / "cut.png").write_bytes((folder / "b.png").read_bytes()[:60])
-    with pytest.raises(UserError, match=r"broken\.png.*cut\.png"):
-        pictures.check(pictures.choose(folder, folder, 9))
-
-
 # --- the family of an artefact's weights -----------------------------------------------------------------------------
 
 
-def write_artefact(folder, quantization, dtype=np.float16):
-    from safetensors.numpy import save_file
+@pytest.fixture
+def family_of(tmp_path):
+    """The family of an artefact whose config.json has this quantization."""
 
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps({"quantization": quantization} if quantization else {}))
-    save_file({"language_model.model.norm.weight": np.ones(4, dtype)}, folder / "model.safetensors")
-    return folder
+    def write(quantization, dtype=np.float16):
+        (tmp_path / "config.json").write_text(json.dumps({"quantization": quantization} if quantization else {}))
+        save_file({"language_model.model.norm.weight": np.ones(4, dtype)}, tmp_path / "model.safetensors")
+        return compare.weight_family(tmp_path)
+
+    return write
 
 
 @pytest.mark.parametrize(
@@ -288,10 +253,10 @@ def write_artefact(folder, quantization, dtype=np.float16):
         ({"bits": 8, "group_size": 32, "mode": "mxfp8", "a": {"bits": 3, "group_size": 64}}, "int3"),
     ],
 )
-def test_the_weakest_weights_decide(tmp_path, quantization, family):
-    assert compare.weight_family(write_artefact(tmp_path / "artefact", quantization)) == family
+def test_the_weakest_weights_decide(family_of, quantization, family):
+    assert family_of(quantization) == family
 
 
-def test_a_family_without_tolerances_is_refused(tmp_path):
+def test_a_family_without_tolerances_is_refused(family_of):
     with pytest.raises(UserError, match="int7: no tolerances"):
-        compare.weight_family(write_artefact(tmp_path / "artefact", {"bits": 7, "group_size": 64}))
+        family_of({"bits": 7, "group_size": 64})

@@ -9,29 +9,15 @@ import pytest
 
 from benchmarks.quality import evaluate, job, text_model
 from benchmarks.quality.job import Job
-from fastvlm.common import cli
-from fastvlm.common.arguments import Parser
-from fastvlm.common.children import Finished
 from fastvlm.common.errors import CheckFailed, UserError
 from fastvlm.data import scenes
+from model_export.artefact import write_manifest
+from tests.helpers import with_tensors
 
 pytestmark = pytest.mark.slow
 
 TEXT = "Where is the red circle? The red circle is at the top left. " * 20
 IDS = np.array([[5, 9, 300, 17, 17, 250, 3, 88]])
-
-
-def run(*argv):
-    """The exit code of the verb."""
-
-    def build():
-        parser = Parser(prog="quantization")
-        verbs = parser.add_subparsers(required=True, parser_class=Parser)
-        evaluate.add_evaluate(verbs)
-        cli.add_common(verbs.choices["evaluate"])
-        return parser
-
-    return cli.run(build, ["evaluate", *map(str, argv)])
 
 
 @pytest.fixture(scope="module")
@@ -96,107 +82,76 @@ def test_quantization_of_a_text_model_shows(llama, quantized, text_file, tmp_pat
 
 
 def test_a_text_model_that_is_not_whole(llama, tmp_path):
-    from safetensors.torch import load_file, save_file
+    def rename(tensors):
+        tensors["extra.weight"] = tensors.pop("model.layers.1.mlp.up_proj.weight")
 
-    folder = tmp_path / "model"
-    shutil.copytree(llama, folder)
-    tensors = load_file(folder / "model.safetensors")
-    tensors["extra.weight"] = tensors.pop("model.layers.1.mlp.up_proj.weight")
-    save_file(tensors, folder / "model.safetensors")
-    with pytest.raises(UserError, match=r"2 tensors are not .* llama has \(extra.weight, model.layers.1"):
-        text_model.load(folder, llm="torch")
-    with pytest.raises(UserError, match="mlx-lm refuses it"):
-        text_model.load(folder, llm="mlx")
-    (folder / "model.safetensors").write_bytes(b"x")
-    with pytest.raises(UserError, match="not a readable safetensors file"):
-        text_model.load(folder, llm="torch")
-    (folder / "model.safetensors").unlink()
-    with pytest.raises(UserError, match="no model"):
-        text_model.load(folder, llm="torch")
+    folder = with_tensors(llama, tmp_path / "model", rename)
+    weights = folder / "model.safetensors"
+
+    def refused(llm, message):
+        with pytest.raises(UserError, match=message):
+            text_model.load(folder, llm=llm)
+
+    refused("torch", r"2 tensors are not .* llama has \(extra.weight, model.layers.1")
+    refused("mlx", "mlx-lm refuses it")
+    weights.write_bytes(b"x")
+    refused("torch", "not a readable safetensors file")
+    weights.unlink()
+    refused("torch", "no model")
 
 
 def test_kinds(llama, tmp_path):
-    assert text_model.kind(llama) == "text"
-    assert text_model.kind(scenes.CHECKPOINT) == "checkpoint"
-    (tmp_path / "config.json").write_text("[]")
-    for folder, message in ((tmp_path / "gone", "no such folder"), (tmp_path, "expected a JSON object")):
+    assert text_model.kind(llama) == "text" and text_model.kind(scenes.CHECKPOINT) == "checkpoint"
+    write_manifest(tmp_path, {"parts": ["llm"], "files": {}, "config": {"layout": "app"}})
+    assert text_model.kind(tmp_path) == "text"  # a language model that was exported alone
+    write_manifest(tmp_path, {"parts": ["llm"], "files": {}, "config": {"layout": "mlx-vlm"}})
+    (tmp_path / "list").mkdir()
+    (tmp_path / "list" / "config.json").write_text("[]")
+    for folder, message in (
+        (tmp_path, "exported for mlx-vlm"),
+        (tmp_path / "gone", "no such folder"),
+        (tmp_path / "list", "expected a JSON object"),
+    ):
         with pytest.raises(UserError, match=message):
             text_model.kind(folder)
 
 
-def test_a_language_model_that_was_exported_alone_is_a_text_model(tmp_path):
-    from model_export.artefact import write_manifest
-
-    for layout in ("app", "mlx-vlm"):
-        write_manifest(tmp_path, {"parts": ["llm"], "files": {}, "config": {"layout": layout}})
-        if layout == "app":
-            assert text_model.kind(tmp_path) == "text"
-        else:
-            with pytest.raises(UserError, match="exported for mlx-vlm"):
-                text_model.kind(tmp_path)
-
-
-def refused(capsys, *argv):
-    assert run(*argv) == 2
-    out, err = capsys.readouterr()
-    assert out == "" and err.count("\n") == 1
-    return err
-
-
-def test_all_faults_at_once_before_any_work(capsys, llama, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate, "measured", lambda job: pytest.fail("work started"))
-    said = refused(
-        capsys, "--model", tmp_path / "gone", scenes.CHECKPOINT, "--reference", scenes.CHECKPOINT,
-        "--count", 0, "--min-agreement", 1.5, "--text", tmp_path / "no.txt",
-    )  # fmt: skip
-    for expected in ("--count: got 0", "--min-agreement: got 1.5", "no.txt: no such file", "gone: no such folder"):
-        assert expected in said
-    said = refused(capsys, "--model", scenes.CHECKPOINT, "--reference", llama, "--samples", "demo")
-    assert "expected --text FILE" in said and "--samples: a text model" in said and "compare like with like" in said
-
-
-def test_another_vocabulary_or_tokenizer_is_refused(capsys, llama, tmp_path, text_file, monkeypatch):
-    monkeypatch.setattr(evaluate, "measured", lambda job: pytest.fail("work started"))
-    other = tmp_path / "other"
-    shutil.copytree(llama, other)
-    document = json.loads((other / "config.json").read_text())
-    (other / "config.json").write_text(json.dumps(document | {"vocab_size": 500}))
-    tokenizer = json.loads((other / "tokenizer.json").read_text())
+@pytest.fixture
+def other(llama, tmp_path):
+    """The text model with another vocabulary and tokenizer."""
+    folder = tmp_path / "other"
+    shutil.copytree(llama, folder)
+    document = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(document | {"vocab_size": 500}))
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
     vocabulary = tokenizer["model"]["vocab"]
     (a, first), (b, second) = list(vocabulary.items())[:2]
     vocabulary[a], vocabulary[b] = second, first
-    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
-    said = refused(capsys, "--model", other, "--reference", llama, "--text", text_file)
-    assert "a vocabulary of 500 tokens, the reference's has 448" in said
-    assert "its tokenizer is not the reference's" in said
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    return folder
 
 
-def test_pictures_that_do_not_open_are_refused(capsys, tmp_path, monkeypatch):
+def test_all_faults_at_once_before_any_work(cli, llama, other, tmp_path, text_file, monkeypatch):
     monkeypatch.setattr(evaluate, "measured", lambda job: pytest.fail("work started"))
+    demo, pictures = scenes.CHECKPOINT, tmp_path / "pictures"
+    pictures.mkdir()
     for name in ("a.png", "b.png"):
-        (tmp_path / name).write_bytes(b"no picture")
-    said = refused(capsys, "--model", scenes.CHECKPOINT, "--reference", scenes.CHECKPOINT, "--samples", tmp_path)
-    assert "a.png" in said and "b.png" in said
-
-
-@pytest.mark.parametrize(
-    ("returncode", "last", "error", "message"),
-    [
-        (2, "error: this text", UserError, "this text"),
-        (1, "error: not finite", CheckFailed, "not finite"),
-        (-9, "", CheckFailed, "SIGKILL"),
-    ],
-)
-def test_what_the_process_raised_is_raised(monkeypatch, returncode, last, error, message):
-    done = Finished(returncode, 1.0, 1, "", last)
-    monkeypatch.setattr(job.children, "run", lambda command, say: done)
-    with pytest.raises(error, match=message):
-        job.measured(Job("model", "results"))
-
-
-def test_its_own_process_says_what_it_raised(capsys, tmp_path):
-    assert job._main(json.dumps({"model": str(tmp_path / "gone"), "results": "r"})) == 2
-    assert "no such folder" in capsys.readouterr().err
+        (pictures / name).write_bytes(b"no picture")
+    for words, parts in (
+        (("--model", demo, "--reference", demo, "--count", 0, "--min-agreement", 1.5),
+         ("--count: got 0", "--min-agreement: got 1.5")),
+        (("--model", tmp_path / "gone", demo, "--reference", demo, "--text", tmp_path / "no.txt"),
+         ("no.txt: no such file", "gone: no such folder")),
+        (("--model", demo, "--reference", llama, "--samples", "demo"),
+         ("expected --text FILE", "--samples: a text model", "compare like with like")),
+        (("--model", other, "--reference", llama, "--text", text_file),
+         ("a vocabulary of 500 tokens, the reference's has 448", "its tokenizer is not the reference's")),
+        (("--model", demo, "--reference", demo, "--samples", pictures), ("a.png", "b.png")),
+    ):  # fmt: skip
+        answer = cli("evaluate", *words)
+        assert answer.code == 2 and answer.out == ""
+        (line,) = [line for line in answer.err.splitlines() if line.startswith("error: ")]
+        assert not [part for part in parts if part not in line]
 
 
 def test_sizes_by_part(tmp_path):
@@ -228,16 +183,17 @@ def canned(monkeypatch):
 
 
 @pytest.mark.parametrize(("least", "code"), [((), 0), (("--min-agreement", 0.7), 0), (("--min-agreement", 0.8), 1)])
-def test_agreement_makes_the_exit_code(canned, capsys, least, code):
-    assert run("--model", scenes.CHECKPOINT, "--reference", scenes.CHECKPOINT, "--count", 1, *least) == code
-    out, err = capsys.readouterr()
+def test_agreement_makes_the_exit_code(canned, cli, least, code):
+    answer = cli("evaluate", "--model", scenes.CHECKPOINT, "--reference", scenes.CHECKPOINT, "--count", 1, *least)
+    out, err = answer.out, answer.err
+    assert answer.code == code
     for shown in ("75.00%", "0.5", "2.00", "perplexity of a text; KL over 4 of 9 rows", "Which one? (expected: This.)"):
         assert shown in out
     assert "candidate: That [bold]." in out and "1 of 2 answers differ" in out
     assert ("below 0.8" in err) == (code == 1)
 
 
-def test_a_candidate_that_fails_is_a_line_and_the_others_are_measured(canned, monkeypatch, capsys, tmp_path):
+def test_a_candidate_that_fails_is_a_line_and_the_others_are_measured(canned, monkeypatch, cli, tmp_path):
     measured, hot = evaluate.measured, tmp_path / "hot"
     shutil.copytree(scenes.CHECKPOINT, hot)
 
@@ -246,38 +202,33 @@ def test_a_candidate_that_fails_is_a_line_and_the_others_are_measured(canned, mo
             raise CheckFailed("vision encoder: features: 1 of 2 values are NaN or infinite (fake): mend it")
         return measured(job)
 
+    def asked(model, reference, *flags):
+        return cli("evaluate", "--model", *model, "--reference", reference, "--count", 1, *flags)
+
     monkeypatch.setattr(evaluate, "measured", failing)
-    flags = ("--model", hot, scenes.CHECKPOINT, "--reference", scenes.CHECKPOINT, "--count", 1, "--min-agreement", 0.5)
-    assert run(*flags, "--json") == 1
-    out, err = capsys.readouterr()
-    document = json.loads(out.splitlines()[-1])
-    assert err.splitlines()[-1] == f"error: hot: {document['candidates'][0]['failed']}"
-    assert document["passed"] is False and document["candidates"][1]["figures"]["same_answers"] == 0.75
-    assert run(*flags) == 1 and "75.00%" in capsys.readouterr().out
-    assert run("--model", hot, "--reference", scenes.CHECKPOINT, "--count", 1) == 1  # nothing is left to show
-    assert run("--model", scenes.CHECKPOINT, "--reference", hot, "--count", 1) == 1
-    assert "error: vision encoder" in capsys.readouterr().err
+    both = ([hot, scenes.CHECKPOINT], scenes.CHECKPOINT, "--min-agreement", 0.5)
+    answer = asked(*both, "--json")
+    failed, sound = answer.document["candidates"]
+    assert answer.code == 1 and answer.err.splitlines()[-1] == f"error: hot: {failed['failed']}"
+    assert answer.document["passed"] is False and sound["figures"]["same_answers"] == 0.75
+    assert asked(*both).code == 1 and "75.00%" in asked(*both).out
+    assert asked([hot], scenes.CHECKPOINT).code == 1  # nothing is left to show
+    answer = asked([scenes.CHECKPOINT], hot)
+    assert answer.code == 1 and "error: vision encoder" in answer.err
 
 
-def test_a_hot_candidate_end_to_end(hot_demo, capsys):
-    """The process of its own says so, and the exit code is 1."""
-    assert run("--model", hot_demo, "--reference", scenes.CHECKPOINT, "--count", 1, "--json") == 1
-    failed = json.loads(capsys.readouterr().out.splitlines()[-1])["candidates"][0]["failed"]
-    assert failed.startswith("projector: embeddings of a picture: ") and "python -m fastvlm doctor" in failed
-
-
-def test_end_to_end_with_a_file_of_questions(capsys, tmp_path):
-    """Two processes; the checkpoint is as good as itself."""
+def test_end_to_end_with_a_file_of_questions(cli, tmp_path, hot_demo):
+    """Three processes; the checkpoint is as good as itself, and one whose values leave float32 is an error."""
     from PIL import Image
 
     Image.new("RGB", (90, 60), "red").save(tmp_path / "a.png")
     turns = [{"from": "human", "value": "<image>\nDescribe the picture."}]
     (tmp_path / "q.jsonl").write_text(json.dumps({"id": "mine", "image": "a.png", "conversations": turns}))
     flags = ("--samples", tmp_path / "q.jsonl", "--min-agreement", 1, "--json")
-    assert run("--model", scenes.CHECKPOINT, "--reference", scenes.CHECKPOINT, *flags) == 0
-    document = json.loads(capsys.readouterr().out.splitlines()[-1])
-    candidate = document["candidates"][0]
-    assert document["passed"] is True
+    answer = cli("evaluate", "--model", scenes.CHECKPOINT, hot_demo, "--reference", scenes.CHECKPOINT, *flags)
+    candidate, hot = answer.document["candidates"]
+    assert answer.code == 1 and answer.document["passed"] is False
+    assert hot["failed"].startswith("projector: embeddings of a picture: ") and "fastvlm doctor" in hot["failed"]
     assert candidate["figures"]["same_answers"] == 1 and candidate["figures"]["answer_kl_mean"] == 0
     assert candidate["answers"][0]["name"] == "mine" and candidate["answers"][0]["candidate"]
     assert candidate["timings"]["peak_gb"] > 0.1 and candidate["timings"]["load_s"] > 0

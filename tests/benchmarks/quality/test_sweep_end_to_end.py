@@ -1,7 +1,7 @@
 """The sweep's verb and what it does for a point: refusals, the artefact put together, and a whole sweep, once."""
 
-import argparse
 import json
+from multiprocessing import forkserver
 
 import numpy as np
 import pytest
@@ -11,8 +11,6 @@ from PIL import Image
 from benchmarks import shared_exports
 from benchmarks.quality import sweep, sweep_point
 from fastvlm.common import threads
-from fastvlm.common.arguments import Parser
-from fastvlm.common.cli import add_common, run
 from fastvlm.data.conversations import Sample
 from model_export import artefact, contract, export
 from model_export.config import ExportConfig
@@ -21,54 +19,28 @@ from quantization.recipe import load_recipe
 pytestmark = pytest.mark.slow
 
 
-def parser() -> argparse.ArgumentParser:
-    built = Parser()
-    verbs = built.add_subparsers(required=True)
-    sweep.add_sweep(verbs)
-    add_common(verbs.choices["sweep"])
-    return built
+def refused(answer, *parts):
+    """Whether a command ended with one line that has all the parts."""
+    return answer.code == 2 and answer.err.count("\n") == 1 and [part for part in parts if part not in answer.err] == []
 
 
-def run_verb(*arguments):
-    return run(parser, ["sweep", *map(str, arguments)])
-
-
-def test_every_fault_is_named_at_once(tiny_fast_vlm, tmp_path, capsys):
-    code = run_verb(
-        "--checkpoint", tiny_fast_vlm, "--quant", "int5x", "int4", "--vision-quant", "palette5", "--resolutions", 100,
-        "--samples", tmp_path / "none", "--count", 0, "--text", tmp_path / "no.txt", "--jobs", 0, "--memory", -1,
-        "--max-size", "5 apples", "--min-agreement", "101%", "--work-dir", tmp_path / "work",
-    )  # fmt: skip
-    said = capsys.readouterr().err
-    assert code == 2 and said.count("\n") == 1 and said.startswith("error: ")
-    for part in ("int5x", "palette5", "got 100", "none: no such file", "--count: got 0", "no.txt", "--jobs: got 0",
-                 "--memory: got -1", "--max-size 5 apples", "--min-agreement 101%"):  # fmt: skip
-        assert part in said, part
-    assert not (tmp_path / "work").exists()
-
-
-def test_a_recipe_that_does_not_fit_the_model_is_refused_before_any_work(tiny_fast_vlm, tmp_path, capsys):
-    recipe = load_recipe("int4").to_json() | {"name": "odd"}
-    recipe["rules"].insert(0, {"pattern": "language_model.nothing.*", "scheme": {"mode": "cast", "dtype": "float16"}})
-    (tmp_path / "odd.json").write_text(json.dumps(recipe))
+def test_every_fault_is_named_at_once_and_before_any_work(cli, tiny_fast_vlm, tmp_path):
     work = tmp_path / "work"
-    code = run_verb("--checkpoint", tiny_fast_vlm, "--quant", "fp16", tmp_path / "odd.json", "--work-dir", work)
-    said = capsys.readouterr().err
-    assert code == 2 and "matches no weight: 'language_model.nothing.*'" in said and not work.exists()
-
-
-@pytest.mark.parametrize(
-    ("flags", "constraints"),
-    [
-        ({"max_size": "500MB", "min_agreement": "99%"}, (500e6, 0.99)),
-        ({"max_size": "1.2 GB", "min_agreement": "0.995"}, (1.2e9, 0.995)),
-        ({"max_size": None, "min_agreement": "1"}, (None, 1.0)),
-    ],
-)
-def test_constraints(flags, constraints):
-    faults: list[str] = []
-    found = sweep._constraints(argparse.Namespace(**flags), faults)
-    assert (found.max_size, found.min_agreement) == constraints and not faults
+    values = {"--vision-quant": "palette5", "--count": 0, "--jobs": 0, "--memory": -1, "--max-size": "5 apples",
+              "--min-agreement": "101%"}  # fmt: skip
+    answer = cli("sweep", "--checkpoint", tiny_fast_vlm, *(word for pair in values.items() for word in pair))
+    assert refused(answer, *(f"{flag}: got {value}" for flag, value in values.items()))
+    assert refused(cli("sweep", "--checkpoint", tiny_fast_vlm, "--resolutions", 100), "--resolutions: got 100")
+    odd = load_recipe("int4").to_json() | {"name": "odd"}
+    odd["rules"].insert(0, {"pattern": "language_model.nothing.*", "scheme": {"mode": "cast", "dtype": "float16"}})
+    (tmp_path / "odd.json").write_text(json.dumps(odd))
+    answer = cli(
+        "sweep", "--checkpoint", tiny_fast_vlm, "--quant", "fp16", tmp_path / "odd.json", "--work-dir", work,
+        "--samples", tmp_path / "none",
+    )  # fmt: skip
+    assert refused(answer, "matches no weight: 'language_model.nothing.*'", "none: no such file")
+    assert refused(cli("sweep", "--checkpoint", tmp_path / "none", "--quant", "int5x"), "int5x", "none")
+    assert not work.exists()
 
 
 def test_samples_are_hashed_by_content():
@@ -89,24 +61,6 @@ def test_first_token_has_every_stage(reference):
     parts = [stages[f"ttft_{part}_s"] for part in ("encode", "project", "prefill")]
     assert min(parts) > 0 and stages["ttft_s"] >= max(parts)
     assert sweep_point.first_token(reference, [text]) == {}
-
-
-def test_what_points_share_is_made_once_and_never_half(tmp_path):
-    made = []
-
-    def make(target, fail=False):
-        made.append(target)
-        if fail:
-            raise OSError("full")
-        target.write_text("whole")
-
-    target = tmp_path / "shared" / "one"
-    with pytest.raises(OSError):
-        sweep_point.once(target, lambda path: make(path, fail=True))
-    assert not target.exists()
-    assert sweep_point.once(target, make).read_text() == "whole"
-    sweep_point.once(target, make)
-    assert len(made) == 2
 
 
 def test_an_encoder_that_points_share_sees_each_picture_once(tmp_path):
@@ -149,42 +103,34 @@ def exports_here(monkeypatch):
     return seen
 
 
-def test_halves_put_together_are_the_artefact_of_one_export(tiny_fast_vlm, tmp_path, exports_here):
-    settings = {"work": str(tmp_path), "checkpoint": str(tiny_fast_vlm), "calibration_data": None, "common": "x"}
-    point = {"name": "p", "recipe": load_recipe("int4").to_json(), "vision_quant": "fp16", "resolution": 64}
-    folder = tmp_path / "together"
-    folder.mkdir()
-    manifest = sweep_point.put_together(point, settings, folder)
-    assert artefact.verify(folder) == [] and manifest["llm"]["bits_per_weight"] < 8
-    whole = export.export(export.plan(ExportConfig(tiny_fast_vlm, tmp_path / "whole", quant="int4", image_size=64)))
-    for name in ("fastvithd.mlpackage", "model.safetensors", "multi_modal_projector", "preprocessor_config.json"):
-        mine, theirs = ({n: f for n, f in one["files"].items() if n.startswith(name)} for one in (manifest, whole))
-        assert mine == theirs and mine, name
-    assert manifest["image"] == whole["image"] and manifest["files"].keys() == whole["files"].keys()
-    assert exports_here == [("vision",), ("llm",)]
-
-
-def test_what_is_calibrated_sees_through_the_encoder_that_all_recipes_share(tiny_fast_vlm, tmp_path, exports_here):
+def test_halves_put_together_are_the_artefacts_of_whole_exports(tiny_fast_vlm, tmp_path, exports_here):
+    """What is calibrated sees through the encoder that all recipes share."""
     data = tmp_path / "pictures"
     data.mkdir()
     Image.new("RGB", (80, 60), (200, 30, 40)).save(data / "one.png")
     settings = {"work": str(tmp_path), "checkpoint": str(tiny_fast_vlm), "calibration_data": str(data), "common": "x"}
-    made = {}
+    made, whole = {}, {}
     for name in ("int4", "int4-awq"):
         folder = tmp_path / name
         folder.mkdir()
         point = {"name": "p", "recipe": load_recipe(name).to_json(), "vision_quant": "fp16", "resolution": 64}
         made[name] = sweep_point.put_together(point, settings, folder)
+        assert artefact.verify(folder) == [] and made[name]["llm"]["bits_per_weight"] < 8
     assert exports_here == [("vision",), ("llm",), ("llm",)]
-    config = ExportConfig(tiny_fast_vlm, tmp_path / "whole", quant="int4-awq", image_size=64, calibration_data=data)
-    whole = export.export(export.plan(config))
-    files = made["int4-awq"]["files"]
-    for name in ("fastvithd.mlpackage", "model.safetensors"):
-        assert [f for n, f in files.items() if n.startswith(name)] == [
-            f for n, f in whole["files"].items() if n.startswith(name)
-        ], name
-    assert files["model.safetensors"] != made["int4"]["files"]["model.safetensors"]
-    mine, theirs = (one["llm"]["calibration"] for one in (made["int4-awq"], whole))
+    for name, parts, own in (("int4", ("llm",), []), ("int4-awq", ("vision", "llm"), ["fastvithd.mlpackage"])):
+        data_too = {"calibration_data": data} if own else {}
+        config = ExportConfig(tiny_fast_vlm, tmp_path / f"whole-{name}", quant=name, image_size=64, **data_too)
+        whole[name] = export.export(export.plan(config, parts))
+        for part in (*own, "model.safetensors", "multi_modal_projector", "preprocessor_config.json"):
+            mine, theirs = (
+                {path: file for path, file in one["files"].items() if path.startswith(part)}
+                for one in (made[name], whole[name])
+            )
+            assert mine == theirs and mine, (name, part)
+        assert made[name]["image"] == whole[name]["image"]
+    assert made["int4-awq"]["files"].keys() == whole["int4-awq"]["files"].keys()
+    assert len({one["files"]["model.safetensors"]["sha256"] for one in made.values()}) == 2
+    mine, theirs = (one["int4-awq"]["llm"]["calibration"] for one in (made, whole))
     assert mine == theirs and mine["encoder"] == "the exported package"
 
 
@@ -219,25 +165,29 @@ def test_what_is_exported_anew_for_another_resolution(name, exported, tmp_path, 
     assert seen == exported.split()
 
 
-@pytest.mark.slow
-def test_a_whole_sweep(tiny_fast_vlm, tmp_path, capsys, monkeypatch):
+def test_a_whole_sweep(cli, tiny_fast_vlm, tmp_path, monkeypatch):
     """One point, from the verb to the page; asked again, it is there."""
     monkeypatch.setattr(shared_exports, "identity", lambda: {"sources": "as they are"})  # also while someone edits them
+    for name in threads.environment(1):
+        monkeypatch.setenv(name, "1")  # the sweep sets them
+    forkserver._forkserver._stop()  # one of an earlier test hasn't imported the libraries
     work, report = tmp_path / "work", tmp_path / "report"
     arguments = ["--checkpoint", tiny_fast_vlm, "--quant", "int4", "--count", 2, "--jobs", 1, "--json"]
-    assert run_verb(*arguments, "--work-dir", work, "--report", report) == 0
-    said = capsys.readouterr()
-    found = json.loads(said.out.splitlines()[-1])
-    (point,) = found["points"]
-    figures, timings = point["figures"], found["timings"]["points"][point["name"]]
+    arguments += ["--work-dir", work, "--report", report, "--max-size", "1.2 GB", "--min-agreement", "0%"]
+    first = cli("sweep", *arguments)
+    assert first.code == 0, first.err
+    document = first.document
+    (point,) = document["points"]
+    figures, timings = point["figures"], document["timings"]["points"][point["name"]]
+    assert document["constraints"] == {"max_size": 1.2e9, "min_agreement": 0.0}
     assert figures["bytes"] > figures["bytes_vision"] + figures["bytes_language"] and figures["same_answers"] <= 1
     assert len(point["answers"]) == 2 and timings["ttft_s"] > 0 and timings["peak_bytes"] > 1e8
-    assert timings["runners"]["vision"] in found["timings"]["notes"]["TTFT"]
+    assert timings["runners"]["vision"] in document["timings"]["notes"]["TTFT"]
     page = (report / "index.html").read_text()
     assert page.count("<svg") == 4 and page.count("data:image/jpeg") == 2
     assert not list(work.glob("artefact.*")) and not list((work / "shared").glob("llm-*"))
-    assert run_verb(*arguments, "--work-dir", work, "--report", report) == 0
-    again = capsys.readouterr()
-    assert "1 of 1 points, 1 of them were there already" in again.err
-    document = json.loads(again.out.splitlines()[-1])
-    assert {**document, "timings": 0} == {**found, "timings": 0}
+    again = cli("sweep", *arguments)
+    assert again.code == 0 and "1 of 1 points, 1 of them were there already" in again.err
+    assert {**again.document, "timings": 0} == {**document, "timings": 0}
+    small = cli("sweep", *arguments, "--max-size", "1kB")
+    assert small.code == 1 and small.document["recommendation"]["point"] is None and not small.document["passed"]

@@ -6,12 +6,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks import environment
-from benchmarks.__main__ import build_parser
-from benchmarks.suites import encoder, export, quantization
 from benchmarks.suites.suite import judge
-from fastvlm.common.cli import run
-
-ROOT = Path(__file__).parents[3]
+from fastvlm.common.children import ROOT
 
 
 @pytest.fixture
@@ -28,12 +24,12 @@ def saved(tmp_path) -> Path:
     return path
 
 
-def test_a_section_is_replaced(saved, tmp_path):
+def test_a_section_is_replaced(saved, tmp_path, cli):
     page = tmp_path / "page.md"
     page.write_text(
         "above\n<!-- export -->\n| old |\n<!-- /export -->\nbetween\n<!-- encoder -->\nkept\n<!-- /encoder -->\n"
     )
-    assert run(build_parser, ["document", str(saved), "--output", str(page)]) == 0
+    assert cli("bench-document", saved, "--output", page).code == 0
     text = page.read_text()
     assert text.startswith("above\n<!-- export -->\n| figure | bar | measured |\n")
     assert "| time of ∣ all | ≤ 10 s | 9.5 s |" in text and "| a ratio | < 0.4 | 0.5: missed |" in text
@@ -42,14 +38,14 @@ def test_a_section_is_replaced(saved, tmp_path):
 
 
 @pytest.mark.parametrize("content", ["{}", "[]", "{", '{"suite": "other", "figures": {}}'])
-def test_what_is_no_run_is_one_line(content, tmp_path, capsys):
+def test_what_is_no_run_is_one_line(content, tmp_path, cli):
     (tmp_path / "run.json").write_text(content)
     (tmp_path / "page.md").write_text("<!-- export -->\n<!-- /export -->\n")
-    assert run(build_parser, ["document", str(tmp_path / "run.json"), "--output", str(tmp_path / "page.md")]) == 2
-    assert "run.json: is no saved run" in capsys.readouterr().err
+    done = cli("bench-document", tmp_path / "run.json", "--output", tmp_path / "page.md")
+    assert done.code == 2 and "run.json: is no saved run" in done.err
 
 
 def test_the_page_in_the_docs_has_every_section():
     page = (ROOT / "docs/BENCHMARKS.md").read_text()
-    for module in (export, encoder, quantization):
-        assert f"<!-- {module.SUITE.name} -->\n" in page and f"<!-- /{module.SUITE.name} -->" in page
+    for name in ("export", "encoder", "quantization"):
+        assert f"<!-- {name} -->\n" in page and f"<!-- /{name} -->" in page

@@ -8,10 +8,8 @@ import numpy as np
 import pytest
 from ttft_documents import BASE, ENVIRONMENT, changed, document
 
-from benchmarks import __main__ as command
 from benchmarks.ttft import diff, repeat
 from benchmarks.ttft.runner import DELAY, TOTALS
-from fastvlm.common.cli import run
 from fastvlm.common.errors import UserError
 
 STAGES = 18  # stages and totals of two runners
@@ -43,17 +41,13 @@ def test_equal_samples_are_called_different_in_at_most_one_comparison_of_twenty(
     assert called(old, new, 1).any(1).mean() > 0.3  # the control: without the correction
 
 
-def test_a_change_of_fifteen_percent_is_named():
+def test_a_change_of_fifteen_percent_is_named_and_one_of_four_is_not_however_quiet_it_is():
     rng = np.random.default_rng(1)
     old, new = samples(rng, 1, 0.03), samples(rng, 1, 0.03) + np.log(1.15)
     assert called(old, new, STAGES).mean() >= 0.95
     assert diff.welch(old, new, STAGES)[0].mean() == pytest.approx(np.log(1.15), abs=0.01)
-
-
-def test_small_changes_are_not_called_however_quiet_it_is():
     quiet = np.linspace(0, 1e-6, 8)
-    found = {change: diff.judge(quiet, quiet + np.log1p(change), STAGES)["called"] for change in (0.04, 0.06, -0.06)}
-    assert found == {0.04: None, 0.06: "slower", -0.06: "faster"}
+    assert [bool(called(quiet, quiet + np.log(factor), STAGES)) for factor in (1.04, 1.06, 0.94)] == [0, 1, 1]
 
 
 def altered(one, **values):
@@ -65,6 +59,7 @@ def altered(one, **values):
     return one
 
 
+@pytest.mark.slow
 def test_equal_runs_are_not_called_different_if_the_yardstick_counts(runs):
     calls = [bool(diff.compare(old, new)["changes"]) for old, new in itertools.pairwise(runs)]
     assert sum(calls) <= 1
@@ -88,19 +83,13 @@ def test_a_slowed_stage_is_named_and_nothing_else_if_waiting_is_taken_out(stage,
     assert blind <= 1  # the control: what is made up here is noise indeed
 
 
-@pytest.mark.parametrize(
-    "change, said",
-    [
-        ({"environment": ENVIRONMENT | {"cpu": "Another"}}, "cpu A processor and Another"),
-        ({"checkpoint": {"name": "demo", "dtype": "float16", "sha256": "1" * 64}}, "checkpoint 000000000000 and 11"),
-        ({"tokens": 32}, "tokens 16 and 32"),
-        ({"threads": 2}, "threads 1 and 2"),
-        ({"picture": "cat.jpg"}, "picture a drawn scene and cat.jpg"),
-    ],
-)
-def test_other_machines_checkpoints_and_settings_are_refused(change, said, runs):
-    with pytest.raises(UserError, match=f"not comparable: .*{said}"):
-        diff.compare(runs[0], changed(runs[1], **change))
+def test_other_machines_checkpoints_and_settings_are_refused_all_at_once(runs):
+    other = changed(runs[1], environment=ENVIRONMENT | {"cpu": "Another"}, tokens=32, threads=2, picture="cat.jpg")
+    other["checkpoint"]["sha256"] = "1" * 64
+    with pytest.raises(UserError, match="not comparable") as refused:
+        diff.compare(runs[0], other)
+    said = ("cpu A processor and Another", "checkpoint 000000000000 and 11", "tokens 16 and 32", "threads 1 and 2")
+    assert not [one for one in (*said, "picture a drawn scene and cat.jpg") if one not in str(refused.value)]
 
 
 def test_another_resolution_is_refused_and_other_runners_are_left_out(runs):
@@ -120,19 +109,17 @@ def test_another_resolution_is_refused_and_other_runners_are_left_out(runs):
         diff.compare(runs[0], document(1, launches=1))
 
 
-def test_the_command_says_what_changed(tmp_path, runs, capsys):
+def test_the_command_says_what_changed(tmp_path, runs, cli):
     paths = [tmp_path / "old.json", tmp_path / "new.json"]
     for path, one in zip(paths, (document(100, {"decode": 1.3}), runs[0])):
         path.write_text(json.dumps(one))
-    arguments = ["ttft", "diff", *map(str, paths)]
-    assert run(command.build_parser, [*arguments, "--fail-on-slower"]) == 0
-    out = capsys.readouterr().out
-    assert "decode" in out and "faster" in out and "OLD was slowed on purpose: decode=x1.3" in out
-    arguments = ["ttft", "diff", *map(str, reversed(paths))]
-    assert run(command.build_parser, arguments) == 0
-    assert "slower" in capsys.readouterr().out
-    assert run(command.build_parser, [*arguments, "--fail-on-slower", "--json"]) == 1
-    assert {row["stage"] for row in json.loads(capsys.readouterr().out)["changes"]} == {"decode"}
+    answer = cli("ttft", "diff", *paths, "--fail-on-slower")
+    assert answer.code == 0 and "decode" in answer.out and "faster" in answer.out
+    assert "OLD was slowed on purpose: decode=x1.3" in answer.out
+    answer = cli("ttft", "diff", *reversed(paths))
+    assert answer.code == 0 and "slower" in answer.out
+    answer = cli("ttft", "diff", *reversed(paths), "--fail-on-slower", "--json")
+    assert answer.code == 1 and {row["stage"] for row in answer.document["changes"]} == {"decode"}
 
 
 def test_repeatability_counts_false_calls_and_misses():

@@ -1,4 +1,4 @@
-"""Figures, table, Markdown and page of a run: right, self-contained, escaped; a slowed run can't be mistaken."""
+"""Figures, table and page of a run: right, self-contained, escaped; a slowed run can't be mistaken."""
 
 import re
 
@@ -8,8 +8,6 @@ from html_page import Page
 from ttft_documents import BASE, changed, document
 
 from benchmarks.ttft import figures, report
-
-HOSTILE = '"><script>alert(1)</script><img src=http://evil.example/x onerror=alert(2)> {{ 7*7 }} | & </style>'
 
 
 @pytest.fixture(scope="module")
@@ -22,17 +20,9 @@ def measured():
     rows = [
         {"setting": "default", "value": "", "ttft_paper": 0.2, "kept": True},
         {"setting": "dtype", "value": "bfloat16", "ttft_paper": 0.1, "kept": True},
-        {"setting": "compile", "value": True, "ttft_paper": 0.15, "compile_s": 33.0, "kept": False},
         {"setting": "attention", "value": "eager", "error": "no such attention", "kept": False},
     ]
     run["search"] = [{"device": "cpu", "rows": rows, "best": {"dtype": "bfloat16"}}]
-    run["peers"] = [
-        {"name": "llava", "title": "FastVLM against LLaVA", "error": None, "explanation": ["Because."],
-         "rows": [{"figure": "ttft", "label": "TTFT, s", "fastvlm": 1.0, "peer": 80.0, "ratio": 80.0, "claimed": 85.0,
-                   "source": "the paper"},
-                  {"figure": "m", "label": "MACs", "fastvlm": None, "peer": None, "ratio": None, "claimed": None,
-                   "source": None}]}
-    ]  # fmt: skip
     return run
 
 
@@ -57,27 +47,40 @@ def test_figures_are_those_of_all_rounds(measured):
 
 
 def test_loads_that_were_not_cold_are_left_out(measured):
-    runner = changed(measured["points"][0]["runners"][0])
+    run = changed(measured)
+    runner = run["points"][0]["runners"][0]
+    assert "could not be emptied" not in report.render(run)
     runner["cold"]["dropped"] = False
     assert not {"load_cold", "answer_cold"} & set(figures.figures(runner, 16))
-    run = changed(measured)
-    run["points"][0]["runners"][0] = runner
     assert "could not be emptied" in report.render(run)
-    run["points"][0]["runners"][0] = measured["points"][0]["runners"][0] | {"kind": "peer", "cold": runner["cold"]}
-    assert "could not be emptied" not in report.render(run)  # a peer has no files
 
 
-def test_the_page_fetches_nothing_and_shows_everything(measured):
+def test_a_bar_that_is_cut_is_said_to_be(measured):
+    run = changed(measured)
+    text = report.render(run)
+    assert "not to scale" not in text and "first_token" not in re.sub(r"--first_token", "", text)
+    assert re.search(r"ms <small>", text), "a narrow page shows both on one line"
+    for launch in run["points"][0]["runners"][0]["launches"]:
+        for one in launch["rounds"]:
+            one["stages"]["encode"] *= 100
+    assert "bars marked (cut) are not to scale" in report.render(run)
+
+
+def test_page_and_terminal_show_everything(measured, capsys):
     text = report.render(measured)
     page = Page(text)
-    assert not {"script", "link", "img", "iframe"} & set(page.tags)
-    assert not re.search(r"(?:src|href)=|url\(|https?://", text)
-    assert "prefers-color-scheme: dark" in text
     said = " ".join(page.texts)
-    parts = ("killed by the system", "2 × 3 rounds", "52.8 dB", "logits exact", "33 s of compiling", "85 ×", "Because.")
+    parts = ("killed by the system", "2 × 3 rounds", "52.8 dB", "logits exact", "dtype float32, threads 1", "dtype bf")
     assert not [part for part in parts if part not in said]
-    assert said.index("fp16/executor-as-typed") < said.index("mlx-vlm")
-    assert "SLOWED" not in text
+    assert said.index("fp16/executor-as-typed") < said.index("mlx-vlm") and "SLOWED" not in text
+
+    report.print_document(measured)
+    terminal = capsys.readouterr().out
+    assert "mlx-vlm: killed" in terminal and "Transformers' best on cpu: default 200 ms ✓" in terminal
+    rows = {row.split()[0]: row for row in terminal.splitlines() if row}
+    median = figures.figures(measured["points"][0]["runners"][0], 16)["ttft_paper"]["median"]
+    assert rows["fp16/executor-as-typed"].split()[1:3] == [f"{median * 1e3:.3g}", "ms"]
+    assert rows["fp16/executor-as-typed"].endswith("52.8 dB")
 
 
 def test_bars_are_as_long_as_their_stages(measured):
@@ -92,45 +95,18 @@ def test_bars_are_as_long_as_their_stages(measured):
     assert shares == pytest.approx([100 * BASE[stage] / total for stage in list(BASE)[:5]], abs=0.02)
 
 
-def test_hostile_names_stay_text(measured):
-    run = changed(measured, command=HOSTILE, picture=HOSTILE)
-    run["checkpoint"]["name"] = run["points"][0]["prompt"] = HOSTILE
-    run["points"][0]["runners"][0]["name"] = run["points"][0]["runners"][2]["error"] = HOSTILE
-    run["search"][0]["rows"][3]["error"] = HOSTILE
-    page = Page(report.render(run))
-    assert not {"script", "img"} & set(page.tags)
-    assert any("{{ 7*7 }}" in text for text in page.texts)
-
-
 def test_a_slowed_run_and_a_busy_machine_say_so_everywhere(capsys):
     run = document(3, {"encode": 1.5})
     for load, busy in ((0.4, False), (3.0, True)):
         run["load_before"]["1min"] = load
         report.print_document(run)
-        for text in (report.render(run), report.markdown(run), capsys.readouterr().out):
+        for text in (report.render(run), capsys.readouterr().out):
             text = " ".join(text.split())
             assert "SLOWED ON PURPOSE: encode=x1.5" in text
             assert ("BUSY MACHINE: load 3.0 on 2 cores" in text) == busy
 
 
-def test_terminal_and_markdown_have_a_row_for_each_runner(measured, capsys):
-    report.print_document(measured)
-    terminal = capsys.readouterr().out
-    lines = report.markdown(measured).splitlines()
-    for name in ("fp16/executor-as-typed", "transformers-cpu", "mlx-vlm"):
-        assert name in terminal
-        assert sum(line.startswith(f"| {name} |") for line in lines) == 1
-    table = [line for line in lines if line.startswith("|")]
-    assert len({line.count("|") for line in table}) == 1
-    median = figures.figures(measured["points"][0]["runners"][0], 16)["ttft_paper"]["median"]
-    assert f"| {median * 1e3:.3g} |" in "\n".join(table) and "in ms" in lines[0]
-    ends = {line.split(" | ")[0]: line.split(" | ")[-1] for line in table}
-    assert ends["| runner"] == "dB |" and ends["| fp16/executor-as-typed"] == "52.8 |"
-    assert ends["| transformers-cpu"] == "– |" and "52.8" in terminal and "dB: the encoder's features" in terminal
-    assert "FastVLM against LLaVA" in terminal and "Transformers' best on cpu: default 200 ms ✓" in terminal
-
-
-def test_the_sentence_names_the_fastest_and_transformers_best(measured):
+def test_the_sentence_names_the_fastest_and_transformers_best():
     run = document(1, quiet=True)
     run["points"][0]["runners"][1] = document(1, {"encode": 2.0}, quiet=True)["points"][0]["runners"][1]
     assert report.verdict(run) == (

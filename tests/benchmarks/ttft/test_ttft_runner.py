@@ -20,13 +20,13 @@ END = ["read line", "echo '{\"peak_bytes\": 7}'"]
 
 
 class Clock:
-    """Time that only the stages, sleeping, and reading it (a microsecond) let pass."""
+    """Time that only the stages, sleeping, and reading it (ten microseconds) let pass."""
 
     def __init__(self):
         self.now = 0.0
 
     def __call__(self):
-        self.now += 1e-6
+        self.now += 1e-5
         return self.now
 
     def sleep(self, seconds):
@@ -44,14 +44,11 @@ class Clock:
 def test_a_delay_is_in_its_stage_and_its_totals_and_nowhere_else(stage, delay, longer):
     plain, _ = Clock().round("")
     slowed, _ = Clock().round(f"{stage}={delay}")
-    assert plain == pytest.approx(TAKES, abs=1e-5)
-    assert slowed == pytest.approx(TAKES | {stage: longer(TAKES[stage])}, abs=1e-5)
-    extra = longer(TAKES[stage]) - TAKES[stage]
-    before, after = totals(plain), totals(slowed)
-    assert after["ttft_paper"] - before["ttft_paper"] == pytest.approx(
-        extra if stage in ("encode", "project", "prefill") else 0, abs=1e-5
-    )
-    assert after["ttft_app"] - before["ttft_app"] == pytest.approx(extra if stage in STAGES[:5] else 0, abs=1e-5)
+    assert plain == pytest.approx(TAKES, abs=1e-4)
+    assert slowed == pytest.approx(TAKES | {stage: longer(TAKES[stage])}, abs=1e-4)
+    for total, parts in (("ttft_paper", STAGES[1:4]), ("ttft_app", STAGES[:5])):
+        extra = longer(TAKES[stage]) - TAKES[stage] if stage in parts else 0
+        assert totals(slowed)[total] - totals(plain)[total] == pytest.approx(extra, abs=1e-4)
 
 
 def test_totals_are_sums_and_need_all_their_stages():
@@ -64,27 +61,15 @@ def test_waiting_for_a_processor_is_each_stages_own_and_never_longer_than_it():
     counts = iter([5.0, 5.25, *[6.0] * 10, 7.0, 1e6])
     _, waited = Clock().round("", lambda: next(counts))
     assert waited["preprocess"] == 0.25 and waited["encode"] == 0.0
-    assert waited["next_question"] == pytest.approx(TAKES["next_question"], abs=1e-5)
+    assert waited["next_question"] == pytest.approx(TAKES["next_question"], abs=1e-4)
     assert 0 <= runner.queued() <= runner.queued()
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "encode",
-        "encode=",
-        "encode=-1",
-        "encode=x0.9",
-        "load=1",
-        "encode=fast",
-        "encode=nan",
-        "encode=inf",
-        "encode=xnan",
-    ],
-)
-def test_delays_that_are_none_are_refused(text):
-    with pytest.raises(ValueError, match=f"{runner.DELAY}: got {text}, expected STAGE=SECONDS"):
-        parse_delays(f"decode=1,{text}")
+def test_delays_that_are_none_are_refused():
+    wrong = ["encode", "encode=", "encode=-1", "encode=x0.9", "load=1", "encode=fast", "encode=nan", "encode=xinf"]
+    for text in wrong:
+        with pytest.raises(ValueError, match=f"{runner.DELAY}: got {text}, expected STAGE=SECONDS"):
+            parse_delays(f"decode=1,{text}")
     assert parse_delays("encode=0.5,prefill=x1.15") == {"encode": ("s", 0.5), "prefill": ("x", 1.15)}
 
 
@@ -109,7 +94,7 @@ def test_a_process_answers_in_rounds_and_ends_with_its_peak_memory(tmp_path):
 
 
 def test_the_runners_side_of_the_protocol_and_its_own_peak(capfd):
-    assert runner.main({"kind": "peer", "name": "nobody", "model": "nobody"}) == 1
+    assert runner.main({"kind": "checkpoint", "name": "nobody"}) == 1
     assert capfd.readouterr().err == ""  # stdout was the channel
     assert 10e6 < runner.peak_bytes() < 100e9
 
@@ -136,30 +121,30 @@ def test_a_process_that_fails_says_how(lines, said, tmp_path):
             start({"kind": "checkpoint", "python": "/nowhere/python"})
 
 
-def test_a_trial_that_takes_too_long_is_given_up_and_a_dead_one_says_why(tmp_path):
+def test_what_takes_too_long_is_stopped_and_says_so(tmp_path):
+    hangs = script(tmp_path / "hangs", READY, "read line", "exec sleep 600")
     with pytest.raises(RunnerError, match=r"given up after 0\.05 s"):
-        run.trial(script(tmp_path / "slow", READY, "read line", "exec sleep 600"), 1, 0.05)
-    with pytest.raises(RunnerError, match=r"its process ended \(exit 7\)"):
-        run.trial(script(tmp_path / "dead", READY, "read line", "exit 7"), 1, 600.0)
-
-
-def test_a_cold_pass_past_the_budget_is_stopped_and_says_so(tmp_path):
-    for slow in (["exec sleep 600"], [READY, "read line", "exec sleep 600"]):
-        (record,), _ = run.measure([script(tmp_path / "slow", *slow)], Effort(1, 1, 0.05), lambda line: None)
+        run.trial(hangs, 1, 0.05)
+    for slow in (hangs, script(tmp_path / "slow", "exec sleep 600")):
+        (record,), _ = run.measure([slow], Effort(1, 1, 0.05), lambda line: None)
         assert record["error"].startswith("stopped after 0.05 s, the budget: loading and one round, cold")
     record = run._cold(script(tmp_path / "whole", READY, *ROUND, *END), 600.0)
     assert record["peak_bytes"] == 7 and "error" not in record
 
 
-@pytest.mark.parametrize("kind, needs", [("artefact", False), ("checkpoint", True)])
-def test_each_kind_imports_what_it_needs_before_the_clock(kind, needs):
-    code = (
-        "import sys; from benchmarks.ttft import models; assert 'timm' not in sys.modules;"
-        f" models.prepare({{'kind': '{kind}'}});"
-        " print(*(name in sys.modules for name in ('timm', 'model_export.runtime')))"
-    )
+def test_each_kind_imports_what_it_needs_before_the_clock():
+    code = """
+import os, sys
+from benchmarks.ttft import models
+for kind in ("artefact", "checkpoint"):
+    if not os.fork():
+        models.prepare({"kind": kind})
+        print(kind, *(name in sys.modules for name in ("timm", "model_export.runtime")), flush=True)
+        os._exit(0)
+    os.wait()
+"""
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == [str(needs), str(not needs)]
+    assert done.stdout.splitlines() == ["artefact False True", "checkpoint True False"]
 
 
 @pytest.mark.parametrize(
@@ -228,11 +213,8 @@ def test_rounds_are_interleaved_and_one_failing_runner_is_a_line(fakes, monkeypa
     monkeypatch.setattr(run.psutil, "virtual_memory", lambda: type("Memory", (), {"available": 10**12}))
     runners = [specification("a"), specification("b"), specification("dead", fails=0), specification("dies", fails=2)]
     runners += [specification("hot", fails=2)]
-    records, turns = run.measure(
-        [*runners, {"kind": "mlx-vlm", "name": "absent", "absent": "not installed"}],
-        Effort(2, 4, 60.0),
-        lambda line: None,
-    )
+    runners += [{"kind": "mlx-vlm", "name": "absent", "absent": "not installed"}]
+    records, turns = run.measure(runners, Effort(2, 4, 60.0), lambda line: None)
     by_name = {one["name"]: one for one in records}
     assert not turns
     assert [len(launch["rounds"]) for launch in by_name["a"]["launches"]] == [4, 4]
@@ -257,9 +239,9 @@ def test_runners_that_do_not_fit_together_take_turns(fakes, monkeypatch):
 
 def test_threads_that_were_asked_for_are_kept_in_the_search(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "8")
-    tried = search.options({"device": "cpu", "threads": None}, False)
-    assert [value for name, value in tried if name == "threads"] == [4, 1]
-    assert "threads" not in dict(search.options({"device": "cpu", "threads": 3}, False))
+    for asked, tried in ((None, [4, 1]), (3, [])):
+        options = search.options({"device": "cpu", "threads": asked})
+        assert [value for name, value in options if name == "threads"] == tried
 
 
 def test_what_is_in_the_page_cache_is_known(tmp_path):

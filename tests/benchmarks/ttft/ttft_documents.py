@@ -1,4 +1,4 @@
-"""Runs of `benchmarks ttft` made up from seeded noise: runs and processes differ, rounds are disturbed, and wait."""
+"""Runs of `fastvlm ttft` made up from seeded noise: runs and processes differ, rounds are disturbed, and wait."""
 
 import copy
 
@@ -33,7 +33,7 @@ def document(seed: int, slowed: dict[str, float] | None = None, quiet: bool = Fa
         for name, kind in (("fp16/executor-as-typed", "artefact"), ("transformers-cpu", "checkpoint"))
     ]  # fmt: skip
     return {
-        "benchmark": "ttft", "format": 2, "date": "2026-01-01T00:00:00+00:00", "command": "python -m benchmarks ttft",
+        "benchmark": "ttft", "format": 2, "date": "2026-01-01T00:00:00+00:00", "command": "fastvlm ttft",
         "commit": None, "delay": ",".join(f"{stage}=x{factor}" for stage, factor in (slowed or {}).items()),
         "checkpoint": {"name": "demo", "dtype": "float16", "sha256": "0" * 64}, "picture": "a drawn scene",
         "tokens": 16,

@@ -1,4 +1,4 @@
-"""Changes to a copy of a sound checkpoint, for tests."""
+"""Changes to a copy of a sound checkpoint, and what all who read it say of one."""
 
 import json
 import struct
@@ -6,15 +6,36 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from safetensors.torch import load_file, save_file
 
-from fastvlm.common.findings import Finding
+from fastvlm.checkpoint.doctor import diagnose
+from fastvlm.common.errors import UserError
+from fastvlm.model.torch_parts import load_checkpoint
+from model_export.config import ExportConfig
+from model_export.export import plan
 
 WEIGHTS = "model.safetensors"
 
 
-def rules(findings: Iterable[Finding]) -> list[str]:
-    return [finding.rule for finding in findings]
+def answers(folder: Path) -> tuple[bool, bool]:
+    """Whether all agree that the checkpoint is usable, and that it can be exported; only UserError may be raised."""
+    report = diagnose(folder, deep=False)
+    report.text().encode()
+    usable, exportable = not report.faults, report.export.get("export", "no").startswith("yes")
+    try:
+        plan(ExportConfig(checkpoint=folder, output_dir=folder.parent / "out"))
+        exported = True
+    except UserError as error:
+        exported = False
+        str(error).encode()
+    try:
+        model = load_checkpoint(folder)
+        loaded = bool(np.isfinite(model.language.logits(model.language.embed(np.array([[1, 2]])))).all())
+    except UserError:
+        loaded = False
+    assert (usable, exportable) == (loaded, exported), report.faults
+    return usable, exportable
 
 
 def edit_json(path: Path, without: Iterable[str] = (), **changes: Any) -> None:

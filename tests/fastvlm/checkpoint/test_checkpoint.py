@@ -1,17 +1,12 @@
 """Reading checkpoints: layouts, forms, files, tying, image token, refusals; the user's folder stays as it was."""
 
-import hashlib
 import json
-import os
-import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from edits import edit_json, edit_tensors, rules
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -20,13 +15,9 @@ from fastvlm.checkpoint import naming
 from fastvlm.checkpoint.checkpoint import Checkpoint, examine, open_checkpoint
 from fastvlm.common.errors import UserError
 from fastvlm.synthetic.checkpoint import write_checkpoint
+from tests.fastvlm.checkpoint.edits import edit_json, edit_tensors
 
 Make = Callable[..., Path]
-
-
-def copy(source: Path, target: Path) -> Path:
-    shutil.copytree(source, target)
-    return target
 
 
 def same_tensors(a: Checkpoint, b: Checkpoint) -> bool:
@@ -73,7 +64,7 @@ def test_names_round_trip(make_checkpoint: Make, form: str) -> None:
 
 
 def test_names_of_older_transformers(tiny_fast_vlm: Path, tmp_path: Path) -> None:
-    old = copy(tiny_fast_vlm, tmp_path / "old")
+    old = shutil.copytree(tiny_fast_vlm, tmp_path / "old")
 
     def rename(tensors: dict[str, torch.Tensor]) -> None:
         for name in list(tensors):
@@ -90,7 +81,7 @@ def test_every_kind_of_file(tiny_llava: Path, tmp_path: Path, kind: str) -> None
         folder = write_checkpoint(tmp_path / "model", layout="llava_qwen2", shards=3)
         assert len(list(folder.glob("model-0000?-of-00003.safetensors"))) == 3
     else:
-        folder = copy(tiny_llava, tmp_path / "model")
+        folder = shutil.copytree(tiny_llava, tmp_path / "model")
         tensors = load_file(folder / "model.safetensors")
         (folder / "model.safetensors").unlink()
         names = sorted(tensors)
@@ -108,7 +99,7 @@ def test_every_kind_of_file(tiny_llava: Path, tmp_path: Path, kind: str) -> None
 
 
 def test_unused_tensors_are_ignored(tiny_llava: Path, tmp_path: Path) -> None:
-    folder = copy(tiny_llava, tmp_path / "model")
+    folder = shutil.copytree(tiny_llava, tmp_path / "model")
     head = "model.vision_tower.vision_tower.model.head.proj"  # in every published checkpoint
     edit_tensors(folder, lambda tensors: tensors.update({head: torch.zeros(256, 768)}))
     assert same_tensors(open_checkpoint(folder), open_checkpoint(tiny_llava))
@@ -118,7 +109,7 @@ def test_unused_tensors_are_ignored(tiny_llava: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("head", ["absent", "same", "different"])
 @pytest.mark.parametrize("said", [True, False])
 def test_the_weights_decide_the_tie(make_checkpoint: Make, tmp_path: Path, layout: str, head: str, said: bool) -> None:
-    folder = copy(make_checkpoint(layout=layout, tied=head != "different"), tmp_path / "model")
+    folder = shutil.copytree(make_checkpoint(layout=layout, tied=head != "different"), tmp_path / "model")
     if head == "same":
         name = naming.to_llava(naming.EMBEDDINGS) if layout == "llava_qwen2" else naming.EMBEDDINGS
         edit_tensors(folder, lambda tensors: tensors.update({naming.LM_HEAD: tensors[name].clone()}))
@@ -135,7 +126,7 @@ def test_the_weights_decide_the_tie(make_checkpoint: Make, tmp_path: Path, layou
 
 
 def test_the_names_decide_the_form(tiny_fast_vlm: Path, tmp_path: Path) -> None:
-    folder = copy(tiny_fast_vlm, tmp_path / "model")
+    folder = shutil.copytree(tiny_fast_vlm, tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
     config["vision_config"]["model_args"]["inference_mode"] = False
     (folder / "config.json").write_text(json.dumps(config))
@@ -144,7 +135,7 @@ def test_the_names_decide_the_form(tiny_fast_vlm: Path, tmp_path: Path) -> None:
 
 
 def test_all_wrong_tensors_at_once(tiny_llava: Path, tmp_path: Path) -> None:
-    folder = copy(tiny_llava, tmp_path / "model")
+    folder = shutil.copytree(tiny_llava, tmp_path / "model")
 
     def break_it(tensors: dict[str, torch.Tensor]) -> None:
         del tensors["model.norm.weight"], tensors["model.mm_projector.2.bias"]
@@ -162,7 +153,7 @@ def test_all_wrong_tensors_at_once(tiny_llava: Path, tmp_path: Path) -> None:
 
 
 def test_partly_folded_is_refused(tiny_fast_vlm: Path, tiny_fast_vlm_training: Path, tmp_path: Path) -> None:
-    folder = copy(tiny_fast_vlm_training, tmp_path / "model")
+    folder = shutil.copytree(tiny_fast_vlm_training, tmp_path / "model")
     folded = load_file(tiny_fast_vlm / "model.safetensors")
 
     def fold_one(tensors: dict[str, torch.Tensor]) -> None:
@@ -177,7 +168,7 @@ def test_partly_folded_is_refused(tiny_fast_vlm: Path, tiny_fast_vlm_training: P
 
 
 def test_image_token_of_the_llava_layout(tiny_llava: Path, tmp_path: Path) -> None:
-    own = copy(tiny_llava, tmp_path / "own")
+    own = shutil.copytree(tiny_llava, tmp_path / "own")
     edit_json(own / "added_tokens.json", **{"<image>": 515})
     edit_json(own / "config.json", image_token_index=515)
     assert open_checkpoint(own).image_token_id == 515
@@ -186,17 +177,17 @@ def test_image_token_of_the_llava_layout(tiny_llava: Path, tmp_path: Path) -> No
     edit_json(own / "config.json", image_token_index=3)
     assert "image_token_index: got 3, " in open_checkpoint(own).warnings[0]
     edit_json(own / "added_tokens.json", **{"<image>": 577})
-    assert rules(examine(own).faults) == ["image-token"]
+    assert [fault.rule for fault in examine(own).faults] == ["image-token"]
 
 
 def test_image_token_of_the_transformers_layout(tiny_fast_vlm: Path, tmp_path: Path) -> None:
-    folder = copy(tiny_fast_vlm, tmp_path / "model")
+    folder = shutil.copytree(tiny_fast_vlm, tmp_path / "model")
     edit_json(folder / "config.json", image_token_index=500)
     assert [(one.rule, one.got) for one in examine(folder).faults] == [("image-token", "500")]
 
 
 def test_a_config_as_published_on_the_hub(tiny_fast_vlm: Path, tmp_path: Path) -> None:
-    folder = copy(tiny_fast_vlm, tmp_path / "model")
+    folder = shutil.copytree(tiny_fast_vlm, tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
     config["vision_config"] |= {
         "architecture": "fastvit_mci3.apple_mclip2_dfndr2b",
@@ -214,7 +205,7 @@ def test_a_config_as_published_on_the_hub(tiny_fast_vlm: Path, tmp_path: Path) -
 
 
 def test_resolution_and_strategy(tiny_llava: Path, tiny_fast_vlm: Path, tmp_path: Path) -> None:
-    llava = copy(tiny_llava, tmp_path / "llava")
+    llava = shutil.copytree(tiny_llava, tmp_path / "llava")
     edit_json(llava / "config.json", mm_vision_tower="mobileclip_l_512", image_aspect_ratio="square")
     checkpoint = open_checkpoint(llava)
     assert (checkpoint.image_size, checkpoint.image_strategy) == (512, "center_crop")
@@ -222,76 +213,13 @@ def test_resolution_and_strategy(tiny_llava: Path, tiny_fast_vlm: Path, tmp_path
         edit_json(llava / "config.json", mm_vision_tower=tower)
         with pytest.raises(UserError, match="resolution"):
             open_checkpoint(llava)
-    hub = copy(tiny_fast_vlm, tmp_path / "hub")
+    hub = shutil.copytree(tiny_fast_vlm, tmp_path / "hub")
     edit_json(hub / "preprocessor_config.json", crop_size={"height": 256, "width": 256}, size={"shortest_edge": 256})
     checkpoint = open_checkpoint(hub)
     assert checkpoint.image_size == 256 and "image_seq_length" in checkpoint.warnings[0]
 
 
-def state_of(folder: Path) -> dict[str, tuple[str, int, int]]:
-    return {
-        str(path.relative_to(folder)): (
-            hashlib.sha256(path.read_bytes()).hexdigest(),
-            path.stat().st_mtime_ns,
-            path.stat().st_mode,
-        )
-        for path in [folder, *folder.rglob("*")]
-        if path.is_file()
-    } | {"": ("", folder.stat().st_mtime_ns, folder.stat().st_mode)}
-
-
-def test_the_folder_is_never_written(tiny_llava: Path, tmp_path: Path) -> None:
-    from fastvlm.checkpoint.doctor import diagnose
-    from fastvlm.model.build import build
-
-    folder = copy(tiny_llava, tmp_path / "model")
-    for path in [*folder.iterdir(), folder]:
-        path.chmod(path.stat().st_mode & ~0o222)
-    before = state_of(folder)
-    checkpoint = open_checkpoint(folder)
-    model = build(checkpoint)
-    checkpoint.tokenizer()
-    diagnose(folder)
-    with torch.no_grad():  # the weights are mapped: changing them in memory must not reach the file
-        for parameter in model.parameters():
-            parameter.add_(1.0)
-    assert state_of(folder) == before
-    folder.chmod(0o755)
-    os.utime(folder / "config.json")
-    assert state_of(folder) != before
-
-
-class Evil:
-    """A pickle that would create a file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> Any:
-        return (open, (str(self.path), "w"))
-
-
-@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-def test_a_pickle_with_code_is_refused(tiny_llava: Path, tmp_path: Path) -> None:
-    folder = copy(tiny_llava, tmp_path / "model")
-    (folder / "model.safetensors").unlink()
-    with (folder / "pytorch_model.bin").open("wb") as file:
-        pickle.dump({"model.norm.weight": Evil(tmp_path / "written")}, file)
-    with pytest.raises(UserError, match=r"pickle-unreadable: pytorch_model\.bin"):
-        open_checkpoint(folder)
-    assert not (tmp_path / "written").exists()
-
-
-@pytest.mark.parametrize("name", ["../outside.safetensors", "/etc/passwd", "a/b.safetensors"])
-def test_an_index_names_no_file_outside(tiny_llava: Path, tmp_path: Path, name: str) -> None:
-    folder = copy(tiny_llava, tmp_path / "model")
-    (folder / "model.safetensors").unlink()
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"lm_head.weight": name}}))
-    with pytest.raises(UserError, match="index-wrong"):
-        open_checkpoint(folder)
-
-
-@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_damage_is_a_user_error(
     tiny_llava: Path, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
@@ -303,7 +231,7 @@ def test_any_damage_is_a_user_error(
     for _ in range(data.draw(st.integers(0, 3))):
         damaged[data.draw(st.integers(0, header - 1))] = data.draw(st.integers(0, 255))
     cut = data.draw(st.one_of(st.just(len(damaged)), st.integers(0, len(damaged))))
-    folder = copy(tiny_llava, tmp_path_factory.mktemp("damage") / "model")
+    folder = shutil.copytree(tiny_llava, tmp_path_factory.mktemp("damage") / "model")
     (folder / "model.safetensors").write_bytes(damaged[:cut])
     try:
         checkpoint = open_checkpoint(folder)
@@ -312,17 +240,3 @@ def test_any_damage_is_a_user_error(
     assert cut == len(damaged)
     for name in checkpoint.tensors:
         checkpoint.read(name)
-
-
-@pytest.mark.parametrize("name", ["tokenizer.json", "chat_template.jinja", "preprocessor_config.json", "merges.txt"])
-def test_small_files_are_plain_and_inside(tiny_fast_vlm, tmp_path, name):
-    """A pipe would wait for ever; what a link leads to would be in the artefact."""
-    folder = Path(shutil.copytree(tiny_fast_vlm, tmp_path / "copy"))
-    (folder / name).unlink(missing_ok=True)
-    os.mkfifo(folder / name)
-    with pytest.raises(UserError, match=f"file-unreadable: {name}: got a pipe"):
-        open_checkpoint(folder)
-    (folder / name).unlink()
-    (folder / name).symlink_to("/etc/passwd")
-    with pytest.raises(UserError, match=f"link-leaves-folder: {name}: got a link to /etc/passwd"):
-        open_checkpoint(folder)

@@ -1,194 +1,112 @@
-"""`python -m fastvlm doctor`: each kind of broken input has its own finding and exit 2; a sound one is described."""
+"""`fastvlm doctor`: each kind of broken input has its own finding and exit 2; a sound one is described."""
 
-import json
+import os
 import shutil
-import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from edits import edit_config, edit_header, edit_json, edit_tensors
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from fastvlm.__main__ import build_parser
-from fastvlm.common.cli import run
-from fastvlm.synthetic.checkpoint import write_checkpoint
+from fastvlm.checkpoint.doctor import diagnose
+from fastvlm.common import settings
+from fastvlm.common.errors import CheckFailed
+from tests.fastvlm.checkpoint.broken import BROKEN, INDEX, config
+from tests.fastvlm.checkpoint.edits import answers, edit_json
 
-ONE, TWO = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
-INDEX, NORM = "model.safetensors.index.json", "model.norm.weight"
-LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1\nsize 12345\n"
-
-
-def main(*arguments: str) -> int:
-    return run(build_parser, ["doctor", *arguments])
+Cli = Callable[..., Any]
+DEEP = ("NaN", "infinity")  # what only shows when all weights are read
 
 
-def rewrite(name: str, change: Callable[[bytes], bytes]) -> Callable[[Path], Any]:
-    return lambda folder: (folder / name).write_bytes(change((folder / name).read_bytes()))
-
-
-def index_with(change: Callable[[dict[str, str]], Any]) -> Callable[[Path], None]:
-    def act(folder: Path) -> None:
-        index = json.loads((folder / INDEX).read_text())
-        change(index["weight_map"])
-        (folder / INDEX).write_text(json.dumps(index))
-
-    return act
-
-
-def header_with(**changes: Any) -> Callable[[Path], None]:
-    return lambda folder: edit_header(folder / TWO, lambda header: header[NORM].update(changes))
-
-
-def value(file: str, name: str, number: float) -> Callable[[Path], None]:
-    def change(tensors: dict[str, torch.Tensor]) -> None:
-        tensors[name][3] = number
-
-    return lambda folder: edit_tensors(folder, change, file)
-
-
-def no_index(folder: Path) -> None:
-    (folder / INDEX).unlink()
-    (folder / TWO).unlink()
-
-
-def no_whole_set(folder: Path) -> None:
-    (folder / INDEX).unlink()
-    (folder / TWO).rename(folder / "weights.safetensors")
-    (folder / ONE).rename(folder / "more.safetensors")
-
-
-def only_language(folder: Path) -> None:
-    for file in (ONE, TWO):
-        save_file({n: t for n, t in load_file(folder / file).items() if "vision_tower" not in n}, folder / file)
-    (folder / INDEX).unlink()
-
-
-# What is done to a sound checkpoint -> the finding's rule, and where it is.
-BROKEN: dict[str, tuple[Callable[[Path], Any], str, str]] = {
-    "truncated header": (rewrite(ONE, lambda raw: raw[:1000]), "file-truncated", ONE),
-    "truncated data": (rewrite(ONE, lambda raw: raw[:-1000]), "file-truncated", ONE),
-    "offsets": (header_with(data_offsets=[10**9, 10**9 + 256]), "header-invalid", TWO),
-    "shape": (header_with(shape=[63]), "header-invalid", TWO),
-    "length": (rewrite(ONE, lambda raw: struct.pack("<Q", 2**62) + raw[8:]), "file-truncated", ONE),
-    "missing shard": (lambda folder: (folder / TWO).unlink(), "shard-missing", ""),
-    "index names more": (index_with(lambda names: names.update({"model.layers.7.x": TWO})), "index-wrong", INDEX),
-    "index names another file": (index_with(lambda names: names.update({NORM: ONE})), "index-wrong", INDEX),
-    "index without a map": (lambda folder: (folder / INDEX).write_text("{}"), "index-wrong", INDEX),
-    "neither index nor shard": (no_index, "shard-missing", ""),
-    "no whole set": (no_whole_set, "weights-missing", ""),
-    "large tokenizer": (
-        lambda folder: edit_json(folder / "added_tokens.json", **{"<extra>": 9999}), "tokenizer-size", "tokenizer"
-    ),
-    "no tokenizer": (lambda folder: (folder / "vocab.json").unlink(), "tokenizer-missing", ""),
-    "damaged tokenizer": (
-        lambda folder: (folder / "vocab.json").write_text('{"a": "b"}'), "tokenizer-invalid", "vocab.json"
-    ),
-    "NaN": (
-        value(ONE, "model.vision_tower.vision_tower.model.patch_embed.0.reparam_conv.bias", torch.nan),
-        "weights-not-finite", "",
-    ),
-    "infinity": (value(TWO, NORM, torch.inf), "weights-not-finite", ""),
-    "weights in LFS": (lambda folder: (folder / ONE).write_bytes(LFS), "git-lfs-pointer", ONE),
-    "config in LFS": (lambda folder: (folder / "config.json").write_bytes(LFS), "git-lfs-pointer", "config.json"),
-    "other model": (lambda folder: edit_config(folder, model_type="llama"), "model-other", "config.json: model_type"),
-    "other tower": (
-        lambda folder: edit_config(folder, mm_vision_tower="openai/clip-vit-large-patch14-336"),
-        "resolution-missing", "config.json: mm_vision_tower",
-    ),
-    "an artefact": (lambda folder: (folder / "export.json").write_text("{}"), "folder-is-artefact", ""),
-    "not JSON": (
-        lambda folder: (folder / "config.json").write_text('{"model_type": '), "not-json", "config.json"
-    ),
-    "key twice": (
-        lambda folder: (folder / "config.json").write_text('{"model_type": "a", "model_type": "b"}'),
-        "duplicate-key", "config.json",
-    ),
-    "quantized by MLX": (
-        lambda folder: edit_config(folder, quantization={"bits": 4, "group_size": 64}), "folder-is-mlx-quantized", ""
-    ),
-    "quantized elsewhere": (
-        lambda folder: edit_config(folder, quantization_config={"quant_method": "gptq", "bits": 4}),
-        "checkpoint-quantized", "config.json",
-    ),
-    "integers": (
-        lambda folder: edit_tensors(folder, lambda held: {**held, NORM: torch.ones(64, dtype=torch.int8)}, TWO),
-        "dtype-unsupported", "weights",
-    ),
-    "language only": (only_language, "tower-missing", "weights"),
-    "config without sizes": (
-        lambda folder: edit_json(folder / "config.json", without=["hidden_size"]), "setting-missing", "config.json"
-    ),
-    "template that fails": (
-        lambda folder: edit_json(folder / "tokenizer_config.json", chat_template="{{ raise_exception('no') }}"),
-        "chat-template-fails", "chat template",
-    ),
-}  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_checkpoint(tmp_path_factory.mktemp("doctor") / "model", layout="llava_qwen2", shards=2)
-
-
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("name", BROKEN)
-def test_each_kind_of_broken_input(sound: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+def test_each_kind_of_broken_input_is_named_by_all_who_read_it(sharded: Path, name: str) -> None:
     change, rule, where = BROKEN[name]
-    folder = Path(shutil.copytree(sound, tmp_path / "model"))
-    change(folder)
-    assert main(str(folder)) == 2
-    out, err = capsys.readouterr()
-    prefix = f"fault: {rule}: {where or folder}: got "
-    assert sum(line.startswith(prefix) for line in out.splitlines()) == 1, out
-    assert err.splitlines()[-1].startswith(f"error: cannot use checkpoint {folder}: ") and rule not in err
-    assert "Traceback" not in err and "\nexport " not in out
+    change(sharded)
+    report = diagnose(sharded)
+    found = [(fault.rule, fault.where) for fault in report.faults]
+    assert found.count((rule, where or str(sharded))) == 1 and "tensors-misshapen" not in dict(found)
+    assert not (sharded.parent / "written").exists()  # by a pickle
+    if name not in (*DEEP, "template that fails"):
+        assert answers(sharded) == (False, False)
 
 
-def test_every_fault_at_once(sound: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = Path(shutil.copytree(sound, tmp_path / "model"))
+def test_every_fault_at_once(sharded: Path, cli: Cli) -> None:
     for name in ("truncated header", "offsets", "large tokenizer", "quantized elsewhere"):
-        BROKEN[name][0](folder)
-    assert main(str(folder), "--json") == 2
-    document = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert document["usable"] is False and document["export"] == {}
-    assert [fault["rule"] for fault in document["faults"]] == [
-        "file-truncated", "header-invalid", "checkpoint-quantized", "tokenizer-size", "image-token"
-    ]  # fmt: skip
+        BROKEN[name][0](sharded)
+    rules = ["file-truncated", "header-invalid", "checkpoint-quantized", "tokenizer-size", "image-token"]
+    answer = cli("doctor", sharded, "--json")
+    assert answer.code == 2 and not answer.document["usable"] and answer.document["export"] == {}
+    assert [fault["rule"] for fault in answer.document["faults"]] == rules
+    answer = cli("doctor", sharded)
+    assert answer.code == 2 and "\nexport " not in answer.out
+    assert [line.split(": ")[1] for line in answer.out.splitlines() if line.startswith("fault: ")] == rules
+    (line,) = answer.err.splitlines()
+    assert line.startswith(f"error: cannot use checkpoint {sharded}: ") and "file-truncated" not in line
 
 
-def test_paths(tmp_path: Path, sound: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_the_table_that_would_fail(sharded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config(rms_norm_eps=-1)(sharded)
+    assert answers(sharded) == (False, False)
+    monkeypatch.setattr(settings, "_allows", lambda row, value: True)
+    with pytest.raises(CheckFailed, match="NaN or infinite"):
+        answers(sharded)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rope_scaling": {"type": "linear", "factor": 2.0}},
+        {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
+        {"use_sliding_window": True, "max_window_layers": 0},
+        {"hidden_act": "gelu"},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_what_only_transformers_runs_is_usable_and_not_exportable(sharded: Path, changes: dict[str, Any]) -> None:
+    config(**changes)(sharded)
+    assert answers(sharded) == (True, False)
+
+
+@pytest.mark.parametrize("layout", ["llava_qwen2", "fast_vlm"])
+def test_null_is_absent(make_checkpoint: Callable[..., Path], tmp_path: Path, layout: str) -> None:
+    folder = Path(shutil.copytree(make_checkpoint(layout=layout, form="folded"), tmp_path / "model"))
+    assert answers(folder) == (True, True) and diagnose(folder).warnings == []
+    keys = ("head_dim", "rope_theta", "rope_scaling", "rope_parameters", "sliding_window", "layer_types")
+    nulls = dict.fromkeys((*keys, "quantization_config", "image_token_id"))
+    edit_json(folder / "config.json", **nulls)
+    assert answers(folder) == (True, True)
+
+
+def test_paths(tmp_path: Path, sound: Path, cli: Cli) -> None:
     (tmp_path / "archive.zip").write_bytes(b"PK")
     expected = {
-        str(tmp_path / "nowhere"): "path-missing",
-        str(tmp_path / "archive.zip"): "path-is-file",
-        str(sound.parent): "did you mean its folder model?",
+        tmp_path / "nowhere": "path-missing",
+        tmp_path / "archive.zip": "path-is-file",
+        sound.parent: "did you mean its folder model?",
         "https://example.com/model": "path-is-address: https://example.com/model: ",
     }
     for path, words in expected.items():
-        assert main(path) == 2
-        assert words in capsys.readouterr().out
+        answer = cli("doctor", path)
+        assert answer.code == 2 and words in answer.out
 
 
-def test_what_macos_adds_is_no_part_of_a_checkpoint(sound: Path, tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(sound, tmp_path / "model"))
-    for path in [folder / ".DS_Store", *(folder / f"._{path.name}" for path in sound.iterdir())]:
+def test_what_macos_adds_is_no_part_of_a_checkpoint(sharded: Path, cli: Cli) -> None:
+    for path in [sharded / ".DS_Store", *(sharded / f"._{path.name}" for path in sharded.iterdir())]:
         path.write_bytes(b"\0\5\x16\7 not what its name says")
-    assert main(str(folder)) == 0
-    (folder / INDEX).unlink()
-    assert main(str(folder)) == 0
+    assert cli("doctor", sharded).code == 0
+    (sharded / INDEX).unlink()
+    assert cli("doctor", sharded).code == 0
 
 
 @pytest.mark.parametrize("layout", ["llava_qwen2", "fast_vlm"])
 @pytest.mark.parametrize("form", ["folded", "training"])
-def test_a_sound_checkpoint(
-    make_checkpoint: Callable[..., Path], capsys: pytest.CaptureFixture[str], layout: str, form: str
-) -> None:
+def test_a_sound_checkpoint(make_checkpoint: Callable[..., Path], cli: Cli, layout: str, form: str) -> None:
     path = make_checkpoint(layout=layout, form=form)
-    assert main(str(path), "--json") == 0
-    document = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert document["usable"] and document["faults"] == document["warnings"] == []
+    answer = cli("doctor", path, "--json")
+    document = answer.document
+    assert answer.code == 0 and document["usable"] and document["faults"] == document["warnings"] == []
     assert (document["layout"], document["form"], document["dtype"]) == (layout, form, "float32")
     assert document["image_token"] == "<image> = 512" and document["tokenizer"] == "513 tokens for 576 rows"
     assert (document["chat_template"], document["weights"]) == ("Qwen's", "all finite")
@@ -198,11 +116,35 @@ def test_a_sound_checkpoint(
     counted = [n for n in load_file(path / "model.safetensors").items() if not n[0].endswith("num_batches_tracked")]
     assert parts["total"]["parameters"] == sum(tensor.numel() for _, tensor in counted)
     assert parts["total"]["megabytes"] == pytest.approx(sum(tensor.nbytes for _, tensor in counted) / 1e6)
-    assert document["export"]["command"].startswith(f"python -m model_export all --checkpoint {path}")
+    assert document["export"]["command"].startswith(f"fastvlm export --checkpoint {path}")
 
 
-def test_quick_reads_no_weights(sound: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = Path(shutil.copytree(sound, tmp_path / "model"))
-    BROKEN["NaN"][0](folder)
-    assert main(str(folder), "--quick") == 0
-    assert "not read" in capsys.readouterr().out
+def test_quick_reads_no_weights(sharded: Path, cli: Cli) -> None:
+    BROKEN["NaN"][0](sharded)
+    answer = cli("doctor", sharded, "--quick")
+    assert answer.code == 0 and "not read" in answer.out
+
+
+def test_the_folder_is_never_written(sharded: Path) -> None:
+    import torch
+
+    from fastvlm.checkpoint.checkpoint import open_checkpoint
+    from fastvlm.model.build import build
+    from tests.helpers import contents
+
+    def state() -> list[Any]:
+        stats = [path.stat() for path in sorted([sharded, *sharded.rglob("*")])]
+        return [contents(sharded), [(one.st_mtime_ns, one.st_mode) for one in stats]]
+
+    for path in [*sharded.iterdir(), sharded]:
+        path.chmod(path.stat().st_mode & ~0o222)
+    before = state()
+    model = build(open_checkpoint(sharded))
+    diagnose(sharded)
+    with torch.no_grad():  # the weights are mapped: changing them in memory must not reach the file
+        for parameter in model.parameters():
+            parameter.add_(1.0)
+    assert state() == before
+    sharded.chmod(0o755)
+    os.utime(sharded / "config.json")
+    assert state() != before

@@ -5,16 +5,17 @@ import shutil
 from collections.abc import Callable, Collection
 from pathlib import Path
 
-import folders
 import pytest
 import torch
-from edits import WEIGHTS, edit_config
 from safetensors.torch import load_file, save_file
 
 from fastvlm.checkpoint import folder_kind
 from fastvlm.checkpoint.checkpoint import examine, open_checkpoint
 from fastvlm.checkpoint.doctor import diagnose
 from fastvlm.common.errors import UserError
+from tests.fastvlm.checkpoint import broken
+from tests.fastvlm.checkpoint.broken import BASE, KINDS
+from tests.fastvlm.checkpoint.edits import WEIGHTS, edit_config, edit_tensors
 
 
 def absent(path: str) -> str:
@@ -26,25 +27,25 @@ def copy(tmp_path: Path, tiny_llava: Path) -> Path:
     return shutil.copytree(tiny_llava, tmp_path / "given")
 
 
-@pytest.mark.parametrize(("make", "name", "words"), folders.KINDS, ids=lambda value: getattr(value, "__name__", ""))
-def test_each_kind_is_named(copy: Path, make: Callable[[Path], None], name: str, words: Collection[str]) -> None:
-    make(copy)
-    report = diagnose(copy)
+@pytest.mark.parametrize(("make", "name", "words"), KINDS, ids=[f"{name} {n}" for n, (_, name, _) in enumerate(KINDS)])
+def test_each_kind_is_named(sharded: Path, make: broken.Change, name: str, words: Collection[str]) -> None:
+    make(sharded)
+    report = diagnose(sharded)
     assert report.kind is not None and report.kind.name == name
     (fault,) = report.faults  # nothing else is said: it would be about weights that nobody read
     assert report.warnings == [] and report.facts == {} and report.document()["kind"] == name
     assert all(word in fault.line() for word in words) and fault.expected == "a checkpoint"
     assert "{" not in fault.line() and "\n" not in fault.line()
     if "adapter of" in fault.line():
-        assert report.document()["base"] == folders.BASE
+        assert report.document()["base"] == BASE
     with pytest.raises(UserError) as error:
-        open_checkpoint(copy)
+        open_checkpoint(sharded)
     assert fault.line() in str(error.value)
 
 
 def test_every_rule_has_a_maker() -> None:
     rules = {rule["name"] for rule in folder_kind._rules()["kinds"]}
-    assert {name for _, name, _ in folders.KINDS} == rules | {"artefact", "artefact-elsewhere"}
+    assert {name for _, name, _ in KINDS} == rules | {"artefact", "artefact-elsewhere"}
 
 
 @pytest.mark.parametrize("layout", ["llava_qwen2", "fast_vlm"])
@@ -60,7 +61,7 @@ def test_a_sound_checkpoint_is_no_kind(make_checkpoint: Callable[..., Path], tmp
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "base_model.model.", "module._orig_mod."])
 def test_a_wrappers_prefix_is_left_out(copy: Path, tiny_llava: Path, prefix: str) -> None:
-    folders.rename_tensors(copy, lambda name: prefix + name)
+    edit_tensors(copy, lambda tensors: {prefix + name: value for name, value in tensors.items()})
     plain, wrapped = open_checkpoint(tiny_llava), open_checkpoint(copy)
     assert any(f"tensor-prefix: weights: got {prefix} " in warning for warning in wrapped.warnings)
     assert wrapped.tensors.keys() == plain.tensors.keys()
@@ -91,26 +92,19 @@ def test_a_hub_id_is_named_with_its_snapshot(
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    asked = folders.BASE + revision
+    asked = BASE + revision
     for url in ("", "https://huggingface.co/"):
         line = absent(url + asked)
-        assert f"path-is-hub-id: {url}{asked}: " in line and f"`python -m fastvlm download {asked}`" in line
+        assert f"path-is-hub-id: {url}{asked}: " in line and f"`fastvlm download {asked}`" in line
     cached = tmp_path / "hub" / "models--apple--FastVLM-0.5B"
     (cached / "snapshots" / "0123abc").mkdir(parents=True)
+    (cached / "snapshots" / "0123abc" / "config.json").touch()
     (cached / "refs").mkdir()
-    (cached / "refs" / "main").write_text("0123abc\n")
+    (cached / "refs" / "main").write_text("0123abc")
     assert str(cached / "snapshots" / "0123abc") in absent(asked)
-    assert "download" in absent(folders.BASE + "@other")  # another revision isn't there
-    (tmp_path / "checkpoints" / folders.BASE).mkdir(parents=True)
-    assert f"give checkpoints/{folders.BASE}" in absent(asked)
-
-
-@pytest.mark.parametrize("commit", ["../../..", "..", "", "a" * 200, "a/b"])
-def test_a_reference_stays_in_its_cache(tmp_path: Path, commit: str) -> None:
-    for name in ("refs", "snapshots/real", "snapshots/a/b"):
-        (tmp_path / name).mkdir(parents=True)
-    (tmp_path / "refs" / "main").write_text(commit)
-    assert folder_kind.snapshot(tmp_path) is None
+    assert "download" in absent(BASE + "@other")  # another revision isn't there
+    (tmp_path / "checkpoints" / BASE).mkdir(parents=True)
+    assert f"give checkpoints/{BASE}" in absent(asked)
 
 
 def test_paths_that_are_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,7 +123,7 @@ def test_paths_that_are_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_what_an_adapter_says_of_its_base_is_only_text(copy: Path) -> None:
-    folders.peft_adapter(copy)
+    broken.adapter_beside_weights(copy)
     for text in ("[" * 100000, "\0", json.dumps({"base_model_name_or_path": 5}), json.dumps(["{base}"])):
         (copy / "adapter_config.json").write_text(text)
         assert examine(copy).kind is not None and examine(copy).kind.base is None  # type: ignore[union-attr]
@@ -139,19 +133,29 @@ def test_what_an_adapter_says_of_its_base_is_only_text(copy: Path) -> None:
 
 def test_what_is_given_instead_of_an_artefact(copy: Path) -> None:
     assert "folder-is-checkpoint: " in str(folder_kind.instead_of_artefact(copy))
-    assert "if it is a hub id" in str(folder_kind.instead_of_artefact(Path(folders.BASE)))
+    assert "if it is a hub id" in str(folder_kind.instead_of_artefact(Path(BASE)))
     assert folder_kind.instead_of_artefact(copy / "absent") is folder_kind.instead_of_artefact(copy.parent) is None
-    folders.mlx_quantized(copy)
+    edit_config(copy, quantization={})
     assert "folder-is-mlx-quantized: " in str(folder_kind.instead_of_artefact(copy))
-    folders.gguf(copy)
+    (copy / WEIGHTS).rename(copy / "mmproj.gguf")
     (copy / "config.json").unlink()
     assert "folder-is-gguf: " in str(folder_kind.instead_of_artefact(copy))
+
+
+def test_a_damaged_file_says_more_than_the_kind_of_the_folder(copy: Path) -> None:
+    edit_config(copy, quantization={})
+    (copy / WEIGHTS).write_bytes((copy / WEIGHTS).read_bytes()[:-1])
+    finding = folder_kind.instead_of_artefact(copy)
+    assert finding is not None and (finding.rule, finding.where) == ("file-truncated", str(copy / WEIGHTS))
+    (copy / "config.json").write_text("{")
+    finding = folder_kind.instead_of_artefact(copy)
+    assert finding is not None and (finding.rule, finding.where) == ("not-json", str(copy / "config.json"))
 
 
 def test_advice_can_be_pasted(copy: Path) -> None:
     """A path that needs quotes has them: a shell's, and Python's inside Python."""
     odd = copy.rename(copy.parent / 'it\'s "mine"')
-    folders.peft_adapter(odd)
+    broken.adapter_beside_weights(odd)
     line = examine(odd).faults[0].line()
     call = line.partition("`")[2].partition("`")[0]
     assert compile(call, "advice", "eval") and json.dumps(str(odd)) in call

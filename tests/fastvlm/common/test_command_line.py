@@ -9,14 +9,17 @@ from pathlib import Path
 
 import pytest
 
-from fastvlm.__main__ import VERBS, build_parser
-from fastvlm.common import arguments, cli
+from fastvlm.__main__ import build_parser
+from fastvlm.common import arguments
 from fastvlm.common.arguments import Parser
+from fastvlm.common.cli import run
 from fastvlm.common.errors import CheckFailed, UserError
 from fastvlm.common.files import Output
+from fastvlm.common.verbs import verbs
 
+VERBS = verbs()
 ROOT = Path(__file__).parents[3]
-HEAVY = ("torch", "transformers", "coremltools", "matplotlib", "scipy", "numba", "timm", "mlx", "huggingface_hub")
+HEAVY = {"torch", "transformers", "coremltools", "matplotlib", "scipy", "numba", "timm", "mlx", "huggingface_hub"}
 
 
 def parser() -> Parser:
@@ -80,6 +83,28 @@ def test_every_value_of_a_list_and_every_kind_of_refusal_is_told(tmp_path):
     assert made.parse_args(["--level", "2"]).level == 2
 
 
+@pytest.mark.parametrize(
+    ("words", "fault"),
+    [
+        (["doctor", ""], "PATH: is empty"),
+        (["predict", ".", "--prompt", ""], "--prompt: is empty"),
+        (["generate", "a", "--prompt", " "], "--prompt: is empty"),
+        (["generate", "", "--prompt", "a"], "ARTEFACT: is empty: expected a path"),
+        (["sweep"], "--checkpoint: is missing"),
+        (["export", "--output-dir", "a"], "CHECKPOINT: is missing"),
+        (["bundle", "a"], "--app or --output-dir: is missing"),
+        (["plan", "--device", "m1"], "ARTEFACT or --shape: is missing: expected"),
+        (["estimate", "--device", "m1"], "--shape: is missing: expected"),
+        (["export", "{at}", "--output-dir", "{at}/x"], "CHECKPOINT: config-missing: {at}: got"),
+        (["export", "--checkpoint", "{at}/none", "--output-dir", "x"], "--checkpoint: path-missing: {at}/none: got"),
+    ],
+)
+def test_what_is_empty_missing_or_no_checkpoint_is_named_first(cli, tmp_path, words, fault):
+    answer = cli(*(word.format(at=tmp_path) for word in words))
+    assert answer.code == 2 and answer.err.startswith("error: " + fault.format(at=tmp_path))
+    assert answer.err.count("is missing") <= 1
+
+
 def test_a_missing_value_is_one_fault_among_others():
     with pytest.raises(UserError, match=r"--temperature: got -1.*--quant: expected one argument"):
         parser().parse_args(["m", "--temperature", "-1", "--quant"])
@@ -124,30 +149,21 @@ def test_an_alias_gives_way_to_a_flag_of_that_name():
     assert made.parse_args(["m", "--recipe", "a"]).recipe == "a"
 
 
-@pytest.fixture
-def call(capsys):
-    def call(*words: str):
-        code = cli.run(build_parser, list(words))
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return call
+def test_an_unknown_verb_is_answered_with_the_nearest(cli):
+    answer = cli("exprt")
+    assert (answer.code, answer.out) == (2, "")
+    assert "did you mean export?" in answer.err and answer.err.count("\n") == 1
 
 
-def test_an_unknown_verb_is_answered_with_the_nearest(call):
-    code, out, err = call("exprt")
-    assert (code, out) == (2, "") and "did you mean export?" in err and err.count("\n") == 1
+def test_words_behind_a_verb_are_not_taken_for_verbs(cli):
+    assert "got EXPORT, expected" in cli("plan", "--prompt-length", "EXPORT").err
 
 
-def test_words_behind_a_verb_are_not_taken_for_verbs(call):
-    assert "got EXPORT, expected" in call("plan", "--prompt-length", "EXPORT")[2]
-
-
-def test_every_fault_with_json_is_a_document_on_stdout(call, tmp_path):
-    for words in (["exprt"], ["export", "--quant"], ["doctor", str(tmp_path)], ["inspect", str(tmp_path / "none")]):
-        code, out, err = call(*words, "--json")
-        document = json.loads(out)
-        assert code == document["exit_code"] == 2 and err.endswith(f"error: {document['error']}\n")
+def test_every_fault_with_json_is_a_document_on_stdout(cli, tmp_path):
+    for words in (["exprt"], ["export", "--quant"], ["doctor", tmp_path], ["inspect", tmp_path / "none"]):
+        answer = cli(*words, "--json")
+        document = answer.document
+        assert answer.code == document["exit_code"] == 2 and answer.err.endswith(f"error: {document['error']}\n")
 
 
 def test_stdout_holds_the_document_alone(capsys):
@@ -165,11 +181,11 @@ def test_stdout_holds_the_document_alone(capsys):
         print("prose")
         raise CheckFailed("a figure")
 
-    assert cli.run(lambda: build(prints), ["--json"]) == 0
+    assert run(lambda: build(prints), ["--json"]) == 0
     assert capsys.readouterr() == ('{"passed": true}\n', "prose\n")
-    assert cli.run(lambda: build(fails), ["--json"]) == 1
+    assert run(lambda: build(fails), ["--json"]) == 1
     assert json.loads(capsys.readouterr().out) == {"error": "a figure", "exit_code": 1}
-    assert cli.run(lambda: build(prints), []) == 0
+    assert run(lambda: build(prints), []) == 0
     assert capsys.readouterr() == ("prose\n", "")
 
 
@@ -179,20 +195,23 @@ def test_a_package_of_an_extra_is_named_with_it(capsys):
         made.set_defaults(run=lambda args: exec("raise ModuleNotFoundError(name='tree_sitter.core')"))
         return made
 
-    assert cli.run(build, []) == 2
+    assert run(build, []) == 2
     assert "pip install '.[app]'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", VERBS)
-def test_a_verbs_help_imports_nothing_heavy(name):
+def test_a_verbs_help_imports_nothing_heavy():
     """Its module is imported only when it is called, and no module that brings a heavy library."""
     code = (
-        "import sys; from fastvlm.__main__ import build_parser\n"
-        f"try: build_parser().parse_args([{name!r}, '--help'])\n"
-        f"except SystemExit: print([one for one in {HEAVY!r} if one in sys.modules], file=sys.stderr)"
+        "import os, sys; from fastvlm.__main__ import build_parser\n"
+        f"for name in {[*VERBS]!r}:\n"
+        "    if not os.fork():\n"
+        "        try: build_parser().parse_args([name, '--help'])\n"
+        f"        except SystemExit: print(name, *({HEAVY!r} & sys.modules.keys()), file=sys.stderr)\n"
+        "        sys.stdout.flush(); os._exit(0)\n"
+        "    os.wait()"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
-    assert done.stdout.startswith("usage: ") and done.stderr == "[]\n"
+    assert done.stderr.split() == [*VERBS] and done.stdout.count("usage: ") == len(VERBS)
 
 
 def test_the_command_itself_imports_no_verb():
@@ -202,10 +221,13 @@ def test_the_command_itself_imports_no_verb():
     assert not targets & set(done.stdout.split()) and "numpy" not in done.stdout.split()
 
 
-def test_every_verb_is_in_the_help_once():
+@pytest.mark.parametrize("columns", [60, 200])
+def test_every_verb_is_in_the_help_once(columns, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(columns))
     lines = build_parser().format_help().splitlines()
     assert [line.split()[0] for line in lines if line.startswith("  ") and line[2] != " "].count("export") == 1
     assert {line.split()[0] for line in lines if line.startswith("  ") and line[2] != " "} >= set(VERBS)
+    assert max(map(len, lines)) <= min(columns, 100)
 
 
 def test_without_its_libraries_the_command_says_where_to_go(tmp_path):

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 
 from fastvlm.common import cli, files
 from fastvlm.common.files import Output, output_faults
+from quantization.recipe import load_recipe
 
 DOORS = ("fastvlm", "quantization", "model_export", "benchmarks", "app_bridge")
 WRITES = ("output", "output_dir", "save", "plot", "report", "parity_report", "work_dir")
@@ -46,7 +48,7 @@ def place(tmp_path, monkeypatch) -> Path:
     (tmp_path / "link").symlink_to(folder)
     (tmp_path / "page.html").symlink_to(folder / "config.json")
     os.link(folder / "model.safetensors", tmp_path / "hard.html")
-    (tmp_path / "recipe.json").write_text("{}")
+    (tmp_path / "recipe.json").write_text(json.dumps(load_recipe("int4").to_json()))
     (tmp_path / "saved.json").write_text("{}")
     monkeypatch.chdir(tmp_path)
     return tmp_path

@@ -109,3 +109,17 @@ def test_a_table_that_does_not_fit_becomes_blocks(monkeypatch: pytest.MonkeyPatc
     lines = capsys.readouterr().out.splitlines()
     assert lines[:3] == ["wide", "one", "  figure 0 1.2345 GB · figure 1 1.2345"] and max(map(len, lines)) <= 40
     assert lines[-2:] == ["two", "  figure 7 9"]
+
+
+@pytest.mark.parametrize("columns", range(24, 160, 4))
+def test_a_table_keeps_its_units_its_names_and_every_word(monkeypatch: pytest.MonkeyPatch, capsys, columns):
+    """Also where every word would find room, but not every figure."""
+    monkeypatch.setenv("COLUMNS", str(columns))
+    row = ("int4 palette6", "a_name.without.blanks", "12.5 GB", "1,234 MB", "a text of many words " * 3)
+    print_table("sizes", ("point", "weights", "memory", "size", "why"), [row], ("memory", "size"))
+    out = capsys.readouterr().out
+    words = out.split()
+    assert words.count("words") == 3 and not {*" ".join(row).split()} - {*words}
+    assert not [line for line in out.splitlines() if line.endswith(" ") or len(line) > columns]
+    if "─" in out:
+        assert "12.5 GB" in out and "1,234 MB" in out

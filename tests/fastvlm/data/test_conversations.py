@@ -143,20 +143,19 @@ def test_drawn_samples():
     assert first.image().tobytes() != second.image().tobytes() and first.answer is None
 
 
-MEDIA_KEYS = ("video", "videos", "Video", "video_path", "audio", "audio_file", "sound", "speech", "point_cloud",
-              "pointcloud", "depth", "images", "image_path", "image_urls")  # fmt: skip
-MEDIA_MARKS = ("<video>", "<audio>", "<Video>", "<video_1>", "<speech>", "<point_cloud>", "<pointcloud>", "<depth>",
-               "<|video_pad|>", "<|vision_start|>", "<image_2>", "<|image_pad|>")  # fmt: skip
-
-
-@pytest.mark.parametrize("key", MEDIA_KEYS)
-@pytest.mark.parametrize("value", ["a.bin", ["a.bin"], {"path": "a.bin"}])
-def test_another_medium_is_a_fault_of_its_record(folder, key, value):
+@pytest.mark.parametrize(
+    "key",
+    ["video", "Videos", "video_path", "audio_file", "sound", "speech", "point_cloud", "pointcloud", "depth", "images",
+     "image_path", "image_urls"],
+)  # fmt: skip
+def test_another_medium_is_a_fault_of_its_record(folder, key):
     with pytest.raises(UserError, match=rf"line 2: {key}: a record is of one picture"):
-        conversations.load(write(folder, [record(), record(**{key: value})]))
+        conversations.load(write(folder, [record(), record(**{key: ["a.bin"]})]))
 
 
-@pytest.mark.parametrize("mark", MEDIA_MARKS)
+@pytest.mark.parametrize(
+    "mark", ["<video>", "<Audio>", "<video_1>", "<point_cloud>", "<|video_pad|>", "<|vision_start|>", "<image_2>"]
+)
 @pytest.mark.parametrize("turn", [0, 1])
 def test_a_mark_of_another_medium_is_a_fault_of_its_record(folder, mark, turn):
     other = record()

@@ -1,13 +1,10 @@
 import argparse
-import json
 
 import numpy as np
 import pytest
 import torch
 
 import fastvlm
-from fastvlm.__main__ import build_parser
-from fastvlm.common.cli import run
 from fastvlm.data import scenes
 from fastvlm.model.predict import generate_batch
 
@@ -68,18 +65,16 @@ def test_the_trained_checkpoint_answers(demo_model):
     assert sum(right for right, _ in blind.values()) < ASKED / 2, blind
 
 
-def test_the_command_shows_and_writes_a_page(tmp_path, capsys):
-    assert run(build_parser, ["demo", "--count", "3", "--output-dir", str(tmp_path), "--json"]) == 0
-    document = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert document["questions"] == 3
+def test_the_command_shows_and_writes_a_page(tmp_path, cli):
+    assert cli("demo", "--count", "3", "--output-dir", tmp_path, "--json").document["questions"] == 3
     page = (tmp_path / "index.html").read_text()
     assert page.count("data:image/jpeg") == 3 and "http" not in page.replace("http-equiv", "")
 
 
 @pytest.mark.parametrize("flags", [["--count", "0"], ["--model-path", "/nowhere"]])
-def test_unusable_input_is_one_line(flags, capsys):
-    assert run(build_parser, ["demo", *flags]) == 2
-    assert len([line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]) == 1
+def test_unusable_input_is_one_line(flags, cli):
+    answer = cli("demo", *flags)
+    assert answer.code == 2 and len([line for line in answer.err.splitlines() if line.startswith("error:")]) == 1
 
 
 @pytest.mark.slow

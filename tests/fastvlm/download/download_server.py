@@ -4,17 +4,12 @@ They import it too, before pytest would load it (PYTEST_DONT_REWRITE).
 """
 
 import contextlib
-import fcntl
 import hashlib
 import io
 import json
 import random
-import socket
-import struct
 import sys
-import termios
 import threading
-import time
 import types
 import zipfile
 from collections import defaultdict
@@ -26,10 +21,9 @@ from typing import Any
 
 import pytest
 
-from fastvlm.__main__ import build_parser
-from fastvlm.common import cli
 from fastvlm.common.errors import UserError
 from fastvlm.download import download, fetch
+from tests.helpers import contents
 
 NAME = "fastvlm_0.5b_stage3"
 FILE = "/llava-fastvithd_0.5b_stage3.zip"
@@ -53,7 +47,6 @@ class Act:
 
     status: int = 200
     drop: int | None = None  # bytes of the body after which the connection ends
-    reset: bool = False  # ... with a TCP reset
     stall: float = 0.0  # seconds to wait there first, at most until the server is closed
     ranges: bool = True
     if_range: bool = True
@@ -61,7 +54,6 @@ class Act:
     length: bool = True
     etag: bool = True
     location: str = ""
-    pace: float = 0.0  # seconds between pieces of 16 KiB
     headers: dict[str, str] = field(default_factory=dict)
 
 
@@ -99,7 +91,12 @@ class Server:
         act = (acts.pop(0) if len(acts) > 1 else acts[0]) if acts else Act()
         if act.status != 200 or path not in self.files:
             http.send_response(act.status if act.status != 200 else 404)
-            for key, value in {"Location": act.location, "Content-Length": "0", **act.headers}.items():
+            for key, value in {
+                "Location": act.location,
+                "Content-Length": "0",
+                "Connection": "close",
+                **act.headers,
+            }.items():
                 if value:
                     http.send_header(key, value)
             http.end_headers()
@@ -127,17 +124,8 @@ class Server:
         http.end_headers()
         if http.command == "HEAD":
             return
-        sent = part if act.drop is None else part[: act.drop]
-        for i in range(0, len(sent), 16384):
-            http.wfile.write(sent[i : i + 16384])
-            time.sleep(act.pace)
+        http.wfile.write(part if act.drop is None else part[: act.drop])
         self.closed.wait(act.stall)
-        if act.reset:
-            deadline = time.monotonic() + 60
-            while unsent(http.connection) and time.monotonic() < deadline:  # the reset would throw it away
-                time.sleep(0.005)
-            http.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            http.connection.close()
 
     def close(self) -> None:
         self.closed.set()
@@ -154,13 +142,6 @@ def server() -> Iterator[Server]:
     server = Server()
     yield server
     server.close()
-
-
-def unsent(connection: socket.socket) -> int:
-    """The bytes sent that the other end's system has not taken yet."""
-    if sys.platform == "darwin":
-        return connection.getsockopt(socket.SOL_SOCKET, 0x1024)  # SO_NWRITE
-    return int(struct.unpack("i", fcntl.ioctl(connection, termios.TIOCOUTQ, bytes(4)))[0])
 
 
 def make_zip(content: dict[str, bytes] = CONTENT, top: str = "llava-fastvithd_0.5b_stage3/", **extra: Any) -> bytes:
@@ -193,21 +174,17 @@ def lenient_checkpoint() -> types.ModuleType:
     return module
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    files = (path for path in folder.rglob("*") if path.is_file() and path.name != download.RECORD)
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+def content_of(folder: Path) -> dict[str, bytes]:
+    """All files but the record of the download."""
+    return {name: data for name, data in contents(folder).items() if name != download.RECORD}
 
 
 def get(folder: Path, retries: fetch.Retries = QUICK, name: str = NAME, **options: Any) -> dict[str, Any]:
     return download.download(name, folder, retries=retries, **options)
 
 
-def command(*argv: str | Path) -> int:
-    return cli.run(build_parser, ["download", *map(str, argv)])
-
-
 def assert_whole(folder: Path, name: str = NAME, content: dict[str, bytes] = CONTENT) -> None:
-    found, beside = contents(folder / name), [path.name for path in (folder / name).parent.iterdir()]
+    found, beside = content_of(folder / name), [path.name for path in (folder / name).parent.iterdir()]
     assert found == content, f"found {sorted(found)}"
     assert beside == [Path(name).name], f"left over: {beside}"
 

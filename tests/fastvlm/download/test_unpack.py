@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from download_server import CONTENT, FILE, Server, assert_whole, contents, flip, get, make_zip
+from download_server import CONTENT, FILE, Server, assert_whole, content_of, flip, get, make_zip
 
 from fastvlm.common.errors import UserError
 from fastvlm.download import unpack
@@ -57,6 +57,8 @@ def lying_size() -> bytes:
 
 EVIL: dict[str, tuple[Callable[[], bytes], str]] = {
     "parent": (lambda: zip_with((entry("../evil"), b"x")), r"'../evil' is outside the folder"),
+    "two faults": (lambda: zip_with((entry("../evil"), b"x"), (entry("link", stat.S_IFLNK), b"y")),
+                   r"'../evil' is outside.*'link' is a symbolic link"),
     "deep parent": (lambda: zip_with((entry("a/../../evil"), b"x")), "outside the folder"),
     "absolute": (lambda: zip_with((entry("/tmp/evil"), b"x")), "an absolute path"),
     "backslash": (lambda: zip_with((entry("..\\evil"), b"x")), "forbidden characters"),
@@ -68,7 +70,7 @@ EVIL: dict[str, tuple[Callable[[], bytes], str]] = {
     "case": (lambda: zip_with((entry("CONFIG.json"), b"x")), "more than once"),
     "file and folder": (lambda: zip_with((entry("config.json/x"), b"x")), "both a file and a folder"),
     "bomb": (lambda: make_zip({"config.json": b"{}", "bomb.json": bytes(70 << 20)}), "a zip bomb"),
-    "overlap": (overlapping, "overlapping another entry"),
+    "overlap": (overlapping, "broken archive: (Overlapped entries|File name in directory)"),
     "lying size": (lying_size, "broken archive"),
     "bad CRC": (lambda: flip(make_zip(), 150_000), "broken archive"),
     "empty": (lambda: make_zip({}), "holds 0 files"),
@@ -86,12 +88,6 @@ def test_unsafe_archives_leave_nothing(zoo: Server, tmp_path: Path, kind: str) -
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == [] and not Path("/tmp/evil").exists()
 
 
-def test_every_fault_is_reported_at_once(zoo: Server, tmp_path: Path) -> None:
-    zoo.files[FILE] = zip_with((entry("../evil"), b"x"), (entry("link", stat.S_IFLNK), b"y"))
-    with pytest.raises(UserError, match=r"'../evil' is outside.*'link' is a symbolic link"):
-        get(tmp_path)
-
-
 def test_safe_archives_of_any_cut(zoo: Server, tmp_path: Path) -> None:
     """The negative control of the refusals above: no top folder, Finder's leavings, odd files (named in a warning)."""
     junk = {"__MACOSX/._config.json": b"x", ".DS_Store": b"x"}
@@ -105,13 +101,13 @@ def test_any_flipped_byte_is_refused_or_harmless(tmp_path: Path) -> None:
     chance = random.Random(7)
     content = {"config.json": b'{"a": 1}' * 20, "model.safetensors": chance.randbytes(300)}
     good, refused = make_zip(content), 0
-    for trial in range(400):
+    for trial in range(200):
         path, folder = tmp_path / "a.zip", tmp_path / f"out{trial}"
         path.write_bytes(flip(good, chance.randrange(len(good)), chance.randrange(1, 256)))
         try:
             unpack.unpack(path, folder)
-            assert sorted(contents(folder).values()) == sorted(content.values())  # names and dates have no checksum
+            assert sorted(content_of(folder).values()) == sorted(content.values())  # names and dates have no checksum
         except UserError:
             refused += 1
             assert not folder.exists()
-    assert 200 < refused < 400
+    assert 100 < refused < 200

@@ -11,15 +11,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
 
 import fastvlm
-from fastvlm.__main__ import build_parser
 from fastvlm.common import dtypes
-from fastvlm.common.cli import run
 from fastvlm.common.errors import CheckFailed, UserError
 from fastvlm.common.limits import positions, warn_once
 from fastvlm.model.session import Session
+from tests.fastvlm.checkpoint.edits import edit_json, edit_tensors
 
 pytestmark = pytest.mark.slow
 
@@ -37,14 +35,11 @@ def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def predict(picture: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+def predict(picture: Path, cli: Callable[..., Any]) -> Callable[..., tuple[int, str, str]]:
     def ask(checkpoint: Path, *flags: str) -> tuple[int, str, str]:
         warn_once.cache_clear()
-        code = run(
-            build_parser,
-            ["predict", "--model-path", str(checkpoint), "--image-file", str(picture), "--device", "cpu", *flags],
-        )
-        return (code, *capsys.readouterr())
+        answer = cli("predict", "--model-path", checkpoint, "--image-file", picture, "--device", "cpu", *flags)
+        return answer.code, answer.out, answer.err
 
     return ask
 
@@ -52,19 +47,17 @@ def predict(picture: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., 
 def changed(source: Path, target: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> Path:
     """A copy of a checkpoint with other weights."""
     shutil.copytree(source, target)
-    tensors = load_file(target / "model.safetensors")
-    change(tensors)
-    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    edit_tensors(target, change)
     return target
 
 
 def configured(source: Path, target: Path, text: Mapping[str, Any], **tokenizer: Any) -> Path:
     """A copy of a checkpoint with other values in its text configuration and its tokenizer's."""
     shutil.copytree(source, target)
-    for name, values in (("config.json", text), ("tokenizer_config.json", tokenizer)):
-        document = json.loads((target / name).read_text())
-        (document["text_config"] if name == "config.json" else document).update(values)
-        (target / name).write_text(json.dumps(document))
+    edit_json(
+        target / "config.json", text_config=json.loads((target / "config.json").read_text())["text_config"] | text
+    )
+    edit_json(target / "tokenizer_config.json", **tokenizer)
     return target
 
 
@@ -102,7 +95,7 @@ def test_a_hot_checkpoint_in_float16_is_no_answer(tiny_fast_vlm, tmp_path, predi
 
 
 @pytest.mark.parametrize(("flags", "said"), [(SINGLE, "embeddings of tokens"), (BEAMS, "logits of token 2 of the an")])
-def test_a_later_step_of_the_answer_is_looked_at_too(tiny_fast_vlm, tmp_path, predict, picture, flags, said) -> None:
+def test_a_later_step_of_the_answer_is_looked_at_too(tiny_fast_vlm, tmp_path, predict, cli, flags, said) -> None:
     """Damaged are only tokens that no prompt has, and that the first step may choose."""
     asked = fastvlm.load(tiny_fast_vlm)
     prompt = set(asked.tokenize("Describe the image.")[0].tolist())
@@ -115,8 +108,8 @@ def test_a_later_step_of_the_answer_is_looked_at_too(tiny_fast_vlm, tmp_path, pr
     checkpoint = changed(tiny_fast_vlm, tmp_path / "damaged", damage)
     code, out, err = predict(checkpoint, *flags)
     assert code == 1 and f"error: language model: {said}" in err
-    assert f"`python -m fastvlm doctor {checkpoint}` reads them all" in err and "!" not in out
-    assert run(build_parser, ["doctor", str(checkpoint)]) == 2  # the remedy finds it
+    assert f"`fastvlm doctor {checkpoint}` reads them all" in err and "!" not in out
+    assert cli("doctor", checkpoint).code == 2  # the remedy finds it
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -172,7 +165,9 @@ def test_auto_holds_the_encoder_on_every_device(monkeypatch, stored, device, cap
 def test_encoder_and_language_model_run_in_dtypes_of_their_own(make_checkpoint, predict, monkeypatch) -> None:
     """What a float16 checkpoint gets off the CPU: a hot encoder answers, its language model stays as it is stored."""
     checkpoint = make_checkpoint(dtype="float16")
-    monkeypatch.setattr("fastvlm.model.surface.computed_in", lambda stored, device: dtypes.computed_in(stored, "cuda"))
+    monkeypatch.setattr(
+        "fastvlm.model.torch_parts.computed_in", lambda stored, device: dtypes.computed_in(stored, "cuda")
+    )
     code, _, err = predict(checkpoint, "--max-new-tokens", "2")
     assert code == 0 and "cpu float32, PyTorch" in err and "cpu float16, 128" in err
     model = fastvlm.load(checkpoint, dtype="auto")
@@ -206,7 +201,7 @@ def test_prompt_and_answer_keep_to_the_positions(tiny_fast_vlm, tmp_path, predic
 
 def test_too_long_prompts_are_refused_at_once_and_before_any_picture(tiny_fast_vlm, tmp_path, predict, monkeypatch):
     checkpoint = configured(tiny_fast_vlm, tmp_path / "short", {"max_position_embeddings": PROMPT})
-    monkeypatch.setattr("fastvlm.model.surface.TorchVision.encode", None)  # not reached
+    monkeypatch.setattr("fastvlm.model.torch_parts.TorchVision.encode", None)  # not reached
     code, _, err = predict(checkpoint, "--prompt", "What " * 20, "fits", "Which " * 40)
     assert code == 2 and len(re.findall(r"--prompt 'Wh[^']+': prompt: \d+ tokens, 4 of them for pictures", err)) == 2
     code, _, err = predict(checkpoint, "--prompt", *("What " * count for count in range(20, 40)))

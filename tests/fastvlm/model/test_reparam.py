@@ -13,6 +13,8 @@ from torch import nn
 
 from fastvlm.common.errors import CheckFailed
 from fastvlm.model import fold
+from fastvlm.model.depthwise import depthwise
+from tests.helpers import relative
 
 pytestmark = pytest.mark.slow
 
@@ -59,10 +61,6 @@ def original(request: pytest.FixtureRequest) -> nn.Module:
 def features(model: nn.Module, size: int = SMALL) -> torch.Tensor:
     pixels = torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     return model.forward_features(pixels.to(next(model.parameters()).dtype)).double()
-
-
-def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((actual - expected).abs().max() / expected.abs().max())
 
 
 def test_the_fold_is_exact_and_the_original_untouched(original: nn.Module) -> None:
@@ -260,10 +258,9 @@ def test_depthwise_by_taps_is_conv2d(kernel: int, stride: int, multiple: int, bi
     x, weight = torch.randn(2, 3, 8, 11, dtype=torch.float64), torch.randn(3 * multiple, 1, kernel, kernel).double()
     shift = torch.randn(3 * multiple, dtype=torch.float64) if bias else None
     arguments = (x, weight, shift, (stride, stride), (kernel // 2, kernel // 2), (1, 1), 3)
-    assert torch.allclose(fold._depthwise(*arguments), torch.conv2d(*arguments), rtol=0, atol=1e-13)
+    assert torch.allclose(depthwise(*arguments), torch.conv2d(*arguments), rtol=0, atol=1e-13)
 
 
-@pytest.mark.slow
 def test_the_real_shape() -> None:
     model = randomize(timm.create_model("fastvit_mci3", num_classes=0))
     _, errors = fold.fold_and_prove(model)

@@ -5,7 +5,7 @@ import torch
 import fastvlm
 from fastvlm.common.errors import UserError
 from fastvlm.data import scenes
-from fastvlm.model.surface import Sampler
+from fastvlm.model.language import Sampler
 
 
 @pytest.fixture(scope="module")

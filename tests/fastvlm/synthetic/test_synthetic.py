@@ -1,20 +1,26 @@
-"""`write_checkpoint(stream_scale=...)`: hot residual streams, and otherwise the same encoder."""
+"""Hot residual streams, and otherwise the same encoder."""
+
+import shutil
 
 import numpy as np
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors.torch import load_file
 
 from fastvlm.checkpoint.checkpoint import open_checkpoint
-from fastvlm.common.errors import UserError
 from fastvlm.model.build import encoder
-from fastvlm.synthetic.checkpoint import write_checkpoint
+from fastvlm.synthetic import heat
 
 FACTOR = 1024.0  # a power of two, so that only LayerNorm's eps tells the two apart
 
 
-def features_and_peaks(path, skip=()):
-    """(features, largest magnitude of what leaves each stage); `skip` names tensors to take from nowhere."""
+@pytest.fixture
+def copy(tiny_fast_vlm, tmp_path):
+    return shutil.copytree(tiny_fast_vlm, tmp_path / "hot")
+
+
+def features_and_peaks(path):
+    """(features, largest magnitude of what leaves each stage)."""
     model, peaks = encoder(open_checkpoint(path)), []
     for stage in model.stages:
         stage.register_forward_hook(lambda module, inputs, output: peaks.append(float(output.abs().max())))
@@ -23,61 +29,36 @@ def features_and_peaks(path, skip=()):
         return model.forward_features(pixels).numpy(), peaks
 
 
-@pytest.mark.parametrize("layout", ["fast_vlm", "llava_qwen2"])
 @pytest.mark.parametrize("scale", [{3: FACTOR}, {4: FACTOR}, {3: FACTOR, 4: 4 * FACTOR}])
-def test_streams_are_scaled_and_features_are_not(make_checkpoint, tmp_path, layout, scale):
-    plain, before = features_and_peaks(make_checkpoint(layout=layout, form="folded"))
-    hot, after = features_and_peaks(write_checkpoint(tmp_path / "hot", layout=layout, stream_scale=scale))
+def test_streams_are_scaled_and_features_are_not(tiny_fast_vlm, copy, scale):
+    plain, before = features_and_peaks(tiny_fast_vlm)
+    hot, after = features_and_peaks(heat.heat(copy, scale))
     for stage, (cold, warm) in enumerate(zip(before, after)):
         assert warm == pytest.approx(cold * scale.get(stage, 1.0), rel=1e-3)
     assert np.abs(hot - plain).max() < 1e-3 * np.abs(plain).max()
 
 
-def test_each_factor_is_needed(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "part", ["pos_emb.reparam_conv.weight", "layer_scale_1", "layer_scale_2", "mlp.conv.conv", "final_conv"]
+)
+def test_each_factor_is_needed(tiny_fast_vlm, copy, monkeypatch, part):
     """The control: without one of the factors the features are others."""
-    from fastvlm.synthetic import checkpoint
-
-    plain, _ = features_and_peaks(write_checkpoint(tmp_path / "plain"))
-    factors = checkpoint._factors
-    for part in ("pos_emb.reparam_conv.weight", "layer_scale_1", "layer_scale_2", "mlp.conv.conv", "final_conv"):
-        monkeypatch.setattr(
-            checkpoint,
-            "_factors",
-            lambda *args, part=part: {name: factor for name, factor in factors(*args).items() if part not in name},
-        )
-        hot, _ = features_and_peaks(write_checkpoint(tmp_path / part, stream_scale={4: FACTOR}))
-        assert np.abs(hot - plain).max() > 1e-2 * np.abs(plain).max(), part
+    factors = heat._factors
+    monkeypatch.setattr(
+        heat, "_factors", lambda *args: {name: one for name, one in factors(*args).items() if part not in name}
+    )
+    plain, hot = features_and_peaks(tiny_fast_vlm)[0], features_and_peaks(heat.heat(copy, {4: FACTOR}))[0]
+    assert np.abs(hot - plain).max() > 1e-2 * np.abs(plain).max()
 
 
-def test_nothing_else_changes(make_checkpoint, tmp_path):
-    hot = write_checkpoint(tmp_path / "hot", stream_scale={4: FACTOR})
-    with safe_open(make_checkpoint() / "model.safetensors", "pt") as a, safe_open(hot / "model.safetensors", "pt") as b:
-        assert a.keys() == b.keys()
-        changed = {name for name in a.keys() if not torch.equal(a.get_tensor(name), b.get_tensor(name))}  # noqa: SIM118
+def test_nothing_else_changes(tiny_fast_vlm, copy):
+    plain, ends = load_file(tiny_fast_vlm / "model.safetensors"), ".layer_scale_1.gamma"
+    hot = load_file(heat.heat(copy, {4: FACTOR}) / "model.safetensors")
+    changed = {name for name, values in plain.items() if not torch.equal(values, hot[name])}
     assert len(changed) == 2 + 3 + 1  # the position encoding, one block's scales and convolution, the layer after
     assert all("stages.4." in name or "final_conv.reparam_conv.weight" in name for name in changed)
-    none = write_checkpoint(tmp_path / "none", stream_scale={})
-    assert (none / "model.safetensors").read_bytes() == (make_checkpoint() / "model.safetensors").read_bytes()
-
-
-def test_attention_scale(make_checkpoint, tmp_path):
-    plain, loud = make_checkpoint(), write_checkpoint(tmp_path / "loud", attention_scale=4.0)
-    with safe_open(plain / "model.safetensors", "pt") as a, safe_open(loud / "model.safetensors", "pt") as b:
-        changed = {name for name in a.keys() if not torch.equal(a.get_tensor(name), b.get_tensor(name))}  # noqa: SIM118
-        assert len(changed) == 2 and all(name.endswith(".layer_scale_1.gamma") for name in changed)
-        assert all(torch.equal(4 * a.get_tensor(name), b.get_tensor(name)) for name in changed)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"stream_scale": {2: 2.0}}, "stream_scale 2"),
-        ({"stream_scale": {5: 2.0}}, "stream_scale 5"),
-        ({"stream_scale": {4: 2.0}, "form": "training"}, "form training"),
-        ({"stream_scale": {4: 2.0}, "dtype": "float16"}, "dtype float16"),
-    ],
-)
-def test_refusals(tmp_path, arguments, message):
-    with pytest.raises(UserError, match=message):
-        write_checkpoint(tmp_path / "hot", **arguments)
-    assert not any(tmp_path.iterdir())
+    loud = load_file(heat.heat(copy, {4: 1 / FACTOR}, attention=4.0) / "model.safetensors")
+    assert {name for name, values in plain.items() if not torch.equal(values, loud[name])} == {
+        name for name in plain if name.endswith(ends)
+    }
+    assert all(torch.equal(4 * plain[name], loud[name]) for name in plain if name.endswith(ends))

@@ -19,12 +19,11 @@ from mil_packages import save_program
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastvlm.common import cli
-from fastvlm.common.errors import UserError
+from fastvlm.checkpoint.checkpoint import open_checkpoint
 from model_export import mil
-from model_export.__main__ import build_parser
 from model_export.audit import rules as audit_rules
 from model_export.audit.audit import audit, audit_program
+from model_export.encoder.graph import folded_encoder
 from model_export.mil import costs
 from model_export.mil.program import BlobRef, Block, Constant, Function, NamedType, Operation, Program, TensorType
 
@@ -65,6 +64,10 @@ def conv(x: Any, channels: int, kernel: int = 1, stride: int = 1, dilation: int 
     )
 
 
+def pool(x: Any, kernel: list[int], strides: list[int]) -> Any:
+    return mb.avg_pool(x=x, kernel_sizes=kernel, strides=strides, pad_type="valid")
+
+
 def norm(x: Any) -> Any:
     channels = x.shape[1]
     return mb.layer_norm(x=x, axes=[1], gamma=half(channels), beta=half(channels), epsilon=np.float16(1e-5))
@@ -98,14 +101,13 @@ def encoder(images: Any) -> Any:
     return mb.cast(x=mb.transpose(x=flat, perm=[0, 2, 1]), dtype="fp32")
 
 
-def found(document: Mapping[str, Any]) -> dict[str, int]:
+def counted(document: Mapping[str, Any]) -> dict[str, int]:
     """The rules that found something, and how often."""
     return {key: count for key, count in document["rules"].items() if count}
 
 
-@pytest.mark.parametrize("size", [256, 512, 768, 1024])
-def test_the_graph_that_the_guidance_asks_for_has_no_finding(tmp_path: Path, size: int) -> None:
-    document = audit(save(tmp_path / "a.mlpackage", encoder, (1, 3, size, size), dtype="float32"))
+def test_the_graph_that_the_guidance_asks_for_has_no_finding(tmp_path: Path) -> None:
+    document = audit(save(tmp_path / "a.mlpackage", encoder, (1, 3, 1024, 1024), dtype="float32"))
     assert document["functions"]["main"]["findings"] == [] and document["passed"] is True
     main = document["functions"]["main"]
     assert main["data_movement"] == {
@@ -113,8 +115,7 @@ def test_the_graph_that_the_guidance_asks_for_has_no_finding(tmp_path: Path, siz
         **{"slice": 0, "split": 2, "concat": 0, "gather": 0},
     }
     assert main["padding"]["bytes"] > 0  # said, although it is no finding
-    tokens = (size // 64) ** 2
-    assert main["outputs"] == {next(iter(main["outputs"])): f"fp32[1, {tokens}, 3072]"}
+    assert [*main["outputs"].values()] == ["fp32[1, 256, 3072]"]
 
 
 def decomposed_norm(x: Any) -> Any:
@@ -170,8 +171,6 @@ VIOLATIONS: list[tuple[str, int, Callable[[Any], Any], Shape]] = [
     ("last-axis", 2, lambda x: mb.relu(x=x), (1, 3072, 64, 1)),
     ("last-axis", 2, lambda x: mb.relu(x=x), (1, 8192, 8, 7)),
     ("unsupported-operation", 1, lambda x: mb.topk(x=x, k=4, axis=-1)[0], PICTURE),
-    ("unsupported-operation", 1, lambda x: mb.cumsum(x=x, axis=1), PICTURE),
-    ("unsupported-operation", 1, lambda x: mb.reduce_prod(x=x, axes=[1], keep_dims=True), PICTURE),
     ("unsupported-operation", 1, lambda x: mb.sinh(x=x), PICTURE),
     ("unsupported-operation", 1, noisy, PICTURE),
     ("unsupported-operation", 1, branched, PICTURE),
@@ -189,18 +188,8 @@ VIOLATIONS: list[tuple[str, int, Callable[[Any], Any], Shape]] = [
     ("layer-norm-transposed", 1, wrapped_norm, PICTURE),
     ("large-kernel", 1, lambda x: conv(x, 8, kernel=15), PICTURE),
     ("large-kernel", 1, lambda x: conv(x, 8, kernel=7, dilation=3), PICTURE),
-    (
-        "large-kernel",
-        1,
-        lambda x: mb.max_pool(x=x, kernel_sizes=[3, 3], strides=[3, 3], pad_type="valid"),
-        PICTURE,
-    ),
-    (
-        "global-pool",
-        1,
-        lambda x: mb.avg_pool(x=x, kernel_sizes=[16, 32], strides=[1, 1], pad_type="valid"),
-        PICTURE,
-    ),
+    ("large-kernel", 1, lambda x: pool(x, [3, 3], [3, 3]), PICTURE),
+    ("global-pool", 1, lambda x: pool(x, [16, 32], [1, 1]), PICTURE),
     ("tensor-size", 2, lambda x: mb.relu(x=x), (1, 8, 1, 16385)),
     ("linear", 1, lambda x: mb.linear(x=x, weight=half(16, 32), bias=half(16)), (1, 64, 32)),
     ("linear", 1, lambda x: mb.matmul(x=x, y=half(32, 16), transpose_x=False, transpose_y=False), (1, 64, 32)),
@@ -212,7 +201,7 @@ def test_a_package_that_breaks_one_rule_has_that_finding_alone(
     tmp_path: Path, rule: str, count: int, build: Callable[[Any], Any], shape: Shape
 ) -> None:
     document = audit(save(tmp_path / "a.mlpackage", build, shape))
-    assert found(document) == {rule: count} and document["passed"] is False
+    assert counted(document) == {rule: count} and document["passed"] is False
     finding = document["functions"]["main"]["findings"][-1]
     row = audit_rules.rules()[rule]
     assert finding["rule"] == rule and finding["found"] and finding["remedy"] and finding["operation"]
@@ -228,7 +217,7 @@ ALLOWED: list[tuple[str, Callable[[Any], Any], Shape]] = [
     ("hidden at 256", lambda x: mb.relu(x=x), (1, 6144, 4, 4)),
     ("kernel 13", lambda x: conv(x, 8, kernel=13), PICTURE),
     ("kernel 7, dilated to 13", lambda x: conv(x, 8, kernel=7, dilation=2), PICTURE),
-    ("pooling", lambda x: mb.max_pool(x=x, kernel_sizes=[3, 3], strides=[2, 2], pad_type="valid"), PICTURE),
+    ("pooling", lambda x: pool(x, [3, 3], [2, 2]), PICTURE),
     ("one vector", lambda x: mb.linear(x=x, weight=half(16, 32), bias=half(16)), (1, 32)),
     ("constant rows", lambda x: mb.gather(x=x, indices=np.int32([1, 0]), axis=1, batch_dims=0), PICTURE),
     ("variance alone", lambda x: mb.reduce_mean(x=mb.square(x=x), axes=[1], keep_dims=True), PICTURE),
@@ -240,7 +229,7 @@ ALLOWED: list[tuple[str, Callable[[Any], Any], Shape]] = [
 
 @pytest.mark.parametrize("build, shape", [row[1:] for row in ALLOWED], ids=[row[0] for row in ALLOWED])
 def test_what_is_on_the_right_side_of_a_rule(tmp_path: Path, build: Callable[[Any], Any], shape: Shape) -> None:
-    assert found(audit(save(tmp_path / "a.mlpackage", build, shape))) == {}
+    assert counted(audit(save(tmp_path / "a.mlpackage", build, shape))) == {}
 
 
 def test_a_shape_that_is_not_fixed(tmp_path: Path) -> None:
@@ -255,14 +244,9 @@ def test_a_shape_that_is_not_fixed(tmp_path: Path) -> None:
     )
     model.save(str(tmp_path / "a.mlpackage"))
     document = audit(tmp_path / "a.mlpackage")
-    assert found(document) == {"dynamic-shape": 1}
+    assert counted(document) == {"dynamic-shape": 1}
     (finding,) = document["functions"]["main"]["findings"]
     assert (finding["operation"], finding["type"], finding["shape"]) == ("x", "input", "fp16[1, 3, ?, 32]")
-
-
-def test_indices_that_are_computed(tmp_path: Path) -> None:
-    document = audit(save(tmp_path / "a.mlpackage", gathered, (1, 16, 8)))
-    assert found(document) == {"unsupported-operation": 1, "float32-island": 1}  # gather; argmax, which is int32
 
 
 def hand_made(weight: TensorType) -> Program:
@@ -279,8 +263,8 @@ def hand_made(weight: TensorType) -> Program:
 
 
 def test_more_weights_than_the_engine_takes() -> None:
-    assert found(audit_program(hand_made(TensorType("fp16", (16384, 10000, 3, 3))))) == {"weights-size": 1}
-    assert found(audit_program(hand_made(TensorType("fp16", (16384, 10000, 3, 1))))) == {}
+    assert counted(audit_program(hand_made(TensorType("fp16", (16384, 10000, 3, 3))))) == {"weights-size": 1}
+    assert counted(audit_program(hand_made(TensorType("fp16", (16384, 10000, 3, 1))))) == {}
 
 
 @pytest.fixture(scope="module")
@@ -298,14 +282,14 @@ def palettized(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_compressed_weights_below_their_opset(palettized: Path) -> None:
     program = mil.read_package(palettized)
-    assert found(audit_program(program)) == {}
+    assert counted(audit_program(program)) == {}
     older = dataclasses.replace(program.functions["main"], opset="CoreML7")
     program = dataclasses.replace(program, functions={"main": older})
     document = audit_program(program)
-    assert found(document) == {"weights-opset": 1}
+    assert counted(document) == {"weights-opset": 1}
     assert "needs CoreML8 (specification 9), the function is CoreML7" in str(document["functions"]["main"]["findings"])
     again = dataclasses.replace(mil.read_package(palettized), specification_version=8)
-    assert found(audit_program(again)) == {"weights-opset": 1}
+    assert counted(audit_program(again)) == {"weights-opset": 1}
 
 
 def test_compressed_weights_count_as_they_are_stored(palettized: Path) -> None:
@@ -338,53 +322,35 @@ def test_every_rule_has_a_check_a_control_and_sources() -> None:
     assert max(names.values()) == 1
 
 
-class Legacy(nn.Module):
-    """timm's attention block and the flattening of the output, as a plain export has them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        from timm.layers import LayerNorm2d
-        from timm.models.fastvit import AttentionBlock
-
-        self.stem = nn.Conv2d(3, 64, 3, 2, 1)
-        self.depthwise = nn.Conv2d(64, 64, 7, 1, 3, groups=64)
-        self.block = AttentionBlock(64, norm_layer=LayerNorm2d)
-        self.up = nn.ConvTranspose2d(64, 32, 2, 2)
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.up(self.block(self.depthwise(self.stem(images)))).flatten(2).transpose(1, 2)
-
-
-@pytest.fixture(scope="module")
-def legacy(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
-    """The package, and the multiply-accumulates that PyTorch counts while running the module."""
-    model, images = Legacy().eval().requires_grad_(False), torch.zeros(1, 3, 32, 32)
-    counter = FlopCounterMode(display=False)
-    with counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        model(images)
-    with torch.no_grad():
-        program = torch.export.export(model, (images,)).run_decompositions({})
-    converted = ct.convert(program, minimum_deployment_target=ct.target.iOS17, skip_model_load=True)
-    path = tmp_path_factory.mktemp("legacy") / "a.mlpackage"
-    converted.save(str(path))
-    return path, counter.get_total_flops() // 2
-
-
-def test_a_plain_export_has_many_findings(legacy: tuple[Path, int]) -> None:
-    document = audit(legacy[0])
-    assert found(document) == {
-        **{"rank": 3, "transpose": 4, "squeeze": 3, "reshape": 2, "layer-norm-transposed": 1, "linear": 2}
+def test_a_plain_export_has_many_findings_and_what_it_costs_is_what_pytorch_counts(
+    plain_package: Path, tiny_checkpoint: Path
+) -> None:
+    """Weights are the blobs of the weight file, whose metadata of 64 bytes begins with 0xDEADBEEF, then uint32 type and
+    uint64 size; a few scalars are immediate."""
+    document = audit(plain_package)
+    assert counted(document) == {
+        **{"rank": 6, "transpose": 8, "squeeze": 6, "reshape": 4, "layer-norm-transposed": 2, "linear": 4}
     }
-    assert document["functions"]["main"]["data_movement"]["transpose"] == 7
-
-
-def test_multiply_accumulates_are_those_that_pytorch_counts(legacy: tuple[Path, int]) -> None:
-    main = audit(legacy[0])["functions"]["main"]
-    assert main["macs"] == legacy[1] > 0 and main["macs_unknown"] == []
+    main = document["functions"]["main"]
+    assert main["data_movement"]["transpose"] == 13
+    fastvit = folded_encoder(open_checkpoint(tiny_checkpoint))[0]
+    with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        fastvit.forward_features(torch.zeros(1, 3, 128, 128))
+    assert main["macs"] == counter.get_total_flops() // 2 > 0 and main["macs_unknown"] == []
     assert main["costliest"][0]["macs"] == max(row["macs"] for row in main["costliest"])
+    content = (plain_package / "Data/com.apple.CoreML/weights/weight.bin").read_bytes()
+    metadata = [content[at : at + 16] for at in range(64, len(content), 64)]
+    blobs = [struct.unpack("<IIQ", item)[2] for item in metadata if item[:4] == b"\xef\xbe\xad\xde"]
+    assert len(blobs) > 10 and 0 <= document["weights"]["bytes"] - sum(blobs) < 128
 
 
-def test_multiply_accumulates_of_einsum_and_attention(tmp_path: Path) -> None:
+def test_multiply_accumulates_of_what_no_encoder_has(tmp_path: Path) -> None:
+    def transposed(x: Any) -> Any:
+        return mb.conv_transpose(x=x, weight=half(8, 5, 2, 2), strides=[2, 2])
+
+    path = save(tmp_path / "c.mlpackage", transposed, (1, 8, 4, 6))
+    assert audit(path)["functions"]["main"]["macs"] == 4 * 6 * 8 * 5 * 2 * 2  # each value by each weight of its channel
+
     def einsum(x: Any) -> Any:
         return mb.einsum(values=[x, half(2, 7, 3, 4)], equation="bchw,bwhq->bchq")
 
@@ -398,56 +364,13 @@ def test_multiply_accumulates_of_einsum_and_attention(tmp_path: Path) -> None:
     assert audit(path)["functions"]["main"]["macs"] == 2 * 5 * 9 * (8 + 6)
 
 
-def test_weights_are_the_blobs_of_the_weight_file(legacy: tuple[Path, int]) -> None:
-    """Metadata of 64 bytes begins with 0xDEADBEEF, then uint32 type and uint64 size; a few scalars are immediate."""
-    content = (legacy[0] / "Data/com.apple.CoreML/weights/weight.bin").read_bytes()
-    metadata = [content[at : at + 16] for at in range(64, len(content), 64)]
-    blobs = [struct.unpack("<IIQ", item)[2] for item in metadata if item[:4] == b"\xef\xbe\xad\xde"]
-    weights = audit(legacy[0])["weights"]
-    assert len(blobs) > 10 and 0 <= weights["bytes"] - sum(blobs) < 64
-
-
-def test_functions_share_their_weights(tmp_path: Path) -> None:
-    weight = np.random.default_rng(0).normal(size=(64, 64, 1, 1)).astype(np.float16)
-    descriptor = ct.utils.MultiFunctionDescriptor()
-    for size in (32, 64):
-        path = save(
-            tmp_path / f"{size}.mlpackage",
-            lambda x: mb.conv(x=x, weight=weight),
-            (1, 64, size, size),
-            target="iOS18",
-        )
-        descriptor.add_function(str(path), "main", f"encode_{size}")
-    descriptor.default_function_name = "encode_64"
-    ct.utils.save_multifunction(descriptor, str(tmp_path / "both.mlpackage"))
-    document = audit(tmp_path / "both.mlpackage")
-    assert document["passed"] and list(document["functions"]) == ["encode_32", "encode_64"]
-    assert document["weights"]["bytes"] == weight.nbytes  # the zero bias is immediate or absent
-    small, large = document["functions"].values()
-    assert small["weights"]["bytes"] == large["weights"]["bytes"] == weight.nbytes
-    assert 4 * small["macs"] == large["macs"]
-    assert list(audit(tmp_path / "both.mlpackage", "encode_32")["functions"]) == ["encode_32"]
-    with pytest.raises(UserError, match="no function 'encode_16'; it has encode_32, encode_64"):
-        audit(tmp_path / "both.mlpackage", "encode_16")
-
-
-def test_our_own_export_is_counted_as_its_protobuf_has_it(tiny_artefact: Path) -> None:
-    package = tiny_artefact / "fastvithd.mlpackage"
-    document = audit(package)
-    json.dumps(document, allow_nan=False)
-    specification = ct.proto.Model_pb2.Model()
-    specification.ParseFromString((package / "Data/com.apple.CoreML/model.mlmodel").read_bytes())
-    for name, function in specification.mlProgram.functions.items():
-        operations = function.block_specializations[function.opset].operations
-        kinds = Counter(operation.type for operation in operations if not operation.type.startswith("const"))
-        assert document["functions"][name]["operations"] == kinds
-
-
-def test_operations_that_the_executor_does_not_run(tmp_path: Path) -> None:
-    path = save(tmp_path / "a.mlpackage", lambda x: mb.non_zero(x=x), (1, 4, 8, 32))
-    with pytest.raises(mil.MILError):
+def test_operations_that_break_two_rules_at_once(tmp_path: Path) -> None:
+    document = audit(save(tmp_path / "a.mlpackage", gathered, (1, 16, 8)))  # gather; argmax, which is int32
+    assert counted(document) == {"unsupported-operation": 1, "float32-island": 1}
+    path = save(tmp_path / "b.mlpackage", lambda x: mb.non_zero(x=x), (1, 4, 8, 32))
+    with pytest.raises(mil.MILError):  # the executor doesn't run it
         mil.load(path)
-    assert {"unsupported-operation", "dynamic-shape"} <= found(audit(path)).keys()
+    assert {"unsupported-operation", "dynamic-shape"} <= counted(audit(path)).keys()
 
 
 @given(st.lists(st.integers(1, 70), max_size=4), st.sampled_from(["fp16", "fp32", "int8"]))
@@ -459,36 +382,31 @@ def test_padding_is_to_whole_units_of_64_bytes(shape: list[int], dtype: str) -> 
     rows = values.reshape(-1, shape[-1]).view(np.uint8) if shape else values.reshape(1).view(np.uint8)
     padded = np.pad(rows, ((0, 0), (0, -rows.shape[1] % 64))) if shape else rows
     assert costs.padded_size_of(type, 64) == padded.nbytes
-
-
-def test_sizes_that_numpy_does_not_have() -> None:
-    assert costs.size_of(TensorType("uint4", (3, 5))) == 8
-    assert costs.padded_size_of(TensorType("fp16", (0, 4)), 64) == 0
+    assert costs.size_of(TensorType("uint4", (3, 5))) == 8 and costs.padded_size_of(TensorType("fp16", (0, 4)), 64) == 0
     assert costs.size_of(TensorType("fp16", (None, 4))) is None
 
 
-def run(*argv: str) -> int:
-    return cli.run(build_parser, argv)
-
-
-def test_exit_codes_text_and_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_exit_codes_text_and_json(cli: Any, tmp_path: Path) -> None:
     good = save(tmp_path / "good.mlpackage", lambda x: mb.relu(x=x), PICTURE)
     bad = save(tmp_path / "bad.mlpackage", lambda x: mb.sinh(x=mb.squeeze(x=x, axes=[0])), PICTURE)
-    assert run("audit", str(good)) == 0
-    text = capsys.readouterr().out
-    assert f"{good}: no finding by {len(audit_rules.rules())} rules" in text
+    answer = cli("audit", good)
+    assert answer.code == 0 and f"{good}: no finding by {len(audit_rules.rules())} rules" in answer.out
     if sys.platform != "darwin":
-        assert "compute plan: skipped (needs macOS): it would say" in text
-    assert run("audit", str(bad), "--json") == 1
-    out, text = capsys.readouterr()
-    document = json.loads(out)
-    assert document["passed"] is False and found(document) == {"unsupported-operation": 1, "squeeze": 1}
+        assert "compute plan: skipped (needs macOS): it would say" in answer.out
+    answer = cli("audit", bad, "--json")
+    assert answer.code == 1 and answer.document["passed"] is False
+    assert counted(answer.document) == {"unsupported-operation": 1, "squeeze": 1}
     for piece in ("[squeeze] squeeze and expand_dims: 1", "remedy: keep_dims", "(sinh) fp16[8, 16, 32]: no element"):
-        assert piece in text
-    assert run("audit", str(good), "--function", "other") == 2
-    assert run("audit", str(tmp_path / "none.mlpackage")) == 2
-    errors = capsys.readouterr().err.splitlines()
-    assert len(errors) == 2 and "no function 'other'; it has main" in errors[0] and "no such package" in errors[1]
+        assert piece in answer.err
+    empty = save(tmp_path / "empty.mlpackage", lambda x: mb.add(x=x, y=half(*x.shape)), PICTURE)
+    next(empty.rglob("weight.bin")).write_bytes(b"")
+    for words, error in (
+        ((empty,), "truncated weight file: 0 bytes"),
+        ((good, "--function", "other"), "no function 'other'; it has main"),
+        ((tmp_path / "none.mlpackage",), "no such package"),
+    ):
+        answer = cli("audit", *words)
+        assert answer.code == 2 and error in answer.err and answer.err.count("\n") == 1
 
 
 def test_a_package_with_a_picture_as_input_is_audited_but_not_executed(tmp_path: Path) -> None:
@@ -499,6 +417,6 @@ def test_a_package_with_a_picture_as_input_is_audited_but_not_executed(tmp_path:
     image = ct.ImageType(name="image", shape=(1, 3, 64, 64))
     model = ct.convert(program, inputs=[image], convert_to="mlprogram", skip_model_load=True)
     model.save(str(tmp_path / "image.mlpackage"))
-    assert found(audit(tmp_path / "image.mlpackage")) == {"squeeze": 1}
+    assert counted(audit(tmp_path / "image.mlpackage")) == {"squeeze": 1}
     with pytest.raises(mil.MILError, match="'image' is of type imageType: expected multi-arrays"):
         mil.load(tmp_path / "image.mlpackage")

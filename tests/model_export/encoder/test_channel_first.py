@@ -1,8 +1,11 @@
 """The rewritten graph: the same function in float64, and what the saved program is made of."""
 
 import copy
+import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,26 +13,26 @@ from encoders import (
     REAL_DEPTHS,
     constant_of,
     counts_of,
+    decomposed,
     folded,
     largest_rank,
     operations_of,
     outputs_of,
     pixels_of,
-    relative,
+    save_encoder,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from timm.models.fastvit import AttentionBlock
 from torch import nn
 
-from fastvlm.checkpoint.checkpoint import open_checkpoint
 from model_export import contract
 from model_export.audit.audit import audit
-from model_export.config import ExportConfig
 from model_export.encoder import vision
 from model_export.encoder.channel_first import ChannelNorm, Encoder, channel_first
 from model_export.encoder.fp16 import Gain
 from model_export.encoder.scaled import SCALED
+from tests.helpers import relative
 
 pytestmark = pytest.mark.slow
 
@@ -43,20 +46,6 @@ REAL_COUNTS = {
     "add": 50, "cast": 2, "conv": 198, "gelu": 56, "layer_norm": 6, "matmul": 12, "mul": 1, "reduce_mean": 1, "relu": 1,
     "reshape": 13, "sigmoid": 1, "softmax": 6, "split": 6, "transpose": 1,
 }  # fmt: skip
-MOVES = ("transpose", "reshape", "squeeze", "expand_dims")
-
-
-def save(fastvit: nn.Module, size: int, target: Path) -> Path:
-    """An encoder, prepared or not, as a package, by the export's own conversion."""
-    config = ExportConfig(target / "no-checkpoint", target / "out")
-    vision._convert(decomposed(Encoder(fastvit), size), config, size, target, set(), {})
-    return target
-
-
-def decomposed(encoder: nn.Module, size: int) -> torch.export.ExportedProgram:
-    """The graph as coremltools asks for it."""
-    with torch.no_grad():
-        return torch.export.export(encoder.eval(), (torch.zeros(1, 3, size, size),)).run_decompositions({})
 
 
 def described(program: torch.export.ExportedProgram) -> list[str]:
@@ -86,7 +75,7 @@ def attention_blocks(draw: Callable[..., int]) -> tuple[nn.Module, torch.Tensor]
     return block, torch.randn(shape, generator=generator, dtype=torch.float64) * draw(st.sampled_from([0.3, 40.0]))
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(attention_blocks(), st.data())
 def test_attention_block_of_any_shape_stays_what_it_was(
     drawn: tuple[AttentionBlock, torch.Tensor], data: st.DataObject
@@ -147,18 +136,7 @@ def test_names_stay_timms_and_it_happens_in_place() -> None:
     assert names - after == norms == {"stages.3.blocks.0.norm", "stages.4.blocks.0.norm"} and after <= names
 
 
-def test_epsilon_is_the_blocks_own() -> None:
-    """A channel's variance may be less than eps: there eps is what decides."""
-    block = folded().stages[3].blocks[0]
-    x = torch.randn(1, 32, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 1e-4
-    expected = block(x)
-    rewritten = channel_first(nn.ModuleList([block]))[0]
-    assert relative(rewritten(x), expected) <= EXACT
-    rewritten.norm.eps *= 1.01
-    assert relative(rewritten(x), expected) > 1e-6
-
-
-@pytest.mark.parametrize("exponent", [0, 3, 30])
+@pytest.mark.parametrize("exponent", [0, 3])
 def test_nothing_of_the_exported_graph_is_left_to_decompose(exponent: int) -> None:
     plain = Encoder(folded(dtype=torch.float32), exponent)
     encoder = Encoder(channel_first(copy.deepcopy(plain.fastvit)), exponent)
@@ -175,17 +153,10 @@ def test_nothing_of_the_exported_graph_is_left_to_decompose(exponent: int) -> No
 
 
 @pytest.fixture(scope="module")
-def plain(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The control: the same encoder as timm has it, saved without `channel_first`."""
-    fastvit = vision.folded_encoder(open_checkpoint(tiny_checkpoint))[0]
-    return save(fastvit, 128, tmp_path_factory.mktemp("plain") / "plain.mlpackage")
-
-
-@pytest.fixture(scope="module")
-def real_depths(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All blocks of the real architecture, at its native 1024 x 1024 pixels, few channels wide."""
+def real_depths(shared: Any) -> Path:
+    """All blocks of the real architecture, few channels wide."""
     fastvit = channel_first(folded(depths=REAL_DEPTHS, widths=(4, 8, 16, 32, 64), dtype=torch.float32))
-    return save(fastvit, 1024, tmp_path_factory.mktemp("real") / "real.mlpackage")
+    return shared("real.mlpackage", partial(save_encoder, fastvit, 256))
 
 
 def faults(package: Path, blocks: int) -> list[str]:
@@ -210,17 +181,14 @@ def faults(package: Path, blocks: int) -> list[str]:
     ]
 
 
-def test_program_is_channels_first_throughout(tiny_artefact: Path, plain: Path) -> None:
+def test_program_is_channels_first_throughout(tiny_artefact: Path, plain_package: Path) -> None:
     assert faults(tiny_artefact / contract.PACKAGE, 2) == []
-    assert set(faults(plain, 2)) >= {"rank", "axes", "affine", "squeeze", "transpose", "reshape", "linear"}
+    assert set(faults(plain_package, 2)) >= {"rank", "axes", "affine", "squeeze", "transpose", "reshape", "linear"}
 
 
-def test_golden_operation_counts(tiny_artefact: Path, real_depths: Path, plain: Path) -> None:
+def test_golden_operation_counts(tiny_artefact: Path, real_depths: Path) -> None:
     assert counts_of(tiny_artefact / contract.PACKAGE) == TINY_COUNTS
     assert faults(real_depths, 6) == [] and counts_of(real_depths) == REAL_COUNTS
-    assert sum(REAL_COUNTS.get(name, 0) for name in MOVES) == 14
-    moved = {name: counts_of(plain).get(name, 0) for name in MOVES}
-    assert sum(moved.values()) > 2 * sum(TINY_COUNTS.get(name, 0) for name in MOVES), moved
 
 
 def test_matmuls_carry_their_transposes(tiny_artefact: Path) -> None:
@@ -234,21 +202,10 @@ def test_matmuls_carry_their_transposes(tiny_artefact: Path) -> None:
     assert flags == [(True, False), (False, True)] * 2
 
 
-def test_audit_finds_nothing_here_and_much_in_the_plain_trace(
-    tiny_artefact: Path, real_depths: Path, plain: Path
-) -> None:
+def test_audit_finds_nothing(tiny_artefact: Path, real_depths: Path) -> None:
+    """And much in the plain package: test_audit."""
     for package in (tiny_artefact / contract.PACKAGE, real_depths):
         document = audit(package)
         assert document["passed"] and not any(document["rules"].values()), document["rules"]
-    document = audit(plain)
-    assert not document["passed"] and document["rules"]["rank"] and document["rules"]["squeeze"]
-
-
-@pytest.mark.slow
-def test_the_real_shape(tmp_path: Path) -> None:
-    """Every width of the real encoder, too: they decide what the audit says of alignment and size."""
-    fastvit = channel_first(folded(depths=REAL_DEPTHS, widths=(96, 192, 384, 768, 1536), dtype=torch.float32))
-    package = save(fastvit, 1024, tmp_path / "real.mlpackage")
-    assert faults(package, 6) == [] and counts_of(package) == REAL_COUNTS
-    document = audit(package)
-    assert document["passed"] and not any(document["rules"].values()), document["rules"]
+        assert document["functions"]["main"]["operations"] == counts_of(package)  # as protobuf has them
+        json.dumps(document, allow_nan=False)

@@ -1,18 +1,17 @@
 """Ranges: every figure against plain NumPy, one thing made larger moves one figure, and the verb end to end."""
 
-import argparse
 import copy
-import json
 import os
 import re
 from pathlib import Path
 from typing import Any
 
+import mil_packages
 import numpy as np
 import pytest
 import torch
-from encoders import heated as heated_checkpoint
-from encoders import outputs_of
+from encoders import heated, outputs_of
+from helpers import contents
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
@@ -20,23 +19,18 @@ from PIL import Image
 from torch import nn
 
 from fastvlm.checkpoint.checkpoint import open_checkpoint
-from fastvlm.common.arguments import Parser
-from fastvlm.common.cli import add_common, run
 from fastvlm.common.errors import UserError
 from model_export import mil
 from model_export.audit.range_summary import summary, times
 from model_export.audit.ranges_plot import write_plot
-from model_export.audit.ranges_report import add_ranges
 from model_export.encoder import vision
-from model_export.encoder.channel_first import Encoder, channel_first
 from model_export.encoder.coreml import coremltools, quiet_conversion
 from model_export.encoder.package_ranges import measure_package
 from model_export.encoder.ranges import (
     Range,
     largest,
     largest_square,
-    layer_name,
-    measure_graph,
+    measure_checkpoint,
     measure_modules,
     subnormal_share,
 )
@@ -57,13 +51,13 @@ def pixels() -> list[np.ndarray]:
 
 @pytest.fixture(scope="module")
 def modules(fastvit: nn.Module, pixels: list[np.ndarray]) -> dict[str, Range]:
-    return measure_modules(fastvit, pixels)
+    return measure_modules(fastvit, pixels, subnormals=True)
 
 
 @pytest.fixture(scope="module")
-def operations(fastvit: nn.Module, pixels: list[np.ndarray]) -> list[Range]:
-    """Of the graph as timm has it, with fused attention and LayerNorms between permutes."""
-    return measure_graph(vision.graph(Encoder(fastvit), 128).run_decompositions({}), pixels)
+def rows(modules: dict[str, Range]) -> list[Range]:
+    """In a list, as the verb has them."""
+    return [*modules.values()]
 
 
 @pytest.fixture(scope="module")
@@ -81,23 +75,6 @@ def values_of(model: nn.Module, pixels: list[np.ndarray]) -> dict[str, np.ndarra
 def square_of(x: np.ndarray) -> float:
     """(pictures, B, C, H, W): the largest squared distance from the mean over C."""
     return float(((x - x.mean(axis=2, keepdims=True)) ** 2).max())
-
-
-def heated(fastvit: nn.Module, stage: int, factor: float) -> nn.Module:
-    """The same function (up to LayerNorm's eps), but the stage's stream is `factor` times as large."""
-    model = copy.deepcopy(fastvit)
-    blocks = model.stages[stage].blocks
-    last = stage == len(model.stages) - 1
-    ends = model.final_conv if last else model.stages[stage + 1].downsample.proj[0]
-    louder = [model.stages[stage].pos_emb.reparam_conv]
-    louder += [layer for block in blocks for layer in (block.token_mixer.proj, block.mlp.fc2)]
-    with torch.no_grad():
-        for layer in louder:
-            layer.weight.mul_(factor)
-            layer.bias.mul_(factor)
-        for layer in [*(block.mlp.conv.conv for block in blocks), ends.reparam_conv]:
-            layer.weight.div_(factor)
-    return model
 
 
 # -- figures ----------------------------------------------------------------------------------------------------------
@@ -140,30 +117,8 @@ def test_what_is_not_finite_is_refused_by_name(fastvit: nn.Module, pixels: list[
     with pytest.raises(UserError, match=r"stages\.2\.blocks\.0\.mlp\.fc1: not finite even in float32"):
         measure_modules(broken, pixels)
     assert not any(module._forward_hooks for module in broken.modules())
-
-
-def test_nothing_to_measure_on_is_refused(fastvit: nn.Module) -> None:
     with pytest.raises(UserError, match="no picture"):
         measure_modules(fastvit, [])
-    with pytest.raises(UserError, match="no picture"):
-        measure_graph(vision.graph(Encoder(fastvit), 128), [])
-
-
-@pytest.mark.parametrize(
-    ("text", "name"),
-    [
-        ("fastvit.stages.3.blocks.0.mlp.fc2", "stages.3.blocks.0.mlp.fc2"),
-        ("fastvit.final_conv", "final_conv"),
-        ("stem.0.reparam_conv", "stem.0.reparam_conv"),
-        ("p_fastvit_stages_3_blocks_0_token_mixer_qkv_weight_to_fp16", "stages.3.blocks.0.token_mixer.qkv"),
-        ("p_fastvit_final_conv_reparam_conv_bias_to_fp16", "final_conv.reparam_conv"),
-        ("p_fastvit_stages_4_pos_emb_reparam_conv_weight_palettized", "stages.4.pos_emb.reparam_conv"),
-        ("linear_0_bias_0_to_fp16", None),
-        ("", None),
-    ],
-)
-def test_layer_names(text: str, name: str | None) -> None:
-    assert layer_name(text) == name
 
 
 # -- modules, for the export ------------------------------------------------------------------------------------------
@@ -183,6 +138,7 @@ def test_modules_hold_what_float64_says(
     leaves = {name for name, module in fastvit.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear, nn.GELU))}
     blocks = {f"stages.{stage}.blocks.{i}" for stage in range(5) for i in range(len(fastvit.stages[stage].blocks))}
     assert leaves | blocks <= modules.keys()
+    assert {int(np.abs(both).reshape(2, -1).max(1).argmax()) for both in truth.values()} == {0, 1}  # of all pictures
     for name, found in modules.items():
         mixer, _, part = name.partition(":")
         if part == "scores":
@@ -208,15 +164,6 @@ def test_modules_come_in_order_and_leave_no_hook(modules: dict[str, Range], fast
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in fastvit.modules())
 
 
-def test_largest_over_all_pictures_not_of_the_last(
-    fastvit: nn.Module, pixels: list[np.ndarray], modules: dict[str, Range]
-) -> None:
-    singles = [measure_modules(fastvit, [array]) for array in pixels]
-    assert any(singles[0][name].largest > singles[1][name].largest for name in modules)  # else this proves nothing
-    for name, found in modules.items():
-        assert found.largest == max(single[name].largest for single in singles)
-
-
 def test_changes_in_place_are_seen_as_they_were() -> None:
     class Tower(nn.Sequential):
         forward_features = nn.Sequential.forward
@@ -239,79 +186,38 @@ def test_one_louder_layer_moves_its_figure_alone(
         mlp.conv.conv.bias.mul_(4)
         mlp.fc1.weight.div_(4)
     found = measure_modules(louder, pixels)
-    moved = {name: found[name].largest / modules[name].largest for name in modules if found[name] != modules[name]}
+    moved = {
+        name: found[name].largest / modules[name].largest
+        for name in modules
+        if found[name].largest != modules[name].largest
+    }
     assert moved == {"stages.2.blocks.1.mlp.conv.conv": 4.0, "stages.2.blocks.1.mlp.conv": 4.0}
 
 
-# -- the graph, for a checkpoint --------------------------------------------------------------------------------------
-
-
-def test_operations_hold_what_float64_says(operations: list[Range], truth: dict[str, np.ndarray]) -> None:
-    compared = 0
-    for one in operations:
-        if one.type in ("conv2d", "linear", "gelu", "layer_norm"):
-            values = truth[str(one.layer)]
-            assert one.largest == pytest.approx(np.abs(values).max(), rel=1e-4), one
-            compared += 1
-    assert compared == 38 + 4 + 18 + 2
-    norms = [one for one in operations if one.square]
-    assert [one.layer for one in norms] == ["stages.3.blocks.0.norm", "stages.4.blocks.0.norm"]
-    for one in norms:
-        assert one.type == "layer_norm" and one.square == pytest.approx(square_of(truth[f"{one.layer}<"]), rel=1e-4)
-
-
-def test_scores_of_fused_attention_are_an_operation(operations: list[Range], truth: dict[str, np.ndarray]) -> None:
-    (scores, *_) = [one for one in operations if one.name.endswith(":scores")]
-    qkv = truth["stages.3.blocks.0.token_mixer.qkv"]  # (pictures, 1, N, 3 C), heads of 32
-    q, k, _ = np.split(qkv, 3, axis=-1)
-    heads = [slice(start, start + 32) for start in range(0, q.shape[-1], 32)]
-    expected = max(np.abs(q[..., h] @ k[..., h].swapaxes(-1, -2)).max() for h in heads) / 32**0.5
-    assert scores.largest == pytest.approx(expected, rel=1e-4) and scores.layer == "stages.3.blocks.0.token_mixer"
-
-
 def test_subnormal_shares_of_values_and_weights(
-    operations: list[Range], pixels: list[np.ndarray], fastvit: nn.Module
+    rows: list[Range], pixels: list[np.ndarray], fastvit: nn.Module
 ) -> None:
     values = values_of(copy.deepcopy(fastvit), pixels)  # in float32: where its GELU ends in zeros, float64's does not
-    for one in operations:
-        if one.type in ("conv2d", "gelu"):
-            magnitudes = np.abs(values[str(one.layer)])
+    for one in rows:
+        if one.type in ("Conv2d", "GELU"):
+            magnitudes = np.abs(values[one.name])
             expected = ((magnitudes < 2.0**-14) & (magnitudes > 0)).sum() / (magnitudes > 0).sum()
-            assert one.subnormal == pytest.approx(expected, abs=1e-4), one
-        if one.type == "conv2d":
-            layer = fastvit.get_submodule(str(one.layer))
+            assert one.subnormal == pytest.approx(expected, abs=1e-3), one
+        if one.type == "Conv2d":
+            layer = fastvit.get_submodule(one.name)
             weights = torch.cat([layer.weight.flatten(), layer.bias.flatten()]).numpy()
             assert one.weight_subnormal == pytest.approx((np.abs(weights) < 2.0**-14).sum() / (weights != 0).sum())
-    assert max(one.subnormal for one in operations) > 0.01 and max(one.weight_subnormal for one in operations) > 0.01
+    assert max(one.subnormal for one in rows) > 0.01 and max(one.weight_subnormal for one in rows) > 0.01
 
 
-def test_channel_first_graph_has_one_layer_norm_each(
-    fastvit: nn.Module, pixels: list[np.ndarray], truth: dict[str, np.ndarray]
-) -> None:
-    found = measure_graph(vision.graph(Encoder(channel_first(copy.deepcopy(fastvit))), 128), pixels)
-    norms = [one for one in found if one.type == "layer_norm"]
-    assert [one.layer for one in norms] == ["stages.3.blocks.0.norm", "stages.4.blocks.0.norm"]
-    for one in norms:
-        assert one.square == pytest.approx(square_of(truth[f"{one.layer}<"]), rel=1e-4)
-    assert not any(one.type == "rsqrt" for one in found)
-
-
-@pytest.mark.parametrize("stage", [3, 4])
-def test_a_hot_stream_shows_in_its_stage_alone(
-    fastvit: nn.Module, pixels: list[np.ndarray], modules: dict[str, Range], stage: int
-) -> None:
-    factor = 2.0**14
-    hot = measure_modules(heated(fastvit, stage, factor), pixels)
-    stream = {f"stages.{stage}.{name}" for name in ("pos_emb", "pos_emb.reparam_conv", "blocks", "blocks.0")}
-    stream |= {f"stages.{stage}.blocks.0.{name}" for name in ("mlp:input", "mlp", "mlp.fc2", "token_mixer")}
-    stream |= {f"stages.{stage}.blocks.0.token_mixer.proj", f"stages.{stage}"}
-    for name, found in hot.items():
-        expected = factor if name in stream else 1.0
-        assert found.largest / modules[name].largest == pytest.approx(expected, rel=1e-3), name
-    norm = f"stages.{stage}.blocks.0.norm"
-    assert hot[norm].square / modules[norm].square == pytest.approx(factor**2, rel=1e-3)
-    assert hot[norm].square_headroom < 1 < modules[norm].square_headroom
-    assert hot[f"stages.{stage}"].headroom < 1 < modules[f"stages.{stage}"].headroom
+def test_containers_are_those_that_compute_nothing(modules: dict[str, Range], fastvit: nn.Module) -> None:
+    containers = {name for name, one in modules.items() if one.type == "container"}
+    assert {"stages.3", "stages.3.blocks", "stages.3.blocks.0.mlp", "stem.0", "final_conv"} <= containers
+    assert (
+        modules["stages.3.blocks.0"].type == "AttentionBlock" and modules["stages.0.blocks.0"].type == "RepMixerBlock"
+    )
+    leaves = {name for name, module in fastvit.named_modules() if not [*module.children()]}
+    assert not containers & leaves
 
 
 # -- a package --------------------------------------------------------------------------------------------------------
@@ -397,159 +303,89 @@ def test_compressed_weights_are_unpacked(tmp_path: Path, small: list[np.ndarray]
 
 
 def test_both_front_ends_agree(tiny_artefact: Path, tiny_checkpoint: Path, pixels: list[np.ndarray]) -> None:
-    from model_export.encoder.ranges import measure_checkpoint
-
     package = measure_package(mil.load(tiny_artefact / "fastvithd.mlpackage", compute="float32"), pixels)
-    checkpoint = measure_checkpoint(open_checkpoint(tiny_checkpoint), 128, pixels)
-    pairs = [
-        [one for one in found if one.type.startswith("conv") and "concat" not in one.type]
-        for found in (package, checkpoint)
-    ]
-    assert [one.layer for one in pairs[0]] == [one.layer for one in pairs[1]] and len(pairs[0]) > 30
-    for a, b in zip(*pairs):
-        assert a.largest == pytest.approx(b.largest, rel=0.01), (a, b)  # weights rounded to float16
+    checkpoint = {one.name: one for one in measure_checkpoint(open_checkpoint(tiny_checkpoint), pixels)}
+    convolutions = [one for one in package if one.type == "conv" and not str(one.layer).endswith(".qkv")]
+    assert len(convolutions) > 30
+    for one in convolutions:
+        assert one.largest == pytest.approx(checkpoint[str(one.layer)].largest, rel=0.01), one  # weights in float16
 
 
 # -- the verb ---------------------------------------------------------------------------------------------------------
 
 
-def build() -> argparse.ArgumentParser:
-    parser = Parser(prog="ranges")
-    add_common(add_ranges(parser.add_subparsers(dest="verb", required=True, parser_class=Parser)))
-    return parser
-
-
-def ranges(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    try:
-        code = run(build, ["ranges", *map(str, arguments)])
-    except SystemExit as error:
-        code = int(str(error.code))
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
-
-
-def listing(folder: Path) -> list[tuple[str, int, int]]:
-    return sorted((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in folder.rglob("*"))
-
-
 @pytest.fixture(scope="module")
 def hot_checkpoint(tiny_fast_vlm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Stage 4's stream 60,000 times as large, the function as it was."""
-    return heated_checkpoint(tiny_fast_vlm, tmp_path_factory.mktemp("hot") / "model", {4: 60_000.0})
+    return heated(tiny_fast_vlm, tmp_path_factory.mktemp("hot") / "model", {4: 60_000.0})
 
 
-def test_verb_on_a_hot_checkpoint(capsys: pytest.CaptureFixture[str], hot_checkpoint: Path, tmp_path: Path) -> None:
-    before = listing(hot_checkpoint)
-    code, out, told = ranges(
-        capsys, "--checkpoint", hot_checkpoint, "--limit", 1, "--top", 3, "--plot", tmp_path / "new" / "a.svg", "--json"
-    )
-    assert code == 0 and listing(hot_checkpoint) == before
-    *_, verdict, plot = told.splitlines()
-    document = json.loads(out)
-    assert document["verdict"] == verdict and "overflow" in verdict and str(tmp_path) in plot
-    assert "PyTorch, the folded graph in float32, 128 x 128, 1 of 2 built-in pictures" in told
-    table = [line for line in told.splitlines() if line.startswith("  layer ")]
+def test_verb_on_a_hot_checkpoint(cli: Any, hot_checkpoint: Path, tmp_path: Path) -> None:
+    before = contents(hot_checkpoint)
+    plot = tmp_path / "new" / "a.svg"
+    answer = cli("ranges", "--checkpoint", hot_checkpoint, "--limit", 1, "--top", 3, "--plot", plot, "--json")
+    assert answer.code == 0 and contents(hot_checkpoint) == before
+    document = answer.document
+    assert document["verdict"] in answer.err and "overflow" in document["verdict"] and document["plot"] == str(plot)
+    assert (document["image_size"], document["pictures"][:6]) == (128, "1 of 2")
+    table = [line for line in answer.err.splitlines() if line.startswith("  layer ")]
     assert len(table) == 3 and "stages.4.blocks.0.norm" in table[0] and "stages.4" in table[1]
-    operations = document["operations"]
-    assert operations[0]["layer"] == "stem.0.reparam_conv" and len(operations) > 80
-    by_name = {one["name"]: one for one in operations}
-    assert len(by_name) == len(operations)
+    by_name = {one["name"]: one for one in document["operations"]}
+    assert next(iter(by_name)) == "stem.0.reparam_conv" and len(by_name) == len(document["operations"]) > 80
     hottest = by_name[document["smallest_headroom_at"]]
     assert hottest["layer"].startswith("stages.4") and hottest["headroom"] == document["smallest_headroom"] < 1
-    assert hottest["largest"] == max(one["largest"] for one in operations)
+    assert hottest["largest"] == max(one["largest"] for one in document["operations"])
+    assert hottest["exponent"] > 0 and document["smallest_exported_headroom"] >= 16
     assert document["overflows"] >= 3 and document["square_overflows"] == 1
     assert by_name[document["largest_square_at"]]["layer"] == "stages.4.blocks.0.norm"
-    svg = (tmp_path / "new" / "a.svg").read_text()
-    assert re.search(r"square [\de+.]+ at stages\.4\.blocks\.0\.norm: headroom", svg) and "stage 4" in svg
-    assert [path.name for path in (tmp_path / "new").iterdir()] == ["a.svg"]
+    assert "square " in plot.read_text() and "stage 4" in plot.read_text()
+    assert [path.name for path in plot.parent.iterdir()] == ["a.svg"]
 
 
-def test_verb_on_an_artefact_and_on_its_package(
-    capsys: pytest.CaptureFixture[str], tiny_artefact: Path, tmp_path: Path
-) -> None:
-    folder = tmp_path / "pictures"
-    folder.mkdir()
+def test_verb_on_an_artefact_and_on_its_package(cli: Any, tiny_artefact: Path, tmp_path: Path) -> None:
     for number, name in enumerate(("b.png", "a.jpg", ".hidden.png", "note.txt")):
-        Image.fromarray(np.full((80, 120, 3), 60 * number, np.uint8)).save(folder / name, "png" if number else None)
-    documents = []
-    for model in (tiny_artefact, tiny_artefact / "fastvithd.mlpackage"):
-        code, out, _ = ranges(capsys, "--model", model, "--images", folder, "--json")
-        assert code == 0
-        documents.append(json.loads(out.splitlines()[-1]))
-    a, b = documents
-    assert a["pictures"] == f"2 of 2 pictures in {folder}" and a["function"] == "main" and a["image_size"] == 128
-    assert a["runner"].startswith("MIL executor") and a["operations"] == b["operations"]
-    code, out, _ = ranges(capsys, "--model", tiny_artefact, "--images", folder, "--limit", 1, "--json")
-    assert json.loads(out.splitlines()[-1])["operations"] != a["operations"]  # control: the pictures do matter
-
-
-def test_function_of_a_package_with_several(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    ct = coremltools()
-    parts = [save_program(tmp_path / f"{name}.mlpackage", gain) for name, gain in (("one", 1.0), ("loud", 4.0))]
-    description = ct.utils.MultiFunctionDescriptor()
-    for part in parts:
-        description.add_function(str(part), "main", part.stem)
-    description.default_function_name = "one"
-    with quiet_conversion():
-        ct.utils.save_multifunction(description, str(tmp_path / "both.mlpackage"))
-    found = {}
-    for flags in ((), ("--function", "one"), ("--function", "loud")):
-        code, out, _ = ranges(capsys, "--model", tmp_path / "both.mlpackage", *flags, "--json")
-        document = json.loads(out.splitlines()[-1])
-        found[flags] = (document["function"], {one["type"]: one["largest"] for one in document["operations"]})
-        assert code == 0
-    assert found[()] == found["--function", "one"] and found[()][0] == "one"
-    assert found["--function", "loud"][1]["conv"] == pytest.approx(4 * found[()][1]["conv"])
-    code, _, err = ranges(capsys, "--model", tmp_path / "both.mlpackage", "--function", "three")
-    assert code == 2 and "no function 'three'" in err and "loud" in err
+        Image.fromarray(np.full((80, 120, 3), 60 * number, np.uint8)).save(tmp_path / name, "png" if number else None)
+    flags = ("--images", tmp_path, "--json")
+    whole, alone, one = (
+        cli("ranges", "--model", model, *flags, *more).document
+        for model, more in (
+            (tiny_artefact, ()),
+            (tiny_artefact / "fastvithd.mlpackage", ()),
+            (tiny_artefact, ("--limit", 1)),
+        )
+    )
+    assert whole["pictures"] == f"2 of 2 pictures in {tmp_path}"
+    assert whole["function"] == "main" and whole["image_size"] == 128
+    assert whole["runner"].startswith("MIL executor") and whole["operations"] == alone["operations"]
+    assert one["operations"] != whole["operations"]  # control: the pictures do matter
 
 
 @pytest.mark.parametrize(
     ("arguments", "what"),
     [
-        ((), "one of the arguments --checkpoint --model is required"),
+        ((), "--checkpoint or --model: is missing"),
         (("--checkpoint", "C", "--model", "M"), "not allowed with"),
-        (
-            ("--checkpoint", "C", "--function", "f", "--limit", "0", "--image-size", "100"),
-            "--limit.*--image-size.*--func",
-        ),
-        (
-            ("--model", "M", "--image-size", "128", "--plot", "a.pdf"),
-            "--image-size: a package has its own.*--plot a.pdf",
-        ),
+        (("--checkpoint", "C", "--limit", "0", "--top", "x"), "--limit: got 0.*--top: got x"),
+        (("--checkpoint", "C", "--image-size", "100"), "--image-size: got 100"),
+        (("--checkpoint", "C", "--function", "f", "--plot", "a.pdf"), "--function: a checkpoint.*--plot a.pdf"),
+        (("--model", "M", "--image-size", "128", "--plot", "a.pdf"), "--image-size: a package.*--plot a.pdf"),
         (("--model", "TMP/none"), "no such package"),
+        (("--model", "TMP/vector.mlpackage"), r"expected one picture of a fixed size, \(1, 3, S, S\)"),
         (("--checkpoint", "TMP/none"), "none"),
-        (("--checkpoint", "TINY", "--images", "TMP"), "no pictures"),
         (("--checkpoint", "TINY", "--images", "TMP/none"), "not a folder"),
         (("--checkpoint", "TINY", "--images", "TMP/bad"), "one.png.*two.png"),
     ],
 )
-def test_unusable_input(
-    capsys: pytest.CaptureFixture[str], tiny_checkpoint: Path, tmp_path: Path, arguments: tuple[str, ...], what: str
-) -> None:
+def test_unusable_input(cli: Any, tiny_checkpoint: Path, tmp_path: Path, arguments: tuple[str, ...], what: str) -> None:
     (tmp_path / "bad").mkdir()
     for name in ("one.png", "two.png"):
         (tmp_path / "bad" / name).write_bytes(b"not a picture")
+    if "TMP/vector.mlpackage" in arguments:
+        mil_packages.save_program(tmp_path / "vector.mlpackage", lambda x: x, {"x": np.zeros((1, 7), np.float16)})
     words = [word.replace("TMP", str(tmp_path)).replace("TINY", str(tiny_checkpoint)) for word in arguments]
-    code, out, err = ranges(capsys, *words)
-    assert code == 2 and re.search(what, err) and not out
-    assert [line for line in err.splitlines() if line.startswith("error:")] == err.splitlines()[-1:]
-
-
-def test_program_that_takes_no_picture_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    ct = coremltools()
-    from coremltools.converters.mil import Builder as mb
-
-    @mb.program(input_specs=[mb.TensorSpec(shape=(1, 7))], opset_version=ct.target.iOS16)
-    def program(x: Any) -> Any:
-        return mb.relu(x=x)
-
-    with quiet_conversion():
-        ct.convert(
-            program, convert_to="mlprogram", skip_model_load=True, minimum_deployment_target=ct.target.iOS16
-        ).save(str(tmp_path / "a.mlpackage"))
-    code, _, err = ranges(capsys, "--model", tmp_path / "a.mlpackage")
-    assert code == 2 and "expected one picture, (1, 3, S, S)" in err
+    answer = cli("ranges", *words)
+    assert answer.code == 2 and re.search(what, answer.err) and not answer.out
+    assert [line for line in answer.err.splitlines() if line.startswith("error:")] == answer.err.splitlines()[-1:]
 
 
 # -- the plot ---------------------------------------------------------------------------------------------------------
@@ -560,15 +396,14 @@ def drawn(ranges: list[Range], target: Path) -> bytes:
     return target.read_bytes()
 
 
-def test_plot_repeats_and_shows_a_change(operations: list[Range], tmp_path: Path) -> None:
-    first = drawn(operations, tmp_path / "a.png")
-    assert first == drawn(operations, tmp_path / "b.png") and first.startswith(b"\x89PNG")
-    hotter = [*operations[:-9], Range("x", "conv", "stages.4.x", 1e5, 1e12, 0.2, 0.4), *operations[-9:]]
+def test_plot_repeats_and_shows_a_change(rows: list[Range], tmp_path: Path) -> None:
+    first = drawn(rows, tmp_path / "a.png")
+    assert first == drawn(rows, tmp_path / "b.png")
+    hotter = [*rows[:-9], Range("x", "conv", "stages.4.x", 1e5, 1e12, 0.2, 0.4), *rows[-9:]]
     assert first != drawn(hotter, tmp_path / "a.png")
     image = np.asarray(Image.open(tmp_path / "a.png").convert("RGB"), dtype=int)
     assert image.shape[1] > 1500 and (image.sum(2) < 700).mean() > 0.01
-    assert drawn(operations, tmp_path / "a.svg") == drawn(operations, tmp_path / "c.svg")
-    assert b"date" not in (tmp_path / "a.svg").read_bytes()
+    assert b"date" not in drawn(rows, tmp_path / "a.svg")
 
 
 @pytest.mark.parametrize("values", [(0.0, 0.0), (1e30, 3.0)])
@@ -576,10 +411,10 @@ def test_plot_of_the_extremes(tmp_path: Path, values: tuple[float, float]) -> No
     assert drawn([Range(str(i), "conv", None, value) for i, value in enumerate(values)], tmp_path / "a.png")
 
 
-def test_plot_that_cannot_be_written_leaves_nothing(tmp_path: Path, operations: list[Range]) -> None:
+def test_plot_that_cannot_be_written_leaves_nothing(tmp_path: Path, rows: list[Range]) -> None:
     (tmp_path / "taken.png").mkdir()
     with pytest.raises(OSError):
-        write_plot(operations, tmp_path / "taken.png", "title")
+        write_plot(rows, tmp_path / "taken.png", "title")
     assert os.listdir(tmp_path) == ["taken.png"]
 
 

@@ -2,20 +2,24 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from fastvlm.common.cli import run
 from fastvlm.data.conversations import demo_samples
 from fastvlm.data.scenes import CHECKPOINT
-from model_export.__main__ import build_parser
 from model_export.artefact import read_manifest, verify
+from model_export.config import ExportConfig
+from model_export.export import export, plan
 from model_export.stored import StoredTensors
 
+pytestmark = pytest.mark.slow
 
-def call(verb: str, target: Path, *flags: object) -> int:
-    return run(build_parser, [verb, "--checkpoint", str(CHECKPOINT), "--output-dir", str(target), *map(str, flags)])
+
+def made(target: Path, parts: tuple[str, ...] = ("llm",), **settings: Any) -> Path:
+    export(plan(ExportConfig(CHECKPOINT, target, **settings), parts))
+    return target
 
 
 @pytest.fixture(scope="module")
@@ -35,9 +39,7 @@ def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def gptq(questions: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("gptq") / "artefact"
-    assert call("llm", folder, "--quant", "int4-gptq", "--calibration-data", questions) == 0
-    return folder
+    return made(tmp_path_factory.mktemp("gptq") / "artefact", quant="int4-gptq", calibration_data=questions)
 
 
 def weights(folder: Path) -> dict[str, np.ndarray]:
@@ -54,24 +56,23 @@ def test_the_manifest_says_what_was_calibrated_on(gptq: Path) -> None:
 
 
 def test_only_the_decoders_matrices_differ_from_rounding(gptq: Path, tmp_path: Path) -> None:
-    assert call("llm", tmp_path / "int4", "--quant", "int4") == 0
-    plain, calibrated = weights(tmp_path / "int4"), weights(gptq)
+    int4 = made(tmp_path / "int4", quant="int4")
+    plain, calibrated = weights(int4), weights(gptq)
     assert plain.keys() == calibrated.keys()
     different = {name for name in plain if not np.array_equal(plain[name], calibrated[name])}
     assert different == {name for name in plain if ".layers." in name and name.endswith("_proj.weight")}
-    assert (tmp_path / "int4" / "config.json").read_bytes() == (gptq / "config.json").read_bytes()  # loads as int4 does
+    assert (int4 / "config.json").read_bytes() == (gptq / "config.json").read_bytes()  # loads as int4 does
 
 
 def test_the_same_questions_give_the_same_bytes_and_others_do_not(gptq: Path, questions: Path, tmp_path: Path) -> None:
-    assert call("llm", tmp_path / "again", "--quant", "int4-gptq", "--calibration-data", questions) == 0
-    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (gptq / "model.safetensors").read_bytes()
-    assert call("llm", tmp_path / "pictures", "--quant", "int4-gptq", "--calibration-data", questions.parent) == 0
-    assert (tmp_path / "pictures" / "model.safetensors").read_bytes() != (gptq / "model.safetensors").read_bytes()
+    for data, same in ((questions, True), (questions.parent, False)):
+        again = made(tmp_path / data.name, quant="int4-gptq", calibration_data=data)
+        weights = [(folder / "model.safetensors").read_bytes() for folder in (again, gptq)]
+        assert (weights[0] == weights[1]) is same
 
 
 def test_all_calibrates_through_the_exported_encoder(questions: Path, tmp_path: Path) -> None:
-    target = tmp_path / "fit"
-    assert call("all", target, "--quant", "fit:4.9bpw", "--calibration-data", questions, "--parity-limit", 2) == 0
+    target = made(tmp_path / "fit", ("vision", "llm"), quant="fit:4.9bpw", calibration_data=questions)
     document = read_manifest(target)
     assert document["llm"]["calibration"]["encoder"] == "the exported package"
     assert document["vision"]["fp16"]["pictures"] == "8 given and noise"
@@ -87,30 +88,30 @@ def test_a_budget_with_nothing_to_choose_is_not_calibrated(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("model_export.language.calibrate.calibrate", None)  # would be an error
-    assert call("llm", tmp_path / "fit", "--quant", "fit:10MB") == 0
-    assert "fit:10MB: every weight fits in its largest form" in capsys.readouterr().err
-    document = read_manifest(tmp_path / "fit")["llm"]
+    fit = made(tmp_path / "fit", quant="fit:10MB")
+    assert "fit:10MB: every weight fits at 8 bit, the largest that fit chooses among" in capsys.readouterr().err
+    document = read_manifest(fit)["llm"]
     assert "calibration" not in document and document["recipe"]["name"] == "fit:10MB"
-    assert call("llm", tmp_path / "int8", "--quant", "int8") == 0  # 8 bits are the largest choice
-    assert (tmp_path / "fit/config.json").read_bytes() == (tmp_path / "int8/config.json").read_bytes()
-    assert (tmp_path / "fit/model.safetensors").read_bytes() == (tmp_path / "int8/model.safetensors").read_bytes()
+    int8 = made(tmp_path / "int8", quant="int8")  # 8 bits are the largest choice
+    for name in ("config.json", "model.safetensors"):
+        assert (fit / name).read_bytes() == (int8 / name).read_bytes()
 
 
 @pytest.mark.parametrize(
-    ("flags", "message"),
+    ("words", "message"),
     [
-        (["--quant", "fit:0.3MB"], "recipe fit:0.3MB: 0.3 MB is less than the"),
+        (["--quant", "fit:0.3MB"], "recipe fit:0.3MB: 300 kB is less than the"),
         (["--quant", "fit"], "leaves the schemes open: say how large"),
         (["--quant", "fit:lots"], "expected one such as 400MB"),
         (["--quant", "int4-gptq", "--calibration-data", "{none}"], "--calibration-data: "),
         (["--quant", "int4", "--calibration-data", "{questions}"], "recipe int4 has nothing to calibrate"),
     ],
 )
-@pytest.mark.parametrize("more", [[], ["--dry-run"]])
 def test_refusals_are_one_line_before_any_work(
-    flags: list[str], message: str, more: list[str], questions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    cli: Any, words: list[str], message: str, questions: Path, tmp_path: Path
 ) -> None:
-    given = [flag.format(none=tmp_path / "none.jsonl", questions=questions) for flag in flags]
-    assert call("llm", tmp_path / "made", *given, *more) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: ") and message in line and list(tmp_path.iterdir()) == []
+    given = [word.format(none=tmp_path / "none.jsonl", questions=questions) for word in words]
+    for more in ((), ("--dry-run",)):
+        answer = cli("export-llm", "--checkpoint", CHECKPOINT, "--output-dir", tmp_path / "made", *given, *more)
+        line = answer.err.splitlines()[-1]
+        assert answer.code == 2 and line.startswith("error: ") and message in line and list(tmp_path.iterdir()) == []

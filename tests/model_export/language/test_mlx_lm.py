@@ -10,28 +10,27 @@ import pytest
 import torch
 
 from fastvlm.checkpoint.checkpoint import open_checkpoint
-from fastvlm.common.cli import run
 from fastvlm.data.scenes import CHECKPOINT
 from fastvlm.model.build import build
 from model_export import artefact, contract
-from model_export.__main__ import build_parser
+from model_export.config import ExportConfig
+from model_export.export import export, plan
+from tests.helpers import relative
+
+pytestmark = pytest.mark.slow
 
 mlx_lm = pytest.importorskip("mlx_lm")
 PROMPT = "What shape is this?"
 
 
-def export(target: Path, *flags: str) -> int:
-    return run(
-        build_parser,
-        ["llm", "--checkpoint", str(CHECKPOINT), "--output-dir", str(target), "--layout", "mlx-lm", *flags],
-    )
+def exported(target: Path, quant: str) -> Path:
+    export(plan(ExportConfig(CHECKPOINT, target, quant=quant, layout="mlx-lm"), ("llm",)))
+    return target
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("mlx-lm") / "text"
-    assert export(folder, "--quant", "mixed_4_6") == 0
-    return folder
+    return exported(tmp_path_factory.mktemp("mlx-lm") / "text", "mixed_4_6")
 
 
 def test_the_folder_is_a_plain_qwen2_with_nothing_of_pictures(folder: Path) -> None:
@@ -59,8 +58,7 @@ def test_mlx_lms_command_line_loads_it(folder: Path) -> None:
 def test_mlx_lm_computes_the_checkpoints_logits(tmp_path: Path) -> None:
     import mlx.core as mx
 
-    assert export(tmp_path / "text", "--quant", "bf16") == 0
-    model, tokenizer = mlx_lm.load(str(tmp_path / "text"))[:2]
+    model, tokenizer = mlx_lm.load(str(exported(tmp_path / "text", "bf16")))[:2]
     ids = tokenizer.apply_chat_template([{"role": "user", "content": PROMPT}], add_generation_prompt=True)
     got = np.array(model(mx.array([ids])).astype(mx.float32))
     whole = build(open_checkpoint(CHECKPOINT), "float32", "cpu")
@@ -68,8 +66,4 @@ def test_mlx_lm_computes_the_checkpoints_logits(tmp_path: Path) -> None:
         hidden = whole.model.language_model(torch.tensor([ids])).last_hidden_state
         expected = whole.lm_head(hidden).numpy()
         control = whole.lm_head(hidden.roll(1, dims=1)).numpy()
-
-    def error(logits: np.ndarray) -> float:
-        return float(np.abs(got - logits).max() / np.abs(logits).max())
-
-    assert error(expected) < 0.05 < 0.3 < error(control)
+    assert relative(got, expected) < 0.05 < 0.3 < relative(got, control)

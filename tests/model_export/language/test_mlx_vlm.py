@@ -22,6 +22,7 @@ from fastvlm.synthetic import checkpoint as synthetic
 from model_export import contract
 from model_export.language.llm import export_llm
 from quantization.recipe import load_recipe, recipe_from_json
+from tests.helpers import relative
 
 PYTHON = os.environ.get("FASTVLM_MLX_VLM_PYTHON") or (sys.executable if importlib.util.find_spec("mlx_vlm") else "")
 FLOAT32 = {"name": "float32", "version": 2, "rules": [{"pattern": "*", "scheme": {"dtype": "float32"}}]}
@@ -50,10 +51,6 @@ def computed(folder: Path, work: Path, pixels: np.ndarray, ids: np.ndarray) -> d
     done = subprocess.run(command, capture_output=True, text=True, cwd=work, timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]
     return dict(np.load(work / "out.npz"))
-
-
-def relative(got: np.ndarray, expected: np.ndarray) -> float:
-    return float(np.abs(got - expected).max() / np.abs(expected).max())
 
 
 @pytest.mark.slow

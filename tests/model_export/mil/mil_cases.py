@@ -17,16 +17,12 @@ from mil_oracles import (
     np_conv,
     np_conv_transpose,
     np_cumsum,
-    np_einsum,
     np_instance_norm,
     np_lrn,
-    np_matmul,
-    np_nearest,
     np_norm,
     np_pixel_shuffle,
     np_pixel_unshuffle,
     np_pool,
-    np_silu,
 )
 
 from model_export import mil
@@ -79,7 +75,10 @@ def unary() -> list[Case]:
     cases = [Case(op, {"x": X}) for op in plain.split()]
     cases += [Case(op, {"x": UNIT}) for op in ["acos", "asin", "atanh", "tan"]]
     cases += [Case(op, {"x": POSITIVE}) for op in ["sqrt", "rsqrt", "log", "inverse"]]
-    cases += [Case("rsqrt", {"x": POSITIVE}, {"epsilon": np.float32(0.1)}), Case("silu", {"x": X}, {}, np_silu)]
+    cases += [
+        Case("rsqrt", {"x": POSITIVE}, {"epsilon": np.float32(0.1)}),
+        Case("silu", {"x": X}, {}, lambda x: x / (1 + np.exp(-x))),
+    ]
     cases += [Case("logical_not", {"x": BOOLS}, half=False)]
     cases += [Case("clip", {"x": X}, {"alpha": np.float32(-1), "beta": np.float32(2)})]
     cases += [Case("threshold", {"x": X}, {"alpha": np.float32(0.5)})]
@@ -157,7 +156,14 @@ def products() -> list[Case]:
     cases += [Case("matmul", {"x": a, "y": b}), Case("matmul", {"x": a}, {"y": b})]
     swapped = {"x": a.swapaxes(1, 2).copy(), "y": b.swapaxes(1, 2).copy()}
     cases += [Case("matmul", swapped, {"transpose_x": True, "transpose_y": True})]
-    cases += [Case("matmul", {"x": uniform(2, 3, 128, 64, low=2), "y": uniform(2, 3, 64, 160, low=2)}, {}, np_matmul)]
+    cases += [
+        Case(
+            "matmul",
+            {"x": uniform(2, 3, 128, 64, low=2), "y": uniform(2, 3, 64, 160, low=2)},
+            {},
+            lambda x, y: np.float64(x) @ np.float64(y),
+        )
+    ]
     cases += [Case("scaled_dot_product_attention", {"query": a, "key": a * 0.5, "value": a + 1}, target="iOS18")]
     mask = {"query": a, "key": a * 0.5, "value": a + 1, "attn_mask": uniform(2, 3, 3)}
     cases += [Case("scaled_dot_product_attention", mask, target="iOS18")]
@@ -235,7 +241,12 @@ def movements() -> list[Case]:
             "iOS15",
         ),
         Case("gather_along_axis", {"x": X, "indices": along}, {"axis": 3}),
-        Case("upsample_nearest_neighbor", {"x": X}, {"scale_factor_height": 2, "scale_factor_width": 3}, np_nearest),
+        Case(
+            "upsample_nearest_neighbor",
+            {"x": X},
+            {"scale_factor_height": 2, "scale_factor_width": 3},
+            lambda x, scale_factor_height, scale_factor_width: x.repeat(2, -2).repeat(3, -1),
+        ),
     ]
     for corners in (True, False):
         scales = {"scale_factor_height": 2, "scale_factor_width": 3, "align_corners": corners}
@@ -249,7 +260,10 @@ def lists() -> list[Case]:
         Case("concat", {"x": X, "y": Y[:, :2].copy()}, {"axis": 1}, lambda x, y, axis: np.concatenate([x, y], axis)),
         Case("stack", {"x": X, "y": Y}, {"axis": 2}, lambda x, y, axis: np.stack([x, y], axis)),
         Case(
-            "einsum", {"x": uniform(2, 3, 4, 5), "y": uniform(2, 5, 4, 3)}, {"equation": "nchw,nwhu->nchu"}, np_einsum
+            "einsum",
+            {"x": uniform(2, 3, 4, 5), "y": uniform(2, 5, 4, 3)},
+            {"equation": "nchw,nwhu->nchu"},
+            lambda x, y, equation: np.einsum(equation, x, y),
         ),
     ]
 
@@ -288,40 +302,39 @@ def halved(case: Case) -> Case:
 Evaluate = Callable[[str, int], list[np.ndarray]]
 
 
-def evaluator(folder: Callable[[], Path]) -> Evaluate:
+def named(cases: dict[int, Case]) -> Arrays:
+    """The inputs of cases in one program, by case and name; a model's inputs cannot be bool."""
+    arrays = {f"i{i}_{name}": array for i, case in cases.items() for name, array in case.inputs.items()}
+    return {name: array.astype(np.int32) if array.dtype == np.bool_ else array for name, array in arrays.items()}
+
+
+def evaluator(shared: Callable[[str, Callable[[Path], object]], Path]) -> Evaluate:
     """`evaluate(compute, index) -> outputs` of CASES[index], typed fp16 unless compute is "float32".
 
-    All cases of a target are one saved program in a new folder, run once for each policy.
+    All cases of a target are one saved program, run once for each policy.
     """
 
-    def chosen(half: bool, target: str) -> dict[int, Case]:
-        cases = {i: halved(case) if half else case for i, case in enumerate(CASES) if case.half or not half}
-        return {i: case for i, case in cases.items() if case.target == target}
-
-    @functools.cache
-    def saved(half: bool, target: str) -> tuple[Path, Arrays, dict[int, int]]:
-        counts: dict[int, int] = {}
-
+    def save(cases: dict[int, Case], target: str, path: Path) -> None:
         def build(**variables: Any) -> Any:
-            named: list[Any] = []
-            for i, case in chosen(half, target).items():
+            results: list[Any] = []
+            for i, case in cases.items():
                 outputs = apply(case, {name: variables[f"i{i}_{name}"] for name in case.inputs})
-                counts[i] = len(outputs)
-                named += [packages.mb.identity(x=output, name=f"o{i}_{j}") for j, output in enumerate(outputs)]
-            return tuple(named)
+                results += [packages.mb.identity(x=output, name=f"o{i}_{j}") for j, output in enumerate(outputs)]
+            return tuple(results)
 
-        cases = chosen(half, target)
-        inputs = {f"i{i}_{name}": array for i, case in cases.items() for name, array in case.inputs.items()}
-        inputs = {name: array.astype(np.int32) if array.dtype == np.bool_ else array for name, array in inputs.items()}
-        path = folder() / "operations.mlpackage"
-        packages.save_program(path, build, inputs, target)
-        return path, inputs, counts
+        packages.save_program(path, build, named(cases), target)
 
     @functools.cache
     def run(compute: str, target: str) -> dict[int, list[np.ndarray]]:
-        path, inputs, counts = saved(compute != "float32", target)
-        outputs = mil.load(path, compute).predict(inputs)
-        return {i: [outputs[f"o{i}_{j}"] for j in range(count)] for i, count in counts.items()}
+        half = compute != "float32"
+        cases = {i: halved(case) if half else case for i, case in enumerate(CASES) if case.half or not half}
+        cases = {i: case for i, case in cases.items() if case.target == target}
+        path = shared(f"{target}-{half}.mlpackage", functools.partial(save, cases, target))
+        outputs = mil.load(path, compute).predict(named(cases))
+        results: dict[int, list[np.ndarray]] = {i: [] for i in cases}
+        for name in sorted(outputs, key=lambda name: [int(number) for number in name[1:].split("_")]):
+            results[int(name[1:].split("_")[0])].append(outputs[name])
+        return results
 
     def evaluate(compute: str, index: int) -> list[np.ndarray]:
         case = CASES[index]

@@ -9,7 +9,7 @@ from typing import Any
 import mil_packages as packages
 import numpy as np
 import torch
-from mil_cases import CASES, apply
+from mil_cases import CASES, apply, named
 
 from model_export.mil.dtypes import STORAGE
 from model_export.mil.program import BlobRef, Block, Constant, Function, Operation, Program, TensorType
@@ -24,15 +24,13 @@ def programs(folder: Path) -> Iterator[Program]:
     """One for each case, of one operation and what it needs."""
     for target in sorted({case.target for case in CASES}):
         cases = {i: case for i, case in enumerate(CASES) if case.target == target}
-        inputs = {f"i{i}_{name}": array for i, case in cases.items() for name, array in case.inputs.items()}
-        inputs = {name: array.astype(np.int32) if array.dtype == np.bool_ else array for name, array in inputs.items()}
 
         def build(cases: Any = cases, **variables: Any) -> Any:
             outputs = (apply(c, {name: variables[f"i{i}_{name}"] for name in c.inputs}) for i, c in cases.items())
             return tuple(output for case in outputs for output in case)
 
         path = folder / f"{target}.mlpackage"
-        packages.save_program(path, build, inputs, target)
+        packages.save_program(path, build, named(cases), target)
         whole = read_package(path)
         function = whole.functions["main"]
         makers = {output.name: operation for operation in function.block.operations for output in operation.outputs}

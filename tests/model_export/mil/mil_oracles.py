@@ -1,6 +1,5 @@
 """NumPy oracles of operations that coremltools does not evaluate itself, written from its documentation."""
 
-import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -18,52 +17,40 @@ def pads(size: int, kernel: int, stride: int, dilation: int, pad_type: str, pad:
 
 
 def np_conv(
-    x: np.ndarray,
-    weight: np.ndarray,
-    bias: np.ndarray | None = None,
-    strides: Any = None,
-    pad_type: str = "valid",
-    pad: Any = None,
-    dilations: Any = None,
-    groups: int = 1,
-) -> np.ndarray:
-    rank = x.ndim - 2
-    strides, dilations, pad = strides or [1] * rank, dilations or [1] * rank, pad or [0] * 2 * rank
-    kernel = weight.shape[2:]
+    x: np.ndarray, weight: np.ndarray, bias: Any = None, strides: Any = None, pad_type: str = "valid", pad: Any = None,
+    dilations: Any = None, groups: int = 1,
+) -> np.ndarray:  # fmt: skip
+    axes = range(2, x.ndim)
+    strides, dilations, pad = strides or [1, 1], dilations or [1, 1], pad or [0, 0, 0, 0]
     around = [
-        pads(x.shape[2 + i], kernel[i], strides[i], dilations[i], pad_type, (pad[2 * i], pad[2 * i + 1]))
-        for i in range(rank)
+        pads(x.shape[2 + i], weight.shape[2 + i], strides[i], dilations[i], pad_type, (pad[2 * i], pad[2 * i + 1]))
+        for i in range(len(axes))
     ]
-    x = np.pad(x, [(0, 0), (0, 0), *around])
-    sizes = [(x.shape[2 + i] - (kernel[i] - 1) * dilations[i] - 1) // strides[i] + 1 for i in range(rank)]
-    out = np.zeros((x.shape[0], weight.shape[0], *sizes))
-    per_in, per_out = weight.shape[1], weight.shape[0] // groups
-    for place in itertools.product(*map(range, sizes)):
-        window = tuple(
-            slice(place[i] * strides[i], place[i] * strides[i] + (kernel[i] - 1) * dilations[i] + 1, dilations[i])
-            for i in range(rank)
-        )
-        for o in range(weight.shape[0]):
-            first = o // per_out * per_in
-            part = x[(slice(None), slice(first, first + per_in), *window)]
-            out[(slice(None), o, *place)] = (part * weight[o]).reshape(x.shape[0], -1).sum(1)
-    return out if bias is None else out + bias.reshape(-1, *[1] * rank)
+    reach = [(size - 1) * dilation + 1 for size, dilation in zip(weight.shape[2:], dilations)]
+    padded = np.pad(x.astype(np.float64), [(0, 0), (0, 0), *around])
+    windows = np.lib.stride_tricks.sliding_window_view(padded, reach, axis=[*axes])
+    steps = (slice(None, None, step) for some in (strides, dilations) for step, _ in zip(some, axes))
+    windows = windows[(slice(None), slice(None), *steps)]
+    parts = [
+        np.tensordot(part, kernel, ([1, *range(x.ndim, 2 * x.ndim - 2)], [1, *axes]))
+        for part, kernel in zip(np.split(windows, groups, 1), np.split(weight, groups))
+    ]
+    out = np.moveaxis(np.concatenate(parts, -1), -1, 1)
+    return out if bias is None else out + bias.reshape(-1, *[1] * len(axes))
 
 
 def np_conv_transpose(
     x: np.ndarray, weight: np.ndarray, bias: Any = None, strides: Any = (1, 1), pad_type: str = "valid",
     pad: Any = None, dilations: Any = (1, 1), groups: int = 1,
 ) -> np.ndarray:  # fmt: skip
-    (n, _, h, w), (per_out, kh, kw) = x.shape, weight.shape[1:]
-    (sh, sw), (dh, dw) = strides, dilations
-    full = np.zeros((n, per_out * groups, (h - 1) * sh + (kh - 1) * dh + 1, (w - 1) * sw + (kw - 1) * dw + 1))
-    per_in = x.shape[1] // groups
-    for c, i, j in itertools.product(range(x.shape[1]), range(kh), range(kw)):
-        group = slice(c // per_in * per_out, (c // per_in + 1) * per_out)
-        rows, columns = slice(i * dh, i * dh + h * sh, sh), slice(j * dw, j * dw + w * sw, sw)
-        full[:, group, rows, columns][:, :, :h, :w] += x[:, c, None] * weight[c, :, i, j, None, None]
-    if bias is not None:
-        full = full + bias.reshape(-1, 1, 1)
+    """A convolution of x with zeros between its values, by the kernel turned round."""
+    (n, c, h, w), (sh, sw) = x.shape, strides
+    spread = np.zeros((n, c, (h - 1) * sh + 1, (w - 1) * sw + 1))
+    spread[:, :, ::sh, ::sw] = x
+    kernel = [part.swapaxes(0, 1)[:, :, ::-1, ::-1] for part in np.split(weight, groups)]
+    rows, columns = ((size - 1) * dilation for size, dilation in zip(weight.shape[2:], dilations))
+    around = [rows, rows, columns, columns]
+    full = np_conv(spread, np.concatenate(kernel), bias, None, "custom", around, list(dilations), groups)
     if pad_type == "custom":
         full = full[:, :, pad[0] : full.shape[2] - pad[1], pad[2] : full.shape[3] - pad[3]]
     return full
@@ -126,19 +113,3 @@ def np_cumsum(x: np.ndarray, axis: int = 0, exclusive: bool = False, reverse: bo
     x = np.flip(x, axis) if reverse else x
     total = np.cumsum(x, axis) - (x if exclusive else 0)
     return np.flip(total, axis) if reverse else total
-
-
-def np_matmul(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    return x.astype(np.float64) @ y.astype(np.float64)
-
-
-def np_silu(x: np.ndarray) -> np.ndarray:
-    return x / (1 + np.exp(-x))
-
-
-def np_nearest(x: np.ndarray, scale_factor_height: int, scale_factor_width: int) -> np.ndarray:
-    return x.repeat(scale_factor_height, -2).repeat(scale_factor_width, -1)
-
-
-def np_einsum(x: np.ndarray, y: np.ndarray, equation: str) -> np.ndarray:
-    return np.einsum(equation, x, y)

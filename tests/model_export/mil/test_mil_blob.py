@@ -96,26 +96,23 @@ def test_damaged_metadata_is_refused(weight_file: Path, position: int, value: by
     assert "\n" not in str(caught.value)
 
 
-def test_wrong_padding_is_refused(weight_file: Path) -> None:
-    content = bytearray(weight_file.read_bytes())
-    assert WeightFile(weight_file).read(320, TensorType("uint3", (5,))).tolist() == [0, 1, 2, 3, 4]
-    content[320 + 24] = 7
-    weight_file.write_bytes(content)
-    with pytest.raises(MILError, match="7 unused bits, expected 1"):
-        WeightFile(weight_file).read(320, TensorType("uint3", (5,)))
-
-
 @pytest.mark.parametrize("offset", [0, 65, 128, 384, 2**40])
 def test_an_offset_that_is_no_blob_is_refused(weight_file: Path, offset: int) -> None:
     with pytest.raises(MILError, match=r"out of range|sentinel"):
         WeightFile(weight_file).read(offset, TensorType("fp32", (40,)))
 
 
-@pytest.mark.parametrize("size", [0, 63])
-def test_a_truncated_header_is_refused(weight_file: Path, size: int) -> None:
-    weight_file.write_bytes(weight_file.read_bytes()[:size])
-    with pytest.raises(MILError, match="truncated"):
-        WeightFile(weight_file)
+def test_wrong_padding_and_a_truncated_header_are_refused(weight_file: Path) -> None:
+    content = bytearray(weight_file.read_bytes())
+    assert WeightFile(weight_file).read(320, TensorType("uint3", (5,))).tolist() == [0, 1, 2, 3, 4]
+    content[320 + 24] = 7
+    weight_file.write_bytes(content)
+    with pytest.raises(MILError, match="7 unused bits, expected 1"):
+        WeightFile(weight_file).read(320, TensorType("uint3", (5,)))
+    for size in (63, 0):
+        weight_file.write_bytes(content[:size])
+        with pytest.raises(MILError, match="truncated"):
+            WeightFile(weight_file)
 
 
 def test_the_file_is_never_written(weight_file: Path) -> None:

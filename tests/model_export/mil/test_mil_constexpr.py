@@ -1,5 +1,6 @@
 """Compressed weights: bit for bit as coremltools' materialized_val_inference."""
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,127 +31,46 @@ def integers(low: int, high: int, *shape: int, dtype: Any = np.uint8) -> np.ndar
 PACKED_MASK = np.packbits(RANDOM.integers(0, 2, 30).astype(np.uint8), bitorder="little")
 MASK = integers(0, 2, 6, 5)
 
+SHAPE = np.array([6, 5], np.uint32)
+
+
+def normal(*shape: int) -> np.ndarray:
+    return RANDOM.normal(size=shape).astype(np.float16)
+
+
 CASES: list[tuple[str, str, dict[str, Any]]] = [
     *((target, "constexpr_cast", {"source_val": FLOAT16, "output_dtype": "fp32"}) for target in ("iOS16", "iOS18")),
-    (
-        "iOS16",
-        "constexpr_affine_dequantize",
-        {"quantized_data": integers(-128, 128, 6, 5, dtype=np.int8), "scale": FLOAT16[:6], "axis": np.int32(0)}
-        | {"zero_point": integers(-9, 9, 6, dtype=np.int8)},
-    ),
-    (
-        "iOS16",
-        "constexpr_affine_dequantize",
-        {"quantized_data": integers(0, 256, 6, 5), "scale": FLOAT16[0], "axis": np.int32(1)}
-        | {"zero_point": np.uint8(7)},
-    ),
-    *(
-        (
-            "iOS16",
-            "constexpr_lut_to_dense",
-            {"indices": integers(0, 256, -(-30 * bits // 8)), "shape": np.array([6, 5], np.uint32)}
-            | {"lut": RANDOM.normal(size=2**bits).astype(np.float16)},
-        )
-        for bits in (1, 2, 4, 6, 8)
-    ),
-    (
-        "iOS16",
-        "constexpr_sparse_to_dense",
-        {"mask": PACKED_MASK, "shape": np.array([6, 5], np.uint32)}
-        | {"nonzero_data": FLOAT16[: int(np.unpackbits(PACKED_MASK, bitorder="little")[:30].sum())]},
-    ),
-    (
-        "iOS18",
-        "constexpr_sparse_to_dense",
-        {"mask": sub_byte("uint1", MASK), "nonzero_data": FLOAT16[: int(MASK.sum())]},
-    ),
-    *(
-        (
-            "iOS18",
-            "constexpr_blockwise_shift_scale",
-            {"data": sub_byte(name, integers(low, high, 6, 8, dtype=np.int8 if low else np.uint8))}
-            | {"scale": FLOAT16[:12].reshape(3, 4)}
-            | ({"offset": sub_byte(name, integers(0, 3, 3, 4))} if offset else {}),
-        )
-        for name, low, high, offset in (("int4", -8, 8, False), ("uint4", 0, 16, True), ("int8", -128, 128, True))
-    ),
-    *(
-        (
-            "iOS18",
-            "constexpr_lut_to_dense",
-            {"indices": sub_byte(f"uint{bits}", integers(0, 2**bits, 6, 4))}
-            | {"lut": RANDOM.normal(size=(2, 1, 2**bits, 1)).astype(np.float16)},
-        )
-        for bits in (1, 2, 3, 4, 6)
-    ),
-    *(  # a float offset wider than the data, int8 tables, a table for each of many small groups
-        ("iOS18", op, arguments)
-        for op, arguments in (
-            (
-                "constexpr_blockwise_shift_scale",
-                {"data": integers(0, 256, 6, 8), "scale": FLOAT16[:3].reshape(3, 1), "offset": FLOAT16[3:6, None]},
-            ),
-            (
-                "constexpr_lut_to_dense",
-                {
-                    "indices": sub_byte("uint4", integers(0, 16, 6, 4)),
-                    "lut": integers(-128, 128, 3, 2, 16, 1, dtype=np.int8),
-                },
-            ),
-            (
-                "constexpr_lut_to_dense",
-                {
-                    "indices": integers(0, 256, 64, 24, 1, 1),
-                    "lut": RANDOM.normal(size=(16, 24, 1, 1, 256, 1)).astype(np.float32),
-                },
-            ),
-        )
-    ),
-    *(
-        (
-            "iOS18",
-            "constexpr_lut_to_dense",
-            {"indices": sub_byte("uint2", integers(0, 4, 6, 4)), "vector_axis": np.int32(axis)}
-            | {"lut": RANDOM.normal(size=(*groups, 4, 3)).astype(np.float16)},
-        )
-        for axis, groups in ((0, (1, 1)), (1, (3, 1)), (1, (1, 1)))
-    ),
-]
-
-
-def decompressed(path: Path, build: Callable[[], Any], target: str) -> tuple[np.ndarray, np.ndarray]:
-    """The variable that `build()` gives, as the executor and as coremltools decompress it.
-
-    An operand that coremltools evaluates only when it is a constant comes with its values as (variable, values).
-    """
-    expected: list[np.ndarray] = []
-
-    @packages.mb.program(input_specs=[], opset_version=packages.TARGETS[target])
-    def probe() -> Any:
-        result = build()
-        expected.append(result[1] if isinstance(result, tuple) else result.op.materialized_val_inference())
-        return packages.mb.const(val=np.float32(0))
-
-    def program(x: Any) -> Any:
-        result = build()
-        weight = result[0] if isinstance(result, tuple) else result
-        integer = expected[0].dtype.kind in "iu"
-        return packages.mb.add(x=x, y=packages.mb.cast(x=weight, dtype="fp16") if integer else weight)
-
-    zeros = np.zeros(expected[0].shape, np.float32 if expected[0].dtype == np.float32 else np.float16)
-    (name,) = packages.save_program(path, program, {"x": zeros}, target)
-    saved = mil.read_package(path).functions["main"].block.operations
-    assert any(operation.type.startswith("constexpr_") for operation in saved)  # not folded by coremltools
-    return mil.load(path).predict({"x": zeros})[name], expected[0]
-
-
-@pytest.mark.parametrize(
-    ("target", "op", "arguments"), CASES, ids=lambda value: value if isinstance(value, str) else ""
-)
-def test_decompressed_bit_for_bit(target: str, op: str, arguments: dict[str, Any], tmp_path: Path) -> None:
-    got, wanted = decompressed(tmp_path / "p.mlpackage", lambda: getattr(packages.mb, op)(**arguments), target)
-    np.testing.assert_array_equal(got, wanted)
-    assert not np.array_equal(got, np.roll(wanted, 1))
+    ("iOS16", "constexpr_affine_dequantize",
+     {"quantized_data": integers(-128, 128, 6, 5, dtype=np.int8), "scale": FLOAT16[:6], "axis": np.int32(0),
+      "zero_point": integers(-9, 9, 6, dtype=np.int8)}),
+    ("iOS16", "constexpr_affine_dequantize",
+     {"quantized_data": integers(0, 256, 6, 5), "scale": FLOAT16[0], "axis": np.int32(1), "zero_point": np.uint8(7)}),
+    *(("iOS16", "constexpr_lut_to_dense",
+       {"indices": integers(0, 256, -(-30 * bits // 8)), "shape": SHAPE, "lut": normal(2**bits)})
+      for bits in (1, 2, 4, 6, 8)),
+    ("iOS16", "constexpr_sparse_to_dense",
+     {"mask": PACKED_MASK, "shape": SHAPE,
+      "nonzero_data": FLOAT16[: int(np.unpackbits(PACKED_MASK, bitorder="little")[:30].sum())]}),
+    ("iOS18", "constexpr_sparse_to_dense",
+     {"mask": sub_byte("uint1", MASK), "nonzero_data": FLOAT16[: int(MASK.sum())]}),
+    *(("iOS18", "constexpr_blockwise_shift_scale",
+       {"data": sub_byte(name, integers(low, high, 6, 8, dtype=np.int8 if low else np.uint8)),
+        "scale": FLOAT16[:12].reshape(3, 4)} | ({"offset": sub_byte(name, integers(0, 3, 3, 4))} if offset else {}))
+      for name, low, high, offset in (("int4", -8, 8, False), ("uint4", 0, 16, True), ("int8", -128, 128, True))),
+    ("iOS18", "constexpr_blockwise_shift_scale",  # a float offset wider than the data
+     {"data": integers(0, 256, 6, 8), "scale": FLOAT16[:3].reshape(3, 1), "offset": FLOAT16[3:6, None]}),
+    *(("iOS18", "constexpr_lut_to_dense",
+       {"indices": sub_byte(f"uint{bits}", integers(0, 2**bits, 6, 4)), "lut": normal(2, 1, 2**bits, 1)})
+      for bits in (1, 2, 3, 4, 6)),
+    ("iOS18", "constexpr_lut_to_dense",  # int8 tables
+     {"indices": sub_byte("uint4", integers(0, 16, 6, 4)), "lut": integers(-128, 128, 3, 2, 16, 1, dtype=np.int8)}),
+    ("iOS18", "constexpr_lut_to_dense",  # a table for each of many small groups
+     {"indices": integers(0, 256, 64, 24, 1, 1), "lut": normal(16, 24, 1, 1, 256, 1).astype(np.float32)}),
+    *(("iOS18", "constexpr_lut_to_dense",
+       {"indices": sub_byte("uint2", integers(0, 4, 6, 4)), "vector_axis": np.int32(axis),
+        "lut": normal(*groups, 4, 3)})
+      for axis, groups in ((0, (1, 1)), (1, (3, 1)), (1, (1, 1)))),
+]  # fmt: skip
 
 
 # -- operands that are themselves compressed --------------------------------------------------------------------------
@@ -226,23 +146,58 @@ CHAINS: dict[str, Callable[[], Any]] = {
 }
 
 
-LOOKUPS = [case for case in CASES if case[:2] == ("iOS18", "constexpr_lut_to_dense")][-6:]
+def built(case: tuple[str, str, dict[str, Any]] | str) -> tuple[Any, np.ndarray]:
+    """A case's variable, and its values as coremltools decompresses them. An operand that it evaluates only when it is
+    a constant comes with its values as (variable, values)."""
+    result = CHAINS[case]() if isinstance(case, str) else getattr(packages.mb, case[1])(**case[2])
+    return result if isinstance(result, tuple) else (result, result.op.materialized_val_inference())
 
 
-@pytest.mark.parametrize(("target", "op", "arguments"), LOOKUPS, ids=lambda value: "")
-def test_a_few_indices_at_a_time(
-    target: str, op: str, arguments: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, list[np.ndarray]]]:
+    """`saved(target)`: all cases and chains of a target in one package, and what coremltools decompresses them to."""
+
+    @functools.cache
+    def save(target: str) -> tuple[Path, list[np.ndarray]]:
+        expected: list[np.ndarray] = []
+
+        def program(x: Any) -> Any:
+            outputs = [packages.mb.relu(x=x)]
+            for case in OF_TARGET[target]:
+                variable, values = built(case)
+                if values.dtype.kind in "iu":
+                    variable = packages.mb.cast(x=variable, dtype="fp16")
+                outputs.append(packages.mb.identity(x=variable, name=f"o{len(expected)}"))
+                expected.append(values)
+            return tuple(outputs)
+
+        path = tmp_path_factory.mktemp("constexpr") / "p.mlpackage"
+        packages.save_program(path, program, {"x": np.zeros(1, np.float16)}, target)
+        return path, expected
+
+    return save
+
+
+OF_TARGET: dict[str, list[Any]] = {
+    target: [case for case in CASES if case[0] == target] + [*CHAINS] * (target == "iOS18")
+    for target in ("iOS16", "iOS18")
+}
+
+
+@pytest.mark.parametrize("chunk", [1 << 20, 9])
+@pytest.mark.parametrize("target", OF_TARGET)
+def test_decompressed_bit_for_bit(
+    target: str, chunk: int, saved: Callable[[str], tuple[Path, list[np.ndarray]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As large weights are looked up, in pieces that end inside groups and vectors."""
-    monkeypatch.setattr(constexpr, "_CHUNK", 9)
-    test_decompressed_bit_for_bit(target, op, arguments, tmp_path)
-
-
-@pytest.mark.parametrize("name", CHAINS)
-def test_chains_bit_for_bit(name: str, tmp_path: Path) -> None:
-    got, wanted = decompressed(tmp_path / "p.mlpackage", CHAINS[name], "iOS18")
-    np.testing.assert_array_equal(got, wanted)
-    assert not np.array_equal(got, np.roll(wanted, 1))
+    """All at once and, as large weights are looked up, in pieces that end inside groups and vectors."""
+    monkeypatch.setattr(constexpr, "_CHUNK", chunk)
+    path, expected = saved(target)
+    outputs = mil.load(path).predict({"x": np.zeros(1, np.float16)})
+    made = [operation.type for operation in mil.read_package(path).functions["main"].block.operations]
+    assert sum(type.startswith("constexpr_") for type in made) >= len(expected)  # not folded by coremltools
+    for number, (case, values) in enumerate(zip(OF_TARGET[target], expected, strict=True)):
+        np.testing.assert_array_equal(outputs[f"o{number}"], values, err_msg=str(case))
+        assert not np.array_equal(outputs[f"o{number}"], np.roll(values, 1)), case
 
 
 def test_a_weight_that_is_used_twice_and_returned(tmp_path: Path) -> None:

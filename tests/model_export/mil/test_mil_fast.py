@@ -2,15 +2,16 @@
 
 from pathlib import Path
 
+import mil_packages as packages
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mil_packages import snr
 
 from model_export import mil
 from model_export.mil import int8, onednn, plan
+from tests.helpers import snr_db
 
 needs_int8 = pytest.mark.skipif(not int8.AVAILABLE, reason="this processor or PyTorch has no 8-bit products (VNNI)")
 
@@ -66,14 +67,9 @@ def test_a_pair_is_two_layers_with_an_activation_between(side: int) -> None:
     expected = (gelu(rows @ first.T) @ second.T).reshape(1, side, side, 16).transpose(0, 3, 1, 2)
     result = int8.pair(*layers, "gelu")(x)
     assert result.shape == shape and result.is_contiguous(memory_format=torch.channels_last)
-    assert snr(expected, result.double().numpy()) > 25
+    assert snr_db(expected, result.double().numpy()) > 25
     without = (rows @ first.T @ second.T).reshape(1, side, side, 16).transpose(0, 3, 1, 2)
-    assert snr(without, result.double().numpy()) < 10
-
-
-@pytest.fixture(scope="module")
-def pixels() -> np.ndarray:
-    return np.random.default_rng(3).random((1, 3, 128, 128), dtype=np.float32)
+    assert snr_db(without, result.double().numpy()) < 10
 
 
 @pytest.mark.skipif(not onednn.AVAILABLE, reason="PyTorch without oneDNN")
@@ -109,10 +105,10 @@ def test_a_saved_encoder_keeps_its_features(
     exact = mil.load(package, "float32").predict({"images": pixels})["image_features"]
     fast = mil.load(package, compute)
     found = fast.predict({"images": pixels})["image_features"]
-    assert found.dtype == np.float32 and least < snr(exact, found) < 60
+    assert found.dtype == np.float32 and least < snr_db(exact, found) < 60
     np.testing.assert_array_equal(found, fast.predict({"images": pixels})["image_features"])
     other = mil.load(package, compute).predict({"images": pixels[..., ::-1].copy()})["image_features"]
-    assert snr(exact, other) < 15
+    assert snr_db(exact, other) < 15
 
 
 @needs_int8
@@ -134,24 +130,18 @@ def test_layers_of_the_mlps_are_paired(tiny_artefact: Path, monkeypatch: pytest.
 def test_only_plain_1_x_1_convolutions_have_8_bit_operands(
     change: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import coremltools as ct
-    from coremltools.converters.mil import Builder as mb
-
     rng = np.random.default_rng(2)
     weight = rng.standard_normal((8, 8 // change.get("groups", 1), 1, 1)).astype(np.float32)
 
-    @mb.program(input_specs=[mb.TensorSpec((1, 8, 6, 6))], opset_version=ct.target.iOS17)
-    def program(x):
+    def build(x):
         padding = {"pad_type": "custom"} if "pad" in change else {}
-        return mb.conv(x=x, weight=weight, name="y", **padding, **change)
+        return packages.mb.conv(x=x, weight=weight, name="y", **padding, **change)
 
-    ct.convert(program, minimum_deployment_target=ct.target.iOS17, skip_model_load=True).save(
-        str(tmp_path / "m.mlpackage")
-    )
+    x = {"x": rng.standard_normal((1, 8, 6, 6)).astype(np.float32)}
+    packages.save_program(tmp_path / "m.mlpackage", build, x)
     made = []
     pointwise = int8.pointwise
     monkeypatch.setattr(int8, "pointwise", lambda *given: (made.append(given), pointwise(*given))[1])
-    x = {"x": rng.standard_normal((1, 8, 6, 6)).astype(np.float32)}
     exact = mil.load(tmp_path / "m.mlpackage", "float32").predict(x)["y"]
     found = mil.load(tmp_path / "m.mlpackage", "int8").predict(x)["y"]
-    assert bool(made) == (not change) and snr(exact, found) > 30
+    assert bool(made) == (not change) and snr_db(exact, found) > 30

@@ -7,14 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from mil_cases import CASES, HALF, Case, Evaluate, evaluator, expected, halved
+from mil_cases import CASES, HALF, Case, Evaluate, expected, halved
 
 from model_export.mil.registry import supported
-
-
-@pytest.fixture(scope="module")
-def evaluate(tmp_path_factory: pytest.TempPathFactory) -> Evaluate:
-    return evaluator(lambda: tmp_path_factory.mktemp("operations"))
 
 
 @pytest.mark.parametrize("index", range(len(CASES)), ids=lambda index: str(CASES[index]))

@@ -8,7 +8,6 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from fastvlm.checkpoint.checkpoint import open_checkpoint
 from fastvlm.common.errors import UserError
@@ -18,6 +17,7 @@ from model_export.runtime.language import torch_language
 from model_export.runtime.mlx_language import mlx_language
 from model_export.stored import StoredTensors
 from quantization.recipe import Recipe, load_recipe, recipe_from_json
+from tests.helpers import relative, with_tensors
 
 NAMES = ("fp16", "bf16", "int8", "int4")
 # Largest difference of logits, relative to the largest logit. MLX rounds activations to the stored type where PyTorch
@@ -27,41 +27,27 @@ RNG = np.random.default_rng(5)
 IDS, FEATURES = RNG.integers(0, 500, (1, 30)), RNG.standard_normal((1, 4, 256)).astype(np.float32)
 
 
-def mixed() -> Recipe:
-    """Several widths and a quantized projector, in float32."""
-
-    def scheme(bits: int, group: int) -> dict:
-        return {"mode": "affine", "bits": bits, "group_size": group, "dtype": "float32"}
-
-    rules = [("*self_attn.?_proj.weight", scheme(6, 32)), ("*mlp.*_proj.weight", scheme(4, 64)),
-             ("*embed_tokens.weight", scheme(8, 64)), ("multi_modal_projector.linear_0.weight", scheme(5, 128)),
-             ("*", {"dtype": "float32"})]  # fmt: skip
-    return recipe_from_json({"name": "mixed", "version": 2, "rules": [{"pattern": p, "scheme": s} for p, s in rules]})
+def affine(bits: int, group: int) -> dict:
+    return {"mode": "affine", "bits": bits, "group_size": group}
 
 
-def floats() -> Recipe:
-    """The three floating-point modes, an affine width, and a projector in one of them, in float32."""
-
-    def scheme(mode: str, **more: int) -> dict:
-        return {"mode": mode, "dtype": "float32", **more}
-
-    rules = [("*self_attn.?_proj.weight", scheme("mxfp8")), ("*mlp.down_proj.weight", scheme("nvfp4")),
-             ("*mlp.*_proj.weight", scheme("mxfp4")), ("*embed_tokens.weight", scheme("mxfp8")),
-             ("*lm_head.weight", scheme("affine", bits=5, group_size=64)),
-             ("multi_modal_projector.linear_0.weight", scheme("nvfp4")),
-             ("multi_modal_projector.linear_2.weight", scheme("mxfp4")), ("*", scheme("cast"))]  # fmt: skip
-    return recipe_from_json({"name": "floats", "version": 2, "rules": [{"pattern": p, "scheme": s} for p, s in rules]})
+RULES = {  # in float32; several widths and a quantized projector, or the floating-point modes beside an affine width
+    "float32": {},
+    "mixed": {"*self_attn.?_proj.weight": affine(6, 32), "*mlp.*_proj.weight": affine(4, 64),
+              "*embed_tokens.weight": affine(8, 64), "multi_modal_projector.linear_0.weight": affine(5, 128)},
+    "floats": {"*self_attn.?_proj.weight": {"mode": "mxfp8"}, "*mlp.down_proj.weight": {"mode": "nvfp4"},
+               "*mlp.*_proj.weight": {"mode": "mxfp4"}, "*embed_tokens.weight": {"mode": "mxfp8"},
+               "*lm_head.weight": affine(5, 64), "multi_modal_projector.linear_0.weight": {"mode": "nvfp4"},
+               "multi_modal_projector.linear_2.weight": {"mode": "mxfp4"}},
+}  # fmt: skip
 
 
 def recipe_of(name: str) -> Recipe:
-    if name == "mixed":
-        return mixed()
-    if name == "floats":
-        return floats()
-    if name == "float32":
-        rules = [{"pattern": "*", "scheme": {"dtype": "float32"}}]
-        return recipe_from_json({"name": name, "version": 2, "rules": rules})
-    return load_recipe(name)
+    if name not in RULES:
+        return load_recipe(name)
+    schemes = {**RULES[name], "*": {"mode": "cast"}}
+    rules = [{"pattern": pattern, "scheme": scheme | {"dtype": "float32"}} for pattern, scheme in schemes.items()]
+    return recipe_from_json({"name": name, "version": 2, "rules": rules})
 
 
 @pytest.fixture(scope="module")
@@ -76,10 +62,6 @@ def artefact(tiny_fast_vlm, make_checkpoint, tmp_path_factory):
         return made[name, tied]
 
     return make
-
-
-def relative(got: np.ndarray, expected: np.ndarray) -> float:
-    return float(np.abs(got - expected).max() / np.abs(expected).max())
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
@@ -114,17 +96,16 @@ def test_values_are_mlxs_bit_for_bit(name, artefact):
         assert ours == np.array(expected.view(mx.uint8)).tobytes(), key
 
 
-def edited(folder: Path, target: Path, file: str = "model.safetensors", **changes) -> Path:
+def edited(folder: Path, target: Path, **changes) -> Path:
     """A copy of an artefact; a change is a function of the tensor, or None to take it away."""
-    shutil.copytree(folder, target)
-    weights = load_file(target / file)
-    for name, change in changes.items():
-        if change is None:
-            del weights[name]
-        else:
-            weights[name] = change(weights.get(name))
-    save_file(weights, target / file, {"format": "mlx"})
-    return target
+
+    def apply(weights):
+        for name, change in changes.items():
+            tensor = weights.pop(name, None)
+            if change is not None:
+                weights[name] = change(tensor)
+
+    return with_tensors(folder, target, apply)
 
 
 @pytest.mark.parametrize("key", ["language_model.model.layers.1.mlp.down_proj.weight", "language_model.lm_head.weight"])
@@ -232,7 +213,7 @@ def test_a_config_that_contradicts_the_weights(name, entry, match, artefact, tmp
 
 
 def test_what_is_no_artefact(artefact, tmp_path, tiny_fast_vlm):
-    with pytest.raises(UserError, match=r"config.json: not readable"):
+    with pytest.raises(UserError, match=r"config.json: no such file"):
         torch_language(tmp_path)
     with pytest.raises(UserError, match="not an artefact's"):
         torch_language(tiny_fast_vlm)

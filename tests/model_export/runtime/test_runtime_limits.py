@@ -11,14 +11,10 @@ import pytest
 from PIL import Image
 
 import fastvlm
-from fastvlm import __main__ as front
-from fastvlm.common.cli import run
 from fastvlm.common.errors import CheckFailed, UserError
 from fastvlm.data.prompt import render_prompt
 from model_export import contract, runtime, stored
-from model_export.__main__ import build_parser
-from model_export.config import ExportConfig
-from model_export.export import export, plan
+from model_export.artefact import read_manifest, write_manifest
 
 pytestmark = pytest.mark.slow
 
@@ -34,13 +30,13 @@ def configured(source: Path, target: Path, **changes: Any) -> Path:
 
 
 @pytest.fixture
-def generate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+def generate(tmp_path: Path, cli: Any) -> Callable[..., tuple[int, str, str]]:
     Image.linear_gradient("L").save(tmp_path / "picture.png")
-    shown = ["--image-file", str(tmp_path / "picture.png"), "--prompt", "Describe the image."]
+    shown = ["--image-file", tmp_path / "picture.png", "--prompt", "Describe the image."]
 
     def ask(artefact: Path, *flags: str) -> tuple[int, str, str]:
-        code = run(build_parser, ["generate", "--model", str(artefact), *shown, *RUNNERS, *flags])
-        return (code, *capsys.readouterr())
+        answer = cli("generate", artefact, *shown, *RUNNERS, *flags)
+        return answer.code, answer.out, answer.err
 
     return ask
 
@@ -48,20 +44,18 @@ def generate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[...
 # --- prompts
 
 
-def test_a_setting_that_makes_another_prompt_is_refused_by_every_verb(tiny_llava, tiny_artefact, tmp_path, capsys):
-    folder = configured(tiny_llava, tmp_path / "tuned", mm_use_im_start_end=True)
-    target = str(tmp_path / "artefact")
-    for parser, *command in (
-        (front.build_parser, "doctor", str(folder)),
-        (front.build_parser, "predict", "--model-path", str(folder)),
-        (build_parser, "all", "--checkpoint", str(folder), "--output-dir", target),
-        (build_parser, "llm", "--checkpoint", str(folder), "--output-dir", target, "--dry-run"),
+def test_a_setting_that_makes_another_prompt_is_refused_by_every_verb(tiny_llava, tiny_artefact, tmp_path, cli):
+    folder, target = configured(tiny_llava, tmp_path / "tuned", mm_use_im_start_end=True), tmp_path / "artefact"
+    for command in (
+        ("doctor", folder),
+        ("predict", "--model-path", folder),
+        ("export", "--checkpoint", folder, "--output-dir", target),
+        ("export-llm", "--checkpoint", folder, "--output-dir", target, "--dry-run"),
     ):
-        assert run(parser, command) == 2
-        out, err = capsys.readouterr()
-        assert sum(line.startswith("error: ") for line in err.splitlines()) == 1
-        assert "mm_use_im_start_end" in out + err and "prompts with <im_start>" in out + err
-    assert not Path(target).exists()
+        answer = cli(*command)
+        assert answer.code == 2 and sum(line.startswith("error: ") for line in answer.err.splitlines()) == 1
+        assert all(words in answer.out + answer.err for words in ("mm_use_im_start_end", "prompts with <im_start>"))
+    assert not target.exists()
     with pytest.raises(UserError, match=r"config\.json: mm_use_im_start_end: got true: prompts with <im_start>"):
         stored.read_config(configured(tiny_artefact, tmp_path / "made elsewhere", mm_use_im_start_end=True))
 
@@ -102,7 +96,7 @@ def test_generate_fails_where_a_part_is_not_finite(tiny_artefact, generate, monk
         code, _, err = generate(tiny_artefact, "--llm", llm, "--max-new-tokens", "3")
     assert code == 1 and steps == [PROMPT, 1, 1]
     assert "error: language model: embeddings of tokens: 64 of 64 values are NaN or infinite (" in err
-    assert "`python -m model_export verify`" in err
+    assert "`fastvlm verify`" in err
     monkeypatch.setattr(runtime.ExecutorVision, "encode", lambda self, pixels: encode(self, pixels) / 0)
     with np.errstate(all="ignore"):
         code, out, err = generate(tiny_artefact, "--llm", llm)
@@ -110,31 +104,22 @@ def test_generate_fails_where_a_part_is_not_finite(tiny_artefact, generate, monk
     assert "(MIL executor (as-typed)): the program leaves its range: export the checkpoint" in err
 
 
-def test_an_export_whose_parity_is_not_finite_writes_nothing(tiny_checkpoint, tmp_path, monkeypatch) -> None:
+def test_parity_of_what_is_not_finite_fails(tiny_checkpoint, tiny_artefact, monkeypatch) -> None:
     from benchmarks.parity import compare
 
     monkeypatch.setattr(runtime.ExecutorVision, "encode", lambda self, pixels: np.full((1, 4, 256), np.nan, "f4"))
     with pytest.raises(CheckFailed, match="vision encoder: features: 1,024 of 1,024 values are NaN"):
-        export(
-            plan(ExportConfig(tiny_checkpoint, tmp_path / "made")),
-            lambda folder: compare.compare(tiny_checkpoint, folder),
-        )
-    assert not (tmp_path / "made").exists()
+        compare.compare(tiny_checkpoint, tiny_artefact)
 
 
 # --- positions
 
 
 @pytest.mark.parametrize("llm", ["torch", "mlx"])
-def test_an_artefacts_prompts_and_answers_keep_to_its_positions(make_checkpoint, tmp_path, generate, llm) -> None:
-    text = json.loads((make_checkpoint() / contract.CONFIG).read_text())["text_config"]
+def test_an_artefacts_prompts_and_answers_keep_to_its_positions(tiny_artefact, tmp_path, generate, llm) -> None:
     for positions, code in ((PROMPT + 2, 0), (PROMPT - 1, 2)):
-        name = str(positions)
-        source = configured(
-            make_checkpoint(), tmp_path / name, text_config=text | {"max_position_embeddings": positions}
-        )
-        made = tmp_path / f"{name}.artefact"
-        export(plan(ExportConfig(source, made)))
+        made = configured(tiny_artefact, tmp_path / f"{positions}.artefact", max_position_embeddings=positions)
+        write_manifest(made, read_manifest(made) | {"files": None})
         got, out, err = generate(made, "--llm", llm, "--max-new-tokens", "8", "--json")
         assert got == code
         if code:

@@ -1,4 +1,4 @@
-"""Which option each layer gets: against brute force, in order of worth, and refusals."""
+"""Allocation of options to layers: against brute force, in order of worth, and refusals."""
 
 import itertools
 import math

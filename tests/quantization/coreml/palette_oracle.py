@@ -1,4 +1,4 @@
-"""What coremltools makes of the same weights: oracle of our palettes and linear forms, and the rival in benchmarks.
+"""Palettes and linear forms by coremltools: oracle of our palettes and linear forms, and the rival in benchmarks.
 
 `palettize_weights` calls just these functions on each weight, on one core, so a measurement need not convert a model.
 The recipe of the comparison, tensor by tensor and interleaved: time `coremltools_palette` and `palettize` on the same

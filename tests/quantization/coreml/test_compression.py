@@ -61,7 +61,7 @@ def test_decodes_as_coremltools_and_is_as_large_as_predicted(name, shape):
         (
             (40, 32, 1, 1),
             "palette4-g16",
-            "40 output channels .* of 16 .*sizes that do: 1, 2, 4, 5, 8, 10, 20, 40",
+            r"40 output channel\(s\) .* of 16",
         ),
         ((48, 1, 7, 7), "int4-b32", r"1 input channel\(s\) .* blocks of 32"),
         ((48, 1, 3, 3), "palette8-g16", r"1968 bytes are not fewer than the 864 of fp16"),

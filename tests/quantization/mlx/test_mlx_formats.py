@@ -16,6 +16,7 @@ from quantization.mlx.floating import FORMATS
 Form = tuple[int, int, str]  # bits, group size, mode
 AFFINE = [(bits, group, "affine") for bits in BITS for group in GROUP_SIZES]
 FLOATING = {mode: (form.bits, form.group_size, mode) for mode, form in FORMATS.items()}
+LARGEST = {"mxfp4": 6.0, "mxfp8": 448.0, "nvfp4": 6.0}  # without a scale
 FORMS = [*AFFINE, *FLOATING.values()]
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 forms = pytest.mark.parametrize("form", FORMS, ids=str)
@@ -169,30 +170,12 @@ def test_other_bytes_are_noticed(form):
     assert not torch.equal(dequantize(parts, form, torch.float32), before)
 
 
-def test_the_error_is_at_most_a_step():
-    weight = normal(8, 128, seed=3)
-    for bits in BITS:
-        parts = quantize(weight, (bits, 64, "affine"))
-        error = (dequantize(parts, (bits, 64, "affine"), torch.float32) - weight).abs().view(8, 2, 64)
-        assert (error <= parts[1].abs().unsqueeze(-1) * 1.001).all()  # not half of one: zero is moved onto the grid
-        assert error.max() > 0
-
-
 @dtypes
 @modes
-def test_every_order_of_magnitude_as_mlx(dtype, mode):
-    exponents = torch.tensor([-45, -40, -38, -30, -8, -5, -3, -2, -1, 0, 1, 3, 5, 9, 12, 30, 38], dtype=torch.float64)
-    largest = torch.finfo(dtype).max
-    weight = normal(17, 16, 96).double() * 10.0 ** exponents[:, None, None]
-    assert_as_mlx(weight.clamp(-largest, largest).to(dtype).flatten(0, 1), FLOATING[mode])
-
-
-@dtypes
-@modes
-@pytest.mark.parametrize("power", range(-20, 7, 3))
+@pytest.mark.parametrize("power", (-20, -11, -2, 4))
 def test_scales_at_the_edge_between_two_as_mlx(dtype, mode, power):
     """Groups whose largest value is just below, at and above what a scale reaches."""
-    edge = torch.tensor(FORMATS[mode].largest * 2.0**power).to(dtype)
+    edge = torch.tensor(LARGEST[mode] * 2.0**power).to(dtype)
     steps = torch.arange(-8, 9, dtype=torch.int32)
     bits = edge.view(torch.int32 if dtype == torch.float32 else torch.int16)
     tops = (bits + steps.to(bits.dtype)).view(dtype)
@@ -204,11 +187,11 @@ def test_scales_at_the_edge_between_two_as_mlx(dtype, mode, power):
 def test_every_float16_as_mlx(mode):
     """All of them, under a scale of about one: what each is rounded to."""
     values = torch.arange(-(1 << 15), 1 << 15).to(torch.int16).view(torch.float16)
-    values = values[values.abs() <= FORMATS[mode].largest]
+    values = values[values.abs() <= LARGEST[mode]]
     group = FORMATS[mode].group_size
     count = 2 * -(-len(values) // (2 * (group - 1)))
     rows = torch.zeros(count, group, dtype=torch.float16)
-    rows[:, 0] = FORMATS[mode].largest  # decides the scale
+    rows[:, 0] = LARGEST[mode]  # decides the scale
     rows[:, 1:] = torch.nn.functional.pad(values, (0, rows[:, 1:].numel() - len(values))).view(-1, group - 1)
     assert_as_mlx(rows, FLOATING[mode])
 

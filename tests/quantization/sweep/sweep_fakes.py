@@ -1,4 +1,4 @@
-"""Measure functions for the sweep's tests, which a child process imports by name, and a sweep to be killed."""
+"""Measure functions for the sweep's tests, which other processes import by name, and a sweep to be killed."""
 
 import hashlib
 import json
@@ -12,21 +12,8 @@ from pathlib import Path
 RECIPES, FORMS, RESOLUTIONS = ("fp16", "bf16", "int8", "int4"), ("fp16", "int8"), (128, 256)
 
 
-prepared = None
-
-
-def prepare():
-    """Notes the process that did it."""
-    global prepared
-    prepared = os.getpid()
-
-
 def identity():
-    return {"sources": "the tests' own"}
-
-
-def of_this_process():
-    return {"sources": os.environ.get("SWEEP_FAKES")}
+    return {"sources": os.environ.get("SWEEP_FAKES", "the tests' own")}
 
 
 def need(point):
@@ -34,32 +21,25 @@ def need(point):
 
 
 def fake(point, settings):
-    """Figures out of the point's hash, after a moment, or never when `most` are finished; notes that it ran."""
+    """Figures out of the point's hash; waits for ever when `most` points are finished. Notes that it ran."""
     digest = hashlib.sha256(point["name"].encode()).digest()
-    time.sleep(settings.get("sleep", 0))
     while finished(Path(settings["ran"]).parent) >= (settings.get("most") or math.inf):
         time.sleep(0.05)
-    note(point, settings)
+    with Path(settings["ran"]).open("a") as file:
+        file.write(point["name"] + "\n")
     figures = {
         "bytes": 1000 + digest[0], "bytes_vision": 500, "bytes_language": 500 + digest[0],
         "answer_kl_mean": digest[1] / 2560, "same_answers": 1 - digest[1] / 2560,
         "questions": 40,
     }  # fmt: skip
-    timings = {"ttft_s": time.perf_counter() % 1, "threads": int(os.environ["OMP_NUM_THREADS"])}
-    timings |= {"process": os.getpid(), "prepared": prepared}
-    said = f"A thing of {digest[2] % 3}."
-    answers = [{"name": "q", "question": "What?", "reference": "A thing.", "candidate": said, "expected": None}]
+    timings = {"ttft_s": time.perf_counter() % 1, "threads": os.environ.get("OMP_NUM_THREADS"), "process": os.getpid()}
+    answer = f"A thing of {digest[2] % 3}."
+    answers = [{"name": "q", "question": "What?", "reference": "A thing.", "candidate": answer, "expected": None}]
     return {"figures": figures, "timings": timings, "answers": answers}
 
 
-def note(point, settings):
-    """A line for every run of a point."""
-    with Path(settings["ran"]).open("a") as file:
-        file.write(point["name"] + "\n")
-
-
 def unwell(point, settings):
-    """int8 points end in every bad way there is, the rest are sound."""
+    """int8 points end in every bad way there is; a figure of the others is not finite."""
     ways = {
         "int8 fp16 128": lambda: (_ for _ in ()).throw(ValueError("two\nlines")),
         "int8 fp16 256": lambda: os.kill(os.getpid(), signal.SIGKILL),
@@ -67,17 +47,13 @@ def unwell(point, settings):
         "int8 int8 256": lambda: (print("noise on stdout"), 1 / 0),
     }
     ways.get(point["name"], lambda: None)()
-    return fake(point, settings)
+    result = fake(point, settings)
+    result["figures"]["answer_kl_mean"] = float("inf")
+    return result
 
 
 def no_space(point, settings):
     raise OSError(28, "No space left on device", "/somewhere")
-
-
-def infinite(point, settings):
-    result = fake(point, settings)
-    result["figures"]["answer_kl_mean"] = float("inf")
-    return result
 
 
 def crowd(point, settings):
@@ -93,13 +69,6 @@ def crowd(point, settings):
     result["timings"]["crowd"] = len(list(here.glob("*.here")))
     mine.unlink()
     return result
-
-
-def patient(point, settings):
-    """Says that it started, then takes ten minutes."""
-    note(point, settings)
-    time.sleep(600)
-    return fake(point, settings)
 
 
 def sweep_of(work, measure=fake, inputs=None, **settings):
@@ -119,14 +88,13 @@ def finished(work):
     return len(list((work / "points").glob("*.json")))
 
 
-def main(work, report, jobs, most=0, scheduler=None):
+def main(work, report, jobs, most=0):
     """Sweep and write the report; with `most` it stops when about so many points are finished, until it is killed."""
     from quantization.sweep import engine
     from quantization.sweep import report as sweep_report
     from quantization.sweep.recommend import Constraints
 
     points = engine.grid(RECIPES, FORMS, RESOLUTIONS)
-    work = Path(work)
-    outcome = engine.run(sweep_of(work, sleep=0.15, most=int(most)), points, int(jobs), None, scheduler)
+    outcome = engine.run(sweep_of(Path(work), most=int(most)), points, int(jobs))
     document = sweep_report.document(points, outcome, {}, {}, Constraints())
     Path(report).write_text(json.dumps(document, sort_keys=True))

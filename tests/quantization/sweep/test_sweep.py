@@ -9,17 +9,18 @@ import signal
 import subprocess
 import sys
 import time
-from concurrent import futures
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 import sweep_fakes as fakes
 
 from fastvlm.common import staging, threads
 from fastvlm.common.errors import CheckFailed, UserError
 from quantization.sweep import cluster as sweep_cluster
-from quantization.sweep import engine, server
+from quantization.sweep import engine, point
 from quantization.sweep import report as sweep_report
 from quantization.sweep.recommend import Constraints
 
@@ -30,10 +31,12 @@ ROOT = HERE.parents[2]
 
 
 @pytest.fixture(autouse=True)
-def importable(monkeypatch):
-    """The child process finds the fakes; a busy machine's scheduler has time to answer."""
-    monkeypatch.setenv("PYTHONPATH", str(HERE))
+def surroundings(monkeypatch):
+    """Dask's workers find the fakes, whose scheduler has time to answer; what a sweep sets is set back."""
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{HERE}")
     monkeypatch.setattr(sweep_cluster, "ANSWER", 100)
+    for name in threads.environment(1):
+        monkeypatch.setenv(name, "1")
 
 
 @pytest.fixture
@@ -41,12 +44,10 @@ def points():
     return engine.grid(fakes.RECIPES[:2], fakes.FORMS, fakes.RESOLUTIONS)
 
 
-def without_timings(document):
-    return {name: value for name, value in document.items() if name != "timings"}
-
-
 def report(points, outcome):
-    return sweep_report.document(points, outcome, {}, {}, Constraints())
+    """The report without its timings, as JSON."""
+    document = sweep_report.document(points, outcome, {}, {}, Constraints())
+    return json.loads(json.dumps({name: value for name, value in document.items() if name != "timings"}))
 
 
 # The grid
@@ -61,11 +62,10 @@ def test_every_fault_of_the_grid_is_named_at_once(tmp_path):
     twin = tmp_path / "twin.json"
     twin.write_text(json.dumps(engine.load_recipe("int4").to_json()))
     with pytest.raises(UserError) as caught:
-        engine.grid(["int4", "int4x", str(twin), "int4"], ["fp16", "palette5"], [64, 64])
-    said = str(caught.value)
-    for part in ("int4x", "--quant int4: given twice", "2 recipes have the name int4", "palette5", "64: given twice"):
-        assert part in said, said
-    assert "\n" not in said
+        engine.grid(["int4", "int4x", str(twin), "int4"], ["fp16"], [64, 64])
+    for part in ("int4x", "--quant int4: given twice", "2 recipes have the name int4", "64: given twice"):
+        assert part in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 # Keys
@@ -103,11 +103,11 @@ def test_names_and_places_are_not_in_the_key(tmp_path, points):
 def test_the_code_is_hashed(tmp_path, monkeypatch):
     (tmp_path / "fastvlm").mkdir()
     monkeypatch.setattr(engine, "ROOT", tmp_path)
-    seen = [engine.sources_sha256()]
+    digests = [engine.sources_sha256()]
     for name, content in (("a.py", "1"), ("a.py", "2"), ("b.json", "2"), ("c.txt", "2")):
         (tmp_path / "fastvlm" / name).write_text(content)
-        seen.append(engine.sources_sha256())
-    assert len(set(seen)) == 4 and seen[3] == seen[4]
+        digests.append(engine.sources_sha256())
+    assert len(set(digests)) == 4 and digests[3] == digests[4]
 
 
 # Running
@@ -116,27 +116,21 @@ def test_the_code_is_hashed(tmp_path, monkeypatch):
 def test_a_repeated_sweep_is_free_and_a_larger_one_measures_only_what_is_new(tmp_path, points):
     one = fakes.sweep_of(tmp_path)
     first = engine.run(one, points[:3], jobs=2)
-    assert (first.found, len(first.results), first.errors) == (0, 3, {})
+    assert (first.reused, len(first.results), first.errors) == (0, 3, {})
+    assert len({result["timings"]["process"] for result in first.results.values()} - {os.getpid()}) == 3
+    assert min(result["timings"]["peak_bytes"] for result in first.results.values()) > 1e6
     again = engine.run(one, points[:5], jobs=2)
-    assert (again.found, len(again.results)) == (3, 5)
+    assert (again.reused, len(again.results)) == (3, 5)
     assert set(fakes.runs(tmp_path).values()) == {1} and len(fakes.runs(tmp_path)) == 5
-    assert engine.run(replace(one, inputs={"samples": "others"}), points[:1]).found == 0  # negative control
+    assert engine.run(replace(one, inputs={"samples": "others"}), points[:1]).reused == 0  # negative control
 
 
-def test_libraries_are_imported_once_and_each_point_has_a_process(tmp_path, points):
-    timings = [r["timings"] for r in engine.run(fakes.sweep_of(tmp_path), points[:4], jobs=2).results.values()]
-    processes, prepared = ({one[name] for one in timings} for name in ("process", "prepared"))
-    assert len(processes) == 4 and len(prepared) == 1 and not prepared & processes
-    assert (None not in prepared) == (sys.platform == "linux")
-    assert not alive(prepared.pop()), "it ends with the sweep"
-
-
-def test_what_is_done_apart_says_how_it_ended():
-    assert server.apart(os.getppid) == os.getpid()
+def test_a_function_called_apart_says_how_it_ended():
+    assert point.apart(os.getpid) != os.getpid()
     with pytest.raises(UserError, match="nowhere"):
-        server.apart(engine.load_recipe, "nowhere.json")
+        point.apart(engine.load_recipe, "nowhere.json")
     with pytest.raises(CheckFailed, match="_exit: its process was killed"):
-        server.apart(os._exit, 9)
+        point.apart(os._exit, 9)
 
 
 def test_a_damaged_result_is_measured_again(tmp_path, points):
@@ -146,23 +140,22 @@ def test_a_damaged_result_is_measured_again(tmp_path, points):
     paths[0].write_text(paths[0].read_text()[:-20])
     paths[1].write_text(paths[1].read_text().replace('"key": "', '"key": "0'))
     after = engine.run(one, points[:2], jobs=2)
-    assert after.found == 0 and report(points, after)["points"] == report(points, before)["points"]
+    assert after.reused == 0 and report(points, after)["points"] == report(points, before)["points"]
 
 
 def test_a_failing_point_is_named_and_the_rest_goes_on(tmp_path):
     points = engine.grid(["fp16", "int8"], fakes.FORMS, fakes.RESOLUTIONS)
     outcome = engine.run(fakes.sweep_of(tmp_path, fakes.unwell), points, jobs=2)
-    assert len(outcome.results) == 4
+    assert [result["figures"]["answer_kl_mean"] for result in outcome.results.values()] == [None] * 4  # not finite
     assert outcome.errors["int8 fp16 128"] == "two; lines"
-    assert outcome.errors["int8 fp16 256"].startswith("killed by SIGKILL")
-    assert outcome.errors["int8 int8 128"] == "exit 7"
+    assert "its process was killed" in outcome.errors["int8 fp16 256"]
+    assert "its process was killed" in outcome.errors["int8 int8 128"]
     assert outcome.errors["int8 int8 256"] == "division by zero"
-    failed = report(points, outcome)["failed"]
-    assert [row["name"] for row in failed] == sorted(outcome.errors)
+    assert [row["name"] for row in report(points, outcome)["failed"]] == sorted(outcome.errors)
     logs = sorted(path.read_text() for path in (tmp_path / "logs").iterdir())
     assert len(logs) == 4 and any("noise on stdout" in text and "Traceback" in text for text in logs)
     again = engine.run(fakes.sweep_of(tmp_path, fakes.unwell), points, jobs=2)
-    assert again.found == 4 and len(again.errors) == 4, "failures are tried again"
+    assert again.reused == 4 and len(again.errors) == 4, "failures are tried again"
 
 
 def test_a_full_disk_stops_the_sweep(tmp_path, points):
@@ -170,23 +163,15 @@ def test_a_full_disk_stops_the_sweep(tmp_path, points):
         engine.run(fakes.sweep_of(tmp_path, fakes.no_space), points, jobs=1)
 
 
-def test_a_figure_that_is_not_finite_is_none(tmp_path, points):
-    outcome = engine.run(fakes.sweep_of(tmp_path, fakes.infinite), points[:1])
-    assert outcome.results[points[0]["name"]]["figures"]["answer_kl_mean"] is None
-    assert outcome.results[points[0]["name"]]["timings"]["peak_bytes"] > 1e6
-
-
 @pytest.mark.parametrize(("jobs", "memory", "need", "most"), [(3, None, 1, 3), (3, 10, 4, 2), (3, 10, 40, 1)])
 def test_points_run_together_as_far_as_memory_allows(tmp_path, points, jobs, memory, need, most, capsys):
     crowd = tmp_path / "crowd"
     crowd.mkdir()
-    one = replace(
-        fakes.sweep_of(tmp_path / "work", fakes.crowd, crowd=str(crowd), should=most), need=lambda point: need
-    )
-    outcome = engine.run(one, points[:4], jobs=jobs, memory=memory)
+    one = fakes.sweep_of(tmp_path / "work", fakes.crowd, crowd=str(crowd), should=most)
+    outcome = engine.run(replace(one, need=lambda point: need), points[:4], jobs=jobs, memory=memory)
     assert len(outcome.results) == 4
     assert max(result["timings"]["crowd"] for result in outcome.results.values()) == most
-    assert {r["timings"]["threads"] for r in outcome.results.values()} == {max(1, threads.cores() // jobs)}
+    assert {r["timings"]["threads"] for r in outcome.results.values()} == {str(max(1, threads.cores() // jobs))}
     assert ("will run alone" in capsys.readouterr().err) == (need > (memory or need))
 
 
@@ -202,9 +187,7 @@ def test_a_second_sweep_on_the_folder_is_refused(tmp_path, points):
 def program(work, target, *arguments):
     code = "import sweep_fakes, sys; sweep_fakes.main(*sys.argv[1:])"
     return subprocess.Popen(
-        [sys.executable, "-c", code, *map(str, (work, target, *arguments))],
-        env=os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{HERE}", "OMP_NUM_THREADS": "1"},
-        stderr=subprocess.PIPE, text=True,
+        [sys.executable, "-c", code, *map(str, (work, target, *arguments))], stderr=subprocess.PIPE, text=True,
         # A shell that starts the tests in the background has SIGINT ignored, which a child inherits.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
@@ -217,132 +200,120 @@ def until(condition, seconds=300):
         time.sleep(0.02)
 
 
+def alive(process):
+    """A zombie is dead, too: not every container has somebody to bury it."""
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
-    """The report of one process that measures one point after the other."""
-    folder = tmp_path_factory.mktemp("whole")
-    os.environ["PYTHONPATH"] = str(HERE)  # before the function's own fixture
+    """The points of the whole grid, and the report of a sweep over them that nobody interrupts."""
     points = engine.grid(fakes.RECIPES, fakes.FORMS, fakes.RESOLUTIONS)
-    return without_timings(report(points, engine.run(fakes.sweep_of(folder), points, jobs=2)))
+    return points, report(points, engine.run(fakes.sweep_of(tmp_path_factory.mktemp("whole")), points, jobs=2))
 
 
-@pytest.mark.slow
 def test_killed_at_random_moments_the_report_is_the_same(tmp_path, uninterrupted):
     rng, work, target = random.Random(5), tmp_path / "work", tmp_path / "report.json"
+    points, whole = uninterrupted
     for kill in range(3):
         before = fakes.finished(work)
         process = program(work, target, 2, before + 3)
         until(lambda process=process, before=before: fakes.finished(work) > before or process.poll() is not None)
-        time.sleep(rng.uniform(0, 0.4))
+        time.sleep(rng.uniform(0, 0.2))
+        below = psutil.Process(process.pid).children(recursive=True)
+        assert len(below) >= 1 + 1, "what they are forked from, and points"
         process.kill()
         process.communicate()
+        until(lambda below=below: not any(map(alive, below)), 60)
         assert not target.exists() and fakes.finished(work) > before, kill
     (work / "points" / ".point.json.1.partial").touch()  # as of a kill in the middle of a write
-    assert program(work, target, 3).wait() == 0
-    assert without_timings(json.loads(target.read_text())) == json.loads(json.dumps(uninterrupted))
-    assert len(uninterrupted["points"]) == 16
+    assert engine.run(fakes.sweep_of(work), points, jobs=3).reused >= 3
+    assert report(points, engine.run(fakes.sweep_of(work), points)) == whole and len(whole["points"]) == 16
     assert max(fakes.runs(work).values()) <= 1 + 3, "a point runs again only when it was killed"
     assert sum(fakes.runs(work).values()) <= 16 + 3 * 2
     assert not list(work.rglob("*.partial"))
 
 
-def test_a_killed_sweep_takes_its_children_with_it(tmp_path, points):
-    process = subprocess.Popen(
-        [sys.executable, "-c", "import sys, pathlib, sweep_fakes as f; from quantization.sweep import engine as sweep\n"
-         "w = pathlib.Path(sys.argv[1]); p = sweep.grid(['fp16', 'int4'], ['fp16'], [64])\n"
-         "sweep.run(f.sweep_of(w, f.patient), p, jobs=2)", str(tmp_path)],
-        env=os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{HERE}"}, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    until(lambda: len(fakes.runs(tmp_path)) == 2)
-    pids = below(process.pid)
-    assert len(pids) >= 1 + 2, "what starts the points, and they"
-    process.kill()
-    process.communicate()
-    until(lambda: not any(map(alive, pids)), 60)
-
-
-def below(pid):
-    """All processes that it and its children started."""
-    listed = subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True).stdout.split()
-    parents, found = dict(zip(map(int, listed[::2]), map(int, listed[1::2]))), []
-    for one in [one for one, parent in parents.items() if parent == pid]:
-        found += [one, *below(one)]
-    return found
-
-
-def alive(pid):
-    """A zombie is dead, too: not every container has somebody to bury it."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
-def test_ctrl_c_ends_the_children_and_keeps_what_is_finished(tmp_path, uninterrupted):
+def test_ctrl_c_ends_the_children_and_keeps_what_is_finished(tmp_path):
     work = tmp_path / "work"
-    process = program(work, tmp_path / "report.json", 2, 8)
+    process = program(work, tmp_path / "report.json", 2, 3)
     until(lambda: fakes.finished(work) >= 2)
+    below = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGINT)
     assert "KeyboardInterrupt" in process.communicate(timeout=120)[1]
+    until(lambda: not any(map(alive, below)), 60)
     assert 2 <= fakes.finished(work) < 16
     assert sum(fakes.runs(work).values()) <= fakes.finished(work) + 2
+
+
+def test_ctrl_c_while_the_libraries_are_imported(tmp_path):
+    """Ctrl-C of a terminal goes to what imports them as well."""
+    (tmp_path / "slow_library.py").write_text("import pathlib, time\npathlib.Path('here').touch()\ntime.sleep(99)\n")
+    code = """if True:
+        import argparse
+        from dataclasses import replace
+        from pathlib import Path
+        import sweep_fakes
+        from fastvlm.common import cli
+        from quantization.sweep import engine
+        sweep = replace(sweep_fakes.sweep_of(Path("work")), libraries=("slow_library",))
+        parser = argparse.ArgumentParser()
+        parser.set_defaults(run=lambda args: vars(engine.run(sweep, engine.grid(["fp16"], ["fp16"], [128, 256]), 2)))
+        cli.main(lambda: parser)
+    """
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, cwd=tmp_path, start_new_session=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, HERE, tmp_path)))},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+    until((tmp_path / "here").exists)
+    os.killpg(process.pid, signal.SIGINT)
+    lines = process.communicate(timeout=60)[1].splitlines()
+    assert process.returncode == 130 and [line for line in lines if "sweep (points)" not in line] == ["interrupted"]
 
 
 # A cluster
 
 
 @pytest.fixture(scope="module")
-def scheduler():
-    """The address of two Dask workers on this machine, each a process."""
+def workers():
+    """Two Dask workers on this machine, each a process."""
     distributed = pytest.importorskip("distributed")
-    os.environ["PYTHONPATH"] = f"{ROOT}{os.pathsep}{HERE}"
-    with distributed.LocalCluster(
-        n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None, silence_logs=50
-    ) as cluster:
-        yield cluster.scheduler_address
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{HERE}")
+        with distributed.LocalCluster(
+            n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None, silence_logs=50
+        ) as cluster:
+            yield cluster
 
 
-def test_two_workers_give_the_report_of_one_process(tmp_path, scheduler, uninterrupted):
-    points = engine.grid(fakes.RECIPES, fakes.FORMS, fakes.RESOLUTIONS)
-    outcome = engine.run(fakes.sweep_of(tmp_path), points, scheduler=scheduler)
-    assert without_timings(report(points, outcome)) == uninterrupted
-    assert sum(fakes.runs(tmp_path).values()) == 16
+def test_workers_with_other_code_are_refused(tmp_path, workers, points, monkeypatch):
+    monkeypatch.setenv("SWEEP_FAKES", "changed")
+    with pytest.raises(UserError, match=r"has other sources than here.*has other sources than here"):
+        engine.run(fakes.sweep_of(tmp_path), points, scheduler=workers.scheduler_address)
 
 
-@pytest.mark.parametrize("breaks", [1, 100])
-def test_a_connection_that_breaks_while_a_result_is_fetched(tmp_path, scheduler, monkeypatch, breaks):
+def test_a_connection_that_breaks_while_a_result_is_fetched(tmp_path, workers, monkeypatch):
     import distributed.comm
     import distributed.core
 
-    send_recv, broken, said = distributed.core.send_recv, [], logging.StreamHandler(io.StringIO())
+    send_recv, broken, shown = distributed.core.send_recv, [], logging.StreamHandler(io.StringIO())
 
     async def breaking(comm, *, op, **kwargs):
-        if op == "gather" and len(broken) < breaks:
+        if op == "gather" and not broken:
             broken.append(op)
             raise distributed.comm.CommClosedError("Connection reset by peer")
         return await send_recv(comm=comm, op=op, **kwargs)
 
     monkeypatch.setattr(distributed.core, "send_recv", breaking)
-    logging.getLogger("tornado.application").addHandler(said)
-    try:
-        with sweep_cluster.cluster(scheduler, tmp_path, fakes.identity, "run") as (pool, _):
-            future = pool.submit(fakes.identity)
-            if breaks == 1:
-                assert future.result(timeout=120) == fakes.identity()
-            else:  # as when the scheduler goes away between two checks: the next one says so, and nobody else
-                until(lambda: len(broken) > sweep_cluster.RETRIES)
-                with pytest.raises(futures.TimeoutError):
-                    future.result(timeout=2)
-    finally:
-        logging.getLogger("tornado.application").removeHandler(said)
-    assert len(broken) == min(breaks, 1 + sweep_cluster.RETRIES) and not said.stream.getvalue()
-
-
-def test_a_worker_with_other_code_is_refused(tmp_path, scheduler, points, monkeypatch):
-    other = replace(fakes.sweep_of(tmp_path), identity=fakes.of_this_process)
-    monkeypatch.setenv("SWEEP_FAKES", "changed")
-    with pytest.raises(UserError, match=r"has other sources than here.*has other sources than here"):
-        engine.run(other, points, scheduler=scheduler)
+    logging.getLogger("tornado.application").addHandler(shown)
+    with sweep_cluster.cluster(workers.scheduler_address, tmp_path, fakes.identity) as (pool, _):
+        assert pool.submit(fakes.identity).result(timeout=120) == fakes.identity()
+    logging.getLogger("tornado.application").removeHandler(shown)
+    assert broken and not shown.stream.getvalue()
 
 
 def test_no_scheduler_is_one_line(tmp_path, points, monkeypatch):
@@ -352,37 +323,17 @@ def test_no_scheduler_is_one_line(tmp_path, points, monkeypatch):
     assert "\n" not in str(caught.value)
 
 
-def test_a_scheduler_that_goes_away_leaves_the_finished_points(tmp_path, uninterrupted):
-    distributed = pytest.importorskip("distributed")
-    points = engine.grid(fakes.RECIPES, fakes.FORMS, fakes.RESOLUTIONS)
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{HERE}", "OMP_NUM_THREADS": "1"}
-    scheduler = subprocess.Popen(
-        [sys.executable, "-m", "distributed.cli.dask_scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard",
-         "--scheduler-file", str(tmp_path / "scheduler.json")], env=environment, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    worker = None
-    try:
-        file = tmp_path / "scheduler.json"
-        until(lambda: file.exists() and file.read_text().rstrip().endswith("}"))  # it is not written at once
-        address = json.loads(file.read_text())["address"]
-        worker = subprocess.Popen(
-            [sys.executable, "-m", "distributed.cli.dask_worker", address, "--nthreads", "1", "--no-nanny",
-             "--no-dashboard", "--local-directory", str(tmp_path / "dask")], env=environment, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
-        with distributed.Client(address, timeout=300, set_as_default=False) as client:
-            client.wait_for_workers(1, timeout=300)
-        process = program(tmp_path / "work", tmp_path / "report.json", 1, 4, address)
-        until(lambda: fakes.finished(tmp_path / "work") >= 2 or process.poll() is not None)
-        assert process.poll() is None, process.communicate()[1]
-        scheduler.kill()
-        said = process.communicate(timeout=300)[1]
-        assert process.returncode == 1 and "UserError: --scheduler" in said.splitlines()[-1]
-        assert "went away: finished points are kept in" in said.splitlines()[-1]
-        assert " - ERROR - " not in said, "Dask's own account of it"
-    finally:
-        for one in (scheduler, worker):
-            if one:
-                one.kill()
-                one.wait()
-    outcome = engine.run(fakes.sweep_of(tmp_path / "work"), points, jobs=2)
-    assert outcome.found >= 2 and without_timings(report(points, outcome)) == uninterrupted
+def test_two_workers_give_the_report_of_one_process_and_what_is_finished_stays_when_they_go_away(
+    tmp_path, workers, uninterrupted
+):
+    points, whole = uninterrupted
+    outcome = engine.run(fakes.sweep_of(tmp_path / "whole"), points, scheduler=workers.scheduler_address)
+    assert report(points, outcome) == whole and sum(fakes.runs(tmp_path / "whole").values()) == 16
+    work = tmp_path / "work"
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(engine.run, fakes.sweep_of(work, most=4), points, scheduler=workers.scheduler_address)
+        until(lambda: fakes.finished(work) >= 2)
+        workers.close()
+        error = running.exception(timeout=300)
+    assert isinstance(error, UserError) and "went away: finished points are kept in" in str(error)
+    assert engine.run(fakes.sweep_of(work), points, jobs=2).reused >= 2

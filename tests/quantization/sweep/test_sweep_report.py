@@ -2,7 +2,6 @@
 
 import csv
 import io
-import itertools
 import json
 import re
 
@@ -13,47 +12,18 @@ from hypothesis import strategies as st
 
 from quantization.sweep import report
 from quantization.sweep.engine import Outcome
-from quantization.sweep.recommend import Constraints
-
-HOSTILE = '"><script>alert(1)</script><img src=http://evil.example/x onerror=alert(2)> {{ 7*7 }} & </style>'
-
+from tests.quantization.sweep.sweep_documents import document_of, sweep_of
 
 # Documents
 
 
-def sweep_of(recipes=("fp16", "int4", "int2"), forms=("fp16", "int8"), name=lambda text: text):
-    points, outcome = [], Outcome({})
-    for n, (recipe, form) in enumerate(itertools.product(recipes, forms)):
-        point = {"name": name(f"{recipe} {form} 256"), "recipe": {"name": name(recipe)}, "vision_quant": form,
-                 "resolution": 256}  # fmt: skip
-        points.append(point)
-        outcome.keys[point["name"]] = f"{n:064x}"
-        answers = [
-            {"name": name(f"q{q}"), "question": name(f"What is {q}?"), "reference": name(f"It is a red thing, {q}."),
-             "candidate": name(f"It is a {'blue' if recipe == 'int2' and q % 2 else 'red'} thing, {q}."),
-             "expected": name("A red thing."), "same": True, "kl": 0.0}
-            for q in range(12)
-        ]  # fmt: skip
-        figures = {"bytes": 1000 - 100 * n, "bytes_vision": 300, "bytes_language": 600 - 100 * n,
-                   "bits_per_weight": 4.5, "answer_kl_mean": 0.01 * n, "same_answers": 1 - n / 10,
-                   "questions": 12}  # fmt: skip
-        timings = {"ttft_s": 0.1 + n / 100, "peak_bytes": 2e9, "seconds": 3.0}
-        outcome.results[point["name"]] = {"figures": figures, "timings": timings, "answers": answers}
-    return points, outcome
-
-
-def found_of(points, outcome, constraints=None, say=lambda text: text):
-    about = {"checkpoint": say("demo"), "questions": "12", "notes": {"Quality": say("KL")}}
-    return report.document(points, outcome, about, {"notes": {"TTFT": say("here")}}, constraints or Constraints())
-
-
 def test_the_document_does_not_depend_on_order_or_time():
     points, outcome = sweep_of()
-    first = found_of(points, outcome)
-    late = Outcome(outcome.keys, dict(reversed(outcome.results.items())), {}, found=3, seconds=99)
+    first = document_of(points, outcome)
+    late = Outcome(outcome.keys, dict(reversed(outcome.results.items())), {}, reused=3, seconds=99)
     for result in late.results.values():
         result["timings"] = {"ttft_s": 9.0, "peak_bytes": 1, "seconds": 1}
-    second = found_of(points[::-1], late)
+    second = document_of(points[::-1], late)
     assert first.pop("timings") != second.pop("timings")
     assert json.dumps(first) == json.dumps(second)
     assert [one["figures"]["bytes"] for one in first["points"]] == sorted(
@@ -67,7 +37,7 @@ def test_files_hold_every_point_and_every_failure(tmp_path):
     lost = points[2]["name"]
     del outcome.results[lost]
     outcome.errors[lost] = "out of, memory"
-    found = found_of(points, outcome)
+    found = document_of(points, outcome)
     page = report.write(tmp_path / "new" / "report", found)
     read = json.loads((page.parent / "report.json").read_text())
     assert read == json.loads(json.dumps(found))
@@ -82,30 +52,9 @@ def test_files_hold_every_point_and_every_failure(tmp_path):
 # The page
 
 
-@pytest.mark.parametrize("hostile", [False, True])
-def test_the_page_is_alone_and_escaped(hostile):
-    say = (lambda text: text + HOSTILE) if hostile else (lambda text: text)
-    points, outcome = sweep_of(name=say)
-    lost = points[1]["name"]
-    del outcome.results[lost]
-    outcome.errors[lost] = say("failed")
-    text = report.render(found_of(points, outcome, say=say), {say("q1"): "data:image/jpeg;base64,AAAA"})
-    page = Page(text)
-    assert not {"script", "link", "iframe"} & set(page.tags)
-    for tag, name, value in page.attributes:
-        assert not name.startswith("on")
-        if name in ("src", "href", "xlink:href", "srcset", "data", "action"):
-            assert value.startswith(("data:image/", "#")), (tag, name, value)
-    assert not re.search(r"https?://", text.replace(HOSTILE, "").replace("http://evil.example", ""))
-    assert page.tags.count("svg") == 4 and page.tags.count("img") == 1
-    assert any("failed" in one for one in page.texts)
-    if hostile:
-        assert "49" not in "".join(one for one in page.texts if "7*7" in one)
-
-
 def test_points_have_tips_and_no_colour_but_the_pages():
     points, outcome = sweep_of()
-    text = report.render(found_of(points, outcome), {})
+    text = report.render(document_of(points, outcome), {})
     svgs = re.findall(r"<svg.*?</svg>", text, re.DOTALL)
     for svg in svgs:
         assert len(re.findall(r"<title>\w+ \w+ 256: ", svg)) == 6
@@ -120,7 +69,7 @@ def test_a_sweep_with_hardly_a_point_has_a_page(count):
     for point in points[count:]:
         del outcome.results[point["name"]]
         outcome.errors[point["name"]] = "no"
-    text = report.render(found_of(points, outcome), {})
+    text = report.render(document_of(points, outcome), {})
     assert Page(text).tags.count("svg") == (4 if count else 0)
 
 
@@ -130,17 +79,17 @@ def test_figures_that_are_not_there_are_left_out_or_dashed():
         del result["figures"]["bits_per_weight"]
         if number == 1:
             result["figures"]["answer_kl_mean"] = None
-    text = report.render(found_of(points, outcome), {})
+    text = report.render(document_of(points, outcome), {})
     assert "bits a weight" not in text and "–" in text
 
 
 def test_examples_are_where_points_part():
     points, outcome = sweep_of()
-    found = report.examples(found_of(points, outcome))
+    found = report.examples(document_of(points, outcome))
     assert len(found["rows"]) == 8 and len(found["columns"]) == 6
     assert [row["name"] for row in found["rows"][:6]] == ["q1", "q3", "q5", "q7", "q9", "q11"]
     assert [[words for words, differs in cell if differs] for cell in found["rows"][0]["cells"]].count(["blue"]) == 2
-    many = found_of(*sweep_of(("fp16", "int4", "int2", "a", "b", "c"), ("fp16", "int8", "palette4")))
+    many = document_of(*sweep_of(("fp16", "int4", "int2", "a", "b", "c"), ("fp16", "int8", "palette4")))
     assert {point["vision_quant"] for point in report.examples(many)["columns"]} == {"fp16"}
 
 
