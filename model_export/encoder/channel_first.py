@@ -37,9 +37,9 @@ class ChannelAttention(nn.Module):
             bias = bias + attention.qkv.bias.detach()
         scale = torch.ones(3 * channels, dtype=weight.dtype)
         scale[:channels] = attention.scale
-        self.qkv = _pointwise(weight * norm.weight.detach() * scale[:, None], bias * scale)
+        self.qkv = pointwise(weight * norm.weight.detach() * scale[:, None], bias * scale)
         self.softmax = nn.Softmax(-1)
-        self.proj = _pointwise(attention.proj.weight.detach(), attention.proj.bias.detach())
+        self.proj = pointwise(attention.proj.weight.detach(), attention.proj.bias.detach())
 
     def forward(self, x: Tensor) -> Tensor:
         batch, channels, height, width = x.shape
@@ -86,7 +86,7 @@ def channel_first(folded: nn.Module) -> nn.Module:
     return folded
 
 
-def _pointwise(weight: Tensor, bias: Tensor) -> nn.Conv2d:
+def pointwise(weight: Tensor, bias: Tensor) -> nn.Conv2d:
     """A linear layer (O, I) as a 1 x 1 convolution."""
     convolution = nn.Conv2d(weight.shape[1], weight.shape[0], 1, device="meta")
     convolution.weight = nn.Parameter(weight[:, :, None, None], requires_grad=False)

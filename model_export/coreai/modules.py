@@ -1,0 +1,122 @@
+"""The three programs of a bundle as PyTorch modules: vision encoder with projector, embeddings, decoder with KV cache.
+
+They have the names, shapes and dtypes that Apple's `CoreAIVisionLanguageModel` expects (docs/COREAI.md). Letters: S side
+of the picture in pixels, N = (S / 64)² image tokens, H the language model's width, q new positions, T all positions so
+far, L layers, K key-value heads, X the context's length, D the width of a head, V the vocabulary.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import Qwen2ForCausalLM
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from model_export.encoder.channel_first import Encoder, pointwise
+from model_export.encoder.scaled import ScaledGELU
+
+ATTENTION = "coreai"  # the name of `_attention` in Transformers
+
+
+class VisionEncoder(nn.Module):
+    """Pictures -> image embeddings: a channel-first encoder, and the projector as two 1 x 1 convolutions.
+
+    The encoder's own power of two goes into the first one's weights, so that features beyond float16 are never stored.
+
+    Args:
+        encoder: made range-safe by `model_export.encoder.vision.range_safe`.
+        projector: Linear (C, H), GELU, Linear (H, H).
+        exponent: the first convolution gives x / 2^exponent, and the GELU carries it (0: as it is).
+    """
+
+    def __init__(self, encoder: Encoder, projector: tuple[nn.Linear, nn.Linear], exponent: int = 0) -> None:
+        super().__init__()
+        first, second = projector
+        self.fastvit = encoder.fastvit
+        down = 2.0**-exponent
+        self.linear_0 = pointwise(first.weight.detach() * (2.0**encoder.exponent * down), first.bias.detach() * down)
+        self.gelu: nn.Module = ScaledGELU(exponent) if exponent else nn.GELU()
+        self.linear_2 = pointwise(second.weight.detach() / down, second.bias.detach())
+        self.output_dtype = torch.float16
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(1, 3, S, S) float32 -> (1, N, H) float16."""
+        features = self.fastvit.forward_features(images.to(self.linear_0.weight.dtype))  # type: ignore[operator]
+        embeddings = self.linear_2(self.gelu(self.linear_0(features)))
+        return embeddings.flatten(2).transpose(1, 2).to(self.output_dtype)
+
+
+class Embedding(nn.Module):
+    """Token ids -> embeddings. `nn.Embedding` would ask for int64 ids, which the engine does not have."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """(1, q) int32 -> (1, q, H)."""
+        return self.weight[input_ids]
+
+
+class Decoder(nn.Module):
+    """Transformers' Qwen2 over embeddings, with a KV cache that is given and updated in place.
+
+    Args:
+        language: built with `attn_implementation=ATTENTION`.
+    """
+
+    def __init__(self, language: Qwen2ForCausalLM) -> None:
+        super().__init__()
+        self.model, self.lm_head = language.model, language.lm_head
+
+    def forward(self, inputs_embeds: Tensor, position_ids: Tensor, k_cache: Tensor, v_cache: Tensor) -> Tensor:
+        """Embeddings (1, q, H) behind T - q cached positions -> logits (1, q, V).
+
+        Args:
+            inputs_embeds: (1, q, H).
+            position_ids: (1, T) int32: 0 to T - 1.
+            k_cache, v_cache: (L, 1, K, X, D), X >= T; positions T - q to T - 1 are written.
+        """
+        total = position_ids.shape[1]
+        past = total - inputs_embeds.shape[1]
+        rows = position_ids[:, past:]
+        seen = position_ids[:, None, None, :] <= rows[:, None, :, None]
+        mask = torch.where(seen, 0.0, torch.finfo(inputs_embeds.dtype).min).to(inputs_embeds.dtype)
+        hidden = self.model(
+            inputs_embeds=inputs_embeds,
+            position_ids=rows,
+            attention_mask={"full_attention": mask},
+            past_key_values=_States(k_cache, v_cache, past, total),
+            use_cache=True,
+        ).last_hidden_state
+        return self.lm_head(hidden)
+
+
+class _States:
+    """As much of Transformers' `Cache` as Qwen2 asks for, over the two states of the program."""
+
+    def __init__(self, keys: Tensor, values: Tensor, past: int, total: int) -> None:
+        self.states, self.past, self.total = (keys, values), past, total
+
+    def update(self, keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        for state, new in zip(self.states, (keys, values)):
+            state[layer, :, :, self.past : self.total] = new
+        held = [state[layer, :, :, : self.total] for state in self.states]
+        return held[0], held[1]
+
+    def get_seq_length(self, *_: Any) -> int:
+        return self.past
+
+
+def _attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, scaling: float, **_: Any
+) -> tuple[Tensor, None]:
+    """One operation of Core AI, grouped heads included; Transformers' own repeats keys and values."""
+    mixed = functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=attention_mask, scale=scaling, enable_gqa=True
+    )
+    return mixed.transpose(1, 2), None
+
+
+ALL_ATTENTION_FUNCTIONS.register(ATTENTION, _attention)
