@@ -20,6 +20,7 @@ ASSET_VERSION = "2.0"
 
 # metadata.json
 METADATA_VERSION, KIND = "0.2", "vlm"
+PATCH_SIZE = 64
 IMAGE_STRATEGIES = ("center_crop", "pad", "stretch")
 RESCALE_FACTOR = 1.0  # the engine has divided by 255 already
 

@@ -12,8 +12,10 @@ from model_export import contract
 _BICUBIC = 3  # PIL.Image.Resampling.BICUBIC, by number as Transformers' image processors store it
 
 
-def write_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:
+def write_tokenizer(checkpoint: Checkpoint, folder: Path, template: str | None = None) -> None:
     """Write tokenizer.json and tokenizer_config.json. `<image>` is a special token at the checkpoint's image token id.
+
+    `template` is the chat template; None: the checkpoint's own, or the project's where it has none.
 
     `eos_token` is what ends a turn in the chat template, whatever the checkpoint names (base models: <|endoftext|>):
     the app stops at it, and nowhere else.
@@ -23,7 +25,7 @@ def write_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:
     """
     tokenizer: Any = checkpoint.tokenizer()
     text = checkpoint.model_config.text
-    template = tokenizer.chat_template or CHAT_TEMPLATE
+    template = template or tokenizer.chat_template or CHAT_TEMPLATE
     ends = END_OF_TURN in template and END_OF_TURN in tokenizer.get_vocab()
     (folder / contract.TOKENIZER).write_text(tokenizer.backend_tokenizer.to_str(pretty=True) + "\n", encoding="utf-8")
     added = {
