@@ -41,11 +41,11 @@ def save(
         dynamic: input -> axis -> `torch.export.Dim` of the axes that are open; no entry: fixed shapes.
         states: the inputs that are updated in place and become states.
     """
-    import coreai_torch
-
     shapes = {name: dict(axes) for name, axes in dynamic.items()} if dynamic else None
     given = {name: (shapes or {}).get(name) for name in inputs} if shapes else None
     with _quiet(), torch.no_grad():
+        import coreai_torch
+
         program = torch.export.export(
             module.eval(),
             (),

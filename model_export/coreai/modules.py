@@ -39,12 +39,33 @@ class VisionEncoder(nn.Module):
         self.gelu: nn.Module = ScaledGELU(exponent) if exponent else nn.GELU()
         self.linear_2 = pointwise(second.weight.detach() / down, second.bias.detach())
         self.output_dtype = torch.float16
+        for name, layer in [*self.named_modules()]:
+            if isinstance(layer, nn.Conv2d):
+                self.set_submodule(name, Convolution(layer))
 
     def forward(self, images: Tensor) -> Tensor:
         """(1, 3, S, S) float32 -> (1, N, H) float16."""
         features = self.fastvit.forward_features(images.to(self.linear_0.weight.dtype))  # type: ignore[operator]
         embeddings = self.linear_2(self.gelu(self.linear_0(features)))
         return embeddings.flatten(2).transpose(1, 2).to(self.output_dtype)
+
+
+class Convolution(nn.Conv2d):
+    """A `Conv2d` whose bias has the shape that it is added in, (1, C, 1, 1).
+
+    coreai-torch reshapes a bias (C,), which coreai-core computes when it converts and stores under a random name.
+    """
+
+    def __init__(self, layer: nn.Conv2d) -> None:
+        nn.Module.__init__(self)
+        self.__dict__.update({name: value for name, value in vars(layer).items() if not name.startswith("_")})
+        self.weight = layer.weight
+        self.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach()[None, :, None, None], False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C', H', W')."""
+        y = functional.conv2d(x, self.weight, None, self.stride, self.padding, self.dilation, self.groups)
+        return y if self.bias is None else y + self.bias
 
 
 class Embedding(nn.Module):
