@@ -89,7 +89,8 @@ def _repeatable() -> Iterator[None]:
         if array.nbytes <= _INLINE or array.dtype == bool or (array == array.flat[0]).all():
             return original(location, kind, array)
         count += 1
-        return DenseResourceElementsAttr.get_from_buffer(np.ascontiguousarray(array), f"w{count}", kind)
+        buffer: Any = np.ascontiguousarray(array)
+        return DenseResourceElementsAttr.get_from_buffer(buffer, f"w{count}", kind)
 
     with (
         mock.patch.object(coreai, "create_elements_attr", create),

@@ -1,6 +1,6 @@
 """The three programs of a bundle as PyTorch modules: vision encoder with projector, embeddings, decoder with KV cache.
 
-They have the names, shapes and dtypes that Apple's `CoreAIVisionLanguageModel` expects (docs/COREAI.md). Letters: S side
+They have the names, shapes and dtypes that Apple's `CoreAIVisionLanguageModel` expects (docs/COREAI.md). S is the side
 of the picture in pixels, N = (S / 64)² image tokens, H the language model's width, q new positions, T all positions so
 far, L layers, K key-value heads, X the context's length, D the width of a head, V the vocabulary.
 """
@@ -155,7 +155,8 @@ def lower_slice_update(values: Mapping[str, Any], node: torch.fx.Node, _: Any) -
     """coreai-torch's lowering of `slice_update`; `values` are Core AI's by the nodes' names."""
     from coreai._compiler.dialects import coreai
 
-    x, new, *bounds = node.args
+    args: Any = node.args
+    x, new, *bounds = args
     begin, end = (
         coreai.concat(0, [values[at.name] if isinstance(at, torch.fx.Node) else coreai.constant([at]) for at in bound])
         for bound in bounds

@@ -20,8 +20,6 @@ from model_export import artefact
 from model_export.coreai import contract, wire
 from model_export.coreai.packages import check_installed
 
-UNITS = ("CPU", "GPU", "NE", "ALL")  # of the system's runtime
-
 
 class RuntimeEnded(CheckFailed):
     """The runtime's process ended in the middle of a request, as it does on bytes that it doesn't understand."""

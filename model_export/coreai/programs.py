@@ -57,7 +57,9 @@ class Programs:
         with progress("decoder"):
             new, total = _TRACED
             dtype, shape = torch_dtype(self.dtype), self.shape
-            cache = torch.zeros(*(shape.context if size == contract.OPEN else size for size in shape.cache), dtype=dtype)
+            cache = torch.zeros(
+                *(shape.context if size == contract.OPEN else size for size in shape.cache), dtype=dtype
+            )
             inputs = {
                 "inputs_embeds": torch.zeros(1, new, shape.hidden, dtype=dtype),
                 "position_ids": torch.arange(total, dtype=torch.int32)[None],

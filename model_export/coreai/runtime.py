@@ -90,7 +90,7 @@ class CoreAILanguage(Language):
         return past
 
 
-def load(bundle: Path, units: str | None = None) -> FastVLM:
+def load_bundle(bundle: Path, units: str | None = None) -> FastVLM:
     """Load a bundle to be run by Apple's runtime.
 
     Args:
