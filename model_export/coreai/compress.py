@@ -78,7 +78,8 @@ def compress(module: nn.Module, forms: Mapping[str, Form]) -> dict[str, str]:
 
 
 def _layers(module: nn.Module) -> list[tuple[str, Any]]:
-    return [(path, layer) for path, layer in module.named_modules() if type(layer) in _CLASSES]
+    kinds = (nn.Linear, nn.Conv2d, Embedding)
+    return [(path, layer) for path, layer in module.named_modules() if isinstance(layer, kinds)]
 
 
 def _embedding_fault(layer: nn.Module, form: Form) -> str | None:
@@ -93,7 +94,9 @@ def _replace(layer: Any, form: Form, weight: np.ndarray) -> None:
     dtype = layer.weight.dtype
     parts = store(weight, form)
     del layer.weight
-    layer.__class__ = _CLASSES[type(layer)]
+    # As `torch.nn.utils.parametrize` does it: the layer stays what it is, under a class with another weight.
+    kind = type(layer)
+    layer.__class__ = _Embedding if kind is Embedding else type(f"Compressed{kind.__name__}", (_Compressed, kind), {})
     layer.hold(parts, form, dtype)
 
 
@@ -122,14 +125,6 @@ class _Compressed(nn.Module):
         # The dtype of the data, which tells Core AI how to pack it; E4M3 says it by itself.
         packed = {("integer", 8): torch.int8, ("integer", 4): torch.int4}.get((self.form.kind, self.form.bits))
         return operations.constexpr_blockwise_shift_scale(self.data, self.scale, None, None, packed, self.scale.dtype)
-
-
-class _Linear(_Compressed, nn.Linear):
-    pass
-
-
-class _Conv2d(_Compressed, nn.Conv2d):
-    pass
 
 
 class _Embedding(_Compressed, Embedding):
@@ -183,6 +178,3 @@ def _pack(values: np.ndarray, bits: int) -> np.ndarray:
     for place, part in enumerate(parts[1:], 1):
         packed |= part << (place * bits)
     return packed
-
-
-_CLASSES: dict[type[nn.Module], type[_Compressed]] = {nn.Linear: _Linear, nn.Conv2d: _Conv2d, Embedding: _Embedding}

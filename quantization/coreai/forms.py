@@ -20,6 +20,7 @@ from quantization.coreml.palettes import palettize
 PLAIN = "fp16"  # the name of leaving a weight as it is
 _FP16 = 2  # bytes
 _LARGEST_E4M3 = 448.0
+_LARGEST_SCALE = 146.125  # the largest float16 whose product with that is one, too
 # A smaller weight stays float16, as coremltools' `weight_threshold` has it: it saves nothing, and stems and depthwise
 # kernels are what costs most.
 _WORTHWHILE = 2048
@@ -84,7 +85,9 @@ def fault(shape: tuple[int, ...], form: Form) -> str | None:
     """The reason why a weight (O, I, ...) stays float16 under a form, or None where it takes the form."""
     if form.name == PLAIN:
         return "a rule says so"
-    if len(shape) < 2 or math.prod(shape) < _WORTHWHILE:
+    if len(shape) < 2:
+        return f"shape {list(shape)}: expected output channels, input channels, a kernel"
+    if math.prod(shape) < _WORTHWHILE:
         return f"{math.prod(shape)} values, fewer than {_WORTHWHILE}: nothing to save"
     if form.group and shape[0] % form.group:
         return f"{shape[0]} output channels do not divide into groups of {form.group}"
@@ -150,7 +153,7 @@ def _e4m3(rows: Array) -> tuple[Array, Array]:
     import torch
 
     reach = np.abs(rows).max(1).astype(np.float32)
-    scale = np.maximum(reach / _LARGEST_E4M3, np.finfo(np.float16).smallest_subnormal).astype(np.float16)
+    scale = np.clip(reach / _LARGEST_E4M3, np.finfo(np.float16).smallest_subnormal, _LARGEST_SCALE).astype(np.float16)
     data = np.empty(rows.shape, np.uint8)
     for row, values in enumerate(rows):
         scaled = np.clip(values.astype(np.float32) / np.float32(scale[row]), -_LARGEST_E4M3, _LARGEST_E4M3)
