@@ -32,4 +32,3 @@ def squared_error(weight: np.ndarray, other: np.ndarray) -> float:
     """The sum of the squared differences, of the weight's own squares."""
     weight = weight.astype(np.float64)
     return float(((weight - other) ** 2).sum() / (weight**2).sum())
-

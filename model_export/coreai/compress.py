@@ -123,11 +123,11 @@ class _Compressed(nn.Module):
         if self.form.kind == "palette":
             return operations.lut_to_dense(self.indices, self.lut, 0)
         # The dtype of the data, which tells Core AI how to pack it; E4M3 says it by itself.
-        packed = {("integer", 8): torch.int8, ("integer", 4): torch.int4}.get((self.form.kind, self.form.bits))
+        packed = getattr(torch, f"int{self.form.bits}") if self.form.kind == "integer" else None
         return operations.constexpr_blockwise_shift_scale(self.data, self.scale, None, None, packed, self.scale.dtype)
 
 
-class _Embedding(_Compressed, Embedding):
+class _Embedding(_Compressed, Embedding):  # type: ignore[misc]  # a property in the place of a parameter
     """Gathers the stored rows, and decodes only those.
 
     Core AI gathers whole bytes, so values of less than 8 bits are packed here: `plane4` has 4 bits of two values in a
@@ -148,7 +148,7 @@ class _Embedding(_Compressed, Embedding):
                 self.register_buffer("table", torch.from_numpy(values).to(dtype))
         # Integers count from the least one, so that no plane has a sign.
         self.least = -(1 << (form.bits - 1)) if form.kind == "integer" else 0
-        codes = (codes.astype(np.int16) - self.least).astype(np.uint8)
+        codes = codes.view(np.uint8) + np.uint8(-self.least)  # modulo 256
         self.planes = {8: (8,), 6: (4, 2), 4: (4,)}[form.bits]
         left = form.bits
         for bits in self.planes:
@@ -158,15 +158,16 @@ class _Embedding(_Compressed, Embedding):
     def forward(self, input_ids: Tensor) -> Tensor:
         """(1, q) int32 -> (1, q, H)."""
         codes: Any = 0
+        parts: dict[str, Any] = dict(self.named_buffers())
         for bits in self.planes:
-            packed = getattr(self, f"plane{bits}")[input_ids].int()
+            packed = parts[f"plane{bits}"][input_ids].int()
             # Core AI has no shifts: division and remainder of numbers that are not negative.
-            values = [torch.fmod(packed // (1 << shift), 1 << bits) for shift in range(0, 8, bits)]
-            codes = codes * (1 << bits) + (torch.cat(values, -1) if bits < 8 else packed)
+            places = [torch.fmod(packed // (1 << shift), 1 << bits) for shift in range(0, 8, bits)]
+            codes = codes * (1 << bits) + (torch.cat(places, -1) if bits < 8 else packed)
         if self.form.kind == "palette":
-            return self.table[codes + (input_ids // self.rows)[..., None] * (1 << self.form.bits)]
-        scale = self.scale[input_ids]
-        values = self.table[codes] if self.form.kind == "float" else (codes + self.least).to(scale.dtype)
+            return parts["table"][codes + (input_ids // self.rows)[..., None] * (1 << self.form.bits)]
+        scale = parts["scale"][input_ids]
+        values = parts["table"][codes] if self.form.kind == "float" else (codes + self.least).to(scale.dtype)
         blocks = values.unflatten(-1, (scale.shape[-2], -1))
         return (blocks * scale).flatten(-2)
 

@@ -17,11 +17,13 @@ def language_shapes(weights: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[i
 
     A tied model has one matrix for both there; each of a bundle's programs has its own.
     """
-    matrices = {name: shape for name, shape in weights.items() if name.startswith(_LANGUAGE) and len(shape) == 2}
+    matrices: dict[str, tuple[int, ...]] = {
+        name: shape for name, shape in weights.items() if name.startswith(_LANGUAGE) and len(shape) == 2
+    }
     embeddings = matrices.pop(_EMBEDDINGS)
     matrices.setdefault(_LM_HEAD, embeddings)
     decoder = {DECODER + name.removeprefix(_LANGUAGE).removesuffix(".weight"): matrices[name] for name in matrices}
-    return decoder | {EMBEDDING: embeddings}
+    return {**decoder, EMBEDDING: embeddings}
 
 
 def size(rules: Sequence[FormRule], weights: Mapping[str, tuple[int, ...]]) -> int:

@@ -14,6 +14,7 @@ from annotated_types import MinLen
 from fastvlm.common.errors import UserError
 from quantization.coreai.forms import FORMS, PLAIN, Form, fault, nbytes
 
+_STRICT = {"extra": "forbid"}  # how pydantic reads the class below from JSON
 DECODER, EMBEDDING, VISION = "decoder.", "embedding", "vision."
 # Bytes of operations, names, biases and norms that a program has for each of its weights, from the demo checkpoint's:
 # a decoder has attention and rotary embeddings beside its matrices.
@@ -28,7 +29,7 @@ class FormRule:
     form: Form
     why: str = ""
 
-    __pydantic_config__ = {"extra": "forbid"}
+    __pydantic_config__ = _STRICT
 
     def __post_init__(self) -> None:
         if not self.pattern.startswith((DECODER, EMBEDDING, VISION, "*")):
@@ -61,7 +62,9 @@ def plan(rules: Sequence[FormRule], shapes: Mapping[str, tuple[int, ...]]) -> Pl
     """
     unused = [rule.pattern for rule in rules if not any(fnmatchcase(name, rule.pattern) for name in shapes)]
     if unused:
-        raise UserError(f"Core AI forms: match no weight: {', '.join(unused)}; a weight is {next(iter(shapes), 'none')}")
+        raise UserError(
+            f"Core AI forms: match no weight: {', '.join(unused)}; a weight is {next(iter(shapes), 'none')}"
+        )
     return resolve(rules, shapes)
 
 

@@ -116,7 +116,11 @@ def test_embeddings_decode_the_gathered_rows_alone(form):
     assert held == nbytes((512, 96), FORMS[form]) + in_float32 + table
 
     def largest(module: nn.Module) -> int:
-        values = [node.meta.get("val") for node in torch.export.export(module, (ids,)).graph.nodes if node.op == "call_function"]
+        values = [
+            node.meta.get("val")
+            for node in torch.export.export(module, (ids,)).graph.nodes
+            if node.op == "call_function"
+        ]
         sizes = [value.numel() for value in values if isinstance(value, torch.Tensor)]
         return max(sizes)
 
