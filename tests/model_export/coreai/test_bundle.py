@@ -155,7 +155,7 @@ def test_what_the_engine_cannot_run_is_refused_before_anything_is_converted(tiny
     checkpoint = open_checkpoint(tiny_fast_vlm)
     text = replace(checkpoint.model_config.text, use_sliding_window=True, hidden_act="gelu")
     changed = replace(checkpoint, model_config=replace(checkpoint.model_config, text=text))
-    with pytest.raises(UserError, match="sliding-window attention.*activation"):
+    with pytest.raises(UserError, match=r"sliding-window attention.*activation"):
         bundle.check(changed)
     for flags, named in (
         (["--compute-units", "ALL", "--resolutions", "256"], ("--compute-units", "--resolutions")),
