@@ -142,13 +142,13 @@ class Recipe:
     def __post_init__(self) -> None:
         if not self.rules:
             raise UserError(f"recipe {self.name}: rules: got none, expected one or more")
+        open_rules = [number for number, rule in enumerate(self.rules, 1) if rule.choices]
+        if self.budget and not open_rules:
+            raise UserError(f"recipe {self.name}: takes no size: no rule offers choices to spend a budget on")
         if self.coreai and self.calibrates:
             raise UserError(
                 f"recipe {self.name}: coreai: its forms are rounded to nearest, expected method rtn, no budget"
             )
-        open_rules = [number for number, rule in enumerate(self.rules, 1) if rule.choices]
-        if self.budget and not open_rules:
-            raise UserError(f"recipe {self.name}: takes no size: no rule offers choices to spend a budget on")
         if open_rules and self.method in ("awq", "gptq"):
             raise UserError(
                 f"recipe {self.name}: method {self.method} takes one scheme for all decoder matrices, "

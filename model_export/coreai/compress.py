@@ -11,10 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fastvlm.checkpoint import naming
+from fastvlm.checkpoint.checkpoint import Checkpoint
 from fastvlm.common.errors import UserError
 from model_export.coreai.modules import Embedding
+from model_export.encoder.compress import layer_shapes
 from quantization.coreai.forms import Form, Parts, e4m3_values, fault, store
-from quantization.coreai.plan import DECODER, EMBEDDING, VISION, Plan, plan
+from quantization.coreai.listing import language_shapes
+from quantization.coreai.plan import VISION, Plan, plan
 from quantization.recipe import Recipe, named_recipes
 
 
@@ -27,7 +31,7 @@ def plan_of(recipe: Recipe, shapes: Mapping[str, tuple[int, ...]]) -> Plan:
     """A recipe's forms for a bundle's weights.
 
     Args:
-        shapes: of all three parts under their names there (`named`).
+        shapes: of all three parts (`bundle_shapes`).
 
     Raises:
         UserError: the recipe has no Core AI forms, or some of its patterns match no weight.
@@ -38,10 +42,17 @@ def plan_of(recipe: Recipe, shapes: Mapping[str, tuple[int, ...]]) -> Plan:
     return plan(recipe.coreai, shapes)
 
 
-def named(decoder: nn.Module, embedding: nn.Module, vision: nn.Module) -> dict[str, tuple[int, ...]]:
-    """The shapes of a bundle's weights under the names that recipes have for them; meta tensors do."""
-    parts = ((DECODER, decoder), (EMBEDDING, embedding), (VISION, vision))
-    return {part + path: shape for part, module in parts for path, shape in shapes_of(module).items()}
+def bundle_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
+    """The shapes of a bundle's weights under the names that recipes have for them, from the checkpoint's headers."""
+    from fastvlm.model.build import folded_skeleton
+
+    tensors = {naming.to_artefact(name): info.shape for name, info in checkpoint.tensors.items()}
+    shapes = language_shapes({name: shape for name, shape in tensors.items() if name is not None})
+    encoder = layer_shapes(folded_skeleton(checkpoint))
+    shapes |= {f"{VISION}fastvit.{name}": shape for name, shape in encoder.items()}
+    for ours, theirs in (("linear_0", "linear_1"), ("linear_2", "linear_2")):
+        shapes[VISION + ours] = (*checkpoint.tensors[f"{naming.PROJECTOR}{theirs}.weight"].shape, 1, 1)
+    return shapes
 
 
 def compress(module: nn.Module, forms: Mapping[str, Form]) -> dict[str, str]:

@@ -16,12 +16,12 @@ from fastvlm.checkpoint.checkpoint import open_checkpoint
 from fastvlm.common.errors import UserError
 from fastvlm.data import scenes
 from model_export.coreai import bundle, contract, programs
-from model_export.coreai.compress import compress, named, plan_of, shapes_of
+from model_export.coreai.compress import bundle_shapes, compress, plan_of, shapes_of
 from model_export.coreai.convert import save
 from model_export.coreai.modules import Embedding
 from model_export.coreai.process import Runtime
 from quantization.coreai.forms import FORMS, PLAIN, nbytes, store
-from quantization.coreai.plan import resolve, stored_bytes
+from quantization.coreai.plan import stored_bytes
 from quantization.recipe import load_recipe
 
 COMPRESSING = [name for name in FORMS if name != PLAIN]
@@ -135,17 +135,16 @@ def test_embeddings_decode_the_gathered_rows_alone(form):
 
 @pytest.mark.parametrize("recipe", ["int4", "palette4", "mixed-4-8"])
 def test_files_are_as_large_as_predicted(recipe, tmp_path, monkeypatch):
-    rules, checkpoint = load_recipe(recipe).coreai, open_checkpoint(scenes.CHECKPOINT)
+    checkpoint = open_checkpoint(scenes.CHECKPOINT)
+    shapes = bundle_shapes(checkpoint)
+    plan, seen = plan_of(load_recipe(recipe), shapes), {}
     writing = programs.Programs(checkpoint, bundle.shape_of(checkpoint))
-    predicted = {}
 
     def compressing(part: str, kind: type[nn.Module]):
         def make(*args):
             module = kind(*args).half()
-            shapes = {part + path: shape for path, shape in shapes_of(module).items()}
-            plan = resolve(rules, shapes)
+            seen.update({part + path: shape for path, shape in shapes_of(module).items()})
             assert compress(module, plan.of(part)) == {}
-            predicted[part] = stored_bytes(plan.forms, shapes)
             return module
 
         return make
@@ -157,7 +156,9 @@ def test_files_are_as_large_as_predicted(recipe, tmp_path, monkeypatch):
     writing.write_decoder(tmp_path / "decoder.aimodel")
     writing.write_embedding(tmp_path / "embedding.aimodel")
     writing.write_vision(tmp_path / "vision.aimodel", lambda: iter([picture]))
-    for part, expected in predicted.items():
+    assert seen == shapes and plan.forms.keys() | plan.kept.keys() == shapes.keys()
+    for part in ("decoder.", "embedding", "vision."):
+        expected = stored_bytes(plan.forms, {name: shape for name, shape in shapes.items() if name.startswith(part)})
         actual = Path(tmp_path, f"{part.strip('.')}.aimodel", contract.PROGRAM).stat().st_size
         assert abs(actual / expected - 1) < 0.02, (part, actual, expected)
 
@@ -170,8 +171,6 @@ def test_refusals():
     assert compress(Embedding(torch.zeros(1024, 98)), {"": FORMS["palette6"]}) == {
         "": "rows of 98 do not divide into whole bytes"
     }
-    shapes = named(nn.Sequential(nn.Linear(64, 64)), Embedding(torch.zeros(64, 64)), nn.Sequential(nn.Linear(64, 64)))
-    assert shapes.keys() == {"decoder.0", "embedding", "vision.0"}
-    assert plan_of(load_recipe("int8"), shapes).forms.keys() == {"decoder.0", "embedding"}
+    shapes = bundle_shapes(open_checkpoint(scenes.CHECKPOINT))
     with pytest.raises(UserError, match=r"int4-awq: has no Core AI forms: expected fp16, int4-g32, int4, int6, "):
         plan_of(load_recipe("int4-awq"), shapes)
