@@ -117,9 +117,10 @@ def is_apples(licence: str) -> bool:
     return APPLE_LICENCE in " ".join(licence.split())
 
 
-def versions() -> dict[str, str]:
-    """Python and the packages whose versions decide the artefact's bytes."""
-    return {"python": platform.python_version(), **{name: metadata.version(name) for name in _PACKAGES}}
+def versions(further: Sequence[str] = ()) -> dict[str, str]:
+    """Python and the packages whose versions decide the artefact's bytes, `further` ones included."""
+    names = (*_PACKAGES, *further)
+    return {"python": platform.python_version(), **{name: metadata.version(name) for name in names}}
 
 
 def hash_files(

@@ -13,14 +13,30 @@ from model_export import encoder_forms
 from model_export.contract import LAYOUTS, PATCH_SIZE
 
 PRECISIONS = ("float16", "float32")
+COREAI_UNITS = ("CPU", "GPU", "NE", "ALL")  # of macOS 27
 COMPUTE_UNITS = ("CPU_AND_NE", "CPU_AND_GPU", "CPU_ONLY", "ALL")
 DEPLOYMENT_TARGETS = ("iOS15", "iOS16", "iOS17", "iOS18")
 DEFAULT_TARGET = "iOS17"
-# What can run an artefact's halves; "auto" is Core ML and MLX on a Mac, the executor and PyTorch elsewhere.
-VISION_RUNNERS = ("auto", "coreml", "executor")
-LLM_RUNNERS = ("auto", "mlx", "torch")
+# What an export makes: the encoder for Core ML beside an MLX folder, or a Core AI bundle.
+FORMATS = ("coreml", "coreai")
+CACHES = ("fixed", "growing")
+# What can run an artefact's halves; "auto" is Core ML and MLX on a Mac, the executor and PyTorch elsewhere. "coreai",
+# Apple's runtime, runs both halves of a Core AI bundle and nothing else.
+VISION_RUNNERS = ("auto", "coreml", "executor", "coreai")
+LLM_RUNNERS = ("auto", "mlx", "torch", "coreai")
 # How the executor and PyTorch compute: the proofs' policies, those for speed, the faster of float32 and bfloat16 here.
 COMPUTES = ("as-typed", "float32", "strict-fp16", "bfloat16", "int8", "auto")
+
+_OF_COREAI = ("max_context_length", "cache")
+_OF_COREML = (
+    "compute_precision",
+    "compute_units",
+    "minimum_deployment_target",
+    "resolutions",
+    "vision_quant",
+    "min_snr",
+    "layout",
+)
 
 image_size = whole_number(PATCH_SIZE, PATCH_SIZE, MAX_IMAGE_SIZE)  # the argparse type of a picture's pixels per side
 
@@ -35,6 +51,9 @@ class ExportConfig:
     pictures choose float16's powers of two, its questions calibrate the language model; None are drawn ones.
     `vision_quant` compresses the encoder (see `encoder_forms.load`) unless `quant` does; `min_snr` (dB) looks for the
     smallest one that keeps it.
+
+    `format` "coreai" makes a bundle, whose KV cache has `max_context_length` positions (None: 4096, or all that the
+    model has) and is `cache`: "fixed", or "growing" as it fills up.
 
     `compute_units` is a load-time choice in Core ML: the package cannot hold it, so the manifest and the package's
     user-defined metadata record it, and `model_export.runtime` loads with it.
@@ -54,6 +73,9 @@ class ExportConfig:
     vision_quant: str = encoder_forms.NONE
     min_snr: float | None = None
     layout: str = "app"
+    format: str = "coreml"
+    max_context_length: int | None = None
+    cache: str = "fixed"
     overwrite: bool = False
 
     def __post_init__(self) -> None:
@@ -96,6 +118,10 @@ class ExportConfig:
         for key in ("checkpoint", "output_dir", "overwrite", "calibration_data"):
             del document[key]
         document["quant"] = Path(self.quant).name  # a recipe of the user's may be a file anywhere
+        if self.format == "coreai":
+            return {key: document[key] for key in ("format", "quant", "max_context_length", "cache", "image_size")}
+        for key in ("max_context_length", "cache"):
+            del document[key]
         if self.vision_quant not in encoder_forms.FORMS or (
             self.vision_quant == encoder_forms.NONE and self.compression.rules
         ):
@@ -109,6 +135,8 @@ class ExportConfig:
             ("compute_units", COMPUTE_UNITS),
             ("minimum_deployment_target", (*DEPLOYMENT_TARGETS, None)),
             ("layout", LAYOUTS),
+            ("format", FORMATS),
+            ("cache", CACHES),
         ):
             if getattr(self, name) not in legal:
                 known = ", ".join(filter(None, legal))
@@ -122,10 +150,18 @@ class ExportConfig:
                 "--compute-precision float32 with --compute-units CPU_AND_NE: the Neural Engine has no float32, so"
                 " nothing would run on it; use float16, or --compute-units CPU_AND_GPU, CPU_ONLY or ALL"
             )
+        yield from self._format_faults()
         yield from self._compression_faults()
         read = {"--checkpoint": self.checkpoint, "--calibration-data": self.calibration_data}
         given = [(flag, path) for flag, path in read.items() if path is not None]
         yield from output_faults({"--output-dir": (self.output_dir, Output(whole=True))}, given)
+
+    def _format_faults(self) -> Iterator[str]:
+        """Flags of the other format."""
+        for field in _OF_COREAI if self.format != "coreai" else _OF_COREML:
+            if getattr(self, field) != type(self).__dataclass_fields__[field].default:
+                other = "without" if self.format == "coreai" else "with"
+                yield f"--{field.replace('_', '-')} is for exports {other} --format coreai: leave it out"
 
     def _compression_faults(self) -> Iterator[str]:
         flags = {"--vision-quant": self.vision_quant != encoder_forms.NONE, "--min-snr": self.min_snr is not None}

@@ -19,6 +19,7 @@ from fastvlm.common.units import format_bytes
 from fastvlm.data import conversations, pictures
 from model_export import artefact, contract
 from model_export.config import DEFAULT_TARGET, ExportConfig
+from model_export.coreai import bundle, packages
 from model_export.encoder import compress
 from model_export.language import llm, tokenizer
 from quantization.calibration import budget
@@ -26,6 +27,8 @@ from quantization.recipe import Recipe, load_recipe
 
 if TYPE_CHECKING:
     from fastvlm.model.surface import Vision
+    from model_export.coreai.contract import Shape
+    from model_export.encoder.vision import Pictures
 
 PARTS = ("vision", "llm")
 # What the folded encoder's weights take for each parameter; biases and constants are noise beside them.
@@ -76,6 +79,11 @@ def plan(config: ExportConfig, parts: tuple[str, ...] = PARTS) -> Plan:
         if config.deployment_target != DEFAULT_TARGET:
             log(f"deployment target {config.deployment_target}: {why}, new in {target}")
     sizes: dict[str, int] = {}
+    if config.format == "coreai":
+        bundle.check(checkpoint)
+        sizes = bundle.planned_bytes(checkpoint, _shape(config, checkpoint))
+        _check_space(config.output_dir, sizes, copies=0)
+        return Plan(config, parts, checkpoint, recipe, calibration, sizes, signature)
     if "vision" in parts:
         weights = sum(info.size for name, info in checkpoint.tensors.items() if name.startswith(naming.VISION))
         sizes[contract.PACKAGE] = weights * _BYTES_PER_WEIGHT[config.compute_precision]
@@ -159,7 +167,7 @@ def _write_parts(
     strategy = preprocessor.image_strategy
     document: dict[str, Any] = {
         "parts": list(plan.parts),
-        "versions": artefact.versions(),
+        "versions": artefact.versions(packages.PACKAGES if config.format == "coreai" else ()),
         "config": config.document(),
         "image": {
             "image_size": checkpoint.image_size,
@@ -167,6 +175,8 @@ def _write_parts(
             "tokens_per_image": contract.tokens_per_image(checkpoint.image_size),
         },
     }
+    if config.format == "coreai":
+        return document | _write_bundle(plan, folder, sources, seconds)
     changes = {}
     calibrated = plan.recipe.calibrates
     if "llm" in plan.parts and not calibrated:
@@ -187,6 +197,53 @@ def _write_parts(
         tokenizer.write_processors(folder, checkpoint.image_size, strategy, preprocessor.mean, preprocessor.std)
     document["licences"] = artefact.carry_licences(checkpoint.path, folder, [changes[part] for part in sorted(changes)])
     return document
+
+
+def _shape(config: ExportConfig, checkpoint: Checkpoint) -> "Shape":
+    return bundle.shape_of(checkpoint, config.max_context_length, config.cache == "growing")
+
+
+def _write_bundle(
+    plan: Plan, folder: Path, sources: Callable[[], dict[str, Any]], seconds: dict[str, float]
+) -> dict[str, Any]:
+    """All files of a Core AI bundle but its manifest; returns the manifest's entries about them."""
+    from model_export.coreai.programs import Programs
+    from model_export.encoder.vision import measured_on
+
+    checkpoint, shape = plan.checkpoint, _shape(plan.config, plan.checkpoint)
+    programs = Programs(checkpoint, shape)
+    with _timed("embedding", seconds):
+        programs.write_embedding(folder / bundle.ASSETS["embedding"])
+    with _timed("decoder", seconds):
+        programs.write_decoder(folder / bundle.ASSETS["main"])
+    with _timed("vision encoder", seconds):
+        facts = programs.write_vision(
+            folder / bundle.ASSETS["vision"], lambda: measured_on(plan.config, [shape.image_size], _pictures(plan))
+        )
+    bundle.write_files(checkpoint, shape, folder)
+    changes = [
+        "The vision encoder's branches and normalizations are folded into convolutions.",
+        f"All weights are stored in float16 as Core AI programs by recipe {plan.recipe.name}.",
+    ]
+    return {
+        "sources": sources(),
+        "vision": {
+            "image_size": shape.image_size,
+            "channels": shape.hidden,
+            "resolutions": [shape.image_size],
+            **facts,
+        },
+        "llm": bundle.language_facts(checkpoint, shape, plan.recipe.name, folder),
+        "licences": artefact.carry_licences(checkpoint.path, folder, changes),
+    }
+
+
+def _pictures(plan: Plan) -> "Pictures":
+    """The pictures that the encoder is measured on: those of --calibration-data, else a drawn one and noise."""
+    given = None
+    if plan.calibration is not None:
+        given = [sample.image for sample in plan.calibration if sample.image is not None]
+    return lambda size: pictures.pixels(plan.checkpoint.preprocessor, size, given or None)
 
 
 def _write_language(
@@ -216,17 +273,16 @@ def _write_encoder(plan: Plan, folder: Path, source: str, seconds: dict[str, flo
     """The encoder's package; returns the manifest's facts and a sentence for the NOTICE."""
     from model_export.encoder.vision import export_vision
 
-    config, given = plan.config, None
-    if plan.calibration is not None:
-        given = [sample.image for sample in plan.calibration if sample.image is not None]
+    config = plan.config
     with _stage("vision encoder", seconds):
         facts = export_vision(
             plan.checkpoint,
             config,
             folder / contract.PACKAGE,
-            lambda size: pictures.pixels(plan.checkpoint.preprocessor, size, given or None),
+            _pictures(plan),
             source,
         )
+    given = [sample for sample in plan.calibration or () if sample.image is not None]
     if "fp16" in facts:
         facts["fp16"]["pictures"] = f"{len(given)} given and noise" if given else "a drawn one and noise"
     compressed = ", its weights compressed." if facts.get("compression", {}).get("forms") else "."

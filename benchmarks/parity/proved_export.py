@@ -9,8 +9,13 @@ from model_export.commands import export
 
 
 def add_all(verbs: Any) -> None:
-    """Add the verb."""
+    """Add the export of both halves."""
     export.add_all(verbs, prove)
+
+
+def add_coreai(verbs: Any) -> None:
+    """Add the export of a Core AI bundle."""
+    export.add_coreai(verbs, prove)
 
 
 def prove(args: argparse.Namespace, folder: Path) -> dict[str, Any]:

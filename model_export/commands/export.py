@@ -35,12 +35,36 @@ def add_all(verbs: Any, prove: Prove) -> None:
     """Add the export of both halves, which `prove` compares with the checkpoint before they are published."""
     text = "Export both halves, prove them against the checkpoint, publish the artefact."
     parser = verbs.add_parser("all", description=text)
-    _add_export(parser, ("vision", "llm"), prove)
+    _add_export(parser, ("vision", "llm"), prove, configuration.FORMATS)
+    text = "coreml: Core ML and MLX; coreai: a bundle for macOS 27 and iOS 27 (default: %(default)s)"
+    parser.add_argument("--format", choices=configuration.FORMATS, default="coreml", metavar="NAME", help=text)
+    _add_proof(parser)
+
+
+def add_coreai(verbs: Any, prove: Prove) -> None:
+    """Add the export of a Core AI bundle: as `all` with `--format coreai`."""
+    text = "Export a Core AI bundle for macOS 27 and iOS 27, prove it in Apple's runtime, publish it."
+    parser = verbs.add_parser("coreai", description=text)
+    _add_export(parser, ("vision", "llm"), prove, ("coreai",))
+    parser.set_defaults(format="coreai")
+    _add_proof(parser)
+
+
+def _add_proof(parser: Parser) -> None:
     parser.add_argument("--parity-limit", type=whole_number(), metavar="N", help="compare on N demo questions")
     parser.add_argument("--parity-report", type=Output(), metavar="FILE", help="write parity's HTML page, too")
 
 
-def _add_export(parser: Parser, parts: tuple[str, ...], prove: Prove | None = None) -> None:
+def _add_context(parser: Parser) -> None:
+    text = "Core AI: positions of the KV cache (default: 4096, or all that the model has)"
+    parser.add_argument("--max-context-length", type=whole_number(), metavar="N", help=text)
+    text = "Core AI: the KV cache has its full length from the start, or grows: %(choices)s (default: %(default)s)"
+    parser.add_argument("--cache", choices=configuration.CACHES, default="fixed", metavar="NAME", help=text)
+
+
+def _add_export(
+    parser: Parser, parts: tuple[str, ...], prove: Prove | None = None, formats: tuple[str, ...] = ("coreml",)
+) -> None:
     default = configuration.ExportConfig
     text = "a checkpoint's folder; it is only read"
     parser.add_place("--checkpoint", type=checkpoint_folder, metavar="CHECKPOINT", help=text)
@@ -61,7 +85,9 @@ def _add_export(parser: Parser, parts: tuple[str, ...], prove: Prove | None = No
             metavar="NAME",
             help="%(choices)s (default: %(default)s)",
         )
-    if "vision" in parts:
+    if "coreai" in formats:
+        _add_context(parser)
+    if "vision" in parts and "coreml" in formats:
         for flag, values, initial in (
             ("--compute-precision", configuration.PRECISIONS, default.compute_precision),
             ("--compute-units", configuration.COMPUTE_UNITS, default.compute_units),

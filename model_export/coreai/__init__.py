@@ -1,1 +1,1 @@
-"""The Core AI bundle for macOS 27 and iOS 27: its modules in PyTorch, their conversion, its contract, Apple's runtime."""
+"""The Core AI bundle for macOS 27 and iOS 27: its programs, their conversion, its contract, Apple's runtime."""

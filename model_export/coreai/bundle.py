@@ -4,12 +4,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+from fastvlm.checkpoint import naming
 from fastvlm.checkpoint.checkpoint import Checkpoint
 from fastvlm.checkpoint.configuration import loader_faults
 from fastvlm.common.errors import UserError
 from fastvlm.data.prompt import CHAT_TEMPLATE
 from model_export.contract import tokens_per_image
 from model_export.coreai import contract
+from model_export.coreai.contract import ASSETS as ASSETS
 from model_export.coreai.packages import check_installed
 from model_export.language.tokenizer import write_tokenizer
 
@@ -95,4 +97,34 @@ def metadata(checkpoint: Checkpoint, shape: contract.Shape) -> dict[str, Any]:
             "image_strategy": preprocessor.image_strategy,
             "include_image_info": False,
         },
+    }
+
+
+def planned_bytes(checkpoint: Checkpoint, shape: contract.Shape) -> dict[str, int]:
+    """Asset -> the size in bytes of its weights."""
+    parts = {"vision": (naming.VISION, naming.PROJECTOR), "main": (naming.LANGUAGE, naming.LM_HEAD)}
+    table = shape.vocabulary * shape.hidden
+    parameters = {
+        role: sum(info.size for name, info in checkpoint.tensors.items() if name.startswith(prefixes))
+        for role, prefixes in parts.items()
+    }
+    parameters["embedding"] = table
+    parameters["main"] -= 0 if checkpoint.tied else table  # the decoder has the table where it is the head, too
+    return {contract.ASSETS[role]: 2 * parameters[role] for role in contract.ASSETS}
+
+
+def language_facts(checkpoint: Checkpoint, shape: contract.Shape, recipe: str, folder: Path) -> dict[str, Any]:
+    """The manifest's entry about the decoder and the embeddings."""
+    files = [contract.ASSETS[role] for role in ("main", "embedding")]
+    size = sum((folder / name / contract.PROGRAM).stat().st_size for name in files)
+    named = (naming.LANGUAGE, naming.LM_HEAD)
+    parameters = sum(info.size for name, info in checkpoint.tensors.items() if name.startswith(named))
+    return {
+        "files": files,
+        "parameters": parameters,
+        "recipe": {"name": recipe},
+        "bits_per_weight": round(8 * size / parameters, 2),
+        "max_context_length": shape.context,
+        "cache": "growing" if shape.grows else "fixed",
+        "decisions": {},
     }

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from model_export import artefact
 from model_export.coreai import contract
+from model_export.coreai.modules import SLICE_UPDATE, lower_slice_update
 
 # Constants of up to so many bytes stay in the program's text. A larger one is a resource, which Core AI names by the
 # hash of an address: these get names of ours.
@@ -42,11 +43,11 @@ def save(
         dynamic: input -> axis -> `torch.export.Dim` of the axes that are open; no entry: fixed shapes.
         states: the inputs that are updated in place and become states.
     """
-    import coreai_torch
-
     shapes = {name: dict(axes) for name, axes in dynamic.items()} if dynamic else None
     given = {name: (shapes or {}).get(name) for name in inputs} if shapes else None
     with _quiet(), torch.no_grad():
+        import coreai_torch
+
         program = torch.export.export(
             module.eval(),
             (),
@@ -56,7 +57,9 @@ def save(
             strict=False,
             prefer_deferred_runtime_asserts_over_guards=True,
         ).run_decompositions(coreai_torch.get_decomp_table())
-        converter = coreai_torch.TorchConverter(mode=coreai_torch.TorchConverter.Mode.RELEASE).add_exported_program(
+        converter = coreai_torch.TorchConverter(mode=coreai_torch.TorchConverter.Mode.RELEASE)
+        converter.register_torch_lowering(f"{SLICE_UPDATE}.default")(lower_slice_update)
+        converter.add_exported_program(
             program,
             input_names=[name for name in inputs if name not in states],
             output_names=[output],
@@ -91,7 +94,8 @@ def _repeatable() -> Iterator[None]:
         if array.nbytes <= _INLINE or array.dtype == bool or _all_equal(array):
             return original(location, kind, array)
         count += 1
-        return DenseResourceElementsAttr.get_from_buffer(np.ascontiguousarray(array), f"w{count}", kind)
+        buffer: Any = np.ascontiguousarray(array)
+        return DenseResourceElementsAttr.get_from_buffer(buffer, f"w{count}", kind)
 
     with (
         mock.patch.object(coreai, "create_elements_attr", create),

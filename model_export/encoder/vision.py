@@ -75,7 +75,7 @@ def export_vision(
     fastvit, errors = folded_encoder(checkpoint)
     facts: dict[str, Any] = {}
     if config.compute_precision == "float16":
-        encoder, facts["fp16"] = range_safe(fastvit, _measured_on(config, sizes.values(), pictures))
+        encoder, facts["fp16"] = range_safe(fastvit, measured_on(config, sizes.values(), pictures))
     else:
         encoder = Encoder(channel_first(fastvit))
     shapes = compress.layer_shapes(encoder.fastvit)
@@ -108,7 +108,7 @@ def export_vision(
     }
 
 
-def _measured_on(config: ExportConfig, sizes: Iterable[int], pictures: Pictures) -> Iterator[np.ndarray]:
+def measured_on(config: ExportConfig, sizes: Iterable[int], pictures: Pictures) -> Iterator[np.ndarray]:
     """The pictures at every size, and noise: a user's need not be the harshest, the built-in ones have it already."""
     for size in sorted(set(sizes)):
         yield from pictures(size)

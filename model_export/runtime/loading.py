@@ -15,7 +15,7 @@ from fastvlm.data.prompt import eos_ids
 from fastvlm.model.surface import FastVLM, Vision
 from model_export import artefact as manifest
 from model_export import contract, mil, stored
-from model_export.config import COMPUTE_UNITS, COMPUTES, LLM_RUNNERS, VISION_RUNNERS
+from model_export.config import COMPUTE_UNITS, COMPUTES, COREAI_UNITS, LLM_RUNNERS, VISION_RUNNERS
 from model_export.encoder.coreml import coremltools
 from model_export.mil import int8, onednn
 from model_export.runtime import language, mlx_language
@@ -57,16 +57,20 @@ def load(
         ("--vision", vision, VISION_RUNNERS),
         ("--llm", llm, LLM_RUNNERS),
         ("--compute", compute, COMPUTES),
-        ("--compute-units", units, (None, *COMPUTE_UNITS)),
+        ("--compute-units", units, (None, *COMPUTE_UNITS, *COREAI_UNITS)),
     ):
         if value not in known:
             raise UserError(f"{flag} {value}: expected one of {', '.join(filter(None, known))}")
     if compute == "int8" and not int8.AVAILABLE:
         raise UserError("--compute int8: this processor or PyTorch has no 8-bit products (VNNI): use auto")
+    document = manifest.read_whole(folder)
+    if document.get("config", {}).get("format") == "coreai":
+        return _load_bundle(folder, document, {"--vision": vision, "--llm": llm}, compute, resolution, units)
+    if "coreai" in (vision, llm):
+        raise UserError(f"{folder}: is no Core AI bundle, which --vision and --llm coreai run: leave them out")
     on_mac = sys.platform == "darwin"
     if vision == "coreml" and not on_mac:
         raise UserError("--vision coreml: Core ML runs on macOS only: use --vision executor here")
-    document = manifest.read_whole(folder)
     manifest.check_for_app(folder, document)
     use_coreml = vision == "coreml" or (vision == "auto" and on_mac)
     use_mlx = llm == "mlx" or (llm == "auto" and on_mac)
@@ -101,6 +105,29 @@ def load(
         projector=projector,
         language=speaker,
     )
+
+
+def _load_bundle(
+    folder: Path,
+    document: dict[str, Any],
+    runners: dict[str, str],
+    compute: str,
+    resolution: int | None,
+    units: str | None,
+) -> FastVLM:
+    """A Core AI bundle, which Apple's runtime alone runs. UserError for what it does not have."""
+    from model_export.coreai.runtime import load_bundle
+
+    native = document["image"]["image_size"]
+    faults = [f"{flag} {name}" for flag, name in runners.items() if name not in ("auto", "coreai")]
+    faults += [f"--compute {compute}"] if compute not in ("auto", "as-typed") else []
+    faults += [f"--resolution {resolution}"] if resolution not in (None, native) else []
+    faults += [f"--compute-units {units}"] if units not in (None, *COREAI_UNITS) else []
+    if faults:
+        raise UserError(
+            f"{folder}: Apple's runtime runs a Core AI bundle, as it was exported: leave out {', '.join(faults)}"
+        )
+    return load_bundle(folder, units)
 
 
 def fastest_here() -> tuple[str, str, str]:
