@@ -52,6 +52,8 @@ def test_same_function(parts, monkeypatch, gain, keys):
     pixels = torch.rand(1, 3, SIDE * 2, SIDE * 2, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     right, module = expected(*parts, pixels), rearranged(*parts, gain)
     assert torch.allclose(module(pixels), right, rtol=0, atol=1e-9 * float(right.abs().max()))
+    biases = [name for name, _ in module.named_parameters() if name.endswith("bias")]
+    assert not [name for name in biases if name.endswith("token_mixer.reparam_conv.bias")]
     shift = next(value for name, value in module.named_parameters() if name.endswith("shift"))
     shift.mul_(1.001)
     assert not torch.allclose(module(pixels), right, rtol=0, atol=1e-7 * float(right.abs().max()))
