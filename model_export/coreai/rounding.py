@@ -8,7 +8,6 @@ from typing import Any
 
 from timm.models.fastvit import RepMixerBlock
 from torch import Tensor, nn
-from torch.nn import functional
 
 from model_export.encoder.channel_first import ChannelAttention
 from model_export.encoder.fp16 import Gain
@@ -17,16 +16,29 @@ CENTRE = 0.5  # of pixels in 0 to 1
 _KEYS = 128  # that a matmul adds up; the sums of so many are added up wider
 
 
-def arrange(fastvit: Any) -> None:
-    """Rewrite a channel-first, range-safe FastViT in place; it takes pixels less `CENTRE` from then on."""
+def arrange(fastvit: Any) -> list[int]:
+    """Rewrite a channel-first, range-safe FastViT in place.
+
+    Returns:
+        The padding, as `functional.pad` has it, of what it takes from then on: pixels less `CENTRE`, padded by -CENTRE.
+    """
     module: Any
     for name, module in [*fastvit.named_modules()]:
         if isinstance(module, RepMixerBlock):
             fastvit.set_submodule(name, _Block(module))
         elif isinstance(module, ChannelAttention):
             module.__class__ = _Attention
-    first = fastvit.stem[0]
-    first.reparam_conv = _Centred(first.reparam_conv)
+    return _centre(fastvit.stem[0].reparam_conv)
+
+
+def _centre(convolution: Any) -> list[int]:
+    """Make a convolution of pixels one of padded pixels less `CENTRE`: its bias no longer has to cancel what their mean
+    gives."""
+    height, width = convolution.padding
+    convolution.padding = (0, 0)
+    bias = convolution.bias.detach() + CENTRE * convolution.weight.detach().sum((1, 2, 3))
+    convolution.bias = nn.Parameter(bias, requires_grad=False)
+    return [width, width, height, height]
 
 
 class _Block(nn.Module):
@@ -47,23 +59,6 @@ class _Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         stream = self.token_mixer(x)
         return stream + self.layer_scale(self.mlp(stream + self.shift))
-
-
-class _Centred(nn.Module):
-    """A convolution of pixels, for pixels less `CENTRE`: its bias no longer has to cancel what their mean gives."""
-
-    def __init__(self, convolution: Any) -> None:
-        super().__init__()
-        (height, width), weight = convolution.padding, convolution.weight.detach()
-        self.padding = [width, width, height, height]
-        convolution.padding = (0, 0)
-        bias = convolution.bias.detach() + CENTRE * weight.sum((1, 2, 3))
-        convolution.bias = nn.Parameter(bias, requires_grad=False)
-        self.convolution = convolution
-
-    def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = self.convolution(functional.pad(x, self.padding, value=-CENTRE))
-        return result
 
 
 class _Attention(ChannelAttention):

@@ -18,10 +18,11 @@ from fastvlm.data import scenes
 from model_export.coreai import bundle, contract, programs
 from model_export.coreai.compress import bundle_shapes, compress, plan_of, shapes_of
 from model_export.coreai.convert import save
-from model_export.coreai.modules import Embedding
+from model_export.coreai.modules import Embedding, VisionEncoder
 from model_export.coreai.process import Runtime
+from model_export.encoder.channel_first import Encoder, channel_first
+from model_export.encoder.graph import folded_encoder
 from quantization.coreai.forms import FORMS, PLAIN, nbytes, store
-from quantization.coreai.plan import stored_bytes
 from quantization.recipe import load_recipe
 
 COMPRESSING = [name for name in FORMS if name != PLAIN]
@@ -134,33 +135,30 @@ def test_embeddings_decode_the_gathered_rows_alone(form):
 
 
 @pytest.mark.parametrize("recipe", ["int4", "palette4", "mixed-4-8"])
-def test_files_are_as_large_as_predicted(recipe, tmp_path, monkeypatch):
+def test_files_are_as_large_as_predicted(recipe, tmp_path):
     checkpoint = open_checkpoint(scenes.CHECKPOINT)
     shapes = bundle_shapes(checkpoint)
-    plan, seen = plan_of(load_recipe(recipe), shapes), {}
-    writing = programs.Programs(checkpoint, bundle.shape_of(checkpoint))
-
-    def compressing(part: str, kind: type[nn.Module]):
-        def make(*args):
-            module = kind(*args).half()
-            seen.update({part + path: shape for path, shape in shapes_of(module).items()})
-            assert compress(module, plan.of(part)) == {}
-            return module
-
-        return make
-
-    for part, name in (("decoder.", "Decoder"), ("embedding", "Embedding"), ("vision.", "VisionEncoder")):
-        monkeypatch.setattr(programs, name, compressing(part, getattr(programs, name)))
+    plan = plan_of(load_recipe(recipe), shapes)
+    assert plan.forms.keys() | plan.kept.keys() == shapes.keys()
+    writing = programs.Programs(checkpoint, bundle.shape_of(checkpoint), plan=plan)
     size = checkpoint.image_size
     picture = np.random.default_rng(0).random((1, 3, size, size), dtype=np.float32)
-    writing.write_decoder(tmp_path / "decoder.aimodel")
-    writing.write_embedding(tmp_path / "embedding.aimodel")
-    writing.write_vision(tmp_path / "vision.aimodel", lambda: iter([picture]))
-    assert seen == shapes and plan.forms.keys() | plan.kept.keys() == shapes.keys()
-    for part in ("decoder.", "embedding", "vision."):
-        expected = stored_bytes(plan.forms, {name: shape for name, shape in shapes.items() if name.startswith(part)})
-        actual = Path(tmp_path, f"{part.strip('.')}.aimodel", contract.PROGRAM).stat().st_size
-        assert abs(actual / expected - 1) < 0.02, (part, actual, expected)
+    writing.write_decoder(tmp_path / contract.ASSETS["main"])
+    writing.write_embedding(tmp_path / contract.ASSETS["embedding"])
+    writing.write_vision(tmp_path / contract.ASSETS["vision"], lambda: iter([picture]))
+    for asset, expected in bundle.planned_bytes(plan, shapes).items():
+        actual = Path(tmp_path, asset, contract.PROGRAM).stat().st_size
+        assert abs(actual / expected - 1) < 0.02, (asset, actual, expected)
+
+
+def test_a_recipes_names_are_the_encoders():
+    """Whatever the module's graph was rearranged to: a rule reaches every layer."""
+    checkpoint = open_checkpoint(scenes.CHECKPOINT)
+    writing = programs.Programs(checkpoint, bundle.shape_of(checkpoint), "float32")
+    encoder = VisionEncoder(Encoder(channel_first(folded_encoder(checkpoint)[0])), writing._projector())
+    ours = {f"vision.{path}": shape for path, shape in shapes_of(encoder).items()}
+    named = bundle_shapes(checkpoint)
+    assert ours == {name: shape for name, shape in named.items() if name.startswith("vision.")} and len(ours) > 40
 
 
 def test_refusals():
