@@ -233,7 +233,7 @@ def _write_bundle(
             "resolutions": [shape.image_size],
             **facts,
         },
-        "llm": bundle.language_facts(checkpoint, shape, plan.recipe.name, folder),
+        "llm": bundle.language_facts(checkpoint, shape, plan.recipe.to_json(), folder),
         "licences": artefact.carry_licences(checkpoint.path, folder, changes),
     }
 

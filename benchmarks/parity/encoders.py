@@ -1,7 +1,7 @@
 """Both sides' encoders, picture by picture; with the first one every operation and layer of the saved program, too."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -66,6 +66,27 @@ def encode_first(
     else:
         second = actual.encode_image(pixels[1])
     return document, _encoded(picture, pixels, [first, second])
+
+
+def without_operations(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """The place of `compare_operations`' result for a Core AI bundle, whose runtime gives no operation's value: no
+    operations, and "absent" says so."""
+    forms = {rule["form"] for rule in coreai_rules(manifest, vision=True)}
+    return {
+        "precision": "float16" if forms <= {"fp16"} else "compressed",
+        "rounding": [],
+        "layers": [],
+        "fault": None,
+        "absent": "Apple's Core AI runtime gives the outputs of whole programs only, so no operation or layer was"
+        " compared by itself: what is known of the encoder are the figures of its image embeddings above.",
+    }
+
+
+def coreai_rules(manifest: Mapping[str, Any], vision: bool) -> list[dict[str, str]]:
+    """A bundle's rules ("pattern", "form") for its encoder, or for its language model: those of its recipe."""
+    rules = manifest["llm"]["recipe"].get("coreai", [])
+    own = ("vision.", "*") if vision else ("decoder.", "embedding", "*")
+    return [rule for rule in rules if rule["pattern"].startswith(own)]
 
 
 def compare_operations(

@@ -1,6 +1,7 @@
 """The bundle: three assets, the tokenizer, metadata.json, as Apple's Swift engine loads it."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +114,9 @@ def planned_bytes(checkpoint: Checkpoint, shape: contract.Shape) -> dict[str, in
     return {contract.ASSETS[role]: 2 * parameters[role] for role in contract.ASSETS}
 
 
-def language_facts(checkpoint: Checkpoint, shape: contract.Shape, recipe: str, folder: Path) -> dict[str, Any]:
+def language_facts(
+    checkpoint: Checkpoint, shape: contract.Shape, recipe: Mapping[str, Any], folder: Path
+) -> dict[str, Any]:
     """The manifest's entry about the decoder and the embeddings."""
     files = [contract.ASSETS[role] for role in ("main", "embedding")]
     size = sum((folder / name / contract.PROGRAM).stat().st_size for name in files)
@@ -122,7 +125,7 @@ def language_facts(checkpoint: Checkpoint, shape: contract.Shape, recipe: str, f
     return {
         "files": files,
         "parameters": parameters,
-        "recipe": {"name": recipe},
+        "recipe": dict(recipe),
         "bits_per_weight": round(8 * size / parameters, 2),
         "max_context_length": shape.context,
         "cache": "growing" if shape.grows else "fixed",
