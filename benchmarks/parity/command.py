@@ -26,8 +26,8 @@ def add_parity(verbs: Any) -> None:
     add("--candidate", required=True, type=Path, metavar="ARTEFACT", help="an artefact folder")
     add("--images", metavar="FOLDER", help="pictures of yours, besides the demo set")
     limit = (
-        f"demo questions, and pictures of yours, at most (default: {LIMIT}, {COREAI_LIMIT} of a Core AI bundle; the demo"
-        " set has 500)"
+        f"demo questions, and pictures of yours, at most (default: {LIMIT}, {COREAI_LIMIT} of a Core AI bundle;"
+        " the demo set has 500)"
     )
     add("--limit", type=whole_number(), metavar="N", help=limit)
     add("--output", type=Output(file=True), metavar="PAGE.html", help="the page (default: ARTEFACT-parity.html)")

@@ -70,13 +70,14 @@ def encode_first(
 
 def without_operations(manifest: Mapping[str, Any]) -> dict[str, Any]:
     """The place of `compare_operations`' result for a Core AI bundle, whose runtime gives no operation's value: no
-    operations, and "absent" says so."""
+    operations, and "absent" says so; "width" is the decoder's."""
     forms = {rule["form"] for rule in coreai_rules(manifest, vision=True)}
     return {
         "precision": "float16" if forms <= {"fp16"} else "compressed",
         "rounding": [],
         "layers": [],
         "fault": None,
+        "width": manifest["vision"]["channels"],
         "absent": "Apple's Core AI runtime gives the outputs of whole programs only, so no operation or layer was"
         " compared by itself: what is known of the encoder are the figures of its image embeddings above.",
     }

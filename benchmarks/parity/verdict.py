@@ -70,7 +70,9 @@ def document(rows: list[Row], operations: dict[str, Any], family: str, sides: di
     if not rows or not (coreai or operations["rounding"]):
         raise CheckFailed("parity: nothing was compared: no picture, or a program without operations")
     precision = operations["precision"]
-    limits = tolerances.for_encoder(precision, coreai) | tolerances.for_language(family, precision, coreai)
+    limits = tolerances.for_encoder(precision, coreai) | tolerances.for_language(
+        family, precision, operations.get("width")
+    )
     labels = LABELS | (_COREAI_LABELS if coreai else {})
     figures = _figures(rows, operations)
     judged = {
@@ -83,12 +85,13 @@ def document(rows: list[Row], operations: dict[str, Any], family: str, sides: di
     for name in [name for name in _WORST if name in judged]:
         values = [row.figures[name] for row in rows]
         judged[name]["worst_row"] = values.index(_WORST[name](values))
+    of_recipe = tolerances.for_language(family, precision)
     broken = [name for name, figure in judged.items() if figure["passed"] is False]
     first = _first_operation(operations, limits)
     return {
         "passed": not broken,
         "verdict": _verdict(judged, broken, first),
-        "recipe": _recipe(judged, family, rows) if limits["greedy_answers"].bound is None else None,
+        "recipe": _recipe(judged, family, rows) if of_recipe["greedy_answers"].bound is None else None,
         "broken": broken,
         "precision": operations["precision"],
         "family": family,

@@ -20,6 +20,8 @@ from model_export import artefact
 from model_export.coreai import contract, wire
 from model_export.coreai.packages import check_installed
 
+_RUNNING: "weakref.WeakSet[Runtime]" = weakref.WeakSet()
+
 
 class RuntimeEnded(CheckFailed):
     """The runtime's process ended in the middle of a request, as it does on bytes that it doesn't understand."""
@@ -53,6 +55,7 @@ class Runtime:
             )  # fmt: skip
         self._connection = Connection(ours.detach())
         self._states = 0
+        _RUNNING.add(self)
         self.close = weakref.finalize(self, _end, self._connection, self._process, self._folder)
 
     def load(self, role: str, asset: Path) -> tuple[list[str], contract.Function | None]:
@@ -91,6 +94,10 @@ class Runtime:
         self._ask({"do": "new", "number": self._states, "shapes": shapes}, what="making a KV cache")
         return States(self, self._states)
 
+    def peak_bytes(self) -> int:
+        """The largest resident memory of the child process."""
+        return int(self._ask({"do": "peak"}, what="asking for its memory")[0]["bytes"])
+
     def drop(self, number: int) -> None:
         """Free states."""
         if self.close.alive:
@@ -122,6 +129,11 @@ class States:
     def __init__(self, runtime: Runtime, number: int) -> None:
         self.number = number
         weakref.finalize(self, runtime.drop, number)
+
+
+def peak_bytes() -> int:
+    """The largest resident memory of all child processes that runtimes of this process have now, together."""
+    return sum(runtime.peak_bytes() for runtime in _RUNNING if runtime.close.alive)
 
 
 def check_hash(asset: Path) -> None:

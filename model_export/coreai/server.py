@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from fastvlm.common.memory import peak_bytes
 from model_export.coreai import contract, wire
 
 
@@ -100,6 +101,8 @@ async def serve(connection: Connection) -> None:
                         results = await server.call(**request, arrays=arrays)
                     case "new":
                         server.new_states(**request)
+                    case "peak":
+                        answer = {"bytes": peak_bytes()}
                     case "drop":
                         server.states.pop(request["number"], None)
             except Exception as error:  # the runtime raises plain ones; each is an answer
