@@ -92,8 +92,8 @@ _COREAI_LANGUAGE = {
         "the worst text or picture position that the decoder reads: the image embeddings' 30 dB less 10 for the worst;"
         " 8 bit steps are 1/255 of a group's range (43 dB), 4 bit 1/15 (18 dB), each bit 6 dB"),
     "prefill_snr": _Row(">=", "dB", {**_REPORTED, "fp16": 40.0, "bf16": 40.0, "int8": 20.0},
-        "the logits of a whole prompt: the interpreter's float16 sums leave 52 dB and more of the demo's; one wrong"
-        " weight leaves 30 dB or less. The GPU and the Neural Engine sum otherwise"),
+        "the logits of a whole prompt: the interpreter's float16 sums leave 52 dB and more of the demo's; a scale"
+        " that is wrong by 1 % leaves 40. The GPU and the Neural Engine sum otherwise"),
     "prefill_kl": _Row("<=", "nats", {**_REPORTED, "fp16": 1e-3, "bf16": 1e-3, "int8": 5e-3},
         "mean over all positions of the prompt, far below the 0.1 nats at which another token becomes likely; ten times"
         " what it is for PyTorch's sums in float32, because the interpreter's are in float16 (the demo: 2e-5 to 6e-5)"),
