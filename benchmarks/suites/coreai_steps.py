@@ -11,7 +11,7 @@ def float32_twin(checkpoint: str, target: str) -> dict[str, float]:
     No engine loads such a bundle: it proves the graphs apart from float16's rounding.
 
     Returns:
-        The least SNR in dB of a picture's image "embeddings", and of a prompt's "logits", each side on its own embeddings.
+        The least SNR in dB of a picture's image "embeddings", and of a prompt's "logits", each side on its own.
     """
     import fastvlm
     from benchmarks.metrics import snr_db
