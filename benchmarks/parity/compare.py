@@ -16,7 +16,7 @@ from PIL import Image
 from benchmarks import metrics
 from benchmarks.parity import language as language_parity
 from benchmarks.parity import pictures, tolerances
-from benchmarks.parity.encoders import Encoded, coreai_rules, encode, encode_first, without_operations
+from benchmarks.parity.encoders import Encoded, encode, encode_first, without_operations
 from benchmarks.parity.language import Reading
 from benchmarks.parity.pictures import COREAI_LIMIT, LIMIT, Picture
 from benchmarks.parity.verdict import Row, document
@@ -196,13 +196,13 @@ def _divergence(expected: Speaker, actual: Speaker, a: Reading, b: Reading) -> d
 
 def weight_family(artefact: Path) -> str:
     """The coarsest of `tolerances.FAMILIES` among the artefact's weights, by its config.json and tensors; of a Core AI
-    bundle's, by its recipe's forms."""
+    bundle's, by the forms that its manifest names."""
     from safetensors import safe_open
 
     if (artefact / contract.MANIFEST).exists() and is_bundle(manifest := read_whole(artefact)):
         known = tolerances.COREAI_FAMILIES
-        names = {known.get(rule["form"], rule["form"]) for rule in coreai_rules(manifest, vision=False)} or {"fp16"}
-        return _coarsest(artefact, names)
+        decided = manifest["llm"]["decisions"]
+        return _coarsest(artefact, {known.get(form, form) for form in (*decided["decoder"], *decided["embedding"])})
     config = load_object(artefact / contract.CONFIG)
     quantization = config.get("quantization")
     if quantization:

@@ -20,6 +20,7 @@ from model_export import contract, mil
 from model_export.artefact import is_ours, read_whole
 from model_export.mil.allocator import kept_buffers, returned_buffers
 from model_export.runtime import ExecutorVision, function_for
+from quantization.coreai.forms import PLAIN
 
 # Bytes of an activation that three runs side by side give back: kept, they cost 0.7 GB at 1024 x 1024; faulting them in
 # again costs 2 s.
@@ -71,9 +72,8 @@ def encode_first(
 def without_operations(manifest: Mapping[str, Any]) -> dict[str, Any]:
     """The place of `compare_operations`' result for a Core AI bundle, whose runtime gives no operation's value: no
     operations, and "absent" says so; "width" is the decoder's."""
-    forms = {rule["form"] for rule in coreai_rules(manifest, vision=True)}
     return {
-        "precision": "float16" if forms <= {"fp16"} else "compressed",
+        "precision": "float16" if manifest["llm"]["decisions"]["vision"] == [PLAIN] else "compressed",
         "rounding": [],
         "layers": [],
         "fault": None,
@@ -81,13 +81,6 @@ def without_operations(manifest: Mapping[str, Any]) -> dict[str, Any]:
         "absent": "Apple's Core AI runtime gives the outputs of whole programs only, so no operation or layer was"
         " compared by itself: what is known of the encoder are the figures of its image embeddings above.",
     }
-
-
-def coreai_rules(manifest: Mapping[str, Any], vision: bool) -> list[dict[str, str]]:
-    """A bundle's rules ("pattern", "form") for its encoder, or for its language model: those of its recipe."""
-    rules = manifest["llm"]["recipe"].get("coreai", [])
-    own = ("vision.", "*") if vision else ("decoder.", "embedding", "*")
-    return [rule for rule in rules if rule["pattern"].startswith(own)]
 
 
 def compare_operations(

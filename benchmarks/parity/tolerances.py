@@ -79,9 +79,9 @@ _LANGUAGE = {
 _COREAI_ENCODER = {
     "preprocessing": _ENCODER["preprocessing"],
     "encoder_snr": _Row(">=", "dB", {"float16": 30.0, "compressed": None},
-        "float16 rounds as in Core ML, and Apple's interpreter sums matrix products in float16, too: of 200 of the demo's"
-        " pictures the worst has 48 dB, FastViTHD with random weights 50 at 256 x 256 and 40 at 1024 x 1024, where attention sums over 256"
-        " positions; a wrong weight, scale or picture costs far more"),
+        "float16 rounds as in Core ML, and Apple's interpreter sums matrix products in float16, too: of 200 of the"
+        " demo's pictures the worst has 48 dB, FastViTHD with random weights has 50 at 256 x 256 and 40 at 1024 x 1024,"
+        " where attention sums over 256 positions; a wrong weight, scale or picture costs far more"),
     "encoder_cosine": _Row(">=", "", {"float16": 0.999, "compressed": None},
         "what 30 dB of noise leaves of the direction, sqrt(1 - 10^(-SNR/10)), with half a digit to spare"),
     "encoder_max_abs": _Row("<=", "of the largest feature", {"float16": 0.1, "compressed": None},
@@ -111,7 +111,7 @@ _WIDE_REASON = (
 _WIDE: dict[str, float | None] = {
     "prefill_snr": 15.0, "prefill_kl": 0.05, "prefill_top1": None, "greedy_tokens": None, "greedy_answers": None,
 }  # fmt: skip
-# A form of Core AI's (`coreai` in a recipe) -> the family whose bits it has.
+# A form of Core AI's (`quantization.coreai.forms`) -> the family whose bits it has.
 COREAI_FAMILIES = {
     "fp16": "fp16", "int8": "int8", "int8-b32": "int8", "palette8": "int8", "fp8": "mxfp8", "palette6": "int6",
     "palette6-g16": "int6", "int4-b32": "int4", "palette4": "int4", "palette4-g16": "int4",

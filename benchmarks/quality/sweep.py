@@ -38,7 +38,7 @@ RECIPES = (
     "fp16", "int8", "int6", "int5", "int4", "int4-gptq", "int4-dwq", "int3", "int3-mixed", "mixed-4-8", "mxfp4",
     "fit:5bpw",
 )  # fmt: skip
-COREAI_RECIPES = ("fp16",)  # those that have Core AI forms
+COREAI_RECIPES = ("fp16", "int8", "palette8", "int6", "palette4", "int4", "mixed-4-8")
 _PRINTED = ("bytes", "bits_per_weight", KL, AGREEMENT, "ttft_s", "peak_bytes")
 _THUMBNAIL = 168  # pixels
 # A point's memory: PyTorch holds its weights in float32 and works on float32 copies of some; libraries, of the point's
@@ -173,7 +173,7 @@ def _check(args: argparse.Namespace) -> dict[str, Any]:
     (hashes of all that the settings name), "samples" and "source" (where they come from, see `job.choose`)."""
     from fastvlm.checkpoint.checkpoint import open_checkpoint
     from model_export import artefact
-    from model_export.coreai import bundle
+    from model_export.coreai import bundle, compress
     from model_export.language import llm
 
     faults: list[str] = []
@@ -210,7 +210,8 @@ def _check(args: argparse.Namespace) -> dict[str, Any]:
             )
         with noted():
             if known["checkpoint"] and coreai:
-                needed += sum(bundle.planned_bytes(checkpoint, bundle.shape_of(checkpoint)).values())
+                shapes = compress.bundle_shapes(checkpoint)
+                needed += sum(bundle.planned_bytes(compress.plan_of(recipe, shapes), shapes).values())
             elif known["checkpoint"]:
                 needed += llm.planned_bytes(checkpoint, recipe)
     work = args.work_dir.resolve()

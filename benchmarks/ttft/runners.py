@@ -20,7 +20,8 @@ from fastvlm.common.cli import log
 from fastvlm.common.errors import UserError
 from fastvlm.common.staging import once
 from model_export.artefact import check_for_app, check_parts, is_bundle, read_whole
-from model_export.config import COMPUTE_UNITS, COREAI_UNITS
+from model_export.config import COMPUTE_UNITS, COREAI_UNITS, INTERPRETER
+from model_export.coreai.process import has_system_runtime
 from quantization.recipe import load_recipe
 
 BEST = "-best"  # behind the name of Transformers' runner with the best setting that the search found
@@ -92,8 +93,9 @@ def backends(artefacts: str = "coreml") -> dict[str, dict[str, Any]]:
     """The backends on this system of artefacts of a format, by name."""
     if artefacts == "coreai":
         of_coreai = {"vision": "coreai", "llm": "coreai"}
-        units = COREAI_UNITS if sys.platform == "darwin" else ()
-        return {"coreai": of_coreai} | {f"coreai-{name}": {**of_coreai, "units": name} for name in units}
+        systems = [units for units in COREAI_UNITS if units != INTERPRETER] if has_system_runtime() else []
+        own = {"coreai": {**of_coreai, "units": INTERPRETER}}
+        return own | {f"coreai-{units}": {**of_coreai, "units": units} for units in systems}
     known: dict[str, dict[str, Any]] = {
         f"executor-{compute}": {"vision": "executor", "llm": "torch", "compute": compute}
         for compute in ("as-typed", "bfloat16", "int8", "auto")

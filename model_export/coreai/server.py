@@ -7,6 +7,7 @@
 import asyncio
 import os
 import sys
+from collections import Counter
 from contextlib import AsyncExitStack
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -25,6 +26,8 @@ class Server:
         self.stack, self.units = stack, units
         self.functions: dict[str, Any] = {}
         self.states: dict[int, dict[str, Any]] = {}
+        self.events: Counter[str] = Counter()
+        self.profiler = None if units is None else _profiler(self.events)
 
     async def load(self, role: str, path: str) -> dict[str, Any]:
         """Load an asset; returns its functions' names and the interface of `main`."""
@@ -32,7 +35,7 @@ class Server:
         names = list(model.function_names)
         if contract.FUNCTION not in names:
             return {"functions": names}
-        self.functions[role] = function = model.load_function(contract.FUNCTION)
+        self.functions[role] = function = model.load_function(contract.FUNCTION, profiler=self.profiler)
         interface = function.desc
         described = {
             kind: [
@@ -73,6 +76,16 @@ class Server:
         return await self.stack.enter_async_context(AIModelAsset.load(path).executable())
 
 
+def _profiler(events: Counter[str]) -> Any:
+    from coreai.runtime import Profiler
+
+    def count(event: Any) -> Any:
+        events[event.event_id] += 1
+        return 0  # what the end of an interval is known by
+
+    return Profiler(count, count)
+
+
 def _specialization(units: str, options: Any) -> Any:
     from coreai.runtime import ComputeUnitKind
 
@@ -103,6 +116,8 @@ async def serve(connection: Connection) -> None:
                         server.new_states(**request)
                     case "peak":
                         answer = {"bytes": peak_bytes()}
+                    case "events":
+                        answer = {"events": dict(server.events)}
                     case "drop":
                         server.states.pop(request["number"], None)
             except Exception as error:  # the runtime raises plain ones; each is an answer

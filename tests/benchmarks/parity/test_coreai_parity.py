@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.parity import compare, encoders
+from benchmarks.parity import compare, encoders, tolerances
 from fastvlm.common.errors import UserError
 from fastvlm.data.scenes import CHECKPOINT
 from model_export.artefact import read_manifest, write_manifest
+from quantization.coreai.forms import FORMS
 from tests.helpers import with_tensors
 
 pytest.importorskip("coreai")
@@ -57,30 +58,33 @@ def test_one_wrong_weight_or_scale_fails_and_names_the_stage(demo_bundle, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("forms", "family", "precision"),
+    ("decoder", "embedding", "vision", "family", "precision"),
     [
-        ({"*": "fp16"}, "fp16", "float16"),
-        ({"decoder.*": "int8", "embedding": "fp16"}, "int8", "float16"),
-        ({"decoder.*": "int4-b32", "embedding": "palette8", "vision.*": "fp16"}, "int4", "float16"),
-        ({"decoder.*": "fp16", "vision.*": "palette6"}, "fp16", "compressed"),
-        ({"*": "palette4-g16"}, "int4", "compressed"),
+        ("fp16", "fp16", "fp16", "fp16", "float16"),
+        ("int8", "fp16", "fp16", "int8", "float16"),
+        ("int4-b32", "palette8", "fp16", "int4", "float16"),
+        ("fp16", "fp16", "palette6", "fp16", "compressed"),
+        ("palette4-g16", "fp16", "int8", "int4", "compressed"),
     ],
 )
-def test_the_forms_of_its_recipe_decide_which_tolerances_hold(demo_bundle, tmp_path, forms, family, precision):
-    bundle = with_rules(demo_bundle, tmp_path / "bundle", forms)
+def test_the_forms_of_its_weights_decide_which_tolerances_hold(
+    demo_bundle, tmp_path, decoder, embedding, vision, family, precision
+):
+    bundle = with_forms(demo_bundle, tmp_path / "bundle", decoder=decoder, embedding=embedding, vision=vision)
     assert compare.weight_family(bundle) == family
     assert encoders.without_operations(read_manifest(bundle))["precision"] == precision
 
 
-def test_a_form_without_tolerances_is_refused(demo_bundle, tmp_path):
+def test_every_form_has_a_family_and_another_is_refused(demo_bundle, tmp_path):
+    assert set(tolerances.COREAI_FAMILIES) == set(FORMS)
     with pytest.raises(UserError, match="weights of family int3-b8: no tolerances for it"):
-        compare.weight_family(with_rules(demo_bundle, tmp_path / "bundle", {"decoder.*": "int3-b8"}))
+        compare.weight_family(with_forms(demo_bundle, tmp_path / "bundle", decoder="int3-b8"))
 
 
-def with_rules(bundle: Path, target: Path, forms: dict[str, str]) -> Path:
-    """A copy whose manifest names these forms by pattern."""
+def with_forms(bundle: Path, target: Path, **forms: str) -> Path:
+    """A copy whose manifest names another form of some parts."""
     shutil.copytree(bundle, target)
     document = json.loads((target / "export.json").read_text())
-    document["llm"]["recipe"]["coreai"] = [{"pattern": pattern, "form": form} for pattern, form in forms.items()]
+    document["llm"]["decisions"] |= {part: [form] for part, form in forms.items()}
     write_manifest(target, document)
     return target
