@@ -33,8 +33,7 @@ Pixels = Callable[[], Iterable[np.ndarray]]  # arrays (1, 3, S, S) float32, the 
 
 @dataclass(frozen=True)
 class Programs:
-    """What is converted: the checkpoint, the interfaces' sizes, the dtype that the programs compute in, the forms of their
-    weights.
+    """What is converted: the checkpoint, the interfaces' sizes, the programs' dtype, the forms of their weights.
 
     `dtype` is "float16"; "float32" makes twins that prove the graphs and that the engine does not load.
     """
