@@ -218,12 +218,12 @@ def weight_family(artefact: Path) -> str:
 
 
 def _coarsest(artefact: Path, names: set[str]) -> str:
-    family = next((name for name in reversed(tolerances.FAMILIES) if name in names), " and ".join(sorted(names)))
-    if family not in tolerances.FAMILIES:
+    if unknown := sorted(names - {*tolerances.FAMILIES}):
         raise UserError(
-            f"{artefact}: weights of family {family}: no tolerances for it: expected {', '.join(tolerances.FAMILIES)}"
+            f"{artefact}: weights of family {' and '.join(unknown)}: no tolerances for it:"
+            f" expected {', '.join(tolerances.FAMILIES)}"
         )
-    return family
+    return max(names, key=tolerances.FAMILIES.index)
 
 
 def thumbnail(image: Image.Image, side: int = 320) -> Image.Image:
