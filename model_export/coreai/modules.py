@@ -14,6 +14,7 @@ from torch.nn import functional
 from transformers import Qwen2ForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from model_export.coreai import rounding
 from model_export.encoder.channel_first import Encoder, pointwise
 from model_export.encoder.scaled import ScaledGELU
 
@@ -41,13 +42,15 @@ class VisionEncoder(nn.Module):
         self.gelu: nn.Module = ScaledGELU(exponent) if exponent else nn.GELU()
         self.linear_2 = pointwise(second.weight.detach() / down, second.bias.detach())
         self.output_dtype = torch.float16
+        rounding.arrange(self.fastvit)
         for name, layer in [*self.named_modules()]:
             if isinstance(layer, nn.Conv2d):
                 self.set_submodule(name, Convolution(layer))
 
     def forward(self, images: Tensor) -> Tensor:
         """(1, 3, S, S) float32 -> (1, N, H) float16."""
-        features = self.fastvit.forward_features(images.to(self.linear_0.weight.dtype))  # type: ignore[operator]
+        centred = (images - rounding.CENTRE).to(self.linear_0.weight.dtype)
+        features = self.fastvit.forward_features(centred)  # type: ignore[operator]
         embeddings = self.linear_2(self.gelu(self.linear_0(features)))
         return embeddings.flatten(2).transpose(1, 2).to(self.output_dtype)
 
