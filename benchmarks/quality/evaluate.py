@@ -3,6 +3,7 @@
 import argparse
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from benchmarks.quality import job, text_model
 from benchmarks.quality.job import Job, measured
 from fastvlm.common.arguments import share, whole_number
 from fastvlm.common.cli import log, progress
-from fastvlm.common.documents import load_object
+from fastvlm.common.documents import Unreadable, load_object
 from fastvlm.common.errors import CheckFailed, UserError
 from fastvlm.common.terminal import print_table
 from fastvlm.data import conversations
@@ -196,7 +197,9 @@ def _resolution_fault(model: Path, resolution: int) -> Iterator[str]:
 
 def _vocabulary_size(folder: Path) -> int | None:
     if (folder / coreai.METADATA).exists():
-        return load_object(folder / coreai.METADATA)["language"]["vocab_size"]
+        with suppress(Unreadable, KeyError, TypeError):  # loading it will say
+            return load_object(folder / coreai.METADATA)["language"]["vocab_size"]
+        return None
     document = text_model.config(folder)
     return (document.get("text_config") or document).get("vocab_size")
 

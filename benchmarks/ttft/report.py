@@ -91,7 +91,8 @@ def _on_the_interpreter(points: Sequence[Mapping[str, Any]]) -> list[tuple[str, 
     settings = [str(runner.get("settings")) for point in points for runner in point["runners"]]
     if not any(INTERPRETER in one for one in settings):
         return []
-    return [("Core AI", "Apple's runtime in coreai-core, an interpreter on this machine's CPU: no device's times")]
+    words = "Apple's runtime in coreai-core, an interpreter on this machine's CPU: no device's times"
+    return [("Core AI", f"{words}; its process's memory counts")]
 
 
 def warnings(document: Mapping[str, Any]) -> list[str]:
