@@ -15,6 +15,7 @@ from benchmarks import environment
 from fastvlm.common.staging import write_file
 from model_export import contract
 from model_export.config import ExportConfig
+from model_export.coreai import contract as coreai
 from quantization.sweep import engine
 from quantization.sweep.point import apart
 
@@ -27,7 +28,8 @@ class Remembered:
 
     def __init__(self, vision: "Vision", work: Path, manifest: Mapping[str, Any]) -> None:
         self.vision, self.name, self.remedy = vision, vision.name, vision.remedy
-        package = {name: file for name, file in manifest["files"].items() if name.startswith(contract.PACKAGE)}
+        encoders = (contract.PACKAGE, coreai.ASSETS["vision"])
+        package = {name: file for name, file in manifest["files"].items() if name.startswith(encoders)}
         self.shared, self.encoder = work / "shared", digest(package, vision.name)
 
     def encode(self, pixel_values: np.ndarray) -> np.ndarray:

@@ -192,6 +192,12 @@ def read(artefact: Path) -> dict[str, Any]:
     return read_manifest(artefact) if exported is None else elsewhere.listed(artefact, exported, _OF_A_HUB)
 
 
+def is_bundle(document: Mapping[str, Any]) -> bool:
+    """Whether a manifest is of a Core AI bundle."""
+    config = document.get("config")
+    return isinstance(config, dict) and config.get("format") == "coreai"
+
+
 def is_ours(document: Mapping[str, Any]) -> bool:
     """Whether `read` or `read_whole` had an export.json to read."""
     return document.get("format") == FORMAT

@@ -239,7 +239,7 @@ def _write_bundle(
             "resolutions": [shape.image_size],
             **facts,
         },
-        "llm": bundle.language_facts(checkpoint, shape, plan.recipe.name, forms, folder),
+        "llm": bundle.language_facts(checkpoint, shape, plan.recipe.to_json(), forms, folder),
         "licences": artefact.carry_licences(checkpoint.path, folder, changes),
     }
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import environment
-from benchmarks.parity.pictures import LIMIT
+from benchmarks.parity.pictures import COREAI_LIMIT, LIMIT
 from fastvlm.common.arguments import whole_number
 from fastvlm.common.cli import log, progress
 from fastvlm.common.files import Output
@@ -25,8 +25,11 @@ def add_parity(verbs: Any) -> None:
     add("--reference", required=True, type=Path, metavar="CHECKPOINT", help="a checkpoint; PyTorch runs it in float32")
     add("--candidate", required=True, type=Path, metavar="ARTEFACT", help="an artefact folder")
     add("--images", metavar="FOLDER", help="pictures of yours, besides the demo set")
-    limit = "demo questions, and pictures of yours, at most (default: %(default)s; the demo set has 500)"
-    add("--limit", type=whole_number(), default=LIMIT, metavar="N", help=limit)
+    limit = (
+        f"demo questions, and pictures of yours, at most (default: {LIMIT}, {COREAI_LIMIT} of a Core AI bundle;"
+        " the demo set has 500)"
+    )
+    add("--limit", type=whole_number(), metavar="N", help=limit)
     add("--output", type=Output(file=True), metavar="PAGE.html", help="the page (default: ARTEFACT-parity.html)")
     vision = "what runs the encoder (default: Core ML on a Mac, else the executor)"
     add("--vision", choices=VISION_RUNNERS, default="auto", help=vision)

@@ -16,9 +16,9 @@ from PIL import Image
 from benchmarks import metrics
 from benchmarks.parity import language as language_parity
 from benchmarks.parity import pictures, tolerances
-from benchmarks.parity.encoders import Encoded, encode, encode_first
+from benchmarks.parity.encoders import Encoded, encode, encode_first, without_operations
 from benchmarks.parity.language import Reading
-from benchmarks.parity.pictures import LIMIT, Picture
+from benchmarks.parity.pictures import COREAI_LIMIT, LIMIT, Picture
 from benchmarks.parity.verdict import Row, document
 from fastvlm.common.cli import progress
 from fastvlm.common.documents import load_object
@@ -28,6 +28,8 @@ from fastvlm.model.language import Language, TorchLanguage
 from fastvlm.model.surface import FastVLM
 from fastvlm.model.torch_parts import load_checkpoint
 from model_export import contract
+from model_export.artefact import is_bundle, read_whole
+from model_export.coreai.runtime import projected
 from model_export.mil.allocator import give_back, returned_buffers
 
 MAX_NEW_TOKENS = 48  # of each answer
@@ -40,7 +42,7 @@ def compare(
     reference: str | Path,
     candidate: str | Path,
     images: str | Path | None = None,
-    limit: int = LIMIT,
+    limit: int | None = None,
     report: str | Path | None = None,
     vision: str = "auto",
     llm: str = "auto",
@@ -52,7 +54,8 @@ def compare(
 
     `reference` is a checkpoint folder, run by PyTorch in float32 at the artefact's resolution; `candidate` an artefact
     folder, its halves run by `vision` and `llm` as in `model_export.runtime.load`. `images` is a folder of the user's
-    pictures. `report` is where the HTML page goes, `command` its origin, `name` what it calls the candidate (default:
+    pictures, `limit` how many of them and of the demo questions (None: LIMIT, or COREAI_LIMIT of a Core AI bundle).
+    `report` is where the HTML page goes, `command` its origin, `name` what it calls the candidate (default:
     the folder's name). `resolution` is one of the artefact's (default: its native one).
 
     Raises UserError for folders or pictures that cannot be used, CheckFailed where both sides' arrays differ in shape.
@@ -62,12 +65,17 @@ def compare(
 
     checkpoint, artefact = Path(reference), Path(candidate)
     with progress("parity: load"):
+        manifest = read_whole(artefact)
+        coreai = is_bundle(manifest)
+        limit = limit or (COREAI_LIMIT if coreai else LIMIT)
         chosen = pictures.choose(checkpoint, Path(images) if images else None, limit)
         pictures.check(chosen)
         actual = runtime.load(artefact, vision=vision, llm=llm, resolution=resolution)
         expected = at_size(load_checkpoint(checkpoint, streamed=True), actual.image_size)
     _check_comparable(expected, actual)
     operations: dict[str, Any] = {}
+    if coreai:
+        operations, expected = without_operations(manifest), projected(expected)
     seen, thumbnails = [], []
     with progress("parity: encoders, pictures", len(chosen)) as advance:
         for picture in pictures.opened(chosen):
@@ -137,12 +145,11 @@ def answer(expected: Speaker, actual: Speaker, seen: Sequence[Seen]) -> list[Row
         ours = _answers("reference", expected[0], [embeds for _, embeds, _ in seen], drafts)
         with progress("parity: prefill logits, pictures", len(seen)) as advance:
             for (row, *_), a, b in zip(seen, ours, theirs):
-                kl, same = language_parity.logits_figures(expected[0], actual[0], (a.hidden, b.hidden))
+                logits = language_parity.logits_figures(expected[0], actual[0], (a.hidden, b.hidden))
                 row.reference, row.candidate = _text(expected, a.tokens), _text(actual, b.tokens)
                 row.divergence = _divergence(expected, actual, a, b)
                 row.figures |= {
-                    "prefill_kl": kl,
-                    "prefill_top1": same,
+                    **logits,
                     "greedy_tokens": float(a.tokens == b.tokens),
                     "greedy_answers": float(row.reference == row.candidate),
                 }
@@ -188,26 +195,35 @@ def _divergence(expected: Speaker, actual: Speaker, a: Reading, b: Reading) -> d
 
 
 def weight_family(artefact: Path) -> str:
-    """The coarsest of `tolerances.FAMILIES` among the artefact's weights, by its config.json and tensors."""
+    """The coarsest of `tolerances.FAMILIES` among the artefact's weights, by its config.json and tensors; of a Core AI
+    bundle's, by the forms that its manifest names."""
     from safetensors import safe_open
 
+    if (artefact / contract.MANIFEST).exists() and is_bundle(manifest := read_whole(artefact)):
+        known = tolerances.COREAI_FAMILIES
+        decided = manifest["llm"]["decisions"]
+        return _coarsest(artefact, {known.get(form, form) for form in (*decided["decoder"], *decided["embedding"])})
     config = load_object(artefact / contract.CONFIG)
     quantization = config.get("quantization")
     if quantization:
         entries = [quantization, *(value for value in quantization.values() if isinstance(value, dict))]
         names = {contract.stored_as(entry) for entry in entries}
-        family = next((name for name in reversed(tolerances.FAMILIES) if name in names), " and ".join(sorted(names)))
     else:
         kinds = set()
         for file in sorted(artefact.glob(contract.WEIGHTS_GLOB)):
             with safe_open(file, framework="numpy") as tensors:
                 kinds |= {tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118
-        family = "bf16" if "BF16" in kinds else "fp16" if kinds & {"F16", "F32"} else "unknown"
-    if family not in tolerances.FAMILIES:
+        names = {"bf16" if "BF16" in kinds else "fp16" if kinds & {"F16", "F32"} else "unknown"}
+    return _coarsest(artefact, names)
+
+
+def _coarsest(artefact: Path, names: set[str]) -> str:
+    if unknown := sorted(names - {*tolerances.FAMILIES}):
         raise UserError(
-            f"{artefact}: weights of family {family}: no tolerances for it: expected {', '.join(tolerances.FAMILIES)}"
+            f"{artefact}: weights of family {' and '.join(unknown)}: no tolerances for it:"
+            f" expected {', '.join(tolerances.FAMILIES)}"
         )
-    return family
+    return max(names, key=tolerances.FAMILIES.index)
 
 
 def thumbnail(image: Image.Image, side: int = 320) -> Image.Image:

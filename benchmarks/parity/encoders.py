@@ -1,7 +1,7 @@
 """Both sides' encoders, picture by picture; with the first one every operation and layer of the saved program, too."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from model_export import contract, mil
 from model_export.artefact import is_ours, read_whole
 from model_export.mil.allocator import kept_buffers, returned_buffers
 from model_export.runtime import ExecutorVision, function_for
+from quantization.coreai.forms import PLAIN
 
 # Bytes of an activation that three runs side by side give back: kept, they cost 0.7 GB at 1024 x 1024; faulting them in
 # again costs 2 s.
@@ -66,6 +67,20 @@ def encode_first(
     else:
         second = actual.encode_image(pixels[1])
     return document, _encoded(picture, pixels, [first, second])
+
+
+def without_operations(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """The place of `compare_operations`' result for a Core AI bundle, whose runtime gives no operation's value: no
+    operations, and "absent" says so; "width" is the decoder's."""
+    return {
+        "precision": "float16" if manifest["llm"]["decisions"]["vision"] == [PLAIN] else "compressed",
+        "rounding": [],
+        "layers": [],
+        "fault": None,
+        "width": manifest["vision"]["channels"],
+        "absent": "Apple's Core AI runtime gives the outputs of whole programs only, so no operation or layer was"
+        " compared by itself: what is known of the encoder are the figures of its image embeddings above.",
+    }
 
 
 def compare_operations(

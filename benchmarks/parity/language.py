@@ -5,6 +5,7 @@ behind it, in one pass: as long as its most likely tokens are the candidate's, i
 first one that differs on it decodes by itself.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -41,7 +42,7 @@ Advance = Callable[[int], Any]  # called with the number of finished tokens, tho
 def answers(language: Language, embeds: Sequence[np.ndarray], most: int, advance: Advance) -> list[Reading]:
     """Read prompts, each (1, T, H) float32, and answer each greedily with at most `most` tokens."""
     by_index: dict[int, Reading] = {}
-    for batch in _batches(embeds):
+    for batch in _batches(language, embeds):
         hidden, past = language.hidden(np.concatenate([embeds[index] for index in batch]))
         readings = [Reading(states, []) for states in hidden]
         tokens = language.head(hidden[:, -1:], hidden.shape[1] - 1)[:, -1].argmax(-1)
@@ -62,7 +63,7 @@ def answers_after(
 ) -> list[Reading]:
     """The same, and the same answers, given drafts of them: as much of one as is right costs no decoding."""
     by_index: dict[int, Reading] = {}
-    for batch in _batches(embeds):
+    for batch in _batches(language, embeds):
         prompts = np.concatenate([embeds[index] for index in batch])
         length, room = prompts.shape[1], _room(language, prompts.shape[1], most)
         own = [drafts[index][:room] for index in batch]
@@ -92,13 +93,13 @@ def answers_after(
     return [by_index[index] for index in range(len(embeds))]
 
 
-def _batches(embeds: Sequence[np.ndarray]) -> Iterator[list[int]]:
+def _batches(language: Language, embeds: Sequence[np.ndarray]) -> Iterator[list[int]]:
     """The indexes of prompts of one length, at most _TOKENS_AT_ONCE in all."""
     lengths = defaultdict(list)
     for index, prompt in enumerate(embeds):
         lengths[prompt.shape[1]].append(index)
     for length, same in lengths.items():
-        step = max(1, _TOKENS_AT_ONCE // length)
+        step = 1 if language.one_sequence else max(1, _TOKENS_AT_ONCE // length)
         yield from (same[start : start + step] for start in range(0, len(same), step))
 
 
@@ -141,15 +142,13 @@ def _decode(
         ]
 
 
-def logits_figures(
-    reference: Language, candidate: Language, states: tuple[np.ndarray, np.ndarray]
-) -> tuple[float, float]:
-    """KL divergence in nats (mean over positions) and top-1 agreement of the logits that both sides make of their final
-    hidden states (T, H) of one prompt; a part of the vocabulary's logits exists at a time.
+def logits_figures(reference: Language, candidate: Language, states: tuple[np.ndarray, np.ndarray]) -> dict[str, float]:
+    """KL divergence in nats (mean over positions), top-1 agreement and SNR in dB of the logits that both sides make of
+    their final hidden states (T, H) of one prompt; a part of the vocabulary's logits exists at a time.
 
     Raises CheckFailed when the two sides' shapes differ, and for logits that are not finite.
     """
-    divergences, same, length = [], 0.0, len(states[0])
+    divergences, same, signal, noise, length = [], 0.0, 0.0, 0.0, len(states[0])
     for start in range(0, length, _POSITIONS_AT_ONCE):
         part = slice(start, start + _POSITIONS_AT_ONCE)
         a, b = (side.head(hidden[None, part], start)[0] for side, hidden in zip((reference, candidate), states))
@@ -157,4 +156,9 @@ def logits_figures(
             raise CheckFailed(f"logits: got shape {b.shape}, expected {a.shape}")
         divergences.append(metrics.kl_positions(a, b))
         same += metrics.top1_agreement(a, b) * len(a)
-    return float(np.concatenate(divergences).mean()), same / length
+        signal, noise = signal + float(np.vdot(a, a)), noise + float(np.vdot(a - b, a - b))
+    return {
+        "prefill_snr": 10 * math.log10(signal / noise) if signal and noise else math.inf if not noise else -math.inf,
+        "prefill_kl": float(np.concatenate(divergences).mean()),
+        "prefill_top1": same / length,
+    }

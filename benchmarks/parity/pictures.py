@@ -10,6 +10,7 @@ from fastvlm.data import pictures, scenes
 from fastvlm.data.images import open_image
 
 LIMIT = 40  # demo questions; the whole held-out set is 500
+COREAI_LIMIT = 8  # of a Core AI bundle, whose interpreter takes two seconds for each
 PROMPT = "Describe the image."
 _DRAWN = 4  # pictures for a checkpoint that was not trained on them: their answers say little, their features all
 

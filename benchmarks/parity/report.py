@@ -31,11 +31,18 @@ def render(result: dict[str, Any], thumbnails: Sequence[Image.Image], command: s
         {"figure": figure, "bound": bound},
         result=result,
         cards=cards,
-        plot=Markup(error_plot(result["operations"], result["metrics"], result["first_operation"])),
+        plot=_plot(result),
         pictures=" and ".join(f"{count} {SOURCES[source]}" for source, count in result["pictures"].items()),
         command=command,
         notes=environment.notes(result["environment"]),
     )
+
+
+def _plot(result: dict[str, Any]) -> Markup | None:
+    """The errors along the encoder; None where no operation was compared."""
+    if "absent" in result["operations"]:
+        return None
+    return Markup(error_plot(result["operations"], result["metrics"], result["first_operation"]))
 
 
 def figure(value: float | str | None, unit: str = "") -> str:
@@ -66,6 +73,8 @@ def print_result(result: dict[str, Any]) -> None:
         for metric in result["metrics"].values()
     ]
     print_table("parity", ("", "figure", "measured", "tolerance"), rows)
+    if absent := result["operations"].get("absent"):
+        print(absent)
     for side in ("reference", "candidate"):
         runners = ", ".join(f"{part}: {name}" for part, name in result[side]["runners"].items())
         print(f"{side} {result[side]['name']}: {runners}")

@@ -18,10 +18,17 @@ LABELS = {
     "encoder_cosine": "encoder features, cosine",
     "encoder_max_abs": "encoder features, largest error",
     "merged_snr": "merged embeddings, worst position",
+    "prefill_snr": "prefill logits, signal to noise",
     "prefill_kl": "prefill logits, KL a position of the prompt",
     "prefill_top1": "prefill logits, same most likely token",
     "greedy_tokens": "greedy decoding, same tokens",
     "greedy_answers": "greedy decoding, same answer",
+}
+# A Core AI bundle's encoder has the projector inside.
+_COREAI_LABELS = {
+    "encoder_snr": "image embeddings, signal to noise",
+    "encoder_cosine": "image embeddings, cosine",
+    "encoder_max_abs": "image embeddings, largest error",
 }
 _WORST: dict[str, Callable[[list[float]], float]] = {
     "preprocessing": max,
@@ -29,6 +36,7 @@ _WORST: dict[str, Callable[[list[float]], float]] = {
     "encoder_cosine": min,
     "encoder_max_abs": max,
     "merged_snr": min,
+    "prefill_snr": min,
 }
 
 
@@ -53,27 +61,37 @@ def document(rows: list[Row], operations: dict[str, Any], family: str, sides: di
     "passed" and "verdict" say whether the export is faithful to its recipe; "recipe" (see `_recipe`) what the recipe
     changed, or None where tolerances decide that, too.
 
+    `operations` is the result of `encoders.compare_operations`, or `encoders.without_operations` of a Core AI bundle:
+    then no figures are of operations, and tolerances are the bundle's.
+
     Raises CheckFailed when there is nothing to judge.
     """
-    if not rows or not operations["rounding"]:
+    coreai = "absent" in operations
+    if not rows or not (coreai or operations["rounding"]):
         raise CheckFailed("parity: nothing was compared: no picture, or a program without operations")
     precision = operations["precision"]
-    limits = tolerances.for_encoder(precision) | tolerances.for_language(family, precision)
+    limits = tolerances.for_encoder(precision, coreai) | tolerances.for_language(
+        family, precision, operations.get("width")
+    )
+    labels = LABELS | (_COREAI_LABELS if coreai else {})
+    figures = _figures(rows, operations)
     judged = {
-        name: tolerances.judge(limits[name], value) | {"label": LABELS[name]}
-        for name, value in _figures(rows, operations).items()
+        name: tolerances.judge(limits[name], figures[name]) | {"label": label}
+        for name, label in labels.items()
+        if name in limits
     }
     if operations["fault"]:
         judged["layer_snr"] |= {"value": None, "passed": False, "reason": operations["fault"]}
-    for name in _WORST:
+    for name in [name for name in _WORST if name in judged]:
         values = [row.figures[name] for row in rows]
         judged[name]["worst_row"] = values.index(_WORST[name](values))
+    of_recipe = tolerances.for_language(family, precision)
     broken = [name for name, figure in judged.items() if figure["passed"] is False]
     first = _first_operation(operations, limits)
     return {
         "passed": not broken,
         "verdict": _verdict(judged, broken, first),
-        "recipe": _recipe(judged, family, rows) if limits["greedy_answers"].bound is None else None,
+        "recipe": _recipe(judged, family, rows) if of_recipe["greedy_answers"].bound is None else None,
         "broken": broken,
         "precision": operations["precision"],
         "family": family,
@@ -94,17 +112,17 @@ def document(rows: list[Row], operations: dict[str, Any], family: str, sides: di
 
 
 def _figures(rows: list[Row], operations: dict[str, Any]) -> dict[str, float]:
-    """One figure for each of `LABELS`: the worst picture's for arrays, the mean for logits and answers."""
-    figures: dict[str, float] = {
-        "operation_snr": _lowest(operations["rounding"]),
-        "layer_snr": _lowest(operations["layers"]) if operations["layers"] else -math.inf,
+    """The figures by the names of `LABELS`: the worst picture's for arrays, the mean for logits and answers."""
+    figures = {
+        name: _lowest(operations[series]) if operations[series] else -math.inf
+        for name, series in (("operation_snr", "rounding"), ("layer_snr", "layers"))
     }
     for name in rows[0].figures:
         values = [row.figures[name] for row in rows]
         figures[name] = (
             _WORST[name](values) if name in _WORST and not any(map(math.isnan, values)) else sum(values) / len(values)
         )
-    return {name: figures[name] for name in LABELS}
+    return figures
 
 
 def _lowest(errors: list[dict[str, Any]]) -> float:
@@ -115,7 +133,7 @@ def _first_operation(operations: dict[str, Any], limits: dict[str, tolerances.To
     """The earliest output that leaves its tolerance, of a layer against PyTorch or of an operation by its rounding."""
     failures = []
     for series, metric in (("layers", "layer_snr"), ("rounding", "operation_snr")):
-        bound = limits[metric].bound
+        bound = limits[metric].bound if metric in limits else None
         bad = (error for error in operations[series] if bound is not None and not float(error["snr_db"]) >= bound)
         failures += [{**error, "series": series, "tolerance": bound} for error in bad][:1]
     return min(failures, key=lambda error: error["index"], default=None)

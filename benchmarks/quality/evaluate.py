@@ -3,6 +3,7 @@
 import argparse
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,13 @@ from benchmarks.quality import job, text_model
 from benchmarks.quality.job import Job, measured
 from fastvlm.common.arguments import share, whole_number
 from fastvlm.common.cli import log, progress
+from fastvlm.common.documents import Unreadable, load_object
 from fastvlm.common.errors import CheckFailed, UserError
 from fastvlm.common.terminal import print_table
 from fastvlm.data import conversations
 from model_export import contract
 from model_export.config import LLM_RUNNERS, VISION_RUNNERS
+from model_export.coreai import contract as coreai
 
 _SHOWN = 3  # disagreements a candidate
 LABELS = {
@@ -193,6 +196,10 @@ def _resolution_fault(model: Path, resolution: int) -> Iterator[str]:
 
 
 def _vocabulary_size(folder: Path) -> int | None:
+    if (folder / coreai.METADATA).exists():
+        with suppress(Unreadable, KeyError, TypeError):  # loading it will say
+            return load_object(folder / coreai.METADATA)["language"]["vocab_size"]
+        return None
     document = text_model.config(folder)
     return (document.get("text_config") or document).get("vocab_size")
 
@@ -202,7 +209,9 @@ def _tokens(folder: Path) -> dict[str, int] | None:
     from tokenizers import Tokenizer
 
     try:
-        return Tokenizer.from_file(str(folder / contract.TOKENIZER)).get_vocab(with_added_tokens=False)
+        of_bundle = folder / coreai.TOKENIZER / contract.TOKENIZER
+        path = of_bundle if of_bundle.exists() else folder / contract.TOKENIZER
+        return Tokenizer.from_file(str(path)).get_vocab(with_added_tokens=False)
     except Exception:  # tokenizers raises bare exceptions
         return None
 

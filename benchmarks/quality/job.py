@@ -10,6 +10,8 @@ from fastvlm.common.errors import UserError
 from fastvlm.data import conversations
 from fastvlm.data.scenes import knows_demo
 from model_export import contract
+from model_export.coreai import contract as coreai
+from model_export.coreai import process
 from quantization.sweep.point import apart, peak_bytes
 
 DEMO, DRAWN, TEXT_ONLY = "demo", "drawn", "text"  # sources of samples beside folders and files
@@ -37,7 +39,8 @@ class Job:
 
 
 def evaluate(job: Job) -> dict[str, Any]:
-    """Do the job in this process: `quality.reference_results` or `quality.quality` with sizes and `load_s`."""
+    """Do the job in this process: `quality.reference_results` or `quality.quality` with sizes, `load_s` and `peak_gb`,
+    the peak memory of this process and of Apple's runtime beside it."""
     from transformers import AutoTokenizer, Qwen2ForCausalLM  # noqa: F401  imported before the clock runs
 
     from benchmarks.quality import quality
@@ -58,19 +61,14 @@ def evaluate(job: Job) -> dict[str, Any]:
     else:
         result = quality.quality(model, samples, Path(job.results))
     result["figures"] |= sizes(folder)
-    result["timings"] |= {"load_s": quality.figure(loaded)}
+    peak = peak_bytes() + process.peak_bytes()
+    result["timings"] |= {"load_s": quality.figure(loaded), "peak_gb": float(f"{peak / 1e9:.4g}")}
     return result
 
 
 def measured(job: Job) -> dict[str, Any]:
-    """`evaluate` in a process of its own; its timings have `peak_gb`, too. Raises what that raised."""
-    return apart(_with_peak, job)
-
-
-def _with_peak(job: Job) -> dict[str, Any]:
-    result = evaluate(job)
-    result["timings"]["peak_gb"] = float(f"{peak_bytes() / 1e9:.4g}")
-    return result
+    """`evaluate` in a process of its own, so that its peak memory is its own. Raises what that raised."""
+    return apart(evaluate, job)
 
 
 def source(given: str | None, reference: Path) -> str:
@@ -97,8 +95,8 @@ def sizes(folder: Path) -> dict[str, int]:
     files.pop(folder / contract.MANIFEST, None)
     total = {"bytes": sum(files.values())}
     for part, patterns in (
-        ("vision", (f"{contract.PACKAGE}/*", contract.VISION_WEIGHTS)),
-        ("language", (contract.WEIGHTS_GLOB,)),
+        ("vision", (f"{contract.PACKAGE}/*", contract.VISION_WEIGHTS, f"{coreai.ASSETS['vision']}/*")),
+        ("language", (contract.WEIGHTS_GLOB, *(f"{coreai.ASSETS[role]}/*" for role in ("main", "embedding")))),
         ("projector", (contract.PROJECTOR_WEIGHTS,)),
     ):
         matching = [size for path, size in files.items() if any(_under(path, folder, glob) for glob in patterns)]

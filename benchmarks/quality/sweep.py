@@ -26,7 +26,8 @@ from fastvlm.common.files import Output, present
 from fastvlm.common.page import data_url
 from fastvlm.common.terminal import print_table
 from fastvlm.data import conversations
-from model_export.config import image_size
+from model_export.config import FORMATS, image_size
+from model_export.coreai.packages import check_installed
 from quantization.coreml.compression import COMPRESSIONS
 from quantization.recipe import recipe_from_json, usable_recipe
 from quantization.sweep import engine, report
@@ -37,6 +38,7 @@ RECIPES = (
     "fp16", "int8", "int6", "int5", "int4", "int4-gptq", "int4-dwq", "int3", "int3-mixed", "mixed-4-8", "mxfp4",
     "fit:5bpw",
 )  # fmt: skip
+COREAI_RECIPES = ("fp16", "int8", "palette8", "int6", "palette4", "int4", "mixed-4-8")
 _PRINTED = ("bytes", "bits_per_weight", KL, AGREEMENT, "ttft_s", "peak_bytes")
 _THUMBNAIL = 168  # pixels
 # A point's memory: PyTorch holds its weights in float32 and works on float32 copies of some; libraries, of the point's
@@ -50,8 +52,10 @@ def add_sweep(verbs: Any) -> None:
     parser = verbs.add_parser("sweep", description=text)
     add = parser.add_argument
     add("--checkpoint", required=True, type=checkpoint_folder, metavar="FOLDER", help="what goes in (read-only)")
-    names = f"names or files (default: {', '.join(RECIPES)})"
-    add("--quant", nargs="+", type=usable_recipe, default=[*RECIPES], metavar="RECIPE", help=names)
+    text = "what is exported: coreml (Core ML and MLX) or coreai (a bundle, in Apple's interpreter; default: coreml)"
+    add("--format", choices=FORMATS, default="coreml", metavar="NAME", help=text)
+    names = f"names or files (default: {', '.join(RECIPES)}; of Core AI: {', '.join(COREAI_RECIPES)})"
+    add("--quant", nargs="+", type=usable_recipe, metavar="RECIPE", help=names)
     add(
         "--vision-quant",
         nargs="+",
@@ -169,10 +173,12 @@ def _check(args: argparse.Namespace) -> dict[str, Any]:
     (hashes of all that the settings name), "samples" and "source" (where they come from, see `job.choose`)."""
     from fastvlm.checkpoint.checkpoint import open_checkpoint
     from model_export import artefact
+    from model_export.coreai import bundle, compress
     from model_export.language import llm
 
     faults: list[str] = []
     inputs: dict[str, Any] = {}
+    coreai = args.format == "coreai"
     known: dict[str, Any] = {"inputs": inputs, "points": [], "checkpoint": None}
 
     @contextmanager
@@ -185,9 +191,16 @@ def _check(args: argparse.Namespace) -> dict[str, Any]:
     with noted():
         known["checkpoint"] = checkpoint = open_checkpoint(args.checkpoint)
         inputs["checkpoint"] = artefact.sources(checkpoint)["sha256"]
+    if coreai:
+        with noted():
+            bundle.check(checkpoint) if known["checkpoint"] else check_installed()
+        if args.vision_quant != [engine.UNCOMPRESSED]:
+            faults.append("--vision-quant with --format coreai: a recipe names the forms of all three programs")
     with noted():
         sizes = args.resolutions or [checkpoint.image_size if known["checkpoint"] else 0]
-        known["points"] = engine.grid(args.quant, args.vision_quant, sizes)
+        recipes = args.quant or [*(COREAI_RECIPES if coreai else RECIPES)]
+        points = engine.grid(recipes, args.vision_quant, sizes)
+        known["points"] = [{**point, "format": args.format} for point in points] if coreai else points
     needed = 0
     for document in {point["recipe"]["name"]: point["recipe"] for point in known["points"]}.values():
         recipe = recipe_from_json(document)
@@ -196,7 +209,11 @@ def _check(args: argparse.Namespace) -> dict[str, Any]:
                 f"--vision-quant with recipe {recipe.name}, which names the encoder's forms itself: leave out one"
             )
         with noted():
-            needed += llm.planned_bytes(checkpoint, recipe) if known["checkpoint"] else 0
+            if known["checkpoint"] and coreai:
+                shapes = compress.bundle_shapes(checkpoint)
+                needed += sum(bundle.planned_bytes(compress.plan_of(recipe, shapes), shapes).values())
+            elif known["checkpoint"]:
+                needed += llm.planned_bytes(checkpoint, recipe)
     work = args.work_dir.resolve()
     free = shutil.disk_usage(next(folder for folder in (work, *work.parents) if folder.is_dir())).free
     if needed > free:

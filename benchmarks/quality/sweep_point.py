@@ -35,6 +35,7 @@ def measure(point: engine.Point, settings: Mapping[str, Any]) -> dict[str, Any]:
     `encode_s`), and sizes, `bits_per_weight`, `load_s` and the stages of the time to first token, in seconds."""
     from benchmarks.quality import quality
     from model_export import runtime
+    from model_export.coreai import process
 
     work = Path(settings["work"])
     with tempfile.TemporaryDirectory(dir=work, prefix="artefact.") as folder:
@@ -50,6 +51,7 @@ def measure(point: engine.Point, settings: Mapping[str, Any]) -> dict[str, Any]:
         result["figures"] |= job.sizes(Path(folder)) | {"bits_per_weight": manifest["llm"]["bits_per_weight"]}
     result["timings"].pop("encode_s", None)  # of what was remembered
     result["timings"] |= {"load_s": quality.figure(loaded), "runners": model.runners, **first_token(model, samples)}
+    result["timings"]["peak_beside"] = process.peak_bytes()
     return {name: result[name] for name in ("figures", "timings", "answers")}
 
 
@@ -86,16 +88,7 @@ def put_together(point: engine.Point, settings: Mapping[str, Any], folder: Path)
     """Put the point's artefact together in `folder`, out of links to the shared exports; returns its manifest."""
     from model_export import artefact
 
-    recipe = recipe_from_json(point["recipe"])
-    of_language: dict[str, Any] = {"quant": point["recipe"]}
-    of_encoder = {"vision_quant": point["vision_quant"], "image_size": point["resolution"]}
-    if recipe.vision:  # the recipe names the encoder's forms
-        of_encoder |= of_language
-    encoder = _shared(settings, ("vision",), of_encoder)
-    if recipe.calibrates:  # on what the encoder gives
-        of_language |= of_encoder
-    language = _shared(settings, ("llm",), of_language, encoder if recipe.calibrates else None)
-    exports = (language, encoder)  # the encoder's preprocessor is last, and stays: it has the resolution
+    exports = _exports(point, settings)
     manifests = [artefact.read_manifest(folder) for folder in exports]
     for export in exports:
         for name in artefact.files_in(export):
@@ -106,6 +99,23 @@ def put_together(point: engine.Point, settings: Mapping[str, Any], folder: Path)
     first, last = manifests[0], manifests[-1]
     both = {"parts": ["vision", "llm"], "files": first["files"] | last["files"]}
     return artefact.write_manifest(folder, first | last | both)
+
+
+def _exports(point: engine.Point, settings: Mapping[str, Any]) -> tuple[Path, ...]:
+    """The folders that a point is put together from: two halves, or one Core AI bundle."""
+    recipe = recipe_from_json(point["recipe"])
+    of_language: dict[str, Any] = {"quant": point["recipe"]}
+    if point.get("format") == "coreai":
+        whole = of_language | {"format": "coreai", "image_size": point["resolution"]}
+        return (_shared(settings, ("vision", "llm"), whole),)
+    of_encoder = {"vision_quant": point["vision_quant"], "image_size": point["resolution"]}
+    if recipe.vision:  # the recipe names the encoder's forms
+        of_encoder |= of_language
+    encoder = _shared(settings, ("vision",), of_encoder)
+    if recipe.calibrates:  # on what the encoder gives
+        of_language |= of_encoder
+    language = _shared(settings, ("llm",), of_language, encoder if recipe.calibrates else None)
+    return language, encoder  # the encoder's preprocessor is last, and stays: it has the resolution
 
 
 def _shared(

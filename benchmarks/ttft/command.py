@@ -16,6 +16,7 @@ from fastvlm.common.files import Output, some_path
 from fastvlm.common.staging import write_file
 from fastvlm.data import pictures
 from fastvlm.data.scenes import CHECKPOINT
+from model_export.config import FORMATS
 from quantization.catalogue import SIZES
 from quantization.recipe import usable_recipe
 
@@ -49,6 +50,8 @@ def add_parser(subparsers: Any) -> None:
         metavar="RECIPE",
         help="what to export (default: fp16)",
     )
+    text = "of what is exported (default: %(default)s)"
+    add("--format", choices=FORMATS, default="coreml", metavar="NAME", help=text)
     pixels, count = whole_number(64, multiple=64), whole_number()
     add("--resolution", type=pixels, nargs="+", default=[], metavar="PX", help="default: the native one")
     add("--prompt-length", type=count, nargs="+", default=[], metavar="N", help="text tokens, template included")
@@ -129,8 +132,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         tuple(dict.fromkeys(values)) for values in (args.quant, args.resolution, args.prompt_length)
     )
     request = Request(
-        args.checkpoint, Effort(args.launches, args.rounds, args.budget), tuple(args.artefact), recipes, resolutions,
-        lengths, tuple(args.runner), args.image_file, args.threads, not args.no_search, args.work_dir,
+        args.checkpoint, Effort(args.launches, args.rounds, args.budget), tuple(args.artefact), recipes, args.format,
+        resolutions, lengths, tuple(args.runner), args.image_file, args.threads, not args.no_search, args.work_dir,
     )  # fmt: skip
     plan.check(request)
     if args.shape:

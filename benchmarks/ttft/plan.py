@@ -32,6 +32,7 @@ from fastvlm.data import pictures
 from fastvlm.data.preprocessing import read_preprocessor
 from fastvlm.data.prompt import encode_prompt, render_prompt
 from model_export.artefact import sources
+from model_export.coreai.packages import check_installed
 
 PROMPT, QUESTION = "Describe the image.", "What is the main colour?"
 TOKENS = 16  # decoded in each round after the first one
@@ -48,8 +49,15 @@ def check(request: Request) -> None:
                 faults.append(f"--resolution {', '.join(absent)}: {path} wasn't exported for it, {expected}")
     if not any(fault.startswith("--artefact") for fault in faults):
         with _collected(faults):
-            known = runners.names(request) if request.patterns else list(runners.recipes(request))
+            known = (
+                runners.names(request) if request.patterns else [source.recipe for source in runners.sources(request)]
+            )
             runners.choose(request.patterns, known)
+    if request.format == "coreai" and len(request.resolutions) > 1:
+        faults.append("--resolution with --format coreai: a Core AI bundle has one: measure one at a time")
+    if request.format == "coreai" and not request.artefacts:
+        with _collected(faults):
+            check_installed()
     with _collected(faults):
         parse_delays(os.environ.get(DELAY, ""))
     if faults:

@@ -1,6 +1,6 @@
 """A run of `fastvlm ttft` as terminal tables and one self-contained page; comparisons of runs."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +41,10 @@ _HEADS = (
 )  # of the short table
 _LEGEND = (
     "TTFT: encode + project + prefill; app: preprocessing and the token's text, too; next: a second question on the"
-    " same picture; memory: its peak; parity: the encoder's features against Transformers' in float32, signal to noise"
-    " (–: not compared)."
+    " same picture; memory: its peak; parity: the encoder's features (a Core AI bundle's image embeddings) against"
+    " Transformers' in float32, signal to noise (–: not compared)."
 )
+INTERPRETER = "Core AI (interpreter"  # how its name begins among a runner's settings
 TEMPLATE = Path(__file__).parent / "templates" / "ttft.html.j2"
 BARS = STAGES[:5]  # of a stacked bar; together the app's total
 TABLES = (tuple(LABELS), STAGES)  # the page's, by columns
@@ -79,9 +80,19 @@ def notes(document: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("load time", "without the import of the libraries; memory-mapped weights are read when they are first used, so"
          " “first answer, cold” (load and first round) is the comparable figure"),
         ("memory", "peak resident size of the runner's process, memory-mapped weights included"),
+        *_on_the_interpreter(points),
         ("command", document["command"]),
         ("sources", f"commit {document['commit'] or 'unknown'}, {document['date']}"),
     ]  # fmt: skip
+
+
+def _on_the_interpreter(points: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """A note where a runner is Apple's Core AI runtime off a Mac."""
+    settings = [str(runner.get("settings")) for point in points for runner in point["runners"]]
+    if not any(INTERPRETER in one for one in settings):
+        return []
+    words = "Apple's runtime in coreai-core, an interpreter on this machine's CPU: no device's times"
+    return [("Core AI", f"{words}; its process's memory counts")]
 
 
 def warnings(document: Mapping[str, Any]) -> list[str]:
@@ -132,7 +143,8 @@ def _row(runner: Mapping[str, Any], spreads: Mapping[str, Mapping[str, float]]) 
         shown(key, spreads[key]["median"]) if key in spreads else "–"
         for key in ("ttft_app", "encode", "prefill", "next_question", "decode_rate", "peak_bytes")
     ]
-    features = runner.get("snr_db", {}).get("features", ...)
+    errors = runner.get("snr_db", {})
+    features = errors.get("features", errors.get("projected", ...))
     parity = "–" if features is ... else "exact" if features is None else f"{features:.1f} dB"
     return [runner["name"], first, "–".join(spread), *others, parity]
 

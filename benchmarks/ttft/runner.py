@@ -6,24 +6,24 @@ It opens the runner that the specification (JSON) describes, prints a line {"rea
 the latter true where the model computed what isn't finite. Nothing else reaches stdout.
 
 A runner is an object with `name`, `settings` and a method for each stage that it has, which takes the state of the
-round. A stage's work is finished when it returns: a library that computes lazily is synchronised inside it.
+round; `bytes_beside`, if it has that, gives the peak memory of other processes that work for it. A stage's work is
+finished when it returns: a library that computes lazily is synchronised inside it.
 
-It imports the standard library only (`fastvlm.common.errors` is no more), because the environment that mlx-vlm lives in
-has no torch.
+It imports the standard library only (`fastvlm.common.errors` and `memory` are no more), because the environment that
+mlx-vlm lives in has no torch.
 """
 
 import importlib
 import json
 import os
-import resource
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 from fastvlm.common.errors import CheckFailed
+from fastvlm.common.memory import peak_bytes
 
 STAGES = ("preprocess", "encode", "project", "prefill", "first_token", "decode", "next_question")
 # The paper: vision encoding and prefill. The app also counts preprocessing, and the token has to be text.
@@ -120,16 +120,6 @@ def totals(stages: Mapping[str, float]) -> dict[str, float]:
     return {name: sum(stages[stage] for stage in parts) for name, parts in TOTALS.items() if set(parts) <= set(stages)}
 
 
-def peak_bytes() -> int:
-    """Peak resident memory of this process, mapped files included."""
-    status = Path("/proc/self/status")
-    for line in status.read_text().splitlines() if status.exists() else ():
-        if line.startswith("VmHWM:"):  # ru_maxrss would count the parent's memory before exec
-            return int(line.split()[1]) * 1024
-    unit = 1 if sys.platform == "darwin" else 1024  # getrusage(2): bytes on macOS, KiB on Linux
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
 def main(specification: dict[str, Any]) -> int:
     """The process: see the module's docstring."""
     channel = os.fdopen(os.dup(1), "w", buffering=1)
@@ -160,7 +150,7 @@ def main(specification: dict[str, Any]) -> int:
                 _keep(path, state)
                 specification["keep"] = None
             say(stages=spent, waited=waited, answer=state.get("answer"))
-        say(peak_bytes=peak_bytes())
+        say(peak_bytes=peak_bytes() + getattr(runner, "bytes_beside", lambda: 0)())
     except Exception as error:
         if os.environ.get("FASTVLM_DEBUG"):
             raise
@@ -175,7 +165,7 @@ def _keep(path: str, state: Mapping[str, Any]) -> None:
     import numpy as np
 
     arrays: dict[str, Any] = {
-        name: np.asarray(state[name], dtype=np.float32) for name in ("features", "logits") if name in state
+        name: np.asarray(state[name], dtype=np.float32) for name in ("features", "projected", "logits") if name in state
     }
     np.savez(path, **arrays)
 

@@ -19,8 +19,9 @@ from fastvlm.common import children
 from fastvlm.common.cli import log
 from fastvlm.common.errors import UserError
 from fastvlm.common.staging import once
-from model_export.artefact import check_for_app, read_whole
-from model_export.config import COMPUTE_UNITS
+from model_export.artefact import check_for_app, check_parts, is_bundle, read_whole
+from model_export.config import COMPUTE_UNITS, COREAI_UNITS, INTERPRETER
+from model_export.coreai.process import has_system_runtime
 from quantization.recipe import load_recipe
 
 BEST = "-best"  # behind the name of Transformers' runner with the best setting that the search found
@@ -34,6 +35,7 @@ class Request:
 
     Attributes:
         recipes: exported unless there are `artefacts`.
+        format: what is exported, one of `model_export.config.FORMATS`.
         resolutions, prompt_lengths: pixels and text tokens; empty for the checkpoint's own resolution and the prompt
             as it is.
         patterns: of the runners' names; empty for all.
@@ -43,6 +45,7 @@ class Request:
     effort: Effort
     artefacts: tuple[Path, ...] = ()
     recipes: tuple[str, ...] = ("fp16",)
+    format: str = "coreml"
     resolutions: tuple[int, ...] = ()
     prompt_lengths: tuple[int, ...] = ()
     patterns: tuple[str, ...] = ()
@@ -52,9 +55,20 @@ class Request:
     work: Path = Path("build/benchmarks")
 
 
+@dataclass(frozen=True)
+class Source:
+    """What runners of ours need: a recipe's name and document, the artefact that it made, or None to export it, and
+    the format, which decides the backends."""
+
+    recipe: str
+    document: dict[str, Any]
+    artefact: Path | None
+    format: str
+
+
 def names(request: Request) -> list[str]:
     """The names of all runners that exist here for a request."""
-    ours = [f"{recipe}/{name}" for recipe in recipes(request) for name in backends()]
+    ours = [f"{source.recipe}/{name}" for source in sources(request) for name in backends(source.format)]
     transformers = [f"transformers-{device}" for device in devices()]
     if request.search:
         transformers = [name + suffix for name in transformers for suffix in ("", BEST)]
@@ -75,8 +89,13 @@ def choose(patterns: Sequence[str], known: Sequence[str]) -> list[str]:
     return [name for name in known if not patterns or name in set().union(*matches.values())]
 
 
-def backends() -> dict[str, dict[str, Any]]:
-    """The artefact's backends on this system, by name."""
+def backends(artefacts: str = "coreml") -> dict[str, dict[str, Any]]:
+    """The backends on this system of artefacts of a format, by name."""
+    if artefacts == "coreai":
+        of_coreai = {"vision": "coreai", "llm": "coreai"}
+        systems = [units for units in COREAI_UNITS if units != INTERPRETER] if has_system_runtime() else []
+        own = {"coreai": {**of_coreai, "units": INTERPRETER}}
+        return own | {f"coreai-{units}": {**of_coreai, "units": units} for units in systems}
     known: dict[str, dict[str, Any]] = {
         f"executor-{compute}": {"vision": "executor", "llm": "torch", "compute": compute}
         for compute in ("as-typed", "bfloat16", "int8", "auto")
@@ -98,31 +117,33 @@ def devices() -> list[str]:
     return ["cpu", *(name for name in available if available[name])]
 
 
-def recipes(request: Request) -> dict[str, tuple[dict[str, Any], Path | None]]:
-    """A recipe's name -> its document, and the artefact that was made by it, or None. UserError for a name twice.
+def sources(request: Request) -> list[Source]:
+    """The recipes and artefacts of a request. UserError for a recipe twice in one format.
 
     An artefact made elsewhere doesn't tell its recipe: the form of its weights names it, and it has no rules.
     """
-    known: dict[str, tuple[dict[str, Any], Path | None]] = {}
+    known: dict[tuple[str, str], Source] = {}
     for source in request.artefacts or request.recipes:
         if isinstance(source, Path):
-            language, artefact = manifest(source)["llm"], source
+            of_artefact = manifest(source)
+            language, artefact = of_artefact["llm"], source
+            made = "coreai" if is_bundle(of_artefact) else "coreml"
             document = language.get("recipe") or {"name": f"elsewhere-{language['stored_as'].replace(' ', '-')}"}
         else:
-            document, artefact = load_recipe(source).to_json(), None
-        if (name := document["name"]) in known:
+            document, artefact, made = load_recipe(source).to_json(), None, request.format
+        if (key := (name := document["name"], made)) in known:
             flag = "--artefact" if request.artefacts else "--quant"
             raise UserError(
                 f"{flag}: recipe {name} twice: runners are named after their recipe, so measure one at a time"
             )
-        known[name] = document, artefact
-    return known
+        known[key] = Source(name, document, artefact, made)
+    return [*known.values()]
 
 
 def manifest(artefact: Path) -> dict[str, Any]:
     """The manifest of an artefact with both parts. UserError for anything else."""
     document = read_whole(artefact)
-    check_for_app(artefact, document)
+    (check_parts if is_bundle(document) else check_for_app)(artefact, document)
     return document
 
 
@@ -133,12 +154,16 @@ def specifications(
 
     Args:
         identity: name and hash of the checkpoint. UserError for an artefact that was made from another one.
-        sizes: resolutions to export beside the native one.
+        sizes: resolutions to export beside the native one; a bundle has one resolution, the first of them.
     """
-    for recipe, (document, folder) in recipes(request).items():
-        mine = {name: options for name, options in backends().items() if f"{recipe}/{name}" in chosen}
+    for source in sources(request):
+        recipe, folder = source.recipe, source.artefact
+        mine = {name: options for name, options in backends(source.format).items() if f"{recipe}/{name}" in chosen}
         if mine:
-            folder = folder or exported(request, identity, document, {"resolutions": list(sizes)} if sizes else {}, say)
+            wanted: dict[str, Any] = {"resolutions": list(sizes)} if sizes else {}
+            if source.format == "coreai":
+                wanted = {"format": "coreai"} | ({"image_size": sizes[0]} if sizes else {})
+            folder = folder or exported(request, identity, source.document, wanted, say)
             check_weights(folder, identity)
         for name, options in mine.items():
             about = {"kind": "artefact", "name": f"{recipe}/{name}", "recipe": recipe}
@@ -154,7 +179,8 @@ def specifications(
 
 def mlx_vlm(request: Request, identity: Mapping[str, Any], say: Say) -> dict[str, Any]:
     """The specification of mlx-vlm with the first recipe; with "absent" where it can't run."""
-    recipe, (document, _) = next(iter(recipes(request).items()))
+    first = sources(request)[0]
+    recipe, document = first.recipe, first.document
     specification: dict[str, Any] = {"kind": "mlx-vlm", "name": "mlx-vlm", "recipe": recipe}
     python = os.environ.get(MLX_VLM_PYTHON) or (sys.executable if importlib.util.find_spec("mlx_vlm") else "")
     try:
@@ -179,7 +205,8 @@ def exported(
     name = f"{request.checkpoint.resolve().name}-{recipe['name'].replace('/', '-')}-{key}"
     target = request.work.resolve() / "artefacts" / name
     if not target.exists():
-        say(f"exporting {recipe['name']}{' for mlx-vlm' if 'layout' in options else ''}")
+        what = " for mlx-vlm" if "layout" in options else " for Core AI" if "format" in options else ""
+        say(f"exporting {recipe['name']}{what}")
     return once(target, lambda folder: shared_exports.export_apart(settings, parts, options, folder))
 
 

@@ -22,6 +22,7 @@ class Language(ABC):
     remedy: str
     eos_ids: frozenset[int]
     positions: int | None
+    one_sequence = False  # reads one at a time, and takes no `cached`
 
     def embed(self, ids: np.ndarray) -> np.ndarray:
         """(1, T) int64 -> (1, T, H) float32."""

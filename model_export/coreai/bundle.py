@@ -115,7 +115,7 @@ def planned_bytes(plan: Plan, shapes: Mapping[str, tuple[int, ...]]) -> dict[str
 
 
 def language_facts(
-    checkpoint: Checkpoint, shape: contract.Shape, recipe: str, plan: Plan, folder: Path
+    checkpoint: Checkpoint, shape: contract.Shape, recipe: Mapping[str, Any], plan: Plan, folder: Path
 ) -> dict[str, Any]:
     """The manifest's entry about the decoder and the embeddings."""
     files = [contract.ASSETS[role] for role in ("main", "embedding")]
@@ -125,7 +125,7 @@ def language_facts(
     return {
         "files": files,
         "parameters": parameters,
-        "recipe": {"name": recipe},
+        "recipe": dict(recipe),
         "bits_per_weight": round(8 * size / parameters, 2),
         "max_context_length": shape.context,
         "cache": "growing" if shape.grows else "fixed",

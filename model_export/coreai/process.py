@@ -23,6 +23,7 @@ from model_export.coreai import contract, wire
 from model_export.coreai.packages import check_installed
 
 _MACOS = 27  # whose Core AI is part of the system
+_RUNNING: "weakref.WeakSet[Runtime]" = weakref.WeakSet()
 
 
 class RuntimeEnded(CheckFailed):
@@ -62,6 +63,7 @@ class Runtime:
             )  # fmt: skip
         self._connection = Connection(ours.detach())
         self._states = 0
+        _RUNNING.add(self)
         self.close = weakref.finalize(self, _end, self._connection, self._process, self._folder)
 
     def load(self, role: str, asset: Path) -> tuple[list[str], contract.Function | None]:
@@ -100,6 +102,10 @@ class Runtime:
         self._ask({"do": "new", "number": self._states, "shapes": shapes}, what="making a KV cache")
         return States(self, self._states)
 
+    def peak_bytes(self) -> int:
+        """The largest resident memory of the child process."""
+        return int(self._ask({"do": "peak"}, what="asking for its memory")[0]["bytes"])
+
     def events(self) -> dict[str, int]:
         """What the system's runtime has logged since it loaded the functions: an event's name -> how often."""
         answer, _ = self._ask({"do": "events"}, what="reading the profile")
@@ -136,6 +142,11 @@ class States:
     def __init__(self, runtime: Runtime, number: int) -> None:
         self.number = number
         weakref.finalize(self, runtime.drop, number)
+
+
+def peak_bytes() -> int:
+    """The largest resident memory of all child processes that runtimes of this process have now, together."""
+    return sum(runtime.peak_bytes() for runtime in _RUNNING if runtime.close.alive)
 
 
 def has_system_runtime() -> bool:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -52,8 +52,26 @@ class NoProjector:
         return features
 
 
+class Projected:
+    """Another model's encoder and projector in one, as an asset has them."""
+
+    def __init__(self, model: FastVLM) -> None:
+        self.model, self.name, self.remedy = model, model.vision.name, model.vision.remedy
+
+    def encode(self, pixel_values: np.ndarray) -> np.ndarray:
+        """(1, 3, S, S) float32 -> image embeddings (1, N, H) float32."""
+        return self.model.project(self.model.encode_image(pixel_values))
+
+
+def projected(model: FastVLM) -> FastVLM:
+    """A model whose `encode_image` gives image embeddings and whose `project` leaves them, as a bundle's do."""
+    return replace(model, vision=Projected(model), projector=NoProjector(model.projector.name))
+
+
 class CoreAILanguage(Language):
     """The decoder and the embeddings. A final hidden state is already the logits here, and `head` leaves them."""
+
+    one_sequence = True
 
     def __init__(
         self, runtime: Runtime, interfaces: Mapping[str, contract.Function], context: int, eos: set[int], name: str

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from fastvlm.common.memory import peak_bytes
 from model_export.coreai import contract, wire
 
 
@@ -113,6 +114,8 @@ async def serve(connection: Connection) -> None:
                         results = await server.call(**request, arrays=arrays)
                     case "new":
                         server.new_states(**request)
+                    case "peak":
+                        answer = {"bytes": peak_bytes()}
                     case "events":
                         answer = {"events": dict(server.events)}
                     case "drop":

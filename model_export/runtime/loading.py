@@ -64,7 +64,7 @@ def load(
     if compute == "int8" and not int8.AVAILABLE:
         raise UserError("--compute int8: this processor or PyTorch has no 8-bit products (VNNI): use auto")
     document = manifest.read_whole(folder)
-    if document.get("config", {}).get("format") == "coreai":
+    if manifest.is_bundle(document):
         return _load_bundle(folder, document, {"--vision": vision, "--llm": llm}, compute, resolution, units)
     if "coreai" in (vision, llm):
         raise UserError(f"{folder}: is no Core AI bundle, which --vision and --llm coreai run: leave them out")

@@ -108,7 +108,9 @@ def _measure(task: Mapping[str, Any]) -> None:
             importlib.import_module(name)
         start = time.perf_counter()
         result = _plain(task["measure"](task["point"], task["settings"]))
-        result["timings"] |= {"seconds": time.perf_counter() - start, "peak_bytes": peak_bytes()}
+        timings = result["timings"]
+        peak = peak_bytes() + timings.pop("peak_beside", 0)  # and of processes that the measurement has had beside it
+        timings |= {"seconds": time.perf_counter() - start, "peak_bytes": peak}
         document = json.dumps({"key": task["key"], **result}, allow_nan=False)
         write_file(result_path(task["work"], task["key"]), document.encode())
     except Exception:

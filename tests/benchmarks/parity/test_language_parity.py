@@ -1,5 +1,7 @@
 """Answers after a draft are greedy decoding's own, whatever the draft; logits in parts are the logits."""
 
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -75,10 +77,13 @@ def test_logits_in_parts_are_the_logits(demo_model, embeds, monkeypatch):
     noisy = states + np.random.default_rng(0).normal(size=states.shape).astype(np.float32)
     expected = [reference.head(one[None])[0] for one in (states, noisy)]
     monkeypatch.setattr(language, "_POSITIONS_AT_ONCE", 7)
-    kl, same = language.logits_figures(reference, reference, (states, noisy))
+    figures = language.logits_figures(reference, reference, (states, noisy))
+    kl, same, snr = (figures[f"prefill_{name}"] for name in ("kl", "top1", "snr"))
     assert kl == pytest.approx(metrics.kl_divergence(*expected)) and kl > 0
     assert same == pytest.approx(metrics.top1_agreement(*expected)) and same < 1
-    assert language.logits_figures(reference, reference, (states, states)) == (0, 1)
+    assert snr == pytest.approx(metrics.snr_db(*expected), abs=1e-3)
+    exact = {"prefill_snr": math.inf, "prefill_kl": 0, "prefill_top1": 1}
+    assert language.logits_figures(reference, reference, (states, states)) == exact
 
 
 @pytest.mark.parametrize("keeps", [0, 1 << 30])

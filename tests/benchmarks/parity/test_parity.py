@@ -32,7 +32,7 @@ def test_the_same_model_passes_exactly(judge):
     assert result["metrics"]["prefill_kl"]["value"] == 0
     assert all(row["divergence"] is None and row["reference"] == row["candidate"] for row in result["rows"])
     assert result["pictures"] == {"demo": 4}
-    assert list(result["metrics"]) == list(verdict.LABELS)
+    assert list(result["metrics"]) == [name for name in verdict.LABELS if name != "prefill_snr"]
     json.dumps(result, allow_nan=False)
 
 
@@ -73,7 +73,9 @@ def test_what_is_not_finite_ends_the_comparison_where_it_begins(judge, candidate
 
 
 # For each figure a value just out of its tolerance; encoder ones come in through the first row, or the operations.
-@pytest.mark.parametrize("metric", [name for name in verdict.LABELS if name not in ("operation_snr", "layer_snr")])
+@pytest.mark.parametrize(
+    "metric", [name for name in verdict.LABELS if name not in ("operation_snr", "layer_snr", "prefill_snr")]
+)
 def test_each_figure_fails_alone(reference, candidate, shown, operations, sides, metric, compared):
     rows = compared(reference, candidate, shown)
     limits = tolerances.for_encoder("float16") | tolerances.for_language("fp16")
@@ -194,7 +196,7 @@ def test_models_that_cannot_be_compared_are_refused_at_once(reference, candidate
 
 def test_summary_keeps_figures_and_runners_only(judge):
     summary = verdict.summary(judge())
-    assert summary["passed"] and set(summary["metrics"]) == set(verdict.LABELS)
+    assert summary["passed"] and set(summary["metrics"]) == set(verdict.LABELS) - {"prefill_snr"}
     assert "rows" not in summary and "operations" not in summary
     assert summary["runners"]["candidate"]["vision"] == "fake vision"
 

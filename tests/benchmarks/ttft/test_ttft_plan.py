@@ -57,15 +57,15 @@ def test_the_best_setting_is_a_runner_only_with_the_search(search, monkeypatch):
 
 
 def test_runners_are_named_after_the_recipe_in_the_manifest_and_no_two_alike(demo_artefact, tmp_path):
-    known = runners.recipes(request_of(artefacts=(demo_artefact,)))
-    assert {name: path for name, (_, path) in known.items()} == {"fp16": demo_artefact}
+    (known,) = runners.sources(request_of(artefacts=(demo_artefact,)))
+    assert (known.recipe, known.artefact, known.format) == ("fp16", demo_artefact, "coreml")
     mine = tmp_path / "recipe.json"
     mine.write_text(json.dumps(load_recipe("int4").to_json() | {"name": "mine"}))
-    assert list(runners.recipes(request_of(recipes=(str(mine), "int4")))) == ["mine", "int4"]
+    assert [one.recipe for one in runners.sources(request_of(recipes=(str(mine), "int4")))] == ["mine", "int4"]
     mine.write_text(json.dumps(load_recipe("int4").to_json()))
     for alike in ({"recipes": (str(mine), "int4")}, {"artefacts": (demo_artefact, demo_artefact)}):
         with pytest.raises(UserError, match="twice"):
-            runners.recipes(request_of(**alike))
+            runners.sources(request_of(**alike))
 
 
 def test_mlx_vlm_gets_the_recipe_of_the_artefact_or_says_what_it_needs(demo_artefact, monkeypatch):
