@@ -102,8 +102,8 @@ _COREAI_LANGUAGE = {
     "greedy_tokens": _LANGUAGE["greedy_tokens"],
     "greedy_answers": _LANGUAGE["greedy_answers"],
 }  # fmt: skip
-# Behind the encoder, where the decoder is wider than _NARROW.
-_NARROW = 256
+# Behind the encoder, where the decoder is wider than NARROW.
+NARROW = 256
 _WIDE_REASON = (
     "float16 sums over thousands of channels, layer after layer: of 0.5B with random weights they leave 25 dB and 0.012"
     " nats, which is Apple's interpreter and no property of the bundle: what is left to prove is that no layer is wrong"
@@ -130,7 +130,7 @@ def for_language(family: str, precision: str = "float16", coreai: int | None = N
     """Tolerances behind the encoder for the family of the artefact's weakest weights; `coreai`: the decoder's width in
     a Core AI bundle, None for another artefact. Raises KeyError for another family."""
     tolerances = _column(_LANGUAGE if coreai is None else _COREAI_LANGUAGE, family, FAMILIES)
-    if coreai is not None and coreai > _NARROW:
+    if coreai is not None and coreai > NARROW:
         tolerances |= {
             name: replace(tolerances[name], bound=bound, reason=_WIDE_REASON)
             for name, bound in _WIDE.items()

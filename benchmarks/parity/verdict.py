@@ -55,7 +55,7 @@ class Row:
 
 
 def document(rows: list[Row], operations: dict[str, Any], family: str, sides: dict[str, Any]) -> dict[str, Any]:
-    """Judge the figures. Keys: passed, verdict, recipe, broken, precision, family, metrics, first_operation, exact,
+    """Judge the figures. Keys: passed, verdict, brief, recipe, broken, precision, family, metrics, first_operation, exact,
     pictures, operations, rows, reference, candidate, environment.
 
     "passed" and "verdict" say whether the export is faithful to its recipe; "recipe" (see `_recipe`) what the recipe
@@ -78,26 +78,28 @@ def document(rows: list[Row], operations: dict[str, Any], family: str, sides: di
     judged = {
         name: tolerances.judge(limits[name], figures[name]) | {"label": label}
         for name, label in labels.items()
-        if name in limits
+        if name in limits and (name in figures or "brief" not in operations)
     }
     if operations["fault"]:
         judged["layer_snr"] |= {"value": None, "passed": False, "reason": operations["fault"]}
     for name in [name for name in _WORST if name in judged]:
         values = [row.figures[name] for row in rows]
         judged[name]["worst_row"] = values.index(_WORST[name](values))
+    brief = "brief" in operations
     of_recipe = tolerances.for_language(family, precision)
     broken = [name for name, figure in judged.items() if figure["passed"] is False]
     first = _first_operation(operations, limits)
     return {
         "passed": not broken,
-        "verdict": _verdict(judged, broken, first),
-        "recipe": _recipe(judged, family, rows) if of_recipe["greedy_answers"].bound is None else None,
+        "verdict": _verdict(judged, broken, first) + ("; answers were not compared" if brief else ""),
+        "recipe": _recipe(judged, family, rows) if of_recipe["greedy_answers"].bound is None and not brief else None,
         "broken": broken,
         "precision": operations["precision"],
         "family": family,
         "metrics": judged,
         "first_operation": first,
-        "exact": _exact(rows),
+        "brief": brief,
+        "exact": None if brief else _exact(rows),
         "pictures": {
             source: sum(row.source == source for row in rows) for source in dict.fromkeys(row.source for row in rows)
         },

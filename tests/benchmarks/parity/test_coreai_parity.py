@@ -36,6 +36,24 @@ def test_a_sound_bundle_passes_and_its_page_says_what_was_not_measured(cli, demo
     assert "MIL executor" not in text and "Error along the encoder" in text and "not the arithmetic of a device" in text
 
 
+def test_a_real_sizes_bundle_is_compared_briefly_and_says_so(demo_bundle, tmp_path, monkeypatch):
+    monkeypatch.setattr(tolerances, "NARROW", 64)
+    page = tmp_path / "index.html"
+    result = compare.compare(CHECKPOINT, demo_bundle, report=page)
+    assert result["passed"] and result["verdict"].endswith("answers were not compared") and result["exact"] is None
+    assert {"encoder_snr", "prefill_kl"} <= set(result["metrics"]) and "greedy_answers" not in result["metrics"]
+    text = html.unescape(page.read_text())
+    assert compare.BRIEF in text and "token for token" not in text
+    other = with_tensors(
+        CHECKPOINT, tmp_path / "checkpoint", lambda tensors: _scale(tensors, "layers.0.mlp.up_proj", 3.0)
+    )
+    assert compare.compare(other, demo_bundle)["broken"]
+
+
+def _scale(tensors, name, factor):
+    next(value for key, value in tensors.items() if name in key).mul_(factor)
+
+
 @pytest.mark.parametrize(
     ("tensor", "change", "first"),
     [
