@@ -55,8 +55,8 @@ class Row:
 
 
 def document(rows: list[Row], operations: dict[str, Any], family: str, sides: dict[str, Any]) -> dict[str, Any]:
-    """Judge the figures. Keys: passed, verdict, brief, recipe, broken, precision, family, metrics, first_operation, exact,
-    pictures, operations, rows, reference, candidate, environment.
+    """Judge the figures. Keys: passed, verdict, brief, recipe, broken, precision, family, metrics, first_operation,
+    exact, pictures, operations, rows, reference, candidate, environment.
 
     "passed" and "verdict" say whether the export is faithful to its recipe; "recipe" (see `_recipe`) what the recipe
     changed, or None where tolerances decide that, too.
