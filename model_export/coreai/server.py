@@ -25,14 +25,14 @@ class Server:
         self.functions: dict[str, Any] = {}
         self.states: dict[int, dict[str, Any]] = {}
 
-    async def load(self, role: str, path: str) -> dict[str, Any]:
-        """Load an asset; returns its functions' names and the interface of `main`."""
+    async def load(self, role: str, path: str, function: str) -> dict[str, Any]:
+        """Load an asset; returns its functions' names and the interface of `function`."""
         model = await self._model(Path(path))
         names = list(model.function_names)
-        if contract.FUNCTION not in names:
+        if function not in names:
             return {"functions": names}
-        self.functions[role] = function = model.load_function(contract.FUNCTION)
-        interface = function.desc
+        self.functions[role] = loaded = model.load_function(function)
+        interface = loaded.desc
         described = {
             kind: [
                 [name, describe(name).dtype, [contract.OPEN if size is None else size for size in describe(name).shape]]
