@@ -181,7 +181,7 @@ def _check_cache(name: str, states: tuple[Tensor, ...], metadata: Mapping[str, A
         yield finding("state-shape", where, " and ".join(_sizes(state.shape) for state in states))
         return
     length, context = integer(value_at(metadata, "language.max_context_length")), first[-2]
-    if length is None or context == OPEN or context == length:
+    if length is None or context in (OPEN, length):
         return
     yield finding("cache-context" if context < length else "cache-context/longer", where, context, length=length)
 

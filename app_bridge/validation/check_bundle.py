@@ -78,9 +78,10 @@ def _check_settings(metadata: Mapping[str, Any], facts: EngineFacts, faulty: set
             yield finding_at("config-value", path, number)
     if at("language.embedded_tokenizer") is False:
         yield finding_at("tokenizer-embedded", "language.embedded_tokenizer", "false")
-    if at("vision.rescale_factor") not in (None, contract.RESCALE_FACTOR):
-        yield finding_at("rescale-factor", "vision.rescale_factor", at("vision.rescale_factor"))
     defaults = {key.path: key.default for key in facts.metadata}
+    factor = at("vision.rescale_factor")
+    if (factor if factor is not None else defaults.get("vision.rescale_factor")) != contract.RESCALE_FACTOR:
+        yield finding_at("rescale-factor", "vision.rescale_factor", kind_of(factor))
     for path in _DEFAULTED:
         if at(path) is None and path not in faulty:
             rule = "image-default" if ours else "image-default/elsewhere"

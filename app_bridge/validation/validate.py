@@ -48,7 +48,7 @@ def add_parser(verbs: Any) -> None:
         "--runner",
         type=Path,
         metavar="FOLDER",
-        help="for a Core AI bundle: read the engine's sources in a checkout of apple/coreai-models (default: our table)",
+        help="of a Core AI bundle: read the engine's sources in a checkout of apple/coreai-models (default: our table)",
     )
     parser.set_defaults(run=run_validate)
 
