@@ -8,12 +8,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from fastvlm.checkpoint.exported import Exported
+from fastvlm.checkpoint.exported import BUNDLE, Exported
 from fastvlm.common.documents import Unreadable, load_object
 from fastvlm.common.errors import UserError
 from fastvlm.data.preprocessing import read_preprocessor
 from model_export import contract, encoder_forms
-from model_export.coreai import contract as bundle
 
 UNKNOWN = ("the checkpoint it was made from", "the recipe", "the proof against the checkpoint", "its files' sha256")
 _BUILT_WITH = {6: "iOS15", 7: "iOS16", 8: "iOS17", 9: "iOS18", 10: "iOS26"}  # specification -> deployment target
@@ -61,7 +60,7 @@ def described(folder: Path, document: dict[str, Any]) -> dict[str, Any]:
 
 
 def _of_metadata(folder: Path) -> dict[str, Any]:
-    path = folder / bundle.METADATA
+    path = folder / BUNDLE
     try:
         vision = load_object(path)["vision"]
         names = {
