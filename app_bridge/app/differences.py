@@ -2,15 +2,13 @@
 
 import json
 from dataclasses import fields
-from typing import Any, TypeVar
+from typing import Any
 
 from app_bridge.app.engine import EngineFacts
 from app_bridge.app.facts import AppFacts
 
-Facts = TypeVar("Facts", AppFacts, EngineFacts)
 
-
-def differences(read: Facts, table: Facts) -> list[str]:
+def differences(read: AppFacts | EngineFacts, table: AppFacts | EngineFacts) -> list[str]:
     """One line for each value that differs: where, as read, as in the table; then the declarations that differ."""
     reader = "app" if isinstance(read, AppFacts) else "engine"
     lines = []

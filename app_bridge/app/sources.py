@@ -92,7 +92,8 @@ class Reading:
     """
 
     def __init__(self, program: Program, published: Mapping[str, Any], known: Any = None) -> None:
-        self.program, self.published, self.table = program, published, known or table()
+        self.program, self.published = program, published
+        self.table: Any = known or table()
         self.captures = {name: self._in_scope(name, nodes) for name, nodes in program.captures().items()}
         self._changed: list[Changed] = []
         self._masked: dict[int, str] = {}  # plain facts, which a fingerprint leaves out

@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from app_bridge.memory import bundle, fit, report
 from app_bridge.memory.limits import measured_limits, reported_limits
@@ -15,6 +15,9 @@ from model_export import artefact as exported
 from model_export.config import FORMATS
 from quantization.catalogue import SIZES
 from quantization.recipe import load_recipe, usable_recipe
+
+if TYPE_CHECKING:  # torch
+    from fastvlm.synthetic.checkpoint import Shape
 
 LONGEST = 2048  # tokens of text that are still answered
 
@@ -29,8 +32,7 @@ def add_parser(verbs: Any) -> None:
     add = parser.add_argument
     add("artefact", nargs="?", type=Path, metavar="ARTEFACT", help="an exported artefact")
     add("--shape", choices=list(SIZES), help="instead of an artefact: a published model")
-    text = "with --shape: the recipe of its weights, as for --quant (default: fp16)"
-    text = "with --shape: Core ML and MLX for the demo app, or a Core AI bundle for Apple's engine, in fp16 (default: coreml)"
+    text = "with --shape: for the demo app, or a Core AI bundle in fp16 for Apple's engine (default: coreml)"
     add("--format", choices=FORMATS, help=text)
     text = "with --shape: the recipe of its weights, as for --quant (default: fp16)"
     add("--recipe", type=usable_recipe, metavar="R", help=text)
@@ -48,8 +50,6 @@ def add_parser(verbs: Any) -> None:
 
 def run_plan(args: argparse.Namespace) -> dict[str, Any]:
     """Print one plan; the document is the `--json` output."""
-    from fastvlm.synthetic.checkpoint import SHAPES  # torch
-
     artefact = args.artefact and args.artefact.expanduser()
     is_bundle = exported.is_bundle(exported.read(artefact)) if artefact else args.format == "coreai"
     if args.limit:
@@ -58,10 +58,10 @@ def run_plan(args: argparse.Namespace) -> dict[str, Any]:
         limits, about = reported_limits(args.device, args.memory)
     name = str(artefact or f"{SIZES[args.shape]} {args.recipe or 'fp16'}")
     if is_bundle:  # in an app of one's own, which has the entitlement or not
-        of = bundle.stored(artefact) if artefact else bundle.planned(SHAPES[args.shape])
+        of = bundle.stored(artefact) if artefact else bundle.planned(_shape(args.shape))
         fitting = fit.judged(bundle.parts(of, args.prompt_length), limits, "default")
     else:
-        model, shape = fit.stored(artefact) if artefact else _planned(args)
+        model, shape = fit.stored(artefact) if artefact else _planned(args.shape, args.recipe or "fp16")
         fitting = fit.plan(model, shape, limits, args.prompt_length)
     document = {"model": name, "bundle": is_bundle} | about | fitting
     if not args.json:
@@ -69,11 +69,14 @@ def run_plan(args: argparse.Namespace) -> dict[str, Any]:
     return document
 
 
-def _planned(args: argparse.Namespace) -> tuple[Model, Any]:
+def _shape(name: str) -> "Shape":
     from fastvlm.synthetic.checkpoint import SHAPES  # torch
 
-    shape = SHAPES[args.shape]
-    return fit.planned(shape, load_recipe(args.recipe or "fp16")), shape
+    return SHAPES[name]
+
+
+def _planned(name: str, recipe: str) -> tuple[Model, "Shape"]:
+    return fit.planned(_shape(name), load_recipe(recipe)), _shape(name)
 
 
 def _faults(args: argparse.Namespace) -> Iterator[str]:

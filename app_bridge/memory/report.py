@@ -42,7 +42,7 @@ def verdict(document: Document) -> str:
     if not _alike(document):
         other = next(name for name in STATES if name != state)
         has = "has the entitlement" if state == "increased" else "lacks the entitlement"
-        line += f" (the published app {has})" if not document["bundle"] else f" {_STATE[state]}"
+        line += f" (the published app {has})" if not document["bundle"] else " without the entitlement"
         line += f"; {_STATE[other]} it {_sentence(limits[other]['verdict'])}"
     if document["passed"] or document["bundle"]:
         return f"{line}."
