@@ -1,7 +1,8 @@
 # The front door. Each target is one command; `make help` lists them.
 MODEL   ?= fastvlm/demo_checkpoint
 QUANT   ?= fp16
-NAME    ?= $(subst :,-,$(patsubst %.json,%,$(notdir $(QUANT))))
+FORMAT  ?= coreml
+NAME    ?= $(if $(filter coreai,$(FORMAT)),coreai-)$(subst :,-,$(patsubst %.json,%,$(notdir $(QUANT))))
 ARTEFACT ?= build/$(notdir $(patsubst %/,%,$(MODEL)))-$(NAME)
 PAGE     = $(ARTEFACT)-parity.html
 APP     ?=
@@ -9,9 +10,12 @@ DEVICE  ?=
 PYTHON  ?= $(firstword $(foreach p,python3.11 python3.12 python3.13 python3,$(shell command -v $(p) 2>/dev/null)))
 VENV    ?= .venv
 RUN      = $(VENV)/bin/python -m fastvlm
-READY    = $(VENV)/.ready
+# Core AI's packages, where Apple publishes them: Linux on x86-64, macOS 26 (Darwin 25) on Apple silicon.
+EXTRAS  ?= $(shell case "$$(uname -srm)" in (Linux*x86_64|Darwin\ 2[5-9]*arm64) echo coreai;; esac)
+READY    = $(VENV)/.ready$(addprefix -,$(EXTRAS))
 EXTRA   ?=
 JOBS    ?= 2
+comma    = ,
 
 # $(call needs,VARIABLE,what it is,an example): end with one line where it was not given
 needs    = test -n "$($(1))" || { echo "error: $(1): is missing, expected $(2): make $@ $(1)=$(3)" >&2; exit 2; }
@@ -21,20 +25,20 @@ needs    = test -n "$($(1))" || { echo "error: $(1): is missing, expected $(2): 
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	@echo "  variables: MODEL=$(MODEL) QUANT=$(QUANT) ARTEFACT=$(ARTEFACT) APP=$(APP) DEVICE=$(DEVICE) EXTRA=\"more flags\""
+	@echo "  variables: MODEL=$(MODEL) QUANT=$(QUANT) FORMAT=$(FORMAT) ARTEFACT=$(ARTEFACT) APP=$(APP) DEVICE=$(DEVICE) EXTRA=\"more flags\""
 
-setup: $(READY) ## Make the virtual environment (nothing to do when the dependencies did not change)
+setup: $(READY) ## Make the virtual environment (EXTRAS=coreai: Core AI's packages, too; EXTRAS= leaves them out)
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(not (3, 11) <= v <= (3, 13))' || \
 		{ echo "error: Python: got $$($(PYTHON) --version 2>&1), expected 3.11 to 3.13: make setup PYTHON=/path/to/python3.11" >&2; exit 2; }
 	@echo "setting up $(VENV): about 90 s, 5 GB" >&2
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --disable-pip-version-check --progress-bar on -c constraints.txt -e '.[cluster,app,heic,dev]' >&2
+	$(VENV)/bin/python -m pip install --disable-pip-version-check --progress-bar on -c constraints.txt -e '.[cluster,app,heic,dev$(addprefix $(comma),$(EXTRAS))]' >&2
 	@touch $(READY)
 
-export: $(READY) ## Checkpoint MODEL to a proven artefact at ARTEFACT, with QUANT (a recipe: make recipes)
-	@$(RUN) export "$(MODEL)" --output-dir "$(ARTEFACT)" --quant "$(QUANT)" --overwrite --parity-report "$(PAGE)" $(EXTRA)
+export: $(READY) ## Checkpoint MODEL to a proven artefact at ARTEFACT, by QUANT (make recipes), or FORMAT=coreai
+	@$(RUN) export "$(MODEL)" --output-dir "$(ARTEFACT)" --quant "$(QUANT)" --format "$(FORMAT)" --overwrite --parity-report "$(PAGE)" $(EXTRA)
 
 parity: $(READY) ## Compare ARTEFACT with MODEL and write the report page
 	@$(RUN) parity --reference "$(MODEL)" --candidate "$(ARTEFACT)" --output "$(PAGE)" $(EXTRA)

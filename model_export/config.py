@@ -13,7 +13,9 @@ from model_export import encoder_forms
 from model_export.contract import LAYOUTS, PATCH_SIZE
 
 PRECISIONS = ("float16", "float32")
-COREAI_UNITS = ("CPU", "GPU", "NE", "ALL")  # of macOS 27
+# The interpreter of coreai-core, which runs anywhere, and the units that macOS 27's own runtime may use or prefer.
+INTERPRETER = "INTERPRETER"
+COREAI_UNITS = (INTERPRETER, "CPU", "GPU", "NE", "ALL")
 COMPUTE_UNITS = ("CPU_AND_NE", "CPU_AND_GPU", "CPU_ONLY", "ALL")
 DEPLOYMENT_TARGETS = ("iOS15", "iOS16", "iOS17", "iOS18")
 DEFAULT_TARGET = "iOS17"

@@ -13,6 +13,7 @@ from fastvlm.common.cli import wide_console
 from fastvlm.common.errors import UserError
 from fastvlm.common.terminal import Console, print_table
 from fastvlm.common.units import format_bytes
+from quantization.coreai import listing
 from quantization.recipe import ELSEWHERE, Recipe, Rule, load_recipe, named_recipes, usable_recipe
 from quantization.schemes import Scheme, nbytes
 
@@ -93,13 +94,15 @@ def run_recipes(args: argparse.Namespace) -> dict[str, Any]:
     console.print(f"Sizes are of the language model and the projector; {ENCODER}.", markup=False)
     for loader in LOADERS:
         console.print(f"{loader.name}: {loader.source}", markup=False)
+    listing.print_recipes(rows, console)
     for recipe, row in zip(recipes, rows) if args.recipe else ():
         console.print()
         print_table(
             f"{recipe.name}, the first rule that matches decides",
             ("weights", "become", "because"),
             [(rule.pattern + _layers(rule), " or ".join(map(_in_words, rule.schemes)), rule.why)
-             for rule in recipe.rules],
+             for rule in recipe.rules]
+            + [(rule.pattern, f"Core AI: {rule.form}", rule.why) for rule in recipe.coreai],
             console=console,
         )  # fmt: skip
         for name, size in row["sizes"].items():
@@ -112,14 +115,18 @@ def describe(recipe: Recipe) -> dict[str, Any]:
     """A recipe with its sizes and loaders.
 
     `sizes`: for each published model {"bytes", "bits_per_weight"}; {"least", "most"} where it leaves choices open;
-    {"fault"} where it doesn't fit. A budget is its own size.
+    {"fault"} where it doesn't fit. A budget is its own size. `coreai_bytes`: those of a Core AI bundle's decoder and
+    embeddings, where the recipe has forms for it.
     """
     from fastvlm.synthetic.checkpoint import SHAPES  # and with it torch
 
-    sizes, settings = {}, set()
+    sizes, settings, coreai = {}, set(), {}
     for key, name in SIZES.items():
+        shapes = weight_shapes(SHAPES[key])
+        if recipe.coreai:
+            coreai[name] = listing.size(recipe.coreai, shapes)
         try:
-            sizes[name], needed = _size(recipe, weight_shapes(SHAPES[key]))
+            sizes[name], needed = _size(recipe, shapes)
             settings |= needed
         except UserError as error:
             sizes[name] = {"fault": str(error)}
@@ -128,6 +135,7 @@ def describe(recipe: Recipe) -> dict[str, Any]:
         **recipe.to_json(),
         "method": recipe.method,
         "sizes": sizes,
+        **({"coreai_bytes": coreai} if coreai else {}),
         "loads_in": [loader.name for loader in LOADERS if fits and loader.reads(settings)],
     }
 

@@ -3,7 +3,8 @@
 The first rule whose glob pattern matches a weight's name decides. Names are the artefact's:
 `language_model.model.embed_tokens.weight`, `language_model.model.layers.0.mlp.up_proj.weight`,
 `language_model.lm_head.weight`, `multi_modal_projector.linear_0.weight`, ..., and `vision_encoder.<layer>` for the
-layers of the Core ML encoder (timm's names), which stay float16 without a rule.
+layers of the Core ML encoder (timm's names), which stay float16 without a rule. `coreai` has the rules of a Core AI
+bundle, whose weights have other names and forms (`quantization.coreai`).
 
 A rule with `choices` leaves the scheme to what each weight costs in quality; the recipe's `budget` says how large all
 may be (`quantization.calibration.budget` decides).
@@ -23,6 +24,7 @@ from fastvlm.common.arguments import nearest
 from fastvlm.common.documents import Unreadable, load
 from fastvlm.common.errors import UserError
 from fastvlm.common.units import SIZE_UNITS
+from quantization.coreai.plan import FormRule
 from quantization.schemes import Affine, CoreML, Scheme
 
 VISION = "vision_encoder."
@@ -133,6 +135,7 @@ class Recipe:
     description: str = ""
     method: Literal["rtn", "awq", "gptq", "dwq"] = "rtn"
     budget: Budget | None = None
+    coreai: tuple[FormRule, ...] = ()
 
     __pydantic_config__ = _FORM
 
@@ -142,6 +145,10 @@ class Recipe:
         open_rules = [number for number, rule in enumerate(self.rules, 1) if rule.choices]
         if self.budget and not open_rules:
             raise UserError(f"recipe {self.name}: takes no size: no rule offers choices to spend a budget on")
+        if self.coreai and self.calibrates:
+            raise UserError(
+                f"recipe {self.name}: coreai: its forms are rounded to nearest, expected method rtn, no budget"
+            )
         if open_rules and self.method in ("awq", "gptq"):
             raise UserError(
                 f"recipe {self.name}: method {self.method} takes one scheme for all decoder matrices, "
@@ -153,7 +160,8 @@ class Recipe:
         document: dict[str, Any] = {"name": self.name, "version": self.version, "description": self.description}
         document |= {"method": self.method} if self.method != "rtn" else {}
         document |= {"budget": self.budget.to_json()} if self.budget else {}
-        return document | {"rules": [rule.to_json() for rule in self.rules]}
+        document["rules"] = [rule.to_json() for rule in self.rules]
+        return document | ({"coreai": [rule.to_json() for rule in self.coreai]} if self.coreai else {})
 
     @property
     def calibrates(self) -> bool:

@@ -133,3 +133,14 @@ def demo_model() -> Any:
 def demo_tokenizer(demo_model: Any) -> Any:
     """The demo checkpoint's tokenizer."""
     return demo_model.tokenizer
+
+
+@pytest.fixture(scope="session")
+def demo_bundle(shared: Callable[..., Path]) -> Path:
+    """The demo checkpoint's Core AI bundle with the flags' defaults, but for parity."""
+    pytest.importorskip("coreai", reason="Core AI's packages: make setup EXTRAS=coreai")
+    from fastvlm.data import scenes
+    from model_export.config import ExportConfig
+    from model_export.export import export, plan
+
+    return shared("bundle", lambda target: export(plan(ExportConfig(scenes.CHECKPOINT, target, format="coreai"))))

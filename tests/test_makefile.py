@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def make(*words: str) -> subprocess.CompletedProcess[str]:
-    command = ["make", "-o", "nowhere/.ready", "VENV=nowhere", *words]
+    command = ["make", "-o", "nowhere/.ready", "VENV=nowhere", "EXTRAS=", *words]
     return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
 
 

@@ -28,10 +28,12 @@ from fastvlm.common.errors import UserError
 from fastvlm.common.files import Output
 from fastvlm.common.staging import write_file
 from fastvlm.common.terminal import mark, print_table
+from model_export.coreai.packages import check_installed
+from model_export.coreai.process import has_system_runtime
 
 TABLE = Path(__file__).with_name("mac_checks.json")
 TEMPLATE = Path(__file__).parent / "templates" / "mac_report.html.j2"
-MAC = ("Core ML", "Metal", "Xcode", "macOS")  # of what checks need, what only a Mac has
+MAC = ("Core ML", "Metal", "Xcode", "macOS", "Core AI")  # of what checks need, what only a Mac has
 OUTCOMES: dict[str, str | Text] = {"passed": mark(True), "failed": mark(False), "skipped": mark(None), "by hand": "☞"}
 _LARGEST = 1 << 20  # characters of a check's JSON document that the page keeps
 
@@ -131,11 +133,24 @@ def absent(args: argparse.Namespace) -> dict[str, str]:
         missing = {need: f"needs a Mac ({need}), this is {sys.platform}" for need in MAC} | missing
     elif not output_of("xcrun", "--find", "coremlcompiler"):
         missing["Xcode"] = "needs Xcode (the app: its command line tools alone have no coremlcompiler)"
+    if sys.platform == "darwin" and (why := _no_core_ai()):
+        missing["Core AI"] = why
     if args.model is not None:
         missing["no --model"] = "--model was given"
         if args.checkpoint is None:
             missing["checkpoint"] = "--checkpoint was not given, and what the artefact was made from is not in it"
     return missing
+
+
+def _no_core_ai() -> str:
+    """The reason why this Mac has no Core AI; empty where it has."""
+    if not has_system_runtime():
+        return "needs macOS 27, whose Core AI is part of the system"
+    try:
+        check_installed()
+    except UserError as error:
+        return str(error)
+    return ""
 
 
 def known_device() -> str | None:

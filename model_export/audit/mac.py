@@ -11,7 +11,8 @@ import numpy as np
 from fastvlm.common.cli import log, one_line, progress
 from fastvlm.common.errors import UserError
 from model_export import contract
-from model_export.config import COMPUTE_UNITS
+from model_export.config import COMPUTE_UNITS, COREAI_UNITS, INTERPRETER
+from model_export.coreai.contract import METADATA
 from model_export.encoder.coreml import coremltools
 
 if TYPE_CHECKING:
@@ -27,6 +28,11 @@ ESTABLISHES = {
     "agreement": f"that each compute unit gives the features of the saved program: {LEAST_SNR_DB:g} dB or more against"
     " the executor in float32; compressed weights are decoded on the way",
 }
+ESTABLISHES_COREAI = {
+    "load": "that the compilers for the GPU and the Neural Engine take the three programs",
+    "agreement": f"that each unit gives the interpreter's image embeddings and logits: {LEAST_SNR_DB:g} dB or more",
+    "speed": "how long a call takes on each unit, and which delegates the runtime logs",
+}
 Predict = Callable[[str, str, np.ndarray], np.ndarray]  # function, compute unit, pixels -> features
 
 
@@ -34,15 +40,16 @@ def add_mac(verbs: Any) -> None:
     """Add the verb `mac` to the sub-parsers of model_export."""
     text = "Run a package in Core ML on every compute unit, against the executor (macOS; elsewhere it says why not)."
     parser = verbs.add_parser("mac", description=text)
-    parser.add_argument("--model", required=True, type=Path, metavar="PATH", help="an artefact, or an .mlpackage")
+    parser.add_argument(
+        "--model", required=True, type=Path, metavar="PATH", help="an artefact, an .mlpackage, or a Core AI bundle"
+    )
     parser.add_argument(
         "--units",
         nargs="+",
-        choices=COMPUTE_UNITS,
-        default=list(COMPUTE_UNITS),
+        choices=(*COMPUTE_UNITS, *COREAI_UNITS[1:-1]),
         metavar="UNIT",
-        help="compute units: %(choices)s (default: all, one after the other; Core ML can crash the process: to get the"
-        " other results anyway, run each unit on its own)",
+        help=f"compute units: {', '.join(COMPUTE_UNITS)}, of a bundle {', '.join(COREAI_UNITS[1:])} (default: all, one"
+        " after the other; Core ML can crash the process: to get the other results anyway, run each unit on its own)",
     )
     parser.set_defaults(run=run_mac)
 
@@ -51,6 +58,8 @@ def run_mac(args: argparse.Namespace) -> dict[str, Any]:
     """Print each check with its outcome; the document's "passed" makes the exit code (a skip is no failure)."""
     from model_export import mil
 
+    if is_bundle(args.model):
+        return _run_bundle(args.model, args.units or COREAI_UNITS)
     package = args.model if args.model.suffix == ".mlpackage" else args.model / contract.PACKAGE
     try:
         program = mil.read_package(package)
@@ -60,7 +69,7 @@ def run_mac(args: argparse.Namespace) -> dict[str, Any]:
         for name, text in ESTABLISHES.items():
             print(f"{name}: skipped (Core ML runs on macOS only, this is {sys.platform}); it would establish {text}")
         return {"package": str(package), "status": "skipped", "checks": [], "establishes": ESTABLISHES}
-    checks = compare(package, program, _coreml(package), args.units)
+    checks = compare(package, program, _coreml(package), args.units or COMPUTE_UNITS)
     for check in checks:
         outcome = check["fault"] or f"{check['snr_db']:.1f} dB against the executor"
         print(f"{'ok' if check['passed'] else 'FAILED'}: {check['function']} on {check['unit']}: {outcome}")
@@ -69,6 +78,38 @@ def run_mac(args: argparse.Namespace) -> dict[str, Any]:
         "status": "run",
         "checks": checks,
         "establishes": ESTABLISHES,
+        "passed": all(check["passed"] for check in checks),
+    }
+
+
+def is_bundle(path: Path) -> bool:
+    """Whether the path is a Core AI bundle."""
+    return (path / METADATA).is_file()
+
+
+def _run_bundle(bundle: Path, units: Sequence[str]) -> dict[str, Any]:
+    """As `run_mac`, for a Core AI bundle: its programs on the compute units of macOS 27 against the interpreter."""
+    from model_export.coreai.process import has_system_runtime
+    from model_export.coreai.units import compare as compare_bundle
+
+    if not has_system_runtime():
+        for name, text in ESTABLISHES_COREAI.items():
+            print(f"{name}: skipped (only macOS 27 has Core AI's compute units); it would establish {text}")
+        return {"bundle": str(bundle), "status": "skipped", "checks": [], "establishes": ESTABLISHES_COREAI}
+    wanted = [unit for unit in units if unit != INTERPRETER]
+    if unknown := [unit for unit in wanted if unit not in COREAI_UNITS]:
+        raise UserError(f"--units {unknown[0]}: a Core AI bundle runs on {', '.join(COREAI_UNITS[1:])}")
+    checks = compare_bundle(bundle, wanted, LEAST_SNR_DB)
+    for check in checks:
+        outcome = (
+            check["fault"] or f"{check['snr_db']:.1f} dB against the interpreter, {1000 * check['seconds']:.1f} ms"
+        )
+        print(f"{'ok' if check['passed'] else 'FAILED'}: {check['function']} on {check['unit']}: {outcome}")
+    return {
+        "bundle": str(bundle),
+        "status": "run",
+        "checks": checks,
+        "establishes": ESTABLISHES_COREAI,
         "passed": all(check["passed"] for check in checks),
     }
 

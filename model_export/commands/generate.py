@@ -37,6 +37,13 @@ def add_generate(verbs: Any) -> None:
         "--llm", default="auto", metavar="RUNNER", help=f"{', '.join(configuration.LLM_RUNNERS)} (default: auto)"
     )
     parser.add_argument(
+        "--compute-units",
+        choices=(*configuration.COMPUTE_UNITS, *configuration.COREAI_UNITS[:-1]),
+        metavar="UNITS",
+        help=f"of Core ML: {', '.join(configuration.COMPUTE_UNITS)}; of a Core AI bundle:"
+        f" {', '.join(configuration.COREAI_UNITS)} (default: as exported; of a bundle: all on macOS 27)",
+    )
+    parser.add_argument(
         "--compute",
         default="auto",
         metavar="HOW",
@@ -57,7 +64,12 @@ def run_generate(args: argparse.Namespace) -> dict[str, Any]:
 
         opened = beside.submit(lambda: [as_rgb(image) for image in images])
         model = runtime.load(
-            args.model, vision=args.vision, llm=args.llm, compute=args.compute, resolution=args.resolution
+            args.model,
+            vision=args.vision,
+            llm=args.llm,
+            compute=args.compute,
+            resolution=args.resolution,
+            units=args.compute_units,
         )
         pictures = opened.result()
     for part, name in model.runners.items():

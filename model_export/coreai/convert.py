@@ -1,6 +1,7 @@
 """A PyTorch module as a Core AI asset (.aimodel): the same bytes in every process."""
 
 import contextlib
+import gc
 import io
 import json
 import logging
@@ -66,9 +67,13 @@ def save(
         )
         with _repeatable():
             converted = converter.to_coreai()
+    del program, converter
+    gc.collect()  # graphs, which refer to themselves
     target.mkdir()
     # `save_asset` reads the whole program into memory to hash it, and puts the time into metadata.json.
     converted._save_bytecode(target / contract.PROGRAM)
+    del converted
+    gc.collect()  # with it the weights
     digest = artefact.hash_file(target / contract.PROGRAM)["sha256"]
     (target / contract.PROGRAM_HASH).write_bytes(bytes.fromhex(digest))
     document = {"producer": contract.producer(), "assetVersion": contract.ASSET_VERSION}
@@ -86,7 +91,7 @@ def _repeatable() -> Iterator[None]:
 
     def create(location: Any, kind: Any, array: np.ndarray) -> Any:
         nonlocal count
-        if array.nbytes <= _INLINE or array.dtype == bool or (array == array.flat[0]).all():
+        if array.nbytes <= _INLINE or array.dtype == bool or _all_equal(array):
             return original(location, kind, array)
         count += 1
         buffer: Any = np.ascontiguousarray(array)
@@ -98,6 +103,13 @@ def _repeatable() -> Iterator[None]:
         mock.patch.object(graph_builder, "choice", drawn.choice),
     ):
         yield
+
+
+def _all_equal(array: np.ndarray) -> bool:
+    """Whether every value is the first one. Most arrays show in their first values that they aren't, and a comparison
+    of a whole one costs half its memory."""
+    first = array.flat[0]
+    return bool((array.flat[:_INLINE] == first).all() and (array == first).all())
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """Apple's runtime, in a child process: what it does wrong, an abort included, is an error here."""
 
 import os
+import platform
 import signal
 import socket
 import subprocess
@@ -17,8 +18,11 @@ import numpy as np
 from fastvlm.common.children import ROOT
 from fastvlm.common.errors import CheckFailed, UserError
 from model_export import artefact
+from model_export.config import INTERPRETER
 from model_export.coreai import contract, wire
 from model_export.coreai.packages import check_installed
+
+_MACOS = 27  # whose Core AI is part of the system
 
 
 class RuntimeEnded(CheckFailed):
@@ -29,21 +33,26 @@ class Runtime:
     """Apple's runtime over one child process, which ends with this object.
 
     Args:
-        units: "CPU", "GPU", "NE" (preferred) or "ALL" of the system's runtime, on macOS 27; None: the interpreter in
-            coreai-core, on the CPU.
+        units: one of `config.COREAI_UNITS`: the interpreter in coreai-core, or of the system's runtime "CPU" alone,
+            "GPU" or "NE" preferred, or "ALL"; None: "ALL" on macOS 27, elsewhere the interpreter.
 
     Raises:
-        UserError: Core AI's packages are not installed, or `units` anywhere but on a Mac.
+        UserError: Core AI's packages are not installed, or this system has no runtime of its own.
     """
 
     def __init__(self, units: str | None = None) -> None:
         check_installed()
-        if units is not None and sys.platform != "darwin":
-            raise UserError(f"--compute-units {units}: Core AI has compute units on macOS 27 only: leave it out here")
+        self.units = units or ("ALL" if has_system_runtime() else INTERPRETER)
+        if self.units != INTERPRETER and not has_system_runtime():
+            raise UserError(
+                f"--compute-units {units}: only macOS 27 runs Core AI on its compute units: leave it out, and"
+                " coreai-core's interpreter runs the bundle"
+            )
         self._folder = tempfile.TemporaryDirectory(prefix="fastvlm-coreai-")
         self._log = Path(self._folder.name, "stderr")
         ours, theirs = socket.socketpair()
-        backing = {"USE_LOCAL_COREAI": "1"} if units is None else {"USE_OS_COREAI": "1", "FASTVLM_COREAI_UNITS": units}
+        local = self.units == INTERPRETER
+        backing = {"USE_LOCAL_COREAI": "1"} if local else {"USE_OS_COREAI": "1", "FASTVLM_COREAI_UNITS": self.units}
         paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
         with theirs, self._log.open("wb") as log:
             self._process = subprocess.Popen(
@@ -94,6 +103,11 @@ class Runtime:
         self._ask({"do": "new", "number": self._states, "shapes": shapes}, what="making a KV cache")
         return States(self, self._states)
 
+    def events(self) -> dict[str, int]:
+        """What the system's runtime has logged since it loaded the functions: an event's name -> how often."""
+        answer, _ = self._ask({"do": "events"}, what="reading the profile")
+        return answer["events"]
+
     def drop(self, number: int) -> None:
         """Free states."""
         if self.close.alive:
@@ -125,6 +139,11 @@ class States:
     def __init__(self, runtime: Runtime, number: int) -> None:
         self.number = number
         weakref.finalize(self, runtime.drop, number)
+
+
+def has_system_runtime() -> bool:
+    """Whether this is macOS 27 or later."""
+    return sys.platform == "darwin" and int(platform.mac_ver()[0].partition(".")[0] or 0) >= _MACOS
 
 
 def check_hash(asset: Path) -> None:

@@ -1,8 +1,10 @@
 """A checkpoint's three programs: its weights in the modules, converted to assets."""
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import numpy as np
@@ -46,24 +48,24 @@ class Programs:
     def write_embedding(self, target: Path) -> None:
         """Write embed.aimodel."""
         with progress("embedding"):
-            module = Embedding(self._read(naming.EMBEDDINGS))
+            module = Embedding(self._read(naming.EMBEDDINGS, target.parent))
             name = self.interfaces["embedding"].inputs[0].name
             inputs = {name: torch.zeros(1, _TRACED[0], dtype=torch.int32)}
             open_axes = {name: {1: _axis("count", self.shape.context)}}
             save(module, inputs, target, output=self._output("embedding"), dynamic=open_axes)
+            del module
+            self.checkpoint.unmap()
 
     def write_decoder(self, target: Path) -> None:
         """Write the decoder with its two states."""
         with progress("decoder"):
             new, total = _TRACED
             dtype, shape = torch_dtype(self.dtype), self.shape
-            cache = torch.zeros(
-                *(shape.context if size == contract.OPEN else size for size in shape.cache), dtype=dtype
-            )
+            size = [shape.context if size == contract.OPEN else size for size in shape.cache]
             inputs = {
                 "inputs_embeds": torch.zeros(1, new, shape.hidden, dtype=dtype),
                 "position_ids": torch.arange(total, dtype=torch.int32)[None],
-                **{name: cache.clone() for name in contract.STATES},
+                **{name: torch.empty(size, dtype=dtype) for name in contract.STATES},  # never read, so never in memory
             }
             open_axes = {
                 "inputs_embeds": {1: _axis("new", shape.context)},
@@ -73,19 +75,24 @@ class Programs:
                 context = _axis("context", shape.context)
                 open_axes |= {name: {3: context} for name in contract.STATES}
             save(
-                Decoder(self._language()), inputs, target,
+                Decoder(self._language(target.parent)), inputs, target,
                 output=self._output("main"), dynamic=open_axes, states=contract.STATES,
             )  # fmt: skip
+            self.checkpoint.unmap()
 
     def write_vision(self, target: Path, pixels: Pixels) -> dict[str, Any]:
         """Write vision.aimodel, with powers of two chosen on pictures where float16 needs them; returns the manifest's
         facts."""
+        fastvit: Any
         fastvit, errors = folded_encoder(self.checkpoint)
         projector = self._projector()
         facts: dict[str, Any] = {}
         if self.dtype == "float16":
+            peaks: list[float] = []  # before the projector's GELU, seen on the same encodings
+            seen = fastvit.final_conv.register_forward_hook(lambda *call: peaks.append(_peak(projector[0], call[-1])))
             encoder, facts["fp16"] = range_safe(fastvit, pixels())
-            exponent = facts["fp16"]["projector_exponent"] = _projector_exponent(encoder, projector, pixels())
+            seen.remove()
+            exponent = facts["fp16"]["projector_exponent"] = _exponent(max(peaks))
         else:
             encoder, exponent = Encoder(channel_first(fastvit)), 0
         with progress("vision"):
@@ -101,16 +108,25 @@ class Programs:
     def _output(self, role: str) -> str:
         return self.interfaces[role].outputs[0].name
 
-    def _read(self, name: str) -> torch.Tensor:
-        value = self.checkpoint.read(name, mapped=True).to(torch_dtype(self.dtype))
-        if not value.isfinite().all():
+    def _read(self, name: str, folder: Path) -> torch.Tensor:
+        """A weight in `dtype`, in no memory of its own: mapped from the checkpoint, or, where it has another dtype, from
+        a file without a name in `folder`, which the system can write to and drop."""
+        dtype = torch_dtype(self.dtype)
+        same = self.checkpoint.tensors[name].dtype == self.dtype
+        value = self.checkpoint.read(name, mapped=same).to(dtype)
+        if not all(math.isfinite(bound) for bound in value.aminmax()):
             raise UserError(
                 f"{self.checkpoint.path}: {name}: has values beyond {self.dtype}, which Core AI computes in:"
                 " export for Core ML and MLX with --quant bf16"
             )
-        return value
+        if same:
+            return value
+        with TemporaryFile(dir=folder) as file:
+            mapped = np.memmap(file, value.numpy().dtype, "w+", shape=tuple(value.shape))
+        mapped[:] = value.numpy()
+        return torch.from_numpy(mapped)
 
-    def _language(self) -> Qwen2ForCausalLM:
+    def _language(self, folder: Path) -> Qwen2ForCausalLM:
         config: Any = self.checkpoint.hf_config.text_config
         config._attn_implementation = ATTENTION
         with torch.device("meta"):
@@ -118,7 +134,7 @@ class Programs:
         language.model.embed_tokens = None  # a program of its own
         sources = {name: naming.LANGUAGE + name.removeprefix("model.") for name in language.state_dict()}
         sources["lm_head.weight"] = naming.EMBEDDINGS if self.checkpoint.tied else naming.LM_HEAD
-        state = {name: self._read(source) for name, source in sources.items()}
+        state = {name: self._read(source, folder) for name, source in sources.items()}
         language.load_state_dict(state, strict=True, assign=True)
         rotary = language.model.rotary_emb
         language.model.rotary_emb = type(rotary)(config=config)  # computed, in float32, not stored
@@ -141,13 +157,15 @@ def _axis(name: str, most: int) -> Any:
     return torch.export.Dim(name, min=1, max=most)
 
 
-@torch.inference_mode()
-def _projector_exponent(encoder: Encoder, projector: tuple[nn.Linear, nn.Linear], pixels: Iterable[np.ndarray]) -> int:
-    """The smallest k >= 0 for which float16 holds the values before the projector's GELU, divided by 2^k, with the
-    encoder's headroom."""
-    largest = max(float(projector[0](encoder(torch.from_numpy(image))).abs().max()) for image in pixels)
+def _peak(layer: nn.Linear, features: torch.Tensor) -> float:
+    """The largest magnitude of what a layer makes of features (1, C, h, w)."""
+    return float(layer(features.flatten(2).transpose(1, 2)).abs().max())
+
+
+def _exponent(peak: float) -> int:
+    """The smallest k >= 0 for which float16 holds peak / 2^k with the encoder's headroom."""
     exponent = 0
-    while largest / 2**exponent * fp16.HEADROOM > fp16.LARGEST:
+    while peak / 2**exponent * fp16.HEADROOM > fp16.LARGEST:
         exponent += 1
     return exponent
 

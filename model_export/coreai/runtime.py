@@ -15,6 +15,7 @@ from fastvlm.data.preprocessing import Preprocessor
 from fastvlm.data.prompt import eos_ids
 from fastvlm.model.language import Language
 from fastvlm.model.surface import FastVLM
+from model_export.config import INTERPRETER
 from model_export.coreai import contract
 from model_export.coreai.process import Runtime, States
 
@@ -110,7 +111,7 @@ def load_bundle(bundle: Path, units: str | None = None) -> FastVLM:
             raise UserError(f"{bundle / asset}: has no function {contract.FUNCTION}: export again")
         interfaces[role] = interface
     vision, language = metadata["vision"], metadata["language"]
-    where = f"the system's runtime, {units}" if units else "interpreter, CPU"
+    where = "interpreter, CPU" if runtime.units == INTERPRETER else f"the system's runtime, {runtime.units}"
     name = f"Core AI ({where}; coreai-core {version('coreai-core')})"
     tokenizer = layouts.load_tokenizer(bundle / contract.TOKENIZER, vision["image_token_id"])
     return FastVLM(

@@ -7,6 +7,7 @@
 import asyncio
 import os
 import sys
+from collections import Counter
 from contextlib import AsyncExitStack
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -24,6 +25,8 @@ class Server:
         self.stack, self.units = stack, units
         self.functions: dict[str, Any] = {}
         self.states: dict[int, dict[str, Any]] = {}
+        self.events: Counter[str] = Counter()
+        self.profiler = None if units is None else _profiler(self.events)
 
     async def load(self, role: str, path: str, function: str) -> dict[str, Any]:
         """Load an asset; returns its functions' names and the interface of `function`."""
@@ -31,7 +34,7 @@ class Server:
         names = list(model.function_names)
         if function not in names:
             return {"functions": names}
-        self.functions[role] = loaded = model.load_function(function)
+        self.functions[role] = loaded = model.load_function(function, profiler=self.profiler)
         interface = loaded.desc
         described = {
             kind: [
@@ -72,6 +75,16 @@ class Server:
         return await self.stack.enter_async_context(AIModelAsset.load(path).executable())
 
 
+def _profiler(events: Counter[str]) -> Any:
+    from coreai.runtime import Profiler
+
+    def count(event: Any) -> Any:
+        events[event.event_id] += 1
+        return 0  # what the end of an interval is known by
+
+    return Profiler(count, count)
+
+
 def _specialization(units: str, options: Any) -> Any:
     from coreai.runtime import ComputeUnitKind
 
@@ -100,6 +113,8 @@ async def serve(connection: Connection) -> None:
                         results = await server.call(**request, arrays=arrays)
                     case "new":
                         server.new_states(**request)
+                    case "events":
+                        answer = {"events": dict(server.events)}
                     case "drop":
                         server.states.pop(request["number"], None)
             except Exception as error:  # the runtime raises plain ones; each is an answer

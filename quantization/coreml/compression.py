@@ -12,6 +12,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from fastvlm.common.dtypes import Array
 from fastvlm.common.errors import UserError
 from quantization.coreml.palettes import Palette, palettize, per_channel
 
@@ -65,9 +66,13 @@ class Linear:
         """scale · data, rounded once to fp16, as both dequantizing operations compute it."""
         rank = self.data.ndim
         scale = self.scale if self.scale.ndim == rank else per_channel(self.scale, rank)
-        blocks = (*scale.shape[:2], self.data.shape[1] // scale.shape[1], -1)
-        data = self.data.astype(np.float16).reshape(blocks)
-        return (data * scale.reshape(*scale.shape[:2], 1, 1)).reshape(self.data.shape)
+        return stretched(self.data.astype(np.float16), scale)
+
+
+def stretched(data: Array, scale: Array) -> Array:
+    """data (O, I, ...) times a scale (O, 1 or I/block, 1, ...) for each channel or block."""
+    blocks = data.reshape(*scale.shape[:2], data.shape[1] // scale.shape[1], -1)
+    return (blocks * scale.reshape(*scale.shape[:2], 1, 1)).reshape(data.shape)
 
 
 @dataclass(frozen=True)
@@ -120,12 +125,15 @@ def compress(weight: NDArray[np.float16], scheme: Compression) -> Compressed:
             weight, scheme.bits, scheme.group, per_channel_scale=scheme.per_channel_scale
         )
     else:
-        stored = _linear(weight, scheme.bits, scheme.block)
+        stored = linear(weight, scheme.bits, scheme.block)
     return Compressed(scheme, stored)
 
 
-def _linear(weight: NDArray[np.float16], bits: int, block: int | None) -> Linear:
-    """Round to the nearest multiple of a scale, chosen for each channel or block for the least squared error."""
+def linear(weight: NDArray[np.float16], bits: int, block: int | None) -> Linear:
+    """Round to the nearest multiple of a scale, chosen for each channel or block for the least squared error.
+
+    weight: (O, I, ...) float16, finite; block divides I.
+    """
     channels, blocks = len(weight), 1 if block is None else weight.shape[1] // block
     rows = weight.reshape(channels * blocks, -1)
     data, scale = np.empty(rows.shape, np.int8), np.empty(len(rows), np.float16)

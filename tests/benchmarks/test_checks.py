@@ -67,7 +67,7 @@ def test_every_command_of_a_table_is_one_that_starts(table, monkeypatch):
     "command",
     [
         "python -m model_export mac --model {artefact} --unit ALL --json",
-        "python -m model_export mac --model {artefact} --units GPU --json",
+        "python -m model_export mac --model {artefact} --units TPU --json",
         "python -m model_export audit --json",
         "python -m quantization sweep --checkpoint {checkpoint} --quant fp16 int17 --json",
         "python -m benchmarks.suites.step benchmarks.suites.steps:no_such_step",

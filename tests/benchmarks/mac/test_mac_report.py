@@ -36,9 +36,10 @@ def test_the_table_names_every_test_that_is_skipped_off_a_mac(table: dict[str, C
 
 
 def test_every_compute_unit_has_its_rows_and_nothing_runs_off_a_mac(table: dict[str, Check]) -> None:
-    from model_export.config import COMPUTE_UNITS
+    from model_export.config import COMPUTE_UNITS, COREAI_UNITS, INTERPRETER
 
     assert {f"{kind}-{unit}" for kind in ("coreml", "real") for unit in COMPUTE_UNITS} <= table.keys()
+    assert {f"coreai-{unit}" for unit in COREAI_UNITS if unit != INTERPRETER} <= table.keys()
     known = {*mac_report.MAC, "no --model", "checkpoint", "device"}
     for one in table.values():
         assert {*one.needs} & {*mac_report.MAC} and {*one.needs} <= known and one.establishes and one.passes
@@ -158,7 +159,7 @@ def test_what_a_mac_lacks(monkeypatch: pytest.MonkeyPatch, chip: str, key: str |
     monkeypatch.setattr(mac_report, "output_of", lambda *words: "yes")
     monkeypatch.setattr(mac_report.environment, "describe", lambda: {"cpu": f"Apple {chip}"})
     assert mac_report.known_device() == key
-    chips = set() if key else {"device"}
+    chips = {"Core AI"} if key else {"Core AI", "device"}  # this system says that it is no macOS 27
     for flags, missing in (
         ([], set()),
         (["--model", "a"], {"no --model", "checkpoint"}),
