@@ -4,7 +4,6 @@ Wings: `common` (command line, errors, files, child processes), `checkpoint` (fi
 (pictures, prompts, conversations), `model` (build, fold, ask), and `download`, `demo`, `synthetic`.
 """
 
-import logging
 from os import PathLike
 from typing import TYPE_CHECKING
 
@@ -15,9 +14,6 @@ from fastvlm.common.version import VERSION
 
 __all__ = ["load"]
 __version__ = VERSION
-
-# Transformers imports torchao wherever it is installed (coreai-opt needs it), and that makes PyTorch warn of itself.
-logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
 
 
 def load(path: str | PathLike[str], dtype: str = "float32", device: str = "cpu") -> "FastVLM":

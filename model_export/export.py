@@ -81,7 +81,11 @@ def plan(config: ExportConfig, parts: tuple[str, ...] = PARTS) -> Plan:
     sizes: dict[str, int] = {}
     if config.format == "coreai":
         bundle.check(checkpoint)
-        sizes = bundle.planned_bytes(checkpoint, _shape(config, checkpoint))
+        _shape(config, checkpoint)
+        from model_export.coreai.compress import bundle_shapes, plan_of
+
+        shapes = bundle_shapes(checkpoint)
+        sizes = bundle.planned_bytes(plan_of(recipe, shapes), shapes)
         _check_space(config.output_dir, sizes, copies=0)
         return Plan(config, parts, checkpoint, recipe, calibration, sizes, signature)
     if "vision" in parts:
@@ -207,11 +211,13 @@ def _write_bundle(
     plan: Plan, folder: Path, sources: Callable[[], dict[str, Any]], seconds: dict[str, float]
 ) -> dict[str, Any]:
     """All files of a Core AI bundle but its manifest; returns the manifest's entries about them."""
+    from model_export.coreai.compress import bundle_shapes, plan_of
     from model_export.coreai.programs import Programs
     from model_export.encoder.vision import measured_on
 
     checkpoint, shape = plan.checkpoint, _shape(plan.config, plan.checkpoint)
-    programs = Programs(checkpoint, shape)
+    forms = plan_of(plan.recipe, bundle_shapes(checkpoint))
+    programs = Programs(checkpoint, shape, plan=forms)
     with _timed("embedding", seconds):
         programs.write_embedding(folder / bundle.ASSETS["embedding"])
     with _timed("decoder", seconds):
@@ -223,7 +229,7 @@ def _write_bundle(
     bundle.write_files(checkpoint, shape, folder)
     changes = [
         "The vision encoder's branches and normalizations are folded into convolutions.",
-        f"All weights are stored in float16 as Core AI programs by recipe {plan.recipe.name}.",
+        f"All weights are stored in Core AI programs, which compute in float16, by recipe {plan.recipe.name}.",
     ]
     return {
         "sources": sources(),
@@ -233,7 +239,7 @@ def _write_bundle(
             "resolutions": [shape.image_size],
             **facts,
         },
-        "llm": bundle.language_facts(checkpoint, shape, plan.recipe.name, folder),
+        "llm": bundle.language_facts(checkpoint, shape, plan.recipe.name, forms, folder),
         "licences": artefact.carry_licences(checkpoint.path, folder, changes),
     }
 

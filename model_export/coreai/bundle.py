@@ -1,6 +1,7 @@
 """The bundle: three assets, the tokenizer, metadata.json, as Apple's Swift engine loads it."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from model_export.coreai import contract
 from model_export.coreai.contract import ASSETS as ASSETS
 from model_export.coreai.packages import check_installed
 from model_export.language.tokenizer import write_tokenizer
+from quantization.coreai.forms import PLAIN
+from quantization.coreai.plan import DECODER, EMBEDDING, VISION, Plan, stored_bytes
 
 
 def shape_of(checkpoint: Checkpoint, max_context_length: int | None = None, grows: bool = False) -> contract.Shape:
@@ -100,20 +103,20 @@ def metadata(checkpoint: Checkpoint, shape: contract.Shape) -> dict[str, Any]:
     }
 
 
-def planned_bytes(checkpoint: Checkpoint, shape: contract.Shape) -> dict[str, int]:
-    """Asset -> the size in bytes of its weights."""
-    parts = {"vision": (naming.VISION, naming.PROJECTOR), "main": (naming.LANGUAGE, naming.LM_HEAD)}
-    table = shape.vocabulary * shape.hidden
-    parameters = {
-        role: sum(info.size for name, info in checkpoint.tensors.items() if name.startswith(prefixes))
-        for role, prefixes in parts.items()
+def planned_bytes(plan: Plan, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+    """Asset -> its size in bytes, for forms of weights by the names that recipes have for them."""
+    parts = {"main": DECODER, "embedding": EMBEDDING, "vision": VISION}
+    return {
+        contract.ASSETS[role]: stored_bytes(
+            plan.forms, {name: shapes[name] for name in shapes if name.startswith(part)}
+        )
+        for role, part in parts.items()
     }
-    parameters["embedding"] = table
-    parameters["main"] -= 0 if checkpoint.tied else table  # the decoder has the table where it is the head, too
-    return {contract.ASSETS[role]: 2 * parameters[role] for role in contract.ASSETS}
 
 
-def language_facts(checkpoint: Checkpoint, shape: contract.Shape, recipe: str, folder: Path) -> dict[str, Any]:
+def language_facts(
+    checkpoint: Checkpoint, shape: contract.Shape, recipe: str, plan: Plan, folder: Path
+) -> dict[str, Any]:
     """The manifest's entry about the decoder and the embeddings."""
     files = [contract.ASSETS[role] for role in ("main", "embedding")]
     size = sum((folder / name / contract.PROGRAM).stat().st_size for name in files)
@@ -126,5 +129,10 @@ def language_facts(checkpoint: Checkpoint, shape: contract.Shape, recipe: str, f
         "bits_per_weight": round(8 * size / parameters, 2),
         "max_context_length": shape.context,
         "cache": "growing" if shape.grows else "fixed",
-        "decisions": {},
+        "decisions": {
+            part.rstrip("."): sorted({form.name for name, form in plan.forms.items() if name.startswith(part)})
+            or [PLAIN]
+            for part in (DECODER, EMBEDDING, VISION)
+        },
+        "uncompressed": dict(plan.kept),
     }

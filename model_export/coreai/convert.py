@@ -114,7 +114,7 @@ def _all_equal(array: np.ndarray) -> bool:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the progress bar that coreai-torch prints and the deprecations that torchao and PyTorch warn of."""
+    """Without the progress bar that coreai-torch prints and the deprecations that PyTorch warns of."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

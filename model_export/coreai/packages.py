@@ -6,7 +6,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from fastvlm.common.errors import UserError
 
-PACKAGES = ("coreai-core", "coreai-torch", "coreai-opt")
+PACKAGES = ("coreai-core", "coreai-torch")
 
 
 def check_installed() -> None:

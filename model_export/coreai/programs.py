@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
@@ -18,12 +18,14 @@ from fastvlm.common.cli import progress
 from fastvlm.common.dtypes import torch_dtype
 from fastvlm.common.errors import UserError
 from model_export.coreai import contract
+from model_export.coreai.compress import compress
 from model_export.coreai.convert import save
 from model_export.coreai.modules import ATTENTION, Decoder, Embedding, VisionEncoder
 from model_export.encoder import fp16
 from model_export.encoder.channel_first import Encoder, channel_first
 from model_export.encoder.graph import folded_encoder
 from model_export.encoder.vision import range_safe
+from quantization.coreai.plan import DECODER, EMBEDDING, VISION, Plan
 
 _TRACED = (8, 16)  # new positions and all positions of the example that the decoder is traced with
 Pixels = Callable[[], Iterable[np.ndarray]]  # arrays (1, 3, S, S) float32, the same at every call
@@ -31,7 +33,7 @@ Pixels = Callable[[], Iterable[np.ndarray]]  # arrays (1, 3, S, S) float32, the 
 
 @dataclass(frozen=True)
 class Programs:
-    """What is converted: the checkpoint, the interfaces' sizes, and the dtype that the programs compute in.
+    """What is converted: the checkpoint, the interfaces' sizes, the programs' dtype, the forms of their weights.
 
     `dtype` is "float16"; "float32" makes twins that prove the graphs and that the engine does not load.
     """
@@ -39,6 +41,7 @@ class Programs:
     checkpoint: Checkpoint
     shape: contract.Shape
     dtype: str = "float16"
+    plan: Plan = field(default_factory=lambda: Plan({}, {}))
 
     @property
     def interfaces(self) -> dict[str, contract.Function]:
@@ -49,6 +52,7 @@ class Programs:
         """Write embed.aimodel."""
         with progress("embedding"):
             module = Embedding(self._read(naming.EMBEDDINGS, target.parent))
+            compress(module, self.plan.of(EMBEDDING))
             name = self.interfaces["embedding"].inputs[0].name
             inputs = {name: torch.zeros(1, _TRACED[0], dtype=torch.int32)}
             open_axes = {name: {1: _axis("count", self.shape.context)}}
@@ -74,10 +78,12 @@ class Programs:
             if shape.grows:
                 context = _axis("context", shape.context)
                 open_axes |= {name: {3: context} for name in contract.STATES}
+            module = Decoder(self._language(target.parent))
+            compress(module, self.plan.of(DECODER))
             save(
-                Decoder(self._language(target.parent)), inputs, target,
-                output=self._output("main"), dynamic=open_axes, states=contract.STATES,
+                module, inputs, target, output=self._output("main"), dynamic=open_axes, states=contract.STATES
             )  # fmt: skip
+            del module
             self.checkpoint.unmap()
 
     def write_vision(self, target: Path, pixels: Pixels) -> dict[str, Any]:
@@ -100,6 +106,7 @@ class Programs:
             module.to(torch_dtype(self.dtype))
             module.output_dtype = torch_dtype(self.dtype)
             _check_finite(module, "the vision encoder")
+            compress(module, self.plan.of(VISION))
             size = self.shape.image_size
             inputs = {self.interfaces["vision"].inputs[0].name: torch.zeros(1, 3, size, size)}
             save(module, inputs, target, output=self._output("vision"))
@@ -109,8 +116,8 @@ class Programs:
         return self.interfaces[role].outputs[0].name
 
     def _read(self, name: str, folder: Path) -> torch.Tensor:
-        """A weight in `dtype`, in no memory of its own: mapped from the checkpoint, or, where it has another dtype, from
-        a file without a name in `folder`, which the system can write to and drop."""
+        """A weight in `dtype`, in no memory of its own: mapped from the checkpoint, or, where that has another dtype,
+        from a file without a name in `folder`, which the system can write to and drop."""
         dtype = torch_dtype(self.dtype)
         same = self.checkpoint.tensors[name].dtype == self.dtype
         value = self.checkpoint.read(name, mapped=same).to(dtype)
