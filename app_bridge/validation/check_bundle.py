@@ -166,7 +166,7 @@ def _check_prompt(subject: Subject, metadata: Mapping[str, Any], files: Files, f
         return
     context = integer(value_at(metadata, "language.max_context_length"))
     pictures = integer(value_at(metadata, "vision.image_token_count"))
-    if context is not None and pictures is not None and context <= (length := len(ids) - 1 + pictures):
+    if context is not None and pictures is not None and 0 < context <= (length := len(ids) - 1 + pictures):
         got = f"{context} positions"
         yield finding("context-short", f"{contract.METADATA}: language.max_context_length", got, length=length)
     if token != IMAGE:

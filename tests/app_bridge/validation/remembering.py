@@ -1,4 +1,4 @@
-"""Apple's runtime for tests of many broken bundles: each program is loaded once, and what it says of it can be changed."""
+"""Apple's runtime for tests of many broken bundles: each program is loaded once, and the answer can be changed."""
 
 import hashlib
 from collections.abc import Callable
