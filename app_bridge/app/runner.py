@@ -71,11 +71,9 @@ class EngineReading(Reading):
             decoder = text(call.children[0]).rpartition(".")[2]
             if given[1:] != [f".{member}"] or decoder not in ("decode", "decodeIfPresent"):
                 continue
-            self._masked[call.id] = "metadata"
-            default, otherwise = None, _otherwise(call)
-            if otherwise is not None:
-                default = self._constant(otherwise, known)
-                self._masked[otherwise.id] = "metadata"
+            whole, otherwise = _whole(call)
+            self._masked[whole.id] = "metadata"
+            default = None if otherwise is None else self._constant(otherwise, known)
             return given[0].removesuffix(".self"), decoder == "decode", default
         return super()._decoded(type_name, member, annotation, known)
 
@@ -83,7 +81,7 @@ class EngineReading(Reading):
         """A default's value: a literal, a case of an enum with a raw value, or a constant of the type; what isn't one
         is a difference."""
         written = text(node)
-        cases = self.program.cases(known.type)
+        cases = self.program.cases(self.published["strategies"])
         if written.startswith(".") and written[1:] in cases:
             return cases[written[1:]][0]
         written = self.program.constants.get(written.removeprefix("Self."), written)
@@ -94,9 +92,10 @@ class EngineReading(Reading):
             return known.default
 
 
-def _otherwise(call: Node) -> Node | None:
-    """What follows `??` behind a call."""
-    outer = call.parent
-    while outer is not None and outer.type == "try_expression":
-        outer = outer.parent
-    return outer.child_by_field_name("if_nil") if outer and outer.type == "nil_coalescing_expression" else None
+def _whole(call: Node) -> tuple[Node, Node | None]:
+    """The expression around a call with `try` and `??`, and what follows the latter."""
+    whole, otherwise = call, None
+    while (outer := whole.parent) is not None and outer.type in ("try_expression", "nil_coalescing_expression"):
+        otherwise = outer.child_by_field_name("if_nil") or otherwise
+        whole = outer
+    return whole, otherwise

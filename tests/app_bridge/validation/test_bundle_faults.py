@@ -57,6 +57,12 @@ def outside(folder: Path) -> None:
     (folder / "vision.aimodel").symlink_to(folder.parent / "elsewhere.aimodel")
 
 
+def renamed_token(old: str, new: str) -> Break:
+    return several(
+        *(in_text(name, lambda raw: raw.replace(old.encode(), new.encode())) for name in (TOKENIZER, SETTINGS))
+    )
+
+
 def ordinary(text: str) -> Break:
     """An added token becomes one of the vocabulary, with the same id."""
 

@@ -97,12 +97,6 @@ def other_program(folder: Path) -> None:
     shutil.copytree(folder / EMBED, folder / VISION)
 
 
-def renamed_token(old: str, new: str) -> Break:
-    return several(
-        *(in_text(name, lambda raw: raw.replace(old.encode(), new.encode())) for name in (TOKENIZER, SETTINGS))
-    )
-
-
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_one_fault_of_a_program_has_its_rule(name: str, demo_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rules, role, change = PROGRAMS[name]
