@@ -203,6 +203,12 @@ def is_ours(document: Mapping[str, Any]) -> bool:
     return document.get("format") == FORMAT
 
 
+def is_bundle(document: Mapping[str, Any]) -> bool:
+    """Whether the manifest is a Core AI bundle's."""
+    config = document.get("config")
+    return isinstance(config, dict) and config.get("format") == "coreai"
+
+
 def read_whole(artefact: Path) -> dict[str, Any]:
     """`read` of an artefact that can be run: ours is as large as it was exported, and of one made elsewhere package and
     headers were read. UserError with what is missing."""
@@ -265,6 +271,8 @@ def check_complete(artefact: Path, document: Mapping[str, Any]) -> None:
 def check_for_app(artefact: Path, document: Mapping[str, Any]) -> None:
     """UserError if the manifest's artefact is one half of a model, or in another layout than the app's."""
     config = document.get("config")
+    if is_bundle(document):
+        raise UserError(f"{artefact}: is a Core AI bundle, expected an artefact for Core ML and MLX")
     if (layout := config.get("layout") if isinstance(config, dict) else None) != contract.LAYOUTS[0]:
         raise UserError(f"{artefact}: is in the layout {layout}, which the app can't load: export with --layout app")
     check_parts(artefact, document)

@@ -8,7 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from fastvlm.checkpoint.exported import Exported
+from fastvlm.checkpoint.exported import BUNDLE, Exported
+from fastvlm.common.documents import Unreadable, load_object
 from fastvlm.common.errors import UserError
 from fastvlm.data.preprocessing import read_preprocessor
 from model_export import contract, encoder_forms
@@ -36,9 +37,10 @@ def listed(folder: Path, exported: Exported, ignored: Iterable[str]) -> dict[str
     if outside:
         raise UserError(f"{folder}: links out of the folder: {', '.join(outside)}: put the files there instead")
     weights = [name for name in files if name.endswith(".safetensors")]
+    made = {"format": "coreai"} if exported.layout == "coreai" else {}
     return {
         "parts": list(exported.parts),
-        "config": {"layout": exported.layout},
+        "config": {"layout": exported.layout, **made},
         "llm": {"layout": exported.layout, "files": weights},
         "files": files,
         "unknown": list(UNKNOWN),
@@ -48,11 +50,27 @@ def listed(folder: Path, exported: Exported, ignored: Iterable[str]) -> dict[str
 def described(folder: Path, document: dict[str, Any]) -> dict[str, Any]:
     """`listed`'s document with what the package and the weights say. UserError for a half that can't be read."""
     whole = dict(document)
+    if document["config"].get("format") == "coreai":
+        return whole | _of_metadata(folder)
     if "vision" in document["parts"]:
         whole |= _of_package(folder, document["config"])
     if "llm" in document["parts"]:
         whole["llm"] = document["llm"] | _of_weights(folder)
     return whole
+
+
+def _of_metadata(folder: Path) -> dict[str, Any]:
+    path = folder / BUNDLE
+    try:
+        vision = load_object(path)["vision"]
+        names = {
+            "image_size": "image_size",
+            "image_strategy": "image_strategy",
+            "image_token_count": "tokens_per_image",
+        }
+        return {"image": {ours: vision[theirs] for theirs, ours in names.items()}}
+    except (Unreadable, KeyError, TypeError) as error:
+        raise UserError(f"{path}: {error} is missing or wrong: `fastvlm validate {folder}` says all") from None
 
 
 def _of_package(folder: Path, config: dict[str, Any]) -> dict[str, Any]:

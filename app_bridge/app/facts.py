@@ -70,9 +70,10 @@ class Changed:
     what: str
     facts: tuple[str, ...]
 
-    def line(self) -> str:
-        """The difference on one line."""
-        return f"{self.what}: differs from the published app at {self.where}: check by hand ({', '.join(self.facts)})"
+    def line(self, reader: str = "app") -> str:
+        """The difference on one line. `reader`: "app" or "engine"."""
+        rest = ", ".join(self.facts)
+        return f"{self.what}: differs from the published {reader} at {self.where}: check by hand ({rest})"
 
 
 @dataclass(frozen=True)

@@ -88,10 +88,12 @@ class Reading:
     Args:
         program: the app's sources.
         published: as of published.json.
+        known: our table, of the dataclass that has the facts; None: of the app.
     """
 
-    def __init__(self, program: Program, published: Mapping[str, Any]) -> None:
-        self.program, self.published, self.table = program, published, table()
+    def __init__(self, program: Program, published: Mapping[str, Any], known: Any = None) -> None:
+        self.program, self.published = program, published
+        self.table: Any = known or table()
         self.captures = {name: self._in_scope(name, nodes) for name, nodes in program.captures().items()}
         self._changed: list[Changed] = []
         self._masked: dict[int, str] = {}  # plain facts, which a fingerprint leaves out
@@ -228,15 +230,19 @@ class Reading:
             if path not in known or each.annotation is None:
                 continue
             self._masked[each.annotation.id] = name
-            written = text(each.annotation)
-            kind, required = written.removesuffix("?"), not written.endswith("?")
-            default = None if required else self._default(type_name, member, known[path].default)
+            kind, required, default = self._decoded(type_name, member, text(each.annotation), known[path])
             key = Key(_renamed(path, renamed), kind, required, default)
             if keys.setdefault(key.path, key) != key:
                 self._differs(each.node, f"{type_name}.{member}", [name])
         for path in known.keys() - {*self.published[name].values()}:
             keys[_renamed(path, renamed)] = replace(known[path], path=_renamed(path, renamed))
         return tuple(keys[path] for path in sorted(keys))
+
+    def _decoded(self, type_name: str, member: str, annotation: str, known: Key) -> tuple[str, bool, Any]:
+        """A key's Swift type, whether it is required, and its default, from the property's annotation."""
+        required = not annotation.endswith("?")
+        default = None if required else self._default(type_name, member, known.default)
+        return annotation.removesuffix("?"), required, default
 
     def _default(self, type_name: str, member: str, published: Any) -> Any:
         """The number or boolean after `??` where a computed property reads this one, else the published default."""

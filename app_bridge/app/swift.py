@@ -1,4 +1,4 @@
-"""Swift sources as syntax trees: the captures of facts.scm's queries, and the fingerprints of declarations."""
+"""Swift sources as syntax trees: the captures of a file's queries, and the fingerprints of declarations."""
 
 import hashlib
 from collections.abc import Iterator, Mapping
@@ -11,10 +11,7 @@ import tree_sitter_swift
 from tree_sitter import Node
 
 _LANGUAGE = tree_sitter.Language(tree_sitter_swift.language())
-_QUERIES = tree_sitter.Query(_LANGUAGE, (Path(__file__).parent / "facts.scm").read_text(encoding="utf-8"))
-CAPTURES = {
-    name for number in range(_QUERIES.capture_count) if not (name := _QUERIES.capture_name(number)).startswith("_")
-}
+QUERIES = "facts.scm"  # of an app
 # Nodes that change nothing of what a declaration does.
 _IGNORED = ("comment", "multiline_comment", "visibility_modifier")
 _ESCAPES = {"\\n": "\n", "\\t": "\t", "\\r": "\r", "\\0": "\0", "\\\\": "\\", '\\"': '"', "\\'": "'"}
@@ -46,9 +43,11 @@ class Program:
 
     Args:
         sources: path relative to the app's folder -> bytes.
+        queries: the file with the queries, beside this one.
     """
 
-    def __init__(self, sources: Mapping[str, bytes]) -> None:
+    def __init__(self, sources: Mapping[str, bytes], queries: str = QUERIES) -> None:
+        self._query = tree_sitter.Query(_LANGUAGE, (Path(__file__).parent / queries).read_text(encoding="utf-8"))
         parser = tree_sitter.Parser(_LANGUAGE)
         self._trees = {path: parser.parse(source) for path, source in sources.items()}
         self._paths = {tree.root_node.id: path for path, tree in self._trees.items()}
@@ -58,10 +57,11 @@ class Program:
                 self._nodes.setdefault(node.type, []).append(node)
 
     def captures(self) -> dict[str, list[Node]]:
-        """Capture of facts.scm -> its nodes in all files; a capture that nothing matches has none."""
-        nodes_of: dict[str, list[Node]] = {name: [] for name in CAPTURES}
+        """Capture of the queries -> its nodes in all files; a capture that nothing matches has none."""
+        names = map(self._query.capture_name, range(self._query.capture_count))
+        nodes_of: dict[str, list[Node]] = {name: [] for name in names if not name.startswith("_")}
         for tree in self._trees.values():
-            for name, nodes in tree_sitter.QueryCursor(_QUERIES).captures(tree.root_node).items():
+            for name, nodes in tree_sitter.QueryCursor(self._query).captures(tree.root_node).items():
                 if name in nodes_of:
                     nodes_of[name] += nodes
         return nodes_of

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from app_bridge import licence
-from app_bridge.app import resources
-from app_bridge.install import clone, guide
+from app_bridge.app import facts, resources
+from app_bridge.install import clone, guide, package
 from app_bridge.install.describe import describe, line
 from app_bridge.install.place import Place, holds, locked, used_by_bundle
 from app_bridge.validation import validate
@@ -59,6 +59,8 @@ def run_bundle(args: argparse.Namespace) -> dict[str, Any]:
     source, target = args.artefact.expanduser(), real_path(args.app or args.output_dir)
     manifest = exported.read(source)
     framework: Path | None
+    if exported.is_bundle(manifest):
+        return _into_package(source, manifest, target, args)
     if args.app:
         wanted = sources.read(target)
         place = Place(target, wanted.model_folder)
@@ -96,6 +98,37 @@ def run_bundle(args: argparse.Namespace) -> dict[str, Any]:
         (folder / guide.NAME).write_text(text, encoding="utf-8")
     print(f"{target}: {line(describe(source))}: {_ways(sizes)}; the steps for its app are in {guide.NAME}")
     return document | {"new": describe(source), "bytes": sizes}
+
+
+def _into_package(source: Path, manifest: Mapping[str, Any], target: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """Put a Core AI bundle where a Swift package has a resource, and print the code that loads it."""
+    if args.app:
+        raise UserError(f"--app: {source} is a Core AI bundle, which that app can't load: give --output-dir")
+    package.check_name(target)
+    exported.check_target(target, args.overwrite)
+    files = _files(source, manifest)
+    problems = validate.validate(source, facts.table())
+    findings.show(problems, log)
+    document = {
+        "passed": not findings.errors(problems),
+        "artefact": str(source),
+        "model": str(target),
+        "findings": [problem.document() for problem in problems],
+        "dry_run": args.dry_run,
+    }
+    if not document["passed"]:
+        log(f"{target}: not touched: {findings.count(problems)}")
+        return document
+    licence.log_research_term(source)
+    total = sum(entry["size"] for entry in files.values())
+    if args.dry_run:
+        print(f"{target}: would become this bundle: {len(files)} files, {format_bytes(total)}")
+        return document
+    with staging.staged(target, replace=args.overwrite) as folder:
+        sizes = _copy(source, files, folder)
+    snippet = package.snippet(target)
+    print(f"{target}: {len(files)} files: {_ways(sizes)}\n\n{snippet}")
+    return document | {"bytes": sizes, "swift": snippet}
 
 
 def _faults(args: argparse.Namespace) -> Iterator[str]:

@@ -80,7 +80,15 @@ def plan(model: Model, shape: "Shape", limits: Limits, prompt: int = TEXT_TOKENS
     the published app reads (or None).
     """
     state = "increased" if app_facts().increased_memory_limit else "default"
-    needed, sources = _parts(model, prompt), known.table()["sources"]
+    document = judged(_parts(model, prompt), limits, state) | {
+        "prompt_tokens": prompt, "picture_tokens": model.picture_tokens,
+    }  # fmt: skip
+    return document if document["passed"] else document | _largest(model, shape, limits[state], prompt)
+
+
+def judged(needed: list[Part], limits: Limits, state: str) -> dict[str, Any]:
+    """Return parts and their sum, each state's limit and verdict, and whether it fits for sure in the app's `state`."""
+    sources = known.table()["sources"]
     low, high = memory.total(needed)
     verdicts = {
         name: {
@@ -90,11 +98,8 @@ def plan(model: Model, shape: "Shape", limits: Limits, prompt: int = TEXT_TOKENS
         for name, limit in limits.items()
     }  # fmt: skip
     passed = verdicts[state]["verdict"] == FITS
-    document = {
-        "prompt_tokens": prompt, "picture_tokens": model.picture_tokens, "parts": needed,
-        "need": {"low": low, "high": high}, "limits": verdicts, "state": state, "passed": passed,
-    }  # fmt: skip
-    return document if passed else document | _largest(model, shape, limits[state], prompt)
+    need = {"low": low, "high": high}
+    return {"parts": needed, "need": need, "limits": verdicts, "state": state, "passed": passed}
 
 
 def sized_recipes(shape: "Shape") -> list[tuple[Recipe, Model]]:

@@ -66,9 +66,13 @@ def prefill_bytes(sizes: LanguageModel, tokens: int, itemsize: int, ahead: int) 
 
 
 def encoder_pair(model: Model) -> int:
+    """`largest_pair` of a model's encoder."""
+    return largest_pair(model.image_size, model.encoder_itemsize)
+
+
+def largest_pair(side: int, itemsize: int) -> int:
     """Bytes of FastViTHD's largest input and output of an operation together: GELU in its stem, or attention."""
-    values = max(96 * (model.image_size // 2) ** 2, 24 * (model.image_size // 32) ** 4)
-    return 2 * model.encoder_itemsize * values
+    return 2 * itemsize * max(96 * (side // 2) ** 2, 24 * (side // 32) ** 4)
 
 
 def parts(

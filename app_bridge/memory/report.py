@@ -42,8 +42,9 @@ def verdict(document: Document) -> str:
     if not _alike(document):
         other = next(name for name in STATES if name != state)
         has = "has the entitlement" if state == "increased" else "lacks the entitlement"
-        line += f" (the published app {has}); {_STATE[other]} it {_sentence(limits[other]['verdict'])}"
-    if document["passed"]:
+        line += f" (the published app {has})" if not document["bundle"] else " without the entitlement"
+        line += f"; {_STATE[other]} it {_sentence(limits[other]['verdict'])}"
+    if document["passed"] or document["bundle"]:
         return f"{line}."
     best, in_app = document["largest"], document["largest_in_app"]
     app = next(part for part in document["parts"] if part["name"] == "app")

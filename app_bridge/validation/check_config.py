@@ -24,6 +24,8 @@ _COMPUTED = {
 # RoPE as it is, under both of its names in Qwen2's files (transformers renames "mrope" to "default"). What else an
 # object `rope_scaling` says, the app leaves out, unless it decodes the key.
 _UNSCALED = ("default", "mrope")
+# Types of Apple's engine that decode as another (FunctionMap.swift, ImagePreprocessor.swift of coreai-models).
+_ALIASES = {"FunctionMap": "[String: [String]]", "ImageStrategy": "String"}
 # Numbers that differ between models: where they are absent, the app takes its default without a word.
 _ASSUMED = ("rms_norm_eps", "rope_theta")
 
@@ -38,7 +40,7 @@ def check_config(subject: Subject) -> Steps[dict[str, Any] | None]:
     if config is None:
         return None
     keys = subject.facts.config
-    faulty = yield from _check_keys(contract.CONFIG, config, keys, "model_type", subject.facts.model_type)
+    faulty = yield from check_keys(contract.CONFIG, config, keys, "model_type", subject.facts.model_type)
     for key in keys:
         where, value = f"{contract.CONFIG}: {key.path}", integer(config.get(key.path))
         if key.type == "Int" and key.path != "image_token_index" and value is not None and value < 1:
@@ -78,9 +80,9 @@ def check_preprocessor(subject: Subject, encoder: Encoder | None, config: Mappin
     document = yield from subject.read_json(name)
     if document is None:
         return
-    faulty = yield from _check_keys(name, document, facts.preprocessor, "processor_class", facts.processor_class)
+    faulty = yield from check_keys(name, document, facts.preprocessor, "processor_class", facts.processor_class)
     for key in facts.preprocessor:
-        value = _value(document, key.path)
+        value = value_at(document, key.path)
         if key.type == "[CGFloat]" and key.path not in faulty and isinstance(value, list) and len(value) < 3:
             yield finding("list-length", f"{name}: {key.path}", f"{len(value)} numbers")
             faulty.add(key.path)
@@ -101,7 +103,7 @@ def check_preprocessor(subject: Subject, encoder: Encoder | None, config: Mappin
         subject.checked.append(f"{name}: keys; not compared with the encoder's input, which is unknown")
         return
     height, width, edge = (
-        None if path in faulty else integer(_value(document, path))
+        None if path in faulty else integer(value_at(document, path))
         for path in ("crop_size.height", "crop_size.width", "size.shortest_edge")
     )
     side = encoder.side
@@ -113,7 +115,7 @@ def check_preprocessor(subject: Subject, encoder: Encoder | None, config: Mappin
     subject.checked.append(f"{name}: {len(facts.preprocessor)} keys, processor_class, sizes of pictures")
 
 
-def _check_keys(
+def check_keys(
     file: str, document: Mapping[str, Any], keys: Iterable[Key], registry: str, registered: str
 ) -> Steps[set[str]]:
     """Hold every key to its type, and the key that the app's registry is asked for to its value.
@@ -139,7 +141,7 @@ def _check_keys(
             if absent not in reported:
                 yield _wrong(document, file, absent, key.type if absent == key.path else "object")
             reported.add(absent)
-        elif (fits := _fits(key.type, _value(document, key.path))) is None:
+        elif (fits := _fits(key.type, value_at(document, key.path))) is None:
             yield finding("type-unknown", f"{file}: {key.path}", f"Swift type {key.type}")
         elif not fits:
             faulty.add(key.path)
@@ -153,7 +155,7 @@ def _check_keys(
 
 def _wrong(document: Mapping[str, Any], file: str, path: str, kind: str) -> Finding:
     owner, _, leaf = path.rpartition(".")
-    parent = _value(document, owner) if owner else document
+    parent = value_at(document, owner) if owner else document
     wanted = {"object": "an object", "Int": "an integer (Swift's Int)"}.get(kind, f"Swift's {kind}")
     if leaf not in parent:
         return finding("key-missing", f"{file}: {path}", "nothing", wanted=wanted)
@@ -171,7 +173,7 @@ def _absent(document: Mapping[str, Any], path: str) -> tuple[Any, str | None]:
     return value, None
 
 
-def _value(document: Mapping[str, Any], path: str) -> Any:
+def value_at(document: Mapping[str, Any], path: str) -> Any:
     """The value at a dotted path; None where there is none."""
     value: Any = document
     for part in path.split("."):
@@ -188,15 +190,21 @@ def integer(value: Any) -> int | None:
 
 def _fits(kind: str, value: Any) -> bool | None:
     """Whether JSONDecoder takes the value for a Swift type; None for a type that isn't known here."""
-    kind = kind.removesuffix("?")
+    kind = _ALIASES.get(kind.removesuffix("?"), kind.removesuffix("?"))
     if kind.startswith("[") and ":" not in kind:
         inner = [_fits(kind[1:-1], item) for item in value] if isinstance(value, list) else [False]
         return None if None in inner else all(inner)
-    if kind == "[String: StringOrNumber]":
-        return isinstance(value, dict) and all(_fits("StringOrNumber", item) for item in value.values())
+    if kind.startswith("[String: "):
+        inner = (
+            [_fits(kind[len("[String: ") : -1], item) for item in value.values()]
+            if isinstance(value, dict)
+            else [False]
+        )
+        return None if None in inner else all(inner)
     number = type(value) in (int, float) and (type(value) is int or math.isfinite(value))
     return {
         "Int": integer(value) is not None,
+        "Int32": (whole := integer(value)) is not None and -(2**31) <= whole < 2**31,
         "Bool": isinstance(value, bool),
         "String": isinstance(value, str),
         "Double": number,

@@ -43,7 +43,7 @@ _TEXT = "A \"Café\" isn't at 12:30,  it's #5 (東京 🙂)!\n\n\tYes."  # NFC; 
 
 
 @dataclass(frozen=True)
-class _Files:
+class Files:
     """The tokenizer's documents. ids: all tokens. added: the added ones. config: config.json, {} where unreadable."""
 
     facts: AppFacts
@@ -76,33 +76,41 @@ def check_tokenizer(
         rows: of the embedding table, None where unknown.
         tokens: that stand for a picture, None where unknown.
     """
-    settings = yield from subject.read_json(contract.TOKENIZER_CONFIG)
-    document = yield from subject.read_json(contract.TOKENIZER)
-    if settings is None or document is None:
+    files = yield from read_tokenizer(subject, config)
+    if files is None:
         return
-    name = settings.get("tokenizer_class")
-    if not isinstance(name, str) or name.replace("Fast", "") not in _CLASSES:
-        yield finding("tokenizer-class", f"{contract.TOKENIZER_CONFIG}: tokenizer_class", kind_of(name))
-    tokenizer = yield from _load(subject, document)
-    if tokenizer is None:
-        return
-    added = {entry["content"]: entry["id"] for entry in document.get("added_tokens") or []}
-    ids: dict[str, int] = document["model"]["vocab"] | added  # the library would number added tokens anew
-    files = _Files(subject.facts, settings, document, config or {}, tokenizer, ids, added)
-    sound = yield from _check_components(files)
-    if not (yield from _check_same(files)):
+    sound = yield from check_components(files)
+    if not (yield from check_same(files)):
         yield from _check_image_token(files, subject.changed)
         yield from _check_turn(files)
         yield from _check_prompt_tokens(files, tokens)
-    yield from _check_text(files, sound)
+    yield from check_text(files, sound)
     limit = rows if rows is not None else integer(files.config.get("vocab_size"))
-    beyond = sorted((number, token) for token, number in ids.items() if limit is not None and number >= limit)
+    beyond = sorted((number, token) for token, number in files.ids.items() if limit is not None and number >= limit)
     if beyond:
         number, token = beyond[-1]
         got = f"id {number} ({len(beyond)} such tokens)"
         yield finding("vocabulary-size", f"{contract.TOKENIZER}: {token!r}", got, limit=limit)
     yield from _check_template(subject, files)
-    subject.checked.append(f"{contract.TOKENIZER}: {len(ids)} tokens, {len(added)} of them added; the app's prompt")
+    counts = f"{len(files.ids)} tokens, {len(files.added)} of them added"
+    subject.checked.append(f"{contract.TOKENIZER}: {counts}; the app's prompt")
+
+
+def read_tokenizer(subject: Subject, config: Mapping[str, Any] | None) -> Steps[Files | None]:
+    """The tokenizer's documents as swift-transformers loads them; None after a finding that leaves nothing to check."""
+    settings = yield from subject.read_json(contract.TOKENIZER_CONFIG)
+    document = yield from subject.read_json(contract.TOKENIZER)
+    if settings is None or document is None:
+        return None
+    name = settings.get("tokenizer_class")
+    if not isinstance(name, str) or name.replace("Fast", "") not in _CLASSES:
+        yield finding("tokenizer-class", f"{contract.TOKENIZER_CONFIG}: tokenizer_class", kind_of(name))
+    tokenizer = yield from _load(subject, document)
+    if tokenizer is None:
+        return None
+    added = {entry["content"]: entry["id"] for entry in document.get("added_tokens") or []}
+    ids: dict[str, int] = document["model"]["vocab"] | added  # the library would number added tokens anew
+    return Files(subject.facts, settings, document, config or {}, tokenizer, ids, added)
 
 
 def _load(subject: Subject, document: Mapping[str, Any]) -> Steps[Tokenizer | None]:
@@ -118,7 +126,7 @@ def _load(subject: Subject, document: Mapping[str, Any]) -> Steps[Tokenizer | No
         return None
 
 
-def _check_components(files: _Files) -> Steps[bool]:
+def check_components(files: Files) -> Steps[bool]:
     """Return whether swift-transformers has all of the tokenizer's steps, and a token for each byte."""
     sound = True
     for component, known in _TYPES.items():
@@ -143,7 +151,7 @@ def _types(component: Any) -> Iterator[Any]:
                 yield from _types(inner)
 
 
-def _check_same(files: _Files) -> Steps[bool]:
+def check_same(files: Files) -> Steps[bool]:
     """Return whether the two tokenizer files are of two tokenizers."""
     decoder = files.settings.get("added_tokens_decoder")
     entries = decoder.items() if isinstance(decoder, dict) else ()
@@ -154,7 +162,7 @@ def _check_same(files: _Files) -> Steps[bool]:
     return bool(other)
 
 
-def _check_image_token(files: _Files, changed: frozenset[str]) -> Steps[None]:
+def _check_image_token(files: Files, changed: frozenset[str]) -> Steps[None]:
     """The image token is a token of its own, with the id that config.json has."""
     token, index = files.facts.image_token, integer(files.config.get("image_token_index"))
     number = files.added.get(token)
@@ -167,7 +175,7 @@ def _check_image_token(files: _Files, changed: frozenset[str]) -> Steps[None]:
         yield finding(rule, where, f"{token} is {number}, image_token_index {index}")
 
 
-def _check_turn(files: _Files) -> Steps[None]:
+def _check_turn(files: Files) -> Steps[None]:
     """The marks of a turn are tokens. An answer ends at the tokenizer's eos token, which has to be what ends a turn,
     and at its unknown token, which therefore can't be a token in use."""
     marks = set(re.findall(r"<\|[^<>|]+\|>", files.facts.turn + files.facts.prompt_end))
@@ -187,7 +195,7 @@ def _check_turn(files: _Files) -> Steps[None]:
         yield finding("unk-token", f"{contract.TOKENIZER_CONFIG}: unk_token", got)
 
 
-def _check_prompt_tokens(files: _Files, tokens: int | None) -> Steps[None]:
+def _check_prompt_tokens(files: Files, tokens: int | None) -> Steps[None]:
     """The app's whole prompt, tokenized: the image tokens in one row, and nothing put before or after it."""
     image = files.tokenizer.token_to_id(files.facts.image_token)  # its own number
     if image is None or tokens is None:
@@ -202,7 +210,7 @@ def _check_prompt_tokens(files: _Files, tokens: int | None) -> Steps[None]:
         yield finding("image-token/each", where, got)
 
 
-def _check_text(files: _Files, sound: bool) -> Steps[None]:
+def check_text(files: Files, sound: bool) -> Steps[None]:
     """Text comes back from its tokens as it was: another normalizer or decoder shows up in every answer."""
     clean_up = files.settings.get("clean_up_tokenization_spaces")
     if clean_up is not False:
@@ -225,7 +233,7 @@ def prompt(facts: AppFacts, content: str) -> str:
     return facts.turn_separator.join(turns) + facts.prompt_end
 
 
-def _check_template(subject: Subject, files: _Files) -> Steps[None]:
+def _check_template(subject: Subject, files: Files) -> Steps[None]:
     """The app builds its prompt itself; the artefact's template says what the model was trained with."""
     template, where = files.settings.get("chat_template"), f"{contract.TOKENIZER_CONFIG}: chat_template"
     if not isinstance(template, str):

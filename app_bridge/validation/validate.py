@@ -10,9 +10,11 @@ from typing import Any
 from app_bridge import licence
 from app_bridge.app import packages, resources
 from app_bridge.app.differences import differences as differing_lines
+from app_bridge.app.engine import EngineFacts, engine
 from app_bridge.app.facts import AppFacts, Changed, table
 from app_bridge.rules import AGAIN, finding
 from app_bridge.rules import table as rules
+from app_bridge.validation.check_bundle import check_bundle
 from app_bridge.validation.check_config import check_config, check_preprocessor
 from app_bridge.validation.check_coreml import check_package
 from app_bridge.validation.check_tokenizer import check_tokenizer
@@ -42,19 +44,35 @@ def add_parser(verbs: Any) -> None:
         metavar="FOLDER",
         help="read the app's sources and project in ml-fastvlm/app (default: our table of it)",
     )
+    parser.add_argument(
+        "--runner",
+        type=Path,
+        metavar="FOLDER",
+        help="of a Core AI bundle: read the engine's sources in a checkout of apple/coreai-models (default: our table)",
+    )
     parser.set_defaults(run=run_validate)
 
 
 def run_validate(args: argparse.Namespace) -> dict[str, Any]:
     """Print every finding, and the differences between the app and our table; the document has "passed"."""
     differences: list[str] = []
-    facts = table()
+    facts, wanted = table(), engine()
+    bundle = exported.is_bundle(exported.read(args.artefact))
+    if bundle and args.app is not None:
+        raise UserError(f"--app: {args.artefact} is a Core AI bundle, which that app can't load: leave it out")
+    if args.runner is not None and not bundle:
+        raise UserError(f"--runner: {args.artefact} is no Core AI bundle, which that engine loads: leave it out")
     if args.app is not None:
         from app_bridge.app import sources  # tree-sitter
 
         facts, ours = sources.read(args.app), facts
         differences = differing_lines(facts, ours)
-    subject, problems = _examine(args.artefact, facts)
+    if args.runner is not None:
+        from app_bridge.app import runner  # tree-sitter
+
+        wanted, published = runner.read(args.runner), wanted
+        differences = differing_lines(wanted, published)
+    subject, problems = _examine(args.artefact, facts, wanted)
     if args.app is not None:
         model = resources.model_path(args.app, facts.model_folder)
         problems = resources.collisions(subject.bundled, model, model.parent) + problems
@@ -62,35 +80,36 @@ def run_validate(args: argparse.Namespace) -> dict[str, Any]:
         "passed": not findings.errors(problems),
         "findings": [problem.document() for problem in problems],
         "checked": subject.checked,
-        "facts": str(args.app) if args.app is not None else "table",
+        "facts": str(args.app or args.runner or "table"),
         "differences": differences,
     }
-    _print(args.artefact, document, problems)
+    _print(args.artefact, document, problems, "engine" if bundle else "demo app")
     return document
 
 
 def validate(artefact: Path, facts: AppFacts) -> list[Finding]:
-    """Return the findings about an artefact in an app, errors first; none where the app will run it.
+    """Return the findings about an artefact in an app, or about a bundle in Apple's engine as published, errors first;
+    none where it will run.
 
     Raises UserError for a folder that is no artefact at all.
     """
-    return _examine(artefact, facts)[1]
+    return _examine(artefact, facts, engine())[1]
 
 
 @progress("validate")
-def _examine(artefact: Path, facts: AppFacts) -> tuple[Subject, list[Finding]]:
-    """The artefact with the checks that were done, and their findings."""
+def _examine(artefact: Path, facts: AppFacts, wanted: EngineFacts) -> tuple[Subject, list[Finding]]:
+    """The artefact with the checks that were done, and their findings. `wanted`: by the engine, of a bundle."""
     manifest = exported.read(artefact)
-    ours = exported.is_ours(manifest)
+    ours, bundle = exported.is_ours(manifest), exported.is_bundle(manifest)
     bundled = (*((contract.MANIFEST,) if ours else ()), *manifest["files"])  # not what a hub's client put there
-    if (refused := _refused(manifest)) is not None:
+    if not bundle and (refused := _refused(manifest)) is not None:
         return Subject(artefact, facts, frozenset(), bundled=bundled, checked=[contract.MANIFEST]), [refused]
     lines = exported.verify_aloud(artefact, manifest) if ours else []
     differing = {name: how for name, _, how in (line.partition(": ") for line in lines)}
     weights = frozenset(map(str, (manifest.get("llm") or {}).get("files") or ()))
     subject = Subject(artefact, facts, frozenset(differing), weights, bundled)
-    _, problems = collect(_check_files(subject))
-    problems += resources.check(bundled)
+    _, problems = collect(check_bundle(subject, wanted, ours) if bundle else _check_files(subject))
+    problems += [] if bundle else resources.check(bundled)
     problems += licence.check(artefact, manifest)
     subject.checked.append("the licence and what goes with it")
     problems += _check_bytes(differing, [error.where for error in findings.errors(problems)])
@@ -99,9 +118,11 @@ def _examine(artefact: Path, facts: AppFacts) -> tuple[Subject, list[Finding]]:
     else:
         unknown = ", ".join(manifest["unknown"])
         problems.append(finding("made-elsewhere", contract.MANIFEST, "no such file", unknown=unknown))
-    problems += packages.check(facts) if facts.packages else []
-    subject.checked.append(f"{len(facts.packages) or 'no known'} Swift packages")
-    problems = [*map(_changed, facts.changed), *(_remedied(problem, facts, ours) for problem in problems)]
+    if not bundle:
+        problems += packages.check(facts) if facts.packages else []
+        subject.checked.append(f"{len(facts.packages) or 'no known'} Swift packages")
+    changed = [_engine_changed(each) for each in wanted.changed] if bundle else map(_changed, facts.changed)
+    problems = [*changed, *(_remedied(problem, facts, ours) for problem in problems)]
     return subject, sorted(problems, key=lambda problem: problem.severity != "error")
 
 
@@ -123,6 +144,11 @@ def _changed(changed: Changed) -> Finding:
     rule = "app-differs/prompt" if {*changed.facts} <= _OF_PROMPT else "app-differs"
     got = f"{changed.what}, which differs from the published app at {changed.where}"
     return finding(rule, changed.where, got, facts=", ".join(changed.facts))
+
+
+def _engine_changed(changed: Changed) -> Finding:
+    got = f"{changed.what}, which differs from the published engine at {changed.where}"
+    return finding("engine-differs", changed.where, got, facts=", ".join(changed.facts))
 
 
 def _remedied(problem: Finding, facts: AppFacts, ours: bool) -> Finding:
@@ -177,12 +203,12 @@ def _check_bytes(differing: dict[str, str], named: list[str]) -> Iterator[Findin
         yield finding("file-extra", listed(extra), counted(len(extra), "file"))
 
 
-def _print(artefact: Path, document: dict[str, Any], problems: list[Finding]) -> None:
-    print(f"{artefact} against {'our table of the demo app' if document['facts'] == 'table' else document['facts']}")
+def _print(artefact: Path, document: dict[str, Any], problems: list[Finding], reader: str) -> None:
+    print(f"{artefact} against {f'our table of the {reader}' if document['facts'] == 'table' else document['facts']}")
     findings.show(problems)
     for line in document["checked"]:
         log(f"checked: {line}")
     if document["facts"] != "table":
         for line in document["differences"] or ["none"]:
-            print(f"where the app differs from our table: {line}")
+            print(f"where the {reader.removeprefix('demo ')} differs from our table: {line}")
     print(f"{'passed' if document['passed'] else 'failed'}: {findings.count(problems)}")

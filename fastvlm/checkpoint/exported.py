@@ -18,12 +18,14 @@ _PACKAGE = "fastvithd.mlpackage"
 _MODEL_TYPE = "llava_qwen2"
 _DECODER = "language_model."  # in front of Qwen2's names; LLaVA's own checkpoints have `model.layers.*`
 _READERS = {"app": "Apple's demo app", "mlx-vlm": "mlx-vlm"}
+BUNDLE, _BUNDLE_KIND = "metadata.json", "vlm"  # of a Core AI bundle
 _OF_MLX_VLM = ("vision_tower.", "mm_projector.")  # what mlx-vlm loads and the app refuses
 
 
 @dataclass(frozen=True)
 class Exported:
-    """An artefact's folder. `layout`: "app" or "mlx-vlm"; `parts`: "vision", "llm"; `ours`: it has an export.json."""
+    """An artefact's folder. `layout`: "app", "mlx-vlm" or "coreai"; `parts`: "vision", "llm"; `ours`: it has an
+    export.json."""
 
     ours: bool
     layout: str
@@ -39,6 +41,8 @@ class Exported:
         """The files and keys that show the kind."""
         if self.ours:
             return MANIFEST
+        if self.layout == "coreai":
+            return f"a {BUNDLE} of Core AI, and no {MANIFEST}"
         halves = {"vision": "a Core ML encoder", "llm": "an MLX language model"}
         held = " and ".join(halves[part] for part in self.parts)
         return f"{held}, laid out for {_READERS[self.layout]}, and no {MANIFEST}"
@@ -49,6 +53,9 @@ def recognise(folder: str | os.PathLike[str]) -> Exported | None:
     path = Path(folder)
     if (path / MANIFEST).is_file():
         return Exported(True, "app", ("vision", "llm"))
+    bundle = object_or_empty(path / BUNDLE)
+    if bundle.get("kind") == _BUNDLE_KIND and isinstance(bundle.get("assets"), dict):
+        return Exported(False, "coreai", ("vision", "llm"))
     known = object_or_empty(path / "config.json").get("model_type") == _MODEL_TYPE
     names = _weight_names(path)
     llm = any(name.startswith(_DECODER) for name in names) and known

@@ -25,9 +25,13 @@ IMAGE_STRATEGIES = ("center_crop", "pad", "stretch")
 RESCALE_FACTOR = 1.0  # the engine has divided by 255 already
 
 FUNCTION = "main"
+# The engine takes these instead of `main` where an asset has them; the decoder's is the first of function_map's "main".
+ENCODE, PROJECT, EMBED = "encode_image", "project", "embed_tokens"
+# The engine goes by the order of inputs, outputs and states and takes any names; these are the export's.
 STATES = ("k_cache", "v_cache")
 GROWS_FROM = 256  # positions that a growing cache begins with
 DEFAULT_CONTEXT = 4096
+ANSWER = 512  # tokens of an answer at most, unless the app asks for another number
 OPEN = -1  # an axis of any length in a descriptor
 END_OF_TURN = "<|im_end|>"  # the engine stops at it and at the tokenizer's eos
 
@@ -87,6 +91,18 @@ def interfaces(shape: Shape, dtype: str = "float16") -> dict[str, Function]:
             tuple(Tensor(name, dtype, shape.cache) for name in STATES),
         ),
     }  # fmt: skip
+
+
+def capacity(positions: int, context: int) -> int:
+    """The positions of a growing cache when so many of at most `context` are used: 256, doubled until they suffice.
+
+    The engine makes new states of that size for every open axis, and copies the old ones into them block by block: it
+    takes the last axis but one for the context. While it copies, both are there.
+    """
+    size = min(GROWS_FROM, context)
+    while size < positions:
+        size *= 2
+    return min(size, context)
 
 
 def producer() -> str:

@@ -66,17 +66,20 @@ class Runtime:
         _RUNNING.add(self)
         self.close = weakref.finalize(self, _end, self._connection, self._process, self._folder)
 
-    def load(self, role: str, asset: Path) -> tuple[list[str], contract.Function | None]:
-        """Load an asset, whose hash is checked first.
+    def load(
+        self, role: str, asset: Path, function: str = contract.FUNCTION
+    ) -> tuple[list[str], contract.Function | None]:
+        """Load an asset's function, after the hash is checked.
 
         Returns:
-            The names of its functions, and the interface of `main` (None: it has none).
+            The names of its functions, and the interface of `function` (None: it has none).
 
         Raises:
             UserError: the asset is not what was exported. RuntimeEnded: it made the runtime crash.
         """
         check_hash(asset)
-        answer, _ = self._ask({"do": "load", "role": role, "path": str(asset.resolve())}, what=f"{asset}: loading it")
+        request = {"do": "load", "role": role, "path": str(asset.resolve()), "function": function}
+        answer, _ = self._ask(request, what=f"{asset}: loading it")
         if "inputs" not in answer:
             return answer["functions"], None
         kinds = ("inputs", "outputs", "states")

@@ -29,14 +29,14 @@ class Server:
         self.events: Counter[str] = Counter()
         self.profiler = None if units is None else _profiler(self.events)
 
-    async def load(self, role: str, path: str) -> dict[str, Any]:
-        """Load an asset; returns its functions' names and the interface of `main`."""
+    async def load(self, role: str, path: str, function: str) -> dict[str, Any]:
+        """Load an asset; returns its functions' names and the interface of `function`."""
         model = await self._model(Path(path))
         names = list(model.function_names)
-        if contract.FUNCTION not in names:
+        if function not in names:
             return {"functions": names}
-        self.functions[role] = function = model.load_function(contract.FUNCTION, profiler=self.profiler)
-        interface = function.desc
+        self.functions[role] = loaded = model.load_function(function, profiler=self.profiler)
+        interface = loaded.desc
         described = {
             kind: [
                 [name, describe(name).dtype, [contract.OPEN if size is None else size for size in describe(name).shape]]
