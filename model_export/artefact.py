@@ -203,12 +203,6 @@ def is_ours(document: Mapping[str, Any]) -> bool:
     return document.get("format") == FORMAT
 
 
-def is_bundle(document: Mapping[str, Any]) -> bool:
-    """Whether the manifest is a Core AI bundle's."""
-    config = document.get("config")
-    return isinstance(config, dict) and config.get("format") == "coreai"
-
-
 def read_whole(artefact: Path) -> dict[str, Any]:
     """`read` of an artefact that can be run: ours is as large as it was exported, and of one made elsewhere package and
     headers were read. UserError with what is missing."""
