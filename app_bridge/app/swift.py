@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 import tree_sitter
@@ -47,7 +47,7 @@ class Program:
     """
 
     def __init__(self, sources: Mapping[str, bytes], queries: str = QUERIES) -> None:
-        self._query = tree_sitter.Query(_LANGUAGE, (Path(__file__).parent / queries).read_text(encoding="utf-8"))
+        self._query = _query(queries)
         parser = tree_sitter.Parser(_LANGUAGE)
         self._trees = {path: parser.parse(source) for path, source in sources.items()}
         self._paths = {tree.root_node.id: path for path, tree in self._trees.items()}
@@ -139,6 +139,12 @@ class Program:
             if outer is not None and outer.type == "property_declaration" and not typed:
                 names.add(f"let {called}")
         return names
+
+
+@cache
+def _query(name: str) -> tree_sitter.Query:
+    """The queries of a file, which take half a second to compile."""
+    return tree_sitter.Query(_LANGUAGE, (Path(__file__).parent / name).read_text(encoding="utf-8"))
 
 
 def walk(node: Node) -> Iterator[Node]:
