@@ -134,7 +134,7 @@ def test_embeddings_decode_the_gathered_rows_alone(form):
     assert largest(Whole()) == 512 * 96
 
 
-@pytest.mark.parametrize("recipe", ["int4", "palette4", "mixed-4-8"])
+@pytest.mark.parametrize("recipe", ["palette4", "mixed-4-8"])
 def test_files_are_as_large_as_predicted(recipe, tmp_path):
     checkpoint = open_checkpoint(scenes.CHECKPOINT)
     shapes = bundle_shapes(checkpoint)
