@@ -1,12 +1,16 @@
 """The export of a checkpoint to an artefact: the stages of `fastvlm export`, `export-vision` and `export-llm`."""
 
+import hashlib
+import json
+import os
 import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +18,7 @@ from fastvlm.checkpoint import naming
 from fastvlm.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from fastvlm.common.cli import log, progress
 from fastvlm.common.errors import CheckFailed, UserError
-from fastvlm.common.staging import staged
+from fastvlm.common.staging import held, remove, staged, write_file
 from fastvlm.common.units import format_bytes
 from fastvlm.data import conversations, pictures
 from model_export import artefact, contract
@@ -128,8 +132,13 @@ def export(plan: Plan, parity: Parity | None = None, vision: "Vision | None" = N
     seconds: dict[str, float] = {}
     for warning in checkpoint.warnings:
         log(f"warning: {warning}")
-    with _hashed(checkpoint) as sources, staged(config.output_dir, replace=config.overwrite) as folder:
-        document = _write_parts(plan, folder, sources.result, seconds, vision)
+    target = config.output_dir.expanduser().resolve()
+    with (
+        _hashed(checkpoint) as sources,
+        staged(target, replace=config.overwrite) as folder,
+        _kept(target) if config.format == "coreai" else nullcontext(target) as kept,
+    ):
+        document = _write_parts(plan, folder, sources.result, seconds, vision, kept)
         with _stage("hash the artefact", seconds):
             document = artefact.write_manifest(folder, document)
         if parity is not None:
@@ -165,8 +174,10 @@ def _write_parts(
     sources: Callable[[], dict[str, Any]],
     seconds: dict[str, float],
     sees: "Vision | None",
+    kept: Path,
 ) -> dict[str, Any]:
-    """Write all files of the artefact but its manifest; returns the manifest's entries about them."""
+    """Write all files of the artefact but its manifest; returns the manifest's entries about them. Finished assets of a
+    bundle stay in `kept`."""
     config, checkpoint, preprocessor = plan.config, plan.checkpoint, plan.checkpoint.preprocessor
     strategy = preprocessor.image_strategy
     document: dict[str, Any] = {
@@ -180,7 +191,7 @@ def _write_parts(
         },
     }
     if config.format == "coreai":
-        return document | _write_bundle(plan, folder, sources, seconds)
+        return document | _write_bundle(plan, folder, sources(), seconds, kept)
     changes = {}
     calibrated = plan.recipe.calibrates
     if "llm" in plan.parts and not calibrated:
@@ -207,32 +218,66 @@ def _shape(config: ExportConfig, checkpoint: Checkpoint) -> "Shape":
     return bundle.shape_of(checkpoint, config.max_context_length, config.cache == "growing")
 
 
+@contextmanager
+def _kept(target: Path) -> Iterator[Path]:
+    """A folder beside the output that outlives an export that is stopped; one that ends well removes it."""
+    folder = target.with_name(f".{target.name}.assets")
+    with held(folder, f"--output-dir {target}: another export is writing it: wait until that ends"):
+        yield folder
+        remove(folder)
+
+
 def _write_bundle(
-    plan: Plan, folder: Path, sources: Callable[[], dict[str, Any]], seconds: dict[str, float]
+    plan: Plan, folder: Path, sources: dict[str, Any], seconds: dict[str, float], kept: Path
 ) -> dict[str, Any]:
-    """All files of a Core AI bundle but its manifest; returns the manifest's entries about them."""
+    """All files of a Core AI bundle but its manifest; returns the manifest's entries about them.
+
+    An export that was stopped is taken up behind its last finished asset, if checkpoint, settings and versions are the
+    same; with pictures of the user's, whose content nobody has hashed, it begins anew.
+    """
     from model_export.coreai.compress import bundle_shapes, plan_of
     from model_export.coreai.programs import Programs
     from model_export.encoder.vision import measured_on
 
-    checkpoint, shape = plan.checkpoint, _shape(plan.config, plan.checkpoint)
+    config, checkpoint, shape = plan.config, plan.checkpoint, _shape(plan.config, plan.checkpoint)
     forms = plan_of(plan.recipe, bundle_shapes(checkpoint))
     programs = Programs(checkpoint, shape, plan=forms)
-    with _timed("embedding", seconds):
-        programs.write_embedding(folder / bundle.ASSETS["embedding"])
-    with _timed("decoder", seconds):
-        programs.write_decoder(folder / bundle.ASSETS["main"])
-    with _timed("vision encoder", seconds):
-        facts = programs.write_vision(
-            folder / bundle.ASSETS["vision"], lambda: measured_on(plan.config, [shape.image_size], _pictures(plan))
-        )
+    settings = [sources["sha256"], config.document(), plan.recipe.to_json(), artefact.versions(packages.PACKAGES)]
+    same = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+    assets = kept / same
+    for other in kept.iterdir():
+        if other.is_dir() and (other != assets or config.calibration_data is not None):
+            shutil.rmtree(other)
+    assets.mkdir(exist_ok=True)
+
+    def asset(role: str, write: Callable[[Path], dict[str, Any] | None]) -> dict[str, Any]:
+        """Write an asset whole, or take the finished one, into the bundle; returns the facts about it."""
+        done, name = assets / f"{role}.json", bundle.ASSETS[role]
+        if done.exists():
+            log(f"{name}: finished by the export before, which was stopped")
+        else:
+            unfinished = assets / f"unfinished{bundle.SUFFIX}"
+            for leftover in (unfinished, assets / name):
+                shutil.rmtree(leftover, ignore_errors=True)
+            with _timed(role, seconds):
+                facts = write(unfinished) or {}
+            unfinished.rename(assets / name)
+            write_file(done, json.dumps(facts).encode())
+        shutil.copytree(assets / name, folder / name, copy_function=_link)
+        document: dict[str, Any] = json.loads(done.read_bytes())
+        return document
+
+    asset("embedding", programs.write_embedding)
+    asset("main", programs.write_decoder)
+    measured = partial(measured_on, config, [shape.image_size], _pictures(plan))
+    facts = asset("vision", lambda target: programs.write_vision(target, measured))
     bundle.write_files(checkpoint, shape, folder)
     changes = [
         "The vision encoder's branches and normalizations are folded into convolutions.",
         f"All weights are stored in Core AI programs, which compute in float16, by recipe {plan.recipe.name}.",
     ]
     return {
-        "sources": sources(),
+        "sources": sources,
         "vision": {
             "image_size": shape.image_size,
             "channels": shape.hidden,
@@ -242,6 +287,14 @@ def _write_bundle(
         "llm": bundle.language_facts(checkpoint, shape, plan.recipe.to_json(), forms, folder),
         "licences": artefact.carry_licences(checkpoint.path, folder, changes),
     }
+
+
+def _link(source: str, target: str) -> None:
+    """The same file under another name; a copy where the file system has no such thing."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
 
 
 def _pictures(plan: Plan) -> "Pictures":

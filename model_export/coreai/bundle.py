@@ -13,6 +13,7 @@ from fastvlm.data.prompt import CHAT_TEMPLATE
 from model_export.contract import tokens_per_image
 from model_export.coreai import contract
 from model_export.coreai.contract import ASSETS as ASSETS
+from model_export.coreai.contract import SUFFIX as SUFFIX
 from model_export.coreai.packages import check_installed
 from model_export.language.tokenizer import write_tokenizer
 from quantization.coreai.forms import PLAIN

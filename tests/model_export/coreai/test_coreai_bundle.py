@@ -17,9 +17,11 @@ from fastvlm.checkpoint.checkpoint import open_checkpoint
 from fastvlm.common.errors import UserError
 from fastvlm.data import conversations, pictures, scenes
 from model_export import runtime
+from model_export.config import ExportConfig
 from model_export.coreai import bundle, contract
 from model_export.coreai.process import Runtime, RuntimeEnded
 from model_export.coreai.programs import Programs
+from model_export.export import export, plan
 from tests.helpers import contents, snr_db
 
 pytestmark = pytest.mark.slow
@@ -44,6 +46,34 @@ def test_another_process_with_another_hash_seed_writes_the_same_bytes(demo_bundl
     subprocess.run(command, env={**os.environ, "PYTHONHASHSEED": "7"}, cwd=Path(__file__).parents[3], check=True)
     ours, theirs = contents(demo_bundle), contents(tmp_path / "other")
     assert ours == theirs and len(ours) > 10
+
+
+def test_an_export_that_was_stopped_is_taken_up_and_ends_with_the_same_bytes(
+    tiny_fast_vlm, tmp_path, monkeypatch, capsys
+):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    export(plan(ExportConfig(tiny_fast_vlm, whole, format="coreai")))
+    with monkeypatch.context() as broken:
+        broken.setattr(Programs, "write_vision", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            export(plan(ExportConfig(tiny_fast_vlm, stopped, format="coreai")))
+    assert not stopped.exists() and (tmp_path / ".stopped.assets").is_dir()
+    capsys.readouterr()
+    with monkeypatch.context() as finished:
+        finished.setattr(Programs, "write_decoder", lambda *_: pytest.fail("converted again"))
+        export(plan(ExportConfig(tiny_fast_vlm, stopped, format="coreai")))
+    assert "fastvlm.aimodel: finished by the export before" in capsys.readouterr().err
+    assert contents(stopped) == contents(whole) and {path.name for path in tmp_path.iterdir()} == {"whole", "stopped"}
+
+
+def test_other_settings_begin_anew(tiny_fast_vlm, tmp_path, monkeypatch):
+    with monkeypatch.context() as broken:
+        broken.setattr(Programs, "write_vision", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            export(plan(ExportConfig(tiny_fast_vlm, tmp_path / "b", format="coreai")))
+    export(plan(ExportConfig(tiny_fast_vlm, tmp_path / "b", format="coreai", max_context_length=64)))
+    export(plan(ExportConfig(tiny_fast_vlm, tmp_path / "other", format="coreai", max_context_length=64)))
+    assert contents(tmp_path / "b") == contents(tmp_path / "other")
 
 
 @pytest.mark.parametrize("grows", [False, True])
