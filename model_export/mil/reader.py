@@ -65,6 +65,18 @@ def read_package(path: Path | str) -> Program:
         MILError: the folder is no readable ML program package.
     """
     path = Path(path)
+    specification_path, specification = read_specification(path)
+    try:
+        return _Reader(path, specification_path.parent).program(specification)
+    except (MILError, MemoryError):
+        raise
+    except Exception as error:  # fields that contradict each other, sizes beyond any tensor, blocks in blocks in blocks
+        raise MILError(f"{specification_path}: malformed ({reason(error)})") from error
+
+
+def read_specification(path: Path | str) -> tuple[Path, Any]:
+    """The specification of an .mlpackage: its file, and the protobuf message. Raises MILError as `read_package`."""
+    path = Path(path)
     specification_path = _specification_path(path)
     try:
         content = _plain_bytes(specification_path, LARGEST_SPECIFICATION)
@@ -79,12 +91,7 @@ def read_package(path: Path | str) -> Program:
     if kind != "mlProgram":
         old = ", which coremltools can't turn into one: convert its source again" if kind and "neural" in kind else ""
         raise MILError(f"{path}: the model is a {kind or 'model of no known type'}, expected an mlProgram{old}")
-    try:
-        return _Reader(path, specification_path.parent).program(specification)
-    except (MILError, MemoryError):
-        raise
-    except Exception as error:  # fields that contradict each other, sizes beyond any tensor, blocks in blocks in blocks
-        raise MILError(f"{specification_path}: malformed ({reason(error)})") from error
+    return specification_path, specification
 
 
 def _specification_path(path: Path) -> Path:

@@ -191,8 +191,8 @@ class Node:
     def value(self, key: str, default: Any = ...) -> Any:
         """As `const`; but a value that is known only at run time is a Runtime, to be passed on among a Kernel's args:
 
-            begin = node.value("begin")
-            return node.kernel(run, "x", values=(begin,))  # run(x, begin): begin is a list of int in both cases
+        begin = node.value("begin")
+        return node.kernel(run, "x", values=(begin,))  # run(x, begin): begin is a list of int in both cases
         """
         binding = self._binding(key)
         return self.const(key, default) if self.known(key) or not isinstance(binding, str) else Runtime(binding)

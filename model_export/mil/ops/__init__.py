@@ -2,6 +2,7 @@
 
 from . import (  # noqa: F401
     activation,
+    classify,
     constexpr,
     control_flow,
     conv,

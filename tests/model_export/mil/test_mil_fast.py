@@ -102,12 +102,12 @@ def test_a_saved_encoder_keeps_its_features(
     tiny_artefact: Path, pixels: np.ndarray, compute: str, least: float
 ) -> None:
     package = tiny_artefact / "fastvithd.mlpackage"
-    exact = mil.load(package, "float32").predict({"images": pixels})["image_features"]
-    fast = mil.load(package, compute)
+    exact = mil.load(package, compute="float32").predict({"images": pixels})["image_features"]
+    fast = mil.load(package, compute=compute)
     found = fast.predict({"images": pixels})["image_features"]
     assert found.dtype == np.float32 and least < snr_db(exact, found) < 60
     np.testing.assert_array_equal(found, fast.predict({"images": pixels})["image_features"])
-    other = mil.load(package, compute).predict({"images": pixels[..., ::-1].copy()})["image_features"]
+    other = mil.load(package, compute=compute).predict({"images": pixels[..., ::-1].copy()})["image_features"]
     assert snr_db(exact, other) < 15
 
 
@@ -142,6 +142,6 @@ def test_only_plain_1_x_1_convolutions_have_8_bit_operands(
     made = []
     pointwise = int8.pointwise
     monkeypatch.setattr(int8, "pointwise", lambda *given: (made.append(given), pointwise(*given))[1])
-    exact = mil.load(tmp_path / "m.mlpackage", "float32").predict(x)["y"]
-    found = mil.load(tmp_path / "m.mlpackage", "int8").predict(x)["y"]
+    exact = mil.load(tmp_path / "m.mlpackage", compute="float32").predict(x)["y"]
+    found = mil.load(tmp_path / "m.mlpackage", compute="int8").predict(x)["y"]
     assert bool(made) == (not change) and snr_db(exact, found) > 30
