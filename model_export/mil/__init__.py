@@ -11,11 +11,11 @@ from .program import Function, InputNameError, InputTypeError, MILError, Operati
 from .reader import read_package
 
 if TYPE_CHECKING:
+    from .dropin import install
     from .executor import MILExecutor, load
     from .features import State
-    from .install import install
 
-_LATER = {"MILExecutor": "executor", "load": "executor", "State": "features", "install": "install"}
+_LATER = {"MILExecutor": "executor", "load": "executor", "State": "features", "install": "dropin"}
 __all__ = [
     "Function", "InputNameError", "InputTypeError", "MILError", "MILExecutor", "Operation", "Program", "State",
     "TensorType", "install", "load", "read_package",
@@ -26,6 +26,4 @@ def __getattr__(name: str) -> Any:
     """The executor, with which PyTorch comes; reading a package needs neither."""
     if name not in _LATER:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    found = getattr(importlib.import_module(f"{__name__}.{_LATER[name]}"), name)
-    globals()[name] = found  # `install` is also a submodule's name, which its import would leave here
-    return found
+    return getattr(importlib.import_module(f"{__name__}.{_LATER[name]}"), name)

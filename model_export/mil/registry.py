@@ -16,8 +16,8 @@ from .int8 import Int8Linear
 from .program import MOST_BYTES, Constant, ListType, Operation, OtherType, StateType, TensorType
 from .rounding import round_fp16
 
-# coremltools' names of the opsets of iOS 15, 16, 17 and 18, oldest first.
-OPSETS = ("CoreML5", "CoreML6", "CoreML7", "CoreML8")
+# coremltools' names of the opsets of iOS 15, 16, 17, 18 and 26, oldest first; the last one has no operation of its own.
+OPSETS = ("CoreML5", "CoreML6", "CoreML7", "CoreML8", "CoreML9")
 
 
 @dataclass(frozen=True)

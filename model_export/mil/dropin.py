@@ -39,6 +39,8 @@ def install(compute: str = "as-typed") -> None:
     if core_ml is not None and not issubclass(core_ml, _Proxy):
         print("mil.install: Core ML is here, coremltools goes on predicting with it", file=sys.stderr)
         return
+    # Asked before each prediction; the oldest that can do all of it.
+    module._macos_version = lambda: (15, 0)
     module._MLModelProxy = type("_MLModelProxy", (_Proxy,), {"compute": compute})
     if getattr(module.MLModel.make_state, "__module__", "") != __name__:
         original = module.MLModel.make_state
@@ -68,8 +70,8 @@ class _Proxy:
 
     @staticmethod
     def maximum_supported_specification_version() -> int:
-        """The newest specification that iOS 18 reads."""
-        return 9
+        """That of iOS 26."""
+        return 10
 
     def predict(self, data: dict[str, Any], state: State | None = None) -> dict[str, Any]:
         global _said
