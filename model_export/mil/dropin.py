@@ -66,7 +66,8 @@ class _Proxy:
             raise MILError("a compiled model in memory (MLModelAsset); give the .mlpackage that it was compiled from")
         started = time.perf_counter_ns()
         self._executor: MILExecutor = load(path, function_name or None, self.compute)
-        self._load_time, self._last_time = time.perf_counter_ns() - started, None
+        self._load_time = time.perf_counter_ns() - started
+        self._last_time: int | None = None
 
     @staticmethod
     def maximum_supported_specification_version() -> int:
