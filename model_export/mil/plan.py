@@ -112,6 +112,8 @@ class _Planner:
             raise MILError(f"{self.where} returns undefined values {missing}")
         read = {name for step in steps for name in step.values} | set(block.outputs)
         captures = tuple(sorted(read - made - constants.keys()))
+        if texts := [name for name in captures if scope.get(name) is not None]:
+            raise MILError(f"{self.where}: {texts} are texts, which are used as tensors")
         inputs = [*(item.name for item in block.inputs), *captures]
         finished = _with_lifetimes(steps, inputs, block.outputs)
         merged = _merged(finished, block.outputs)
@@ -135,8 +137,7 @@ class _Planner:
         except Unsupported as error:
             self.faults[id(operation)] = str(error)
         if step is not None and operation.blocks:
-            blocks = tuple(self.block(inner, _Scope(scope), depth + 1) for inner in operation.blocks)
-            step = replace(step, blocks=blocks)
+            step = self._with_blocks(step, scope, depth)
         elif step is not None and operation.type.startswith("constexpr_"):
             self.unpacked += sum(limits.size(type, self.policy) for type in step.types)
             if self.unpacked > self.most_bytes:
@@ -147,6 +148,24 @@ class _Planner:
             step = None
         self._define(f"operation {operation.name!r}", operation.outputs, scope)
         return step
+
+    def _with_blocks(self, step: Step, scope: _Scope, depth: int) -> Step:
+        """The step of a branch or a loop with its blocks, whose types have to be those of its own values."""
+        operation = step.operation
+        scopes = [_Scope(scope) for _ in operation.blocks]
+        blocks = tuple(self.block(*pair, depth + 1) for pair in zip(operation.blocks, scopes))
+        returned = [_named(block.outputs, inner) for block, inner in zip(blocks, scopes)]
+        if operation.type == "cond":
+            pairs = [(items, operation.outputs) for items in returned]
+        else:
+            variables = blocks[1].inputs
+            pairs = [(returned[1], variables), (variables, operation.outputs), (blocks[0].inputs, variables)]
+        for items, others in pairs:
+            for one, other in zip(items, others):
+                if not _compatible(one, other):
+                    text = f"{one.name!r} is {one.type or one.other}, {other.name!r} {other.type or other.other}"
+                    self.faults[id(operation)] = text
+        return replace(step, blocks=blocks)
 
     def _define(self, maker: str, items: Iterable[NamedType], scope: _Scope) -> None:
         for item in items:
@@ -222,6 +241,18 @@ def _folded(where: str, step: Step) -> dict[str, torch.Tensor]:
             came = f"{value.dtype}{list(value.shape)}".removeprefix("torch.")
             raise MILError(f"{where}: {step.operation.name!r} gives {came}, declared {type}")
     return dict(zip(step.names, values))
+
+
+def _named(names: Iterable[str], scope: _Scope) -> tuple[NamedType, ...]:
+    return tuple(NamedType(name, scope.types[name], scope.others.get(name)) for name in names)
+
+
+def _compatible(one: NamedType, other: NamedType) -> bool:
+    """Whether a value may be of both types, as far as their sizes are known."""
+    if one.type is None or other.type is None:
+        return one.type is other.type and type(one.other) is type(other.other)
+    known = (None not in pair and pair[0] != pair[1] for pair in zip(one.type.shape, other.type.shape))
+    return one.type.dtype == other.type.dtype and len(one.type.shape) == len(other.type.shape) and not any(known)
 
 
 def _last_uses(block: Block) -> dict[int, list[str]]:

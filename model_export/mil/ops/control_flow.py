@@ -32,6 +32,8 @@ def cond(node: Node) -> Kernel:
     """The outputs of the first block where pred holds, else of the second."""
     count = len(node.operation.outputs)
     _shapes_of_blocks(node, (0, count), (0, count))
+    if node.type_of("pred").dtype != "bool":
+        raise Unsupported(f"pred is {node.type_of('pred')}, expected a bool")
     return node.kernel(lambda pred: pred, "pred", exact=True, keeps=True)
 
 

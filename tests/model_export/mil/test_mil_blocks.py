@@ -106,19 +106,36 @@ def test_blocks_that_cannot_be(made: tuple[Operation, ...], message: str) -> Non
     assert "\n" not in str(caught.value)
 
 
+ALWAYS = block(operation("identity", "yes", BOOL, x=YES), returns=("yes",), inputs=LOOP_X)
+LONGER = block(operation("concat", "w", TensorType("fp32", (None,)), values=("v", "v"), axis=ZERO), returns=("w",),
+               inputs=LOOP_X)  # fmt: skip
+SHAPE = operation("shape", "s", TensorType("int32", (1,)), x="x")
+BOTH = operation("greater", "no", TWO, x="v", y=Constant(X, GIVEN))
+
+
 @pytest.mark.parametrize(
     ("made", "message"),
     [
-        (branch("y", RELU, RELU, pred="x"), "the condition is no single bool"),
-        (branch("y", block(operation("shape", "a", TensorType("int32", (1,)), x="x"), returns=("a",)), RELU),
-         r"'y' came out as int32\[1\], declared fp32\[2\]"),
-        (operation("while_loop", "y", X, (
-            block(operation("greater", "no", TWO, x="v", y=Constant(X, GIVEN)), returns=("no",), inputs=LOOP_X),
-            block(returns=("v",), inputs=LOOP_X)), loop_vars="x"), r"\(while_loop\): the condition is no single bool"),
-        (operation("while_loop", "y", X, (
-            block(operation("identity", "yes", BOOL, x=YES), returns=("yes",), inputs=LOOP_X),
-            block(operation("shape", "s", TensorType("int32", (1,)), x="v"), returns=("s",), inputs=LOOP_X)),
-            loop_vars="x"), r"'v' came out as int32\[1\], declared fp32\[2\]"),
+        (branch("y", RELU, RELU, pred="x"), r"y \(cond, CoreML8\): pred is fp32\[2\], expected a bool"),
+        (branch("y", block(SHAPE, returns=("s",)), RELU), r"y \(cond, CoreML8\): 's' is int32\[1\], 'y' fp32\[2\]"),
+        (operation("while_loop", "y", X, (ALWAYS, block(SHAPE, returns=("s",), inputs=LOOP_X)), loop_vars="x"),
+         r"'s' is int32\[1\], 'v' fp32\[2\]"),
+        (operation("while_loop", "y", X, (replace(ALWAYS, inputs=(NamedType("u", TensorType("fp32", (3,))),)), LONGER),
+                   loop_vars="x"), r"'u' is fp32\[3\], 'v' fp32\[2\]"),
+    ],
+)  # fmt: skip
+def test_types_of_blocks_that_contradict_their_operation(made: Operation, message: str) -> None:
+    with pytest.raises(mil.MILError, match=message):
+        MILExecutor(program(made))
+
+
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        (operation("while_loop", "y", X, (block(BOTH, returns=("no",), inputs=LOOP_X), LONGER), loop_vars="x"),
+         r"\(while_loop\): the condition is no single bool"),
+        (operation("while_loop", "y", X, (ALWAYS, LONGER), loop_vars="x"),
+         r"\(while_loop\): 'v' came out as float32\[4\], declared fp32\[2\]"),
     ],
 )  # fmt: skip
 def test_values_that_are_not_of_their_declared_type(made: Operation, message: str) -> None:
