@@ -27,8 +27,9 @@ class MILError(RuntimeError):
     What coremltools' `MLModel` raises for the same fault is a base of it: RuntimeError, or one of those below.
     """
 
-    def __str__(self) -> str:
-        return " ".join(map(str, self.args))  # KeyError's would quote it
+    def __str__(self) -> str:  # KeyError's would quote it; a program's names may hold anything
+        text = " ".join(map(str, self.args))
+        return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
 
 
 class InputNameError(MILError, KeyError):

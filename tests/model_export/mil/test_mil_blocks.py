@@ -143,6 +143,12 @@ def test_values_that_are_not_of_their_declared_type(made: Operation, message: st
         MILExecutor(program(made)).predict({"x": GIVEN})
 
 
+def test_names_cannot_write_on_the_terminal() -> None:
+    with pytest.raises(mil.MILError) as caught:
+        MILExecutor(program(operation("a\n\x1b[2Jb\u202e", "y", x="x")))
+    assert r"y (a\n\x1b[2Jb\u202e, CoreML8)" in str(caught.value)
+
+
 def test_blocks_in_blocks() -> None:
     assert MILExecutor(program(deep(6))).predict({"x": GIVEN})["y"].tolist() == [1, 0]
     inner = operation("relu", "y0", x="x")
