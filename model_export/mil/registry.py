@@ -196,6 +196,11 @@ class Node:
         """As `const`, but None for a value that is only known at run time: `operand` is its name then."""
         return None if self.has(key) and self.raw(key) is None else self.const(key, default)
 
+    def typed(self, key: str, default: float) -> float:
+        """A number as the operation has it: where intermediates are rounded, so is a default (1e-12 is 0)."""
+        value: float = self.const(key, default)
+        return float(torch.tensor(value, dtype=torch.float16)) if self.decomposes else value
+
     def value(self, key: str, default: Any = ...) -> Any:
         """As `const`; but a value that is known only at run time is a Runtime, to be passed on among a Kernel's args:
 
@@ -204,11 +209,6 @@ class Node:
         """
         binding = self._binding(key)
         return Runtime(binding) if isinstance(binding, str) and self.raw(key) is None else self.const(key, default)
-
-    def typed(self, key: str, default: float) -> float:
-        """A number as the operation has it: where intermediates are rounded, so is a default (1e-12 is 0)."""
-        value: float = self.const(key, default)
-        return float(torch.tensor(value, dtype=torch.float16)) if self.decomposes else value
 
     def weight(self, key: str) -> torch.Tensor | None:
         """A constant tensor in compute precision; None when it is not given or not a constant."""
