@@ -12,8 +12,10 @@ import torch
 
 from . import limits
 from .allocator import kept_buffers, returned_buffers
-from .dtypes import POLICIES, Policy
+from .checking import check_all
+from .dtypes import POLICIES
 from .features import Interface, State
+from .package import read_specification
 from .plan import make_plan
 from .program import (
     MOST_BYTES,
@@ -23,11 +25,10 @@ from .program import (
     NamedType,
     Operation,
     Program,
-    TensorType,
     reason,
 )
-from .reader import read_package, read_specification
-from .registry import Runtime, TensorList
+from .reader import read_package
+from .registry import Runtime
 from .rounding import TILE, InPlace, rounder, tiled
 from .step import Plan, Step
 
@@ -225,7 +226,7 @@ class MILExecutor:
                     )
                 results = yield from self._block(step, 1, results, values, run)
         outputs = dict(zip(step.names, results, strict=True))
-        _check_all(step.operation, outputs, step.operation.outputs, self.policy)
+        check_all(step.operation, outputs, step.operation.outputs, self.policy)
         return outputs
 
     def _block(
@@ -234,7 +235,7 @@ class MILExecutor:
         """Run a block of a step with values for its inputs, and those around it: its outputs."""
         block, before = step.blocks[place], run.alive
         inputs = dict(zip((item.name for item in block.inputs), given, strict=True))
-        _check_all(step.operation, inputs, block.inputs, self.policy)
+        check_all(step.operation, inputs, block.inputs, self.policy)
         values = {**block.constants, **{name: around[name] for name in block.captures}, **inputs}
         yield from self._steps(block, values, run)
         results = [values[name] for name in block.outputs]
@@ -268,7 +269,7 @@ class MILExecutor:
                 result = kernel.run(*args)
             results = tuple(result) if isinstance(result, (tuple, list)) else (result,)
             outputs = dict(zip(step.names, results, strict=True))
-            _check_all(step.operation, outputs, step.operation.outputs, self.policy)
+            check_all(step.operation, outputs, step.operation.outputs, self.policy)
             for (name, tensor), type in zip(outputs.items(), step.types):
                 if type is None or type.dtype == "string":
                     continue
@@ -329,31 +330,6 @@ def _truth(step: Step, value: Any) -> bool:
     if not isinstance(value, torch.Tensor) or value.dtype != torch.bool or value.numel() != 1:
         raise MILError(f"operation {step.operation.name!r} ({step.operation.type}): the condition is no single bool")
     return bool(value)
-
-
-def _check_all(operation: Operation, values: Mapping[str, Any], declared: Sequence[NamedType], policy: Policy) -> None:
-    """Hold values to their declared types."""
-    for (name, value), item in zip(values.items(), declared):
-        if item.type is not None and item.type.dtype != "string":
-            _check(operation, name, value, item.type, policy)
-            continue
-        kind = TensorList if item.other is not None else str
-        if isinstance(value, torch.Tensor) or not isinstance(value, (kind, dict)):
-            came = value.__class__.__name__
-            raise MILError(
-                f"operation {operation.name!r} ({operation.type}): {name!r} came out as {came},"
-                f" declared {item.type or item.other}"
-            )
-
-
-def _check(operation: Operation, name: str, tensor: Any, type: TensorType, policy: Policy) -> None:
-    if not isinstance(tensor, torch.Tensor):
-        came = tensor.__class__.__name__
-    elif type.accepts(tuple(tensor.shape)) and tensor.dtype == policy.holds(type.dtype):
-        return
-    else:
-        came = f"{tensor.dtype}[{', '.join(map(str, tensor.shape))}]".removeprefix("torch.")
-    raise MILError(f"operation {operation.name!r} ({operation.type}): {name!r} came out as {came}, declared {type}")
 
 
 def _unrounded_plan(plan: Plan) -> Plan:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model_export import mil
-from model_export.mil import int8, onednn, plan
+from model_export.mil import int8, onednn
 from tests.helpers import snr_db
 
 needs_int8 = pytest.mark.skipif(not int8.AVAILABLE, reason="this processor or PyTorch has no 8-bit products (VNNI)")
@@ -115,7 +115,7 @@ def test_a_saved_encoder_keeps_its_features(
 def test_layers_of_the_mlps_are_paired(tiny_artefact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     paired: list[str] = []
     pair = int8.pair
-    monkeypatch.setattr(plan.int8, "pair", lambda *given: (paired.append(given[2]), pair(*given))[1])
+    monkeypatch.setattr(int8, "pair", lambda *given: (paired.append(given[2]), pair(*given))[1])
     program = mil.read_package(tiny_artefact / "fastvithd.mlpackage")
     executor = mil.MILExecutor(program, "int8")
     blocks = {name for name in (step.operation.name for step in executor._plan.steps) if "gelu" in name}
