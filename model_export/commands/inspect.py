@@ -8,13 +8,23 @@ from typing import Any
 from fastvlm.common.cli import progress
 from fastvlm.common.units import format_bytes
 from model_export import contract
+from model_export.commands import programs
 
 
 def add_inspect(verbs: Any) -> None:
     """Add `inspect`."""
     parser = verbs.add_parser("inspect", description="Show what is in an artefact or an .mlpackage.")
-    parser.add_place("--model", metavar="PATH", help="an artefact, or an .mlpackage")
+    parser.add_place("--model", metavar="PATH", help="an artefact, or an .mlpackage", required=False)
+    parser.add_argument("--supported", action="store_true", help="show the operations that the executor runs, by opset")
+    parser.check(_one_of)
     parser.set_defaults(run=run_inspect)
+
+
+def _one_of(args: argparse.Namespace) -> list[str]:
+    given = args.model is not None
+    if given == args.supported:
+        return ["PATH: not with --supported" if given else "PATH: is missing"]
+    return []
 
 
 def add_verify(verbs: Any) -> None:
@@ -26,13 +36,19 @@ def add_verify(verbs: Any) -> None:
 
 
 def run_inspect(args: argparse.Namespace) -> dict[str, Any]:
-    """Print and return what is known of the artefact or package."""
+    """Print and return what is known of the artefact or package, or of the executor."""
+    if args.supported:
+        with progress("import coremltools"):
+            rows = programs.supported()
+        programs.print_supported(rows)
+        return {"supported": rows}
     with progress(f"read {args.model}"):
         from model_export import artefact
         from model_export.encoder import package
 
         if args.model.suffix == ".mlpackage":
             document: dict[str, Any] = {"package": package.describe_package(args.model)}
+            document["program"] = programs.describe_program(args.model)
         else:
             document = artefact.read(args.model)
             if not artefact.is_ours(document):
@@ -56,6 +72,8 @@ def run_inspect(args: argparse.Namespace) -> dict[str, Any]:
         print(f"llm: {stored}, {language['bits_per_weight']} bits a weight{decisions}")
     for key, value in document.get("package", {}).items():
         print(f"package {key}: {_flat(value)}")
+    if "program" in document:
+        programs.print_program(document["program"])
     for line in parity_lines(document.get("parity", {})):
         print(f"parity: {line}")
     return document

@@ -12,7 +12,7 @@ from fastvlm.common.files import read_small
 from model_export import contract
 from model_export.encoder.coreml import coremltools
 from model_export.mil import MILError, Program, TensorType, read_package
-from model_export.mil.reader import LARGEST_SPECIFICATION
+from model_export.mil.package import LARGEST_SPECIFICATION
 
 # Where an .mlpackage keeps its program and its weights; as coremltools writes them and Xcode reads them.
 _ITEMS = {

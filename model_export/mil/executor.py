@@ -3,30 +3,54 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
+from . import limits
 from .allocator import kept_buffers, returned_buffers
-from .dtypes import POLICIES, STORAGE, Policy
+from .checking import check_all
+from .dtypes import POLICIES
+from .features import Interface, State
+from .package import read_specification
 from .plan import make_plan
-from .program import MOST_BYTES, Function, MILError, Operation, Program, TensorType, reason
+from .program import (
+    MOST_BYTES,
+    MOST_ITERATIONS,
+    InputTypeError,
+    MILError,
+    NamedType,
+    Operation,
+    Program,
+    reason,
+)
 from .reader import read_package
+from .registry import Runtime
 from .rounding import TILE, InPlace, rounder, tiled
-from .step import Step
-from .types import NUMPY
+from .step import Plan, Step
 
-Watch = Callable[[Operation, Mapping[str, torch.Tensor]], None]
+Watch = Callable[[Operation, Mapping[str, Any]], None]
+Ran = tuple[Operation, Mapping[str, Any]]
+
+
+@dataclass
+class _Run:
+    """One prediction. keep: nothing is written over. counts: the values' bytes are added up as they are made."""
+
+    keep: bool
+    counts: bool
+    iterations: int = 0
+    alive: int = 0
 
 
 class MILExecutor:
     """One function, resolved and with its weights prepared. Not to be run from two threads at a time.
 
-    inputs, outputs: name -> TensorType as the package declares them. operations: the non-constant ones, in order.
+    inputs, outputs: name -> TensorType as the program declares them, pictures included; `interface` has the rest.
+    operations: the non-constant ones, in order, those in blocks included.
     """
 
     def __init__(
@@ -35,6 +59,7 @@ class MILExecutor:
         compute: str = "as-typed",
         function_name: str | None = None,
         most_bytes: int = MOST_BYTES,
+        most_iterations: int = MOST_ITERATIONS,
     ) -> None:
         """Resolve a function and prepare its weights.
 
@@ -43,6 +68,7 @@ class MILExecutor:
             compute: a policy of `dtypes.POLICIES`.
             function_name: None: the package's default function.
             most_bytes: the limit on values that are alive at once.
+            most_iterations: the limit on iterations of a prediction, all of its loops together.
 
         Raises:
             MILError: an unknown function or policy, a description that contradicts the program, damaged weights, values
@@ -55,44 +81,81 @@ class MILExecutor:
             raise MILError(f"{program.path}: no function {name!r}, it has {sorted(program.functions)}")
         self.program = program
         self.function = program.functions[name]
+        self.function_name = name
         self.policy = POLICIES[compute]
-        if others := self.function.other_features:
-            listed = ", ".join(f"{key!r} is of type {kind}" for key, kind in others.items())
-            raise MILError(f"{program.path}: function {name!r}: {listed}: expected multi-arrays")
-        self.inputs = _checked_types(program, self.function)
+        self.most_bytes, self.most_iterations = most_bytes, most_iterations
         try:
+            self.interface = Interface(program.path, self.function, self._returned())
             with returned_buffers():
                 self._plan = make_plan(program, self.function, self.policy, most_bytes)
-            self.outputs = self._checked_outputs()
         except (MILError, MemoryError):
             raise
         except Exception as error:  # a program made to break it; what is known to go wrong has its own line
             raise MILError(f"{program.path}: function {name!r}: malformed ({reason(error)})") from error
-        self.operations = tuple(step.operation for step in self._plan.steps)
+        self._dynamic = self._plan.dynamic
+        self.inputs, self.outputs = self.interface.inputs, self.interface.outputs
+        self.operations = tuple(step.operation for step in self._plan.all_steps())
 
-    def predict(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Run the program.
+    def predict(self, data: Any, state: State | None = None) -> Any:
+        """Run the program, as `coremltools.models.MLModel.predict` does.
 
         Args:
-            inputs: an array for each of `self.inputs`, of its shape and element type.
+            data: {name: value} for each of `input_description` that has no default: an array, a list or a torch tensor
+                of the input's shape (its numbers are converted to the element type), for a picture a PIL image of mode
+                RGB, L or F. Or a list of such dictionaries, of a function without states.
+            state: what `make_state` returned, read and written; required where the function has states.
 
         Returns:
-            An array for each of `self.outputs`.
+            {name: value} for each of `output_description`: an array of its type, a PIL image (RGBA, L or F), a
+            classifier's label (str or int) and its probabilities ({label: float}). Or a list of them.
 
         Raises:
-            MILError: other names, shapes or element types, or an operation that fails.
+            MILError: other names (also a KeyError), kinds (also a TypeError) or shapes, or an operation that fails.
         """
-        return self.run(inputs)
+        if type(data) is list:
+            if state is not None:
+                raise MILError("state: can only be used for one prediction, got a list of inputs")
+            if not all(type(item) is dict for item in data):
+                raise InputTypeError('"data" list must contain only dictionaries')
+            return [self.run(item) for item in data]
+        if not isinstance(data, Mapping):
+            raise InputTypeError(f'"data" parameter must be either a dict or list of dict, but got {type(data)}.')
+        return self.run(data, state=state)
+
+    def make_state(self) -> State:
+        """The function's states, all zero, to be given to one `predict` after the other."""
+        return State(self.interface.states, self.policy)
+
+    @property
+    def input_description(self) -> dict[str, str]:
+        """The inputs' names, with what the author says of them."""
+        return {name: item.description for name, item in self.interface.input_features.items()}
+
+    @property
+    def output_description(self) -> dict[str, str]:
+        """The outputs' names, with what the author says of them."""
+        return {name: item.description for name, item in self.interface.output_features.items()}
+
+    @property
+    def user_defined_metadata(self) -> dict[str, str]:
+        """What the package says of itself, by key."""
+        return dict(self.program.metadata)
+
+    def get_spec(self) -> Any:
+        """The package's specification, a protobuf message, read again."""
+        return read_specification(self.program.path)[1]
 
     @torch.inference_mode()
-    def run(self, inputs: Mapping[str, np.ndarray], watch: Watch | None = None) -> dict[str, np.ndarray]:
+    def run(self, inputs: Mapping[str, Any], watch: Watch | None = None, state: State | None = None) -> dict[str, Any]:
         """Run the program as `predict` does, watched.
 
         Args:
-            inputs: as `predict` takes them.
+            inputs: one dictionary, as `predict` takes it.
             watch: called with every non-constant operation right after it ran, and its outputs {name: tensor}: floats
-                as the policy holds them, rounded to their MIL type where it rounds. Watching changes no number, except
-                where the policy fuses; it takes longer and more memory, since nothing is written over.
+                as the policy holds them, rounded to their MIL type where it rounds. An operation in a loop is seen in
+                each iteration, before the loop itself. Watching changes no number, except where the policy fuses; it
+                takes longer and more memory, since nothing is written over.
+            state: as `predict` takes it.
 
         Returns:
             As `predict`.
@@ -100,31 +163,84 @@ class MILExecutor:
         Raises:
             MILError: as `predict`.
         """
-        values: dict[str, torch.Tensor] = {**self._plan.constants, **self._input_tensors(inputs)}
+        values = self._start(inputs, state)
         with kept_buffers():
             for operation, outputs in self._walk(values, keep=watch is not None):
                 if watch is not None:
                     watch(operation, outputs)
                 del outputs
-            return {name: self._array(values[name], type) for name, type in self.outputs.items()}
+            return self.interface.results(values)
 
-    def watched(self, inputs: Mapping[str, np.ndarray]) -> Iterator[tuple[Operation, Mapping[str, torch.Tensor]]]:
+    def watched(self, inputs: Mapping[str, Any], state: State | None = None) -> Iterator[Ran]:
         """Each operation with its outputs, as `run` passes them to `watch`; it runs when it is asked for, so that two
         executors may take turns."""
-        return self._walk({**self._plan.constants, **self._input_tensors(inputs)}, keep=True)
+        return self._walk(self._start(inputs, state), keep=True)
+
+    def _start(self, inputs: Mapping[str, Any], state: State | None) -> dict[str, Any]:
+        """The values before the first operation."""
+        cells = self.interface.cells(state)
+        return {**self._plan.constants, **cells, **self.interface.tensors(inputs, self.policy)}
 
     @torch.inference_mode()
-    def _walk(
-        self, values: dict[str, torch.Tensor], keep: bool
-    ) -> Iterator[tuple[Operation, Mapping[str, torch.Tensor]]]:
+    def _walk(self, values: dict[str, Any], keep: bool) -> Iterator[Ran]:
         """Run step by step; `values` are those in use. `keep`: one operation at a time, and write over nothing."""
-        for step in self._plan.steps if keep else self._plan.merged:
-            outputs = self._run_step(step, values, keep)
+        run = _Run(keep, self._dynamic)
+        run.alive = sum(map(limits.held, values.values())) if run.counts else 0
+        yield from self._steps(self._plan, values, run)
+
+    def _steps(self, plan: Plan, values: dict[str, Any], run: _Run) -> Iterator[Ran]:
+        counted: dict[str, int] = {}
+        for step in plan.steps if run.keep else plan.merged:
+            outputs = (
+                (yield from self._control(step, values, run)) if step.blocks else self._run_step(step, values, run)
+            )
+            if run.counts:
+                made = {name: limits.held(value) for name, value in outputs.items()}
+                counted |= made
+                run.alive += sum(made.values())
+                if run.alive > self.most_bytes:
+                    failed = f"operation {step.operation.name!r} ({step.operation.type})"
+                    raise MILError(
+                        f"{failed}: values take {run.alive} bytes, expected at most {self.most_bytes} (most_bytes)"
+                    )
             yield step.operation, outputs
             values.update(outputs)
             del outputs
             for name in step.frees:
                 values.pop(name, None)
+                run.alive -= counted.pop(name, 0)
+
+    def _control(self, step: Step, values: dict[str, Any], run: _Run) -> Generator[Ran, None, dict[str, Any]]:
+        """Run a branch or a loop: its outputs."""
+        args = [_value(argument, values) for argument in step.kernel.args]
+        if step.operation.type == "cond":
+            results = yield from self._block(step, 0 if _truth(step, args[0]) else 1, (), values, run)
+        else:
+            results = args
+            while _truth(step, (yield from self._block(step, 0, results, values, run))[0]):
+                run.iterations += 1
+                if run.iterations > self.most_iterations:
+                    raise MILError(
+                        f"operation {step.operation.name!r} (while_loop): the program's loops ran"
+                        f" {self.most_iterations} times, expected an end (most_iterations)"
+                    )
+                results = yield from self._block(step, 1, results, values, run)
+        outputs = dict(zip(step.names, results, strict=True))
+        check_all(step.operation, outputs, step.operation.outputs, self.policy)
+        return outputs
+
+    def _block(
+        self, step: Step, place: int, given: Sequence[Any], around: dict[str, Any], run: _Run
+    ) -> Generator[Ran, None, list[Any]]:
+        """Run a block of a step with values for its inputs, and those around it: its outputs."""
+        block, before = step.blocks[place], run.alive
+        inputs = dict(zip((item.name for item in block.inputs), given, strict=True))
+        check_all(step.operation, inputs, block.inputs, self.policy)
+        values = {**block.constants, **{name: around[name] for name in block.captures}, **inputs}
+        yield from self._steps(block, values, run)
+        results = [values[name] for name in block.outputs]
+        run.alive = before + (sum(map(limits.held, results)) if run.counts and step.operation.type != "cond" else 0)
+        return results
 
     def in_float32(self) -> MILExecutor:
         """One as typed, by the policy "float32": it has the same kernels and weights, and nothing is rounded."""
@@ -132,44 +248,31 @@ class MILExecutor:
             raise ValueError(f"the policy {self.policy.name} has kernels of its own")
         made = copy.copy(self)
         made.policy = POLICIES["float32"]
-        steps, merged = (tuple(map(_unrounded, steps)) for steps in (self._plan.steps, self._plan.merged))
-        made._plan = replace(self._plan, steps=steps, merged=merged)
+        made._plan = _unrounded_plan(self._plan)
         return made
 
-    def _input_tensors(self, inputs: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
-        if set(inputs) != set(self.inputs):
-            raise MILError(f"inputs named {sorted(inputs)}, expected {sorted(self.inputs)}")
-        tensors = {}
-        for name, type in self.inputs.items():
-            array = inputs[name]
-            if not isinstance(array, np.ndarray):
-                raise MILError(f"input {name!r}: {array.__class__.__name__}, expected a numpy array")
-            if array.dtype != NUMPY[type.dtype] or not type.accepts(array.shape):
-                shape = ", ".join(map(str, array.shape))
-                raise MILError(
-                    f"input {name!r}: {array.dtype}[{shape}], expected {type} ({NUMPY[type.dtype].__name__})"
-                )
-            # Negative strides and read-only arrays are unknown to torch.
-            tensors[name] = torch.tensor(np.ascontiguousarray(array)).to(self.policy.holds(type.dtype))
-        return tensors
-
-    def _run_step(self, step: Step, values: Mapping[str, torch.Tensor], keep: bool) -> dict[str, torch.Tensor]:
-        """One step's checked and rounded outputs; `keep`: write over nothing."""
+    def _run_step(self, step: Step, values: Mapping[str, Any], run: _Run) -> dict[str, Any]:
+        """One step's checked and rounded outputs."""
         kernel = step.kernel
         try:
             args = [_value(argument, values) for argument in kernel.args]
             if step.overwrites and kernel.inplace is not None:
                 # Kept or not, by the same function in the same way: PyTorch's may differ in the last bit otherwise.
-                target = args[0].clone() if keep else args[0]
+                target = args[0].clone() if run.keep else args[0]
                 result = (
                     kernel.inplace(target, *args[1:]) if args[1:] else tiled(target, [kernel.inplace], target.numel())
                 )
+            elif step.dynamic and self._may_be_large(kernel.args, args):
+                with limits.Guard(self.most_bytes):
+                    result = kernel.run(*args)
             else:
                 result = kernel.run(*args)
             results = tuple(result) if isinstance(result, (tuple, list)) else (result,)
             outputs = dict(zip(step.names, results, strict=True))
+            check_all(step.operation, outputs, step.operation.outputs, self.policy)
             for (name, tensor), type in zip(outputs.items(), step.types):
-                _check(step.operation, name, tensor, type, self.policy)
+                if type is None or type.dtype == "string":
+                    continue
                 if step.then or (step.rounds and type.dtype == "fp16"):
                     outputs[name] = _finish(tensor.clone() if kernel.view else tensor, step)
         except (MILError, MemoryError):
@@ -181,36 +284,32 @@ class MILExecutor:
             outputs = {step.then[-1].names[0]: outputs[step.names[0]]}
         return outputs
 
-    def _checked_outputs(self) -> dict[str, TensorType]:
-        types = {name: type for step in self._plan.steps for name, type in zip(step.names, step.types)}
-        types.update({item.name: item.type for item in self.function.inputs if item.type is not None})
+    def _may_be_large(self, arguments: Sequence[Any], values: list[Any]) -> bool:
+        read = any(isinstance(argument, Runtime) for argument in arguments)
+        return read or limits.may_be_large(values, self.most_bytes)
+
+    def _returned(self) -> dict[str, NamedType]:
+        """What the function returns, by name."""
+        items = {item.name: item for item in self.function.inputs}
         for operation in self.function.block.operations:
-            types.update({item.name: item.type for item in operation.outputs if item.type is not None})
-        missing = [name for name in self.function.block.outputs if name not in types]
-        if missing:
+            items.update({item.name: item for item in operation.outputs})
+        if missing := [name for name in self.function.block.outputs if name not in items]:
             raise MILError(f"{self.program.path}: function {self.function.name!r} returns undefined values {missing}")
-        outputs = {name: types[name] for name in self.function.block.outputs}
-        _compare(self.program.path, "output", self.function.described_outputs, outputs)
-        return outputs
-
-    @staticmethod
-    def _array(tensor: torch.Tensor, type: TensorType) -> np.ndarray:
-        # A copy of its own: the tensor may be a constant, an input or part of a larger one.
-        return tensor.to(STORAGE[type.dtype]).contiguous().numpy().copy()
+        return {name: items[name] for name in self.function.block.outputs}
 
 
-def load(path: Path | str, compute: str = "as-typed", function_name: str | None = None) -> MILExecutor:
+def load(path: Path | str, function_name: str | None = None, compute: str = "as-typed") -> MILExecutor:
     """Load a saved .mlpackage, to be run in PyTorch.
 
     Args:
         path: the package's folder.
+        function_name: one of the package's functions; None: its default.
         compute: the arithmetic, one of `dtypes.POLICIES`: "as-typed" rounds to the declared type after every operation,
             "strict-fp16" inside composite operations as well, "float32" never; "bfloat16", "int8" and "int8-float32"
             are for speed.
-        function_name: one of the package's functions; None: its default.
 
     Returns:
-        The executor: `predict({"images": array})` gives the outputs by name, NumPy in and out.
+        The executor: `predict({"images": array})` gives the outputs by name, as `coremltools.models.MLModel` does.
 
     Raises:
         MILError: the package is unreadable or malformed, has no such function, takes more than 4 GiB at once, or has
@@ -219,43 +318,28 @@ def load(path: Path | str, compute: str = "as-typed", function_name: str | None 
     return MILExecutor(read_package(path), compute, function_name)
 
 
-def _checked_types(program: Program, function: Function) -> dict[str, TensorType]:
-    unusable = [item.name for item in function.inputs if item.type is None or item.type.dtype not in NUMPY]
-    if unusable:
-        raise MILError(f"{program.path}: function {function.name!r} has inputs that are not tensors: {unusable}")
-    actual = {item.name: item.type for item in function.inputs if item.type is not None}
-    _compare(program.path, "input", function.described_inputs, actual)
-    return actual
-
-
-def _compare(path: Path, kind: str, described: Mapping[str, TensorType], actual: Mapping[str, TensorType]) -> None:
-    """The model description and the program must agree on names, element types and, where both know them, shapes."""
-    if set(described) != set(actual):
-        raise MILError(f"{path}: the description has {kind}s {sorted(described)}, the program {sorted(actual)}")
-    for name, type in actual.items():
-        promised = described[name]
-        known = None not in type.shape and None not in promised.shape and promised.shape
-        if promised.dtype != type.dtype or (known and promised.shape != type.shape):
-            raise MILError(f"{path}: {kind} {name!r} is described as {promised}, the program has {type}")
-        if type.dtype not in NUMPY:
-            raise MILError(f"{path}: {kind} {name!r} has type {type}, which NumPy does not have")
-
-
-def _value(argument: Any, values: Mapping[str, torch.Tensor]) -> Any:
+def _value(argument: Any, values: Mapping[str, Any]) -> Any:
     if isinstance(argument, tuple):
         return tuple(_value(item, values) for item in argument)
+    if isinstance(argument, Runtime):
+        return values[argument.name].tolist()
     return values[argument] if isinstance(argument, str) else argument
 
 
-def _check(operation: Operation, name: str, tensor: torch.Tensor, type: TensorType, policy: Policy) -> None:
-    if not type.accepts(tuple(tensor.shape)) or tensor.dtype != policy.holds(type.dtype):
-        shape = ", ".join(map(str, tensor.shape))
-        came = f"{tensor.dtype}[{shape}]".removeprefix("torch.")
-        raise MILError(f"operation {operation.name!r} ({operation.type}): {name!r} came out as {came}, declared {type}")
+def _truth(step: Step, value: Any) -> bool:
+    if not isinstance(value, torch.Tensor) or value.dtype != torch.bool or value.numel() != 1:
+        raise MILError(f"operation {step.operation.name!r} ({step.operation.type}): the condition is no single bool")
+    return bool(value)
+
+
+def _unrounded_plan(plan: Plan) -> Plan:
+    steps, merged = (tuple(map(_unrounded, steps)) for steps in (plan.steps, plan.merged))
+    return replace(plan, steps=steps, merged=merged)
 
 
 def _unrounded(step: Step) -> Step:
-    return replace(step, rounds=False, then=tuple(map(_unrounded, step.then)))
+    blocks = tuple(map(_unrounded_plan, step.blocks))
+    return replace(step, rounds=False, then=tuple(map(_unrounded, step.then)), blocks=blocks)
 
 
 def _finish(tensor: torch.Tensor, step: Step) -> torch.Tensor:

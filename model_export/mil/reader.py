@@ -1,44 +1,42 @@
-"""A saved .mlpackage to a Program: its manifest, its specification (protobuf) and the paths of its weight files.
+"""A saved .mlpackage to a Program: its specification, translated, and the paths of its weight files."""
 
-Of coremltools only the generated protobuf classes are used, and they are imported without the package around them
-(importing coremltools takes seconds and prints about the libraries it lacks off macOS).
-"""
-
-import errno
-import importlib
-import importlib.util
-import json
 import math
-import os
-import stat
-import sys
-import types
-from pathlib import Path, PurePosixPath
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from .blob import static_shape, unpack
+from .package import inside, read_specification
 from .program import (
     Binding,
     BlobRef,
     Block,
     Constant,
+    DictionaryType,
+    Feature,
     Function,
+    ListType,
     MILError,
     NamedType,
     Operation,
+    OtherType,
     Program,
+    StateType,
     TensorType,
     reason,
 )
 from .types import HELD, NAMES, SUB_BYTE
 
-_PROTO_PACKAGE = "_model_export_mil_proto"
 _MODEL_PATH = "@model_path/"
-_LARGEST_MANIFEST, LARGEST_SPECIFICATION = 1 << 20, 256 << 20  # bytes; ours have 1 kB and 1 MB
 # FeatureTypes.proto, ArrayFeatureType.ArrayDataType
 _ARRAY_TYPES = {65552: "fp16", 65568: "fp32", 65600: "fp64", 131104: "int32", 131080: "int8"}
+# FeatureTypes.proto, ImageFeatureType.ColorSpace: name, element type and channels
+_COLORS = {
+    10: ("GRAYSCALE", "uint8", 1), 20: ("RGB", "uint8", 3), 30: ("BGR", "uint8", 3),
+    40: ("GRAYSCALE_FLOAT16", "fp16", 1),
+}  # fmt: skip
 
 
 def read_package(path: Path | str) -> Program:
@@ -54,78 +52,13 @@ def read_package(path: Path | str) -> Program:
         MILError: the folder is no readable ML program package.
     """
     path = Path(path)
-    specification_path = _specification_path(path)
-    try:
-        content = _plain_bytes(specification_path, LARGEST_SPECIFICATION)
-    except OSError as error:
-        raise MILError(f"{specification_path}: cannot read the model specification: {error.strerror}") from None
-    specification = _message_class()()
-    try:
-        specification.ParseFromString(content)
-    except Exception as error:  # protobuf's DecodeError; its module differs between protobuf versions
-        raise MILError(f"{specification_path}: not a Core ML specification, or truncated ({error})") from None
-    kind = specification.WhichOneof("Type")
-    if kind != "mlProgram":
-        raise MILError(f"{path}: the model is a {kind or 'model of no known type'}, expected an mlProgram")
+    specification_path, specification = read_specification(path)
     try:
         return _Reader(path, specification_path.parent).program(specification)
     except (MILError, MemoryError):
         raise
     except Exception as error:  # fields that contradict each other, sizes beyond any tensor, blocks in blocks in blocks
         raise MILError(f"{specification_path}: malformed ({reason(error)})") from error
-
-
-def _specification_path(path: Path) -> Path:
-    if path.suffix == ".mlmodelc" or (path / "coremldata.bin").exists():
-        raise MILError(f"{path}: a compiled model (.mlmodelc); give the .mlpackage that it was compiled from")
-    if not path.exists():
-        raise MILError(f"{path}: no such package")
-    if not path.is_dir():
-        raise MILError(f"{path}: not a folder; an .mlpackage is a folder with a Manifest.json")
-    manifest_path = path / "Manifest.json"
-    try:
-        manifest = json.loads(_plain_bytes(manifest_path, _LARGEST_MANIFEST))
-        root = manifest["itemInfoEntries"][manifest["rootModelIdentifier"]]["path"]
-        if not isinstance(root, str):
-            raise TypeError("path is not text")
-    except FileNotFoundError:
-        raise MILError(f"{path}: no Manifest.json; not an .mlpackage") from None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise MILError(f"{manifest_path}: unusable manifest ({type(error).__name__}: {error})") from None
-    return _inside(path, path / "Data", root, "Manifest.json")
-
-
-def _plain_bytes(path: Path, limit: int) -> bytes:
-    """The content of a plain file of at most `limit` bytes; OSError for another, at once: a pipe would wait."""
-    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
-        status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode) or status.st_size > limit:
-            raise OSError(errno.EINVAL, f"expected a plain file of at most {limit} bytes", str(path))
-        return file.read(limit)
-
-
-def _inside(package: Path, base: Path, name: str, source: str) -> Path:
-    """`name` under `base`, refused when it leads out of the package (also by a symbolic link)."""
-    relative = PurePosixPath(name)
-    target = base / relative
-    plain = not relative.is_absolute() and ".." not in relative.parts and "\0" not in name
-    if not plain or not target.resolve().is_relative_to(package.resolve()):
-        raise MILError(f"{package}: {source} names a file outside the package: {name!r}")
-    return target
-
-
-def _message_class() -> Any:
-    """coremltools' Model message, from coremltools if something else has loaded it, else from its files alone."""
-    if "coremltools.proto.Model_pb2" in sys.modules:
-        return sys.modules["coremltools.proto.Model_pb2"].Model
-    if _PROTO_PACKAGE not in sys.modules:
-        spec = importlib.util.find_spec("coremltools")
-        if spec is None or spec.origin is None:
-            raise MILError("coremltools is not installed; its protobuf classes are needed to read an .mlpackage")
-        package = types.ModuleType(_PROTO_PACKAGE)
-        package.__path__ = [str(Path(spec.origin).parent / "proto")]
-        sys.modules[_PROTO_PACKAGE] = package
-    return importlib.import_module(f"{_PROTO_PACKAGE}.Model_pb2").Model
 
 
 class _Reader:
@@ -151,27 +84,66 @@ class _Reader:
     def function(self, name: str, message: Any, description: Any) -> Function:
         if message.opset not in message.block_specializations:
             raise MILError(f"{self.package}: function {name!r} selects opset {message.opset!r}, which it does not hold")
+        inputs, outputs, states = (
+            {item.name: self.feature(item) for item in items}
+            for items in (description.input, description.output, description.state)
+        )
         return Function(
             name=name,
             opset=message.opset,
             inputs=tuple(self.named_type(item) for item in message.inputs),
             block=self.block(message.block_specializations[message.opset]),
-            described_inputs={item.name: self.feature(item) for item in description.input if _is_array(item)},
-            described_outputs={item.name: self.feature(item) for item in description.output if _is_array(item)},
+            described_inputs=_arrays(inputs),
+            described_outputs=_arrays(outputs),
             other_features={
-                item.name: item.type.WhichOneof("Type") or "no known type"
-                for item in (*description.input, *description.output)
-                if not _is_array(item)
+                item.name: item.kind for item in (*inputs.values(), *outputs.values()) if item.kind != "multiArrayType"
             },
+            input_features=inputs,
+            output_features=outputs,
+            state_features=states,
+            predicted=(description.predictedFeatureName, description.predictedProbabilitiesName),
         )
 
-    def feature(self, feature: Any) -> TensorType:
-        array = feature.type.multiArrayType
+    def feature(self, message: Any) -> Feature:
+        """An input, an output or a state of the model description."""
+        kind = message.type.WhichOneof("Type") or "no known type"
+        common = {"name": message.name, "kind": kind, "description": message.shortDescription}
+        if kind == "imageType":
+            return self.image(message.type.imageType, common | {"optional": message.type.isOptional})
+        if kind not in ("multiArrayType", "stateType"):
+            return Feature(**common)
+        array = message.type.multiArrayType if kind == "multiArrayType" else message.type.stateType.arrayType
         if array.dataType not in _ARRAY_TYPES:
-            raise MILError(f"{self.package}: {feature.name!r} is a multi-array of unknown type {array.dataType}")
-        flexible = array.WhichOneof("ShapeFlexibility") is not None
-        shape = (None,) * len(array.shape) if flexible else tuple(array.shape)
-        return TensorType(_ARRAY_TYPES[array.dataType], shape)
+            raise MILError(f"{self.package}: {message.name!r} is a multi-array of unknown type {array.dataType}")
+        shapes = tuple(tuple(item.shape) for item in array.enumeratedShapes.shapes)
+        ranges = tuple(map(_range, array.shapeRange.sizeRanges))
+        sizes: tuple[int | None, ...] = tuple(array.shape)
+        if shapes or ranges:
+            sizes = (None,) * len(array.shape)
+        default = array.WhichOneof("defaultOptionalValue")
+        return Feature(
+            **common,
+            type=TensorType(_ARRAY_TYPES[array.dataType], sizes),
+            shape=tuple(array.shape),
+            ranges=ranges,
+            shapes=shapes,
+            optional=message.type.isOptional,
+            default=getattr(array, default) if default else None,
+        )
+
+    def image(self, message: Any, common: dict[str, Any]) -> Feature:
+        if message.colorSpace not in _COLORS:
+            raise MILError(f"{self.package}: {common['name']!r} is a picture of unknown colours {message.colorSpace}")
+        color, dtype, channels = _COLORS[message.colorSpace]
+        shapes = tuple((1, channels, item.height, item.width) for item in message.enumeratedSizes.sizes)
+        ranges: tuple[tuple[int, int | None], ...] = ()
+        if message.WhichOneof("SizeFlexibility") == "imageSizeRange":
+            sides = (message.imageSizeRange.heightRange, message.imageSizeRange.widthRange)
+            ranges = ((1, 1), (channels, channels), *map(_range, sides))
+        side = (None, None) if shapes or ranges else (message.height, message.width)
+        shape = (1, channels, message.height, message.width)
+        type = TensorType(dtype, (1, channels, *side))
+        return Feature(**common, type=type, shape=shape, ranges=ranges, shapes=shapes, color=color)
 
     def block(self, message: Any) -> Block:
         return Block(
@@ -201,26 +173,54 @@ class _Reader:
         return message.name if message.WhichOneof("binding") == "name" else self.constant(message.value)
 
     def named_type(self, message: Any) -> NamedType:
-        kind = message.type.WhichOneof("type")
-        return NamedType(message.name, self.tensor_type(message.type.tensorType) if kind == "tensorType" else None)
+        return NamedType(message.name, *self.value_type(message.type))
+
+    def value_type(self, message: Any) -> tuple[TensorType | None, OtherType | None]:
+        """A value's type as a tensor, or else as something else (nothing for what no operation of an opset makes)."""
+        kind = message.WhichOneof("type")
+        if kind == "tensorType":
+            return self.tensor_type(message.tensorType), None
+        if kind == "listType":
+            element, _ = self.value_type(message.listType.type)
+            return None, ListType(element, _size(message.listType.length)) if element is not None else None
+        if kind == "stateType":
+            tensor, _ = self.value_type(message.stateType.wrappedType)
+            return None, StateType(tensor) if tensor is not None else None
+        if kind == "dictionaryType":
+            key, _ = self.value_type(message.dictionaryType.keyType)
+            value, _ = self.value_type(message.dictionaryType.valueType)
+            return None, DictionaryType(key.dtype, value.dtype) if key is not None and value is not None else None
+        return None, None
 
     def tensor_type(self, message: Any) -> TensorType:
         if message.dataType not in NAMES:
             raise MILError(f"{self.package}: unknown MIL data type {message.dataType}")
-        shape = tuple(
-            item.constant.size if item.WhichOneof("dimension") == "constant" else None for item in message.dimensions
-        )
-        return TensorType(NAMES[message.dataType], shape)
+        return TensorType(NAMES[message.dataType], tuple(map(_size, message.dimensions)))
 
     def constant(self, message: Any) -> Constant:
+        kind = message.type.WhichOneof("type")
+        if kind == "listType":
+            return self.constant_list(message)
+        if kind != "tensorType":
+            raise MILError(f"{self.package}: a constant of kind {kind}, expected a tensor or a list")
         type = self.tensor_type(message.type.tensorType)
         if message.WhichOneof("value") != "blobFileValue":
             return Constant(type, self.immediate(type, message.immediateValue.tensor))
         name = message.blobFileValue.fileName
         if not name.startswith(_MODEL_PATH):
             raise MILError(f"{self.package}: weight file {name!r} is not under {_MODEL_PATH}")
-        file = _inside(self.package, self.model_folder, name.removeprefix(_MODEL_PATH), "the program")
+        file = inside(self.package, self.model_folder, name.removeprefix(_MODEL_PATH), "the program")
         return Constant(type, BlobRef(file, message.blobFileValue.offset))
+
+    def constant_list(self, message: Any) -> Constant:
+        """A list of scalars, such as a classifier's classes, as a vector."""
+        items = [self.constant(item) for item in message.immediateValue.list.values]
+        dtypes = {item.type.dtype for item in items}
+        if len(dtypes) != 1 or any(item.type.shape or isinstance(item.data, BlobRef) for item in items):
+            raise MILError(f"{self.package}: a constant list, expected scalars of one type")
+        type = TensorType(dtypes.pop(), (len(items),))
+        values = [item.data for item in items]
+        return Constant(type, tuple(map(str, values)) if type.dtype == "string" else np.array(values, HELD[type.dtype]))
 
     def immediate(self, type: TensorType, message: Any) -> np.ndarray | str | tuple[str, ...]:
         kind = message.WhichOneof("value")
@@ -246,5 +246,16 @@ class _Reader:
         return array.reshape(shape)
 
 
-def _is_array(feature: Any) -> bool:
-    return feature.type.WhichOneof("Type") == "multiArrayType"
+def _size(dimension: Any) -> int | None:
+    return dimension.constant.size if dimension.WhichOneof("dimension") == "constant" else None
+
+
+def _range(message: Any) -> tuple[int, int | None]:
+    """Least and most of a size; a negative upper bound is none."""
+    return message.lowerBound, None if message.upperBound < 0 else message.upperBound
+
+
+def _arrays(features: Mapping[str, Feature]) -> dict[str, TensorType]:
+    return {
+        name: item.type for name, item in features.items() if item.kind == "multiArrayType" and item.type is not None
+    }

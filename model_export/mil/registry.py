@@ -5,7 +5,7 @@ and returns a Kernel. It raises Unsupported for a form that it cannot run, so th
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,18 +13,40 @@ import torch
 
 from .dtypes import Policy
 from .int8 import Int8Linear
-from .program import MOST_BYTES, Constant, Operation, TensorType
+from .program import MOST_BYTES, Constant, ListType, Operation, OtherType, StateType, TensorType
 from .rounding import round_fp16
 
-# coremltools' names of the opsets of iOS 15, 16, 17 and 18, oldest first.
-OPSETS = ("CoreML5", "CoreML6", "CoreML7", "CoreML8")
+# coremltools' names of the opsets of iOS 15, 16, 17, 18 and 26, oldest first; the last one has no operation of its own.
+OPSETS = ("CoreML5", "CoreML6", "CoreML7", "CoreML8", "CoreML9")
 
-Argument = str | torch.Tensor | None | tuple["str | torch.Tensor", ...]
-"""A value's name, a constant in compute precision, nothing, or several of the first two."""
+
+@dataclass(frozen=True)
+class Runtime:
+    """A number or list of numbers that is known only at run time: `Kernel.run` gets it as Python's, not as a tensor."""
+
+    name: str
+
+
+Argument = str | torch.Tensor | None | Runtime | int | float | list[Any] | tuple["str | torch.Tensor", ...]
+"""A value's name, a constant in compute precision, nothing, a number or a list of them, or several of the first two."""
 
 
 class Unsupported(Exception):
     """A known operation in a form that cannot be run, which the message names."""
+
+
+@dataclass(frozen=True)
+class TensorList:
+    """A list as a value: its elements, None for one that was never written."""
+
+    items: tuple[torch.Tensor | None, ...]
+
+
+@dataclass
+class StateCell:
+    """A state as a value: its tensor now, which is never written over."""
+
+    tensor: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -33,6 +55,7 @@ class Kernel:
 
     exact: results are fp16 whenever the arguments are, so that rounding them is a no-op.
     view: the result may share memory with the first argument.
+    keeps: a result, or a state, may hold on to the memory of any argument: nothing is written over it afterwards.
     inplace: the same as `run`, over the first argument (which has the result's shape and type).
     fused: `run` with an operation that follows done inside, by that one's `activation`.
     activation: what an operation of one argument is called in `fused`.
@@ -43,6 +66,7 @@ class Kernel:
     args: tuple[Argument, ...]
     exact: bool = False
     view: bool = False
+    keeps: bool = False
     inplace: Callable[..., Any] | None = None
     fused: Callable[[str], Callable[..., Any]] | None = None
     activation: str | None = None
@@ -51,13 +75,15 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Node:
-    """One operation as its builder sees it. `types` has every earlier value, `constants` the ones known at load."""
+    """One operation as its builder sees it. `types` has every earlier value (None: no tensor, but one of `others`),
+    `constants` the ones known at load."""
 
     operation: Operation
-    types: dict[str, TensorType | None]
+    types: Mapping[str, TensorType | None]
     constants: Callable[[str], torch.Tensor | str | tuple[str, ...] | None]
     load: Callable[[Constant], torch.Tensor | str | tuple[str, ...]]
     policy: Policy
+    others: Mapping[str, OtherType] = field(default_factory=dict)
     used: set[str] = field(default_factory=set)
 
     @property
@@ -68,18 +94,26 @@ class Node:
             raise Unsupported("a result that is not a tensor")
         return declared
 
-    def expects(self, *shape: int | None) -> None:
-        """Raise Unsupported unless the first result, of this shape (None: known only at run time), is declared so.
+    def expects(self, *shape: int | None, output: int = 0) -> None:
+        """Raise Unsupported unless a result, of this shape (None: known only at run time), is declared so.
 
         For every operation whose parameters or operands can make its result larger than an operand: before it runs,
         nothing else holds them to the declared type, whose bytes have been counted.
         """
-        declared = self.type.shape
+        type = self.operation.outputs[output].type
+        declared = () if type is None else type.shape
         fits = len(shape) == len(declared) and all(a == b for a, b in zip(shape, declared) if None not in (a, b))
         known = [size for size in shape if size is not None]
         if not fits or min(known, default=0) < 0 or math.prod(known) > MOST_BYTES:
             sizes = ", ".join("?" if size is None else str(size) for size in shape)
-            raise Unsupported(f"gives [{sizes}], declared {self.type}")
+            raise Unsupported(f"gives [{sizes}], declared {type}")
+
+    def allowed(self, *shape: int) -> tuple[int, ...]:
+        """The first result's shape, known since a moment ago at run time; ValueError for one that `expects` refuses."""
+        size = self.policy.holds(self.type.dtype).itemsize
+        if min(shape, default=0) < 0 or not self.type.accepts(shape) or math.prod(shape) * size > MOST_BYTES:
+            raise ValueError(f"gives {list(shape)}, declared {self.type}")
+        return shape
 
     def shapes(self, *keys: str) -> list[tuple[int | None, ...]]:
         """The given tensor parameters' shapes."""
@@ -120,6 +154,22 @@ class Node:
             raise Unsupported(f"{key} is not a tensor")
         return known
 
+    def list_type(self, key: str) -> ListType:
+        """A given list parameter's type."""
+        binding = self._binding(key)
+        known = self.others.get(binding) if isinstance(binding, str) else None
+        if not isinstance(known, ListType):
+            raise Unsupported(f"{key} is not a list")
+        return known
+
+    def state_type(self, key: str) -> TensorType:
+        """The type of the tensor in a given state parameter."""
+        binding = self._binding(key)
+        known = self.others.get(binding) if isinstance(binding, str) else None
+        if not isinstance(known, StateType):
+            raise Unsupported(f"{key} is not a state")
+        return known.tensor
+
     def rank(self, key: str) -> int:
         """A given tensor parameter's rank."""
         return len(self.type_of(key).shape)
@@ -142,10 +192,23 @@ class Node:
             return default
         return value.tolist() if isinstance(value, torch.Tensor) else value
 
+    def known(self, key: str, default: Any = ...) -> Any:
+        """As `const`, but None for a value that is only known at run time: `operand` is its name then."""
+        return None if self.has(key) and self.raw(key) is None else self.const(key, default)
+
     def typed(self, key: str, default: float) -> float:
         """A number as the operation has it: where intermediates are rounded, so is a default (1e-12 is 0)."""
         value: float = self.const(key, default)
         return float(torch.tensor(value, dtype=torch.float16)) if self.decomposes else value
+
+    def value(self, key: str, default: Any = ...) -> Any:
+        """As `const`; but a value that is known only at run time is a Runtime, to be passed on among a Kernel's args:
+
+        begin = node.value("begin")
+        return node.kernel(run, "x", values=(begin,))  # run(x, begin): begin is a list of int in both cases
+        """
+        binding = self._binding(key)
+        return Runtime(binding) if isinstance(binding, str) and self.raw(key) is None else self.const(key, default)
 
     def weight(self, key: str) -> torch.Tensor | None:
         """A constant tensor in compute precision; None when it is not given or not a constant."""
@@ -174,12 +237,15 @@ class Node:
                 raise Unsupported(f"{key} holds text")
         return tuple(tensors)
 
-    def kernel(self, run: Callable[..., Any], *keys: str, **more: Any) -> Kernel:
-        """A Kernel with these fields whose arguments are these parameters; the first is required."""
+    def kernel(self, run: Callable[..., Any], *keys: str, values: Sequence[Any] = (), **more: Any) -> Kernel:
+        """A Kernel with these fields whose arguments are these parameters, then the `values` (results of `value`).
+
+        The first parameter is required.
+        """
         args = tuple(self.operand(key) for key in keys)
         if args[0] is None:
             raise Unsupported(f"{keys[0]} is missing")
-        return Kernel(run, args, **more)
+        return Kernel(run, (*args, *values), **more)
 
 
 def broadcast(*shapes: Sequence[int | None]) -> list[int | None]:
@@ -221,6 +287,14 @@ def lookup(type: str, opset: str) -> Builder | None:
     level = OPSETS.index(opset)
     builders = [builder for since, builder in _TABLE.get(type, []) if since <= level]
     return builders[-1] if builders else None
+
+
+def table() -> dict[str, list[str]]:
+    """Every operation with the opsets that it is supported in."""
+    return {
+        name: [opset for level, opset in enumerate(OPSETS) if any(since <= level for since, _ in _TABLE[name])]
+        for name in sorted(_TABLE)
+    }
 
 
 def supported() -> Sequence[str]:

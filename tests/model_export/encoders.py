@@ -135,7 +135,7 @@ def save_encoder(fastvit: nn.Module, size: int, target: Path) -> Path:
 
 def computed(package: Path, pixels: np.ndarray, compute: str = "as-typed", function: str | None = None) -> np.ndarray:
     """What the executor makes of a package's bytes."""
-    return mil.load(package, compute, function).predict({contract.INPUT: pixels})[contract.OUTPUT]
+    return mil.load(package, function, compute).predict({contract.INPUT: pixels})[contract.OUTPUT]
 
 
 def forms_recipe(path: Path, rules: Mapping[str, str]) -> str:

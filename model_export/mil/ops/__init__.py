@@ -2,6 +2,7 @@
 
 from . import (  # noqa: F401
     activation,
+    classify,
     constexpr,
     control_flow,
     conv,
@@ -9,10 +10,12 @@ from . import (  # noqa: F401
     elementwise_unary,
     image_resizing,
     linear,
+    lists,
     normalization,
     pool,
     reduction,
     scatter_gather,
+    states,
     tensor_operation,
     tensor_transformation,
     transformers,

@@ -16,6 +16,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from mil_packages import save_program
+from PIL import Image
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -409,7 +410,7 @@ def test_exit_codes_text_and_json(cli: Any, tmp_path: Path) -> None:
         assert answer.code == 2 and error in answer.err and answer.err.count("\n") == 1
 
 
-def test_a_package_with_a_picture_as_input_is_audited_but_not_executed(tmp_path: Path) -> None:
+def test_a_package_with_a_picture_as_input_is_audited_and_executed(tmp_path: Path) -> None:
     @mb.program(input_specs=[mb.TensorSpec(shape=(1, 3, 64, 64))])
     def program(image: Any) -> Any:
         return mb.squeeze(x=mb.relu(x=image), axes=[0])
@@ -418,5 +419,6 @@ def test_a_package_with_a_picture_as_input_is_audited_but_not_executed(tmp_path:
     model = ct.convert(program, inputs=[image], convert_to="mlprogram", skip_model_load=True)
     model.save(str(tmp_path / "image.mlpackage"))
     assert counted(audit(tmp_path / "image.mlpackage")) == {"squeeze": 1}
-    with pytest.raises(mil.MILError, match="'image' is of type imageType: expected multi-arrays"):
-        mil.load(tmp_path / "image.mlpackage")
+    picture = Image.fromarray(np.arange(64 * 64 * 3, dtype=np.uint8).reshape(64, 64, 3))
+    (result,) = mil.load(tmp_path / "image.mlpackage").predict({"image": picture}).values()
+    np.testing.assert_array_equal(result, np.asarray(picture).transpose(2, 0, 1))

@@ -330,7 +330,7 @@ def evaluator(shared: Callable[[str, Callable[[Path], object]], Path]) -> Evalua
         cases = {i: halved(case) if half else case for i, case in enumerate(CASES) if case.half or not half}
         cases = {i: case for i, case in cases.items() if case.target == target}
         path = shared(f"{target}-{half}.mlpackage", functools.partial(save, cases, target))
-        outputs = mil.load(path, compute).predict(named(cases))
+        outputs = mil.load(path, compute=compute).predict(named(cases))
         results: dict[int, list[np.ndarray]] = {i: [] for i in cases}
         for name in sorted(outputs, key=lambda name: [int(number) for number in name[1:].split("_")]):
             results[int(name[1:].split("_")[0])].append(outputs[name])
@@ -351,4 +351,9 @@ def expected(case: Case) -> list[np.ndarray]:
     return list(result) if isinstance(result, (list, tuple)) else [np.asarray(result)]
 
 
+# Operations that only a whole program can show: test_mil_programs.py and test_mil_features.py.
+PROGRAMS = (
+    "cond", "while_loop", "make_list", "list_length", "list_read", "list_write", "list_gather", "list_scatter",
+    "read_state", "write_state", "coreml_update_state", "classify",
+)  # fmt: skip
 HALF = [index for index, case in enumerate(CASES) if case.half]

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from mil_cases import CASES, apply, named
 
+from model_export.mil.blob import immediate
 from model_export.mil.dtypes import STORAGE
 from model_export.mil.program import BlobRef, Block, Constant, Function, Operation, Program, TensorType
 from model_export.mil.reader import read_package
@@ -111,6 +112,8 @@ def _other(constant: Constant, rng: random.Random) -> Constant:
     data, type = constant.data, constant.type
     if isinstance(data, BlobRef):
         return replace(constant, data=replace(data, offset=rng.choice((0, 1, 64, 2**62))))
+    if isinstance(data, np.ndarray) and rng.random() < 0.9:
+        data = immediate(constant)
     if not isinstance(data, torch.Tensor):
         return replace(constant, data=rng.choice(TEXTS))
     if rng.random() < 0.3:  # more or fewer of them

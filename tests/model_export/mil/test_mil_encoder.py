@@ -51,14 +51,14 @@ IMAGES = {"images": packages.images().numpy()}
 def test_encoder(package: Callable[..., Path], reference: np.ndarray, route: str, target: str, precision: str) -> None:
     path = package(route, target, precision)
     compute, required = ("as-typed", AS_TYPED_DB) if precision == "fp16" else ("float32", FLOAT32_DB)
-    features = mil.load(path, compute).predict(IMAGES)["image_features"]
+    features = mil.load(path, compute=compute).predict(IMAGES)["image_features"]
     assert features.dtype == np.float32 and features.shape == reference.shape
     assert snr_db(reference, features) >= required
 
 
 def test_a_perturbed_weight_fails_the_tolerance(package: Callable[..., Path]) -> None:
     """Doubling one element of the first convolution breaks float32's tolerance; the last layer scale, fp16's too."""
-    features = mil.load(package(precision="fp32", target="iOS18"), "float32").predict(IMAGES)["image_features"]
+    features = mil.load(package(precision="fp32", target="iOS18"), compute="float32").predict(IMAGES)["image_features"]
     model = packages.Encoder().eval().requires_grad_(False)
     model.load_state_dict(packages.encoder().state_dict())
     weight = next(module.weight for module in model.modules() if isinstance(module, torch.nn.Conv2d))
@@ -71,7 +71,7 @@ def test_a_perturbed_weight_fails_the_tolerance(package: Callable[..., Path]) ->
 
 @pytest.mark.parametrize("compute", ["float32", *ROUNDING])
 def test_watching_changes_no_number(package: Callable[..., Path], compute: str) -> None:
-    executor = mil.load(package(), compute)
+    executor = mil.load(package(), compute=compute)
     seen: list[tuple[Operation, dict[str, torch.Tensor], dict[str, torch.Tensor]]] = []
     watched = executor.run(
         IMAGES, watch=lambda op, outputs: seen.append((op, dict(outputs), {k: v.clone() for k, v in outputs.items()}))
@@ -96,20 +96,22 @@ def test_the_same_kernels_in_float32(package: Callable[..., Path]) -> None:
     found = [({n: v.clone() for n, v in a.items()}, {n: v.clone() for n, v in b.items()}) for (_, a), (_, b) in pairs]
     for side, compute in enumerate(("as-typed", "float32")):
         alone: list[dict[str, torch.Tensor]] = []
-        mil.load(package(), compute).run(
+        mil.load(package(), compute=compute).run(
             IMAGES, watch=lambda _, outputs, alone=alone: alone.append({n: v.clone() for n, v in outputs.items()})
         )
         assert len(alone) == len(found)
         assert all(torch.equal(pair[side][name], each[name]) for pair, each in zip(found, alone) for name in each)
-    whole = [made.predict(IMAGES)["image_features"] for made in (mil.load(package(), "float32"), typed.in_float32())]
+    whole = [
+        made.predict(IMAGES)["image_features"] for made in (mil.load(package(), compute="float32"), typed.in_float32())
+    ]
     np.testing.assert_array_equal(*whole)
     with pytest.raises(ValueError, match="kernels of its own"):
-        mil.load(package(), "strict-fp16").in_float32()
+        mil.load(package(), compute="strict-fp16").in_float32()
 
 
 def test_policies_lose_more_the_more_they_round(package: Callable[..., Path], reference: np.ndarray) -> None:
     """An encoder whose values stay small loses its decibels to roundings, not to an overflow."""
-    features = [mil.load(package(), name).predict(IMAGES)["image_features"] for name in ("float32", *ROUNDING)]
+    features = [mil.load(package(), compute=name).predict(IMAGES)["image_features"] for name in ("float32", *ROUNDING)]
     wide, rounded, strict = (snr_db(reference, one) for one in features)
     assert wide > rounded > AS_TYPED_DB and rounded > strict > 45
     assert 50 < snr_db(features[0], features[1]) < 80

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model_export import mil
-from model_export.mil import int8, onednn, plan
+from model_export.mil import int8, onednn
 from tests.helpers import snr_db
 
 needs_int8 = pytest.mark.skipif(not int8.AVAILABLE, reason="this processor or PyTorch has no 8-bit products (VNNI)")
@@ -102,12 +102,12 @@ def test_a_saved_encoder_keeps_its_features(
     tiny_artefact: Path, pixels: np.ndarray, compute: str, least: float
 ) -> None:
     package = tiny_artefact / "fastvithd.mlpackage"
-    exact = mil.load(package, "float32").predict({"images": pixels})["image_features"]
-    fast = mil.load(package, compute)
+    exact = mil.load(package, compute="float32").predict({"images": pixels})["image_features"]
+    fast = mil.load(package, compute=compute)
     found = fast.predict({"images": pixels})["image_features"]
     assert found.dtype == np.float32 and least < snr_db(exact, found) < 60
     np.testing.assert_array_equal(found, fast.predict({"images": pixels})["image_features"])
-    other = mil.load(package, compute).predict({"images": pixels[..., ::-1].copy()})["image_features"]
+    other = mil.load(package, compute=compute).predict({"images": pixels[..., ::-1].copy()})["image_features"]
     assert snr_db(exact, other) < 15
 
 
@@ -115,7 +115,7 @@ def test_a_saved_encoder_keeps_its_features(
 def test_layers_of_the_mlps_are_paired(tiny_artefact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     paired: list[str] = []
     pair = int8.pair
-    monkeypatch.setattr(plan.int8, "pair", lambda *given: (paired.append(given[2]), pair(*given))[1])
+    monkeypatch.setattr(int8, "pair", lambda *given: (paired.append(given[2]), pair(*given))[1])
     program = mil.read_package(tiny_artefact / "fastvithd.mlpackage")
     executor = mil.MILExecutor(program, "int8")
     blocks = {name for name in (step.operation.name for step in executor._plan.steps) if "gelu" in name}
@@ -142,6 +142,6 @@ def test_only_plain_1_x_1_convolutions_have_8_bit_operands(
     made = []
     pointwise = int8.pointwise
     monkeypatch.setattr(int8, "pointwise", lambda *given: (made.append(given), pointwise(*given))[1])
-    exact = mil.load(tmp_path / "m.mlpackage", "float32").predict(x)["y"]
-    found = mil.load(tmp_path / "m.mlpackage", "int8").predict(x)["y"]
+    exact = mil.load(tmp_path / "m.mlpackage", compute="float32").predict(x)["y"]
+    found = mil.load(tmp_path / "m.mlpackage", compute="int8").predict(x)["y"]
     assert bool(made) == (not change) and snr_db(exact, found) > 30

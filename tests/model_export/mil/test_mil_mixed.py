@@ -60,10 +60,10 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[bool], Path]:
 @pytest.mark.parametrize("compute", ["as-typed", "strict-fp16", "float32"])
 def test_mixed_precision(mixed: Callable[[bool], Path], compute: str) -> None:
     """What is typed fp32 keeps its range in every policy; the same network all in fp16 overflows in two of them."""
-    executor = mil.load(mixed(True), compute)
+    executor = mil.load(mixed(True), compute=compute)
     types = [(op.type, op.outputs[0].type.dtype) for op in executor.operations if op.outputs[0].type is not None]
     assert {("conv", "fp32"), ("gelu", "fp32"), ("conv", "fp16")} <= set(types)
-    wide: Any = mil.load(mixed(True), "float32").predict(IMAGE)["features"]
+    wide: Any = mil.load(mixed(True), compute="float32").predict(IMAGE)["features"]
     assert snr_db(wide, executor.predict(IMAGE)["features"]) > 55
-    narrow = mil.load(mixed(False), compute).predict(IMAGE)["features"]
+    narrow = mil.load(mixed(False), compute=compute).predict(IMAGE)["features"]
     assert np.isfinite(narrow).all() == (compute == "float32")

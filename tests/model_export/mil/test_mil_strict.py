@@ -148,7 +148,7 @@ def norm(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, np.ndarray]
         return packages.mb.layer_norm(x=x, axes=[1], gamma=ones, beta=0 * ones, epsilon=np.float16(1e-5), name="y")
 
     packages.save_program(path, build, {"x": np.zeros((1, 64, 4, 4), np.float16)})
-    return lambda compute, x: mil.load(path, compute).predict({"x": x})["y"]
+    return lambda compute, x: mil.load(path, compute=compute).predict({"x": x})["y"]
 
 
 def stream(peak: float) -> np.ndarray:
@@ -189,7 +189,7 @@ def test_overflows_found_on_devices_show(op: str, parameters: dict[str, Any], la
     build = lambda x: getattr(packages.mb, op)(x=x, name="y", **parameters)  # noqa: E731
     packages.save_program(tmp_path / "p.mlpackage", build, {"x": x})
     strict, typed = (
-        mil.load(tmp_path / "p.mlpackage", name).predict({"x": x})["y"] for name in ("strict-fp16", "as-typed")
+        mil.load(tmp_path / "p.mlpackage", compute=name).predict({"x": x})["y"] for name in ("strict-fp16", "as-typed")
     )
     assert np.isfinite(typed).all()
     assert np.isfinite(strict[..., 0]).all() and np.isinf(strict[..., 1]).all()
@@ -205,7 +205,7 @@ def test_operations_typed_fp32_stay_whole(tmp_path: Path) -> None:
 
     packages.save_program(tmp_path / "p.mlpackage", build, {"x": x})
     proofs = [name for name, policy in POLICIES.items() if policy.half is torch.float32 and not policy.int8]
-    outputs = {name: mil.load(tmp_path / "p.mlpackage", name).predict({"x": x}) for name in proofs}
+    outputs = {name: mil.load(tmp_path / "p.mlpackage", compute=name).predict({"x": x}) for name in proofs}
     assert set(outputs) == {"as-typed", "strict-fp16", "float32"}
     for compute in outputs:
         np.testing.assert_array_equal(outputs[compute]["wide"], outputs["float32"]["wide"])
