@@ -15,12 +15,13 @@ def scaled_dot_product_attention(node: Node) -> Kernel:
     A row that is masked altogether is NaN, by the formula; PyTorch's own function makes it 0.
     """
     query, key, value = node.shapes("query", "key", "value")
-    leading = [query[:-2], key[:-2], value[:-2]]
-    if any(broadcast(shape, query[:-2]) != list(query[:-2]) for shape in leading):
-        raise Unsupported(f"query, key and value of shapes {query}, {key}, {value}")
-    for mask in node.shapes("attn_mask"):
-        if len(broadcast(mask[:-1], query[:-1])) > len(query) - 1:
-            raise Unsupported(f"attn_mask {node.type_of('attn_mask')} for a query of shape {query}")
+    masks = [mask[:-1] for mask in node.shapes("attn_mask")]
+    for shape, whole in ((key[:-2], query[:-2]), (value[:-2], query[:-2]), *((mask, query[:-1]) for mask in masks)):
+        together = broadcast(shape, whole)
+        if len(together) > len(whole) or any(None not in pair and pair[0] != pair[1] for pair in zip(together, whole)):
+            raise Unsupported(
+                f"query, key and value of shapes {query}, {key}, {value}, masks before the last of {masks}"
+            )
     node.expects(*query[:-1], value[-1])
 
     def run(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
