@@ -10,10 +10,10 @@ Function = Callable[..., torch.Tensor]
 
 
 def is_mixed(node: Node, *keys: str) -> bool:
-    """Whether these operands are not all held in the type of the first result while running."""
+    """Whether these operands are held in several types while running."""
     dtype = node.policy.holds(node.type.dtype)
     held = {node.policy.holds(node.type_of(key).dtype) for key in keys if node.has(key)}
-    if held <= {dtype}:
+    if len(held) < 2:
         return False
     if not dtype.is_floating_point:
         raise Unsupported(f"operands {', '.join(str(node.type_of(key)) for key in keys if node.has(key))}")

@@ -1,5 +1,6 @@
 """Recurrent layers. Semantics: coremltools defs `recurrent.py`; its tests say what a device does where the text is
-silent: an LSTM clips the cell state itself, a GRU multiplies the state by the reset gate before the matrix product.
+silent: an LSTM clips the cell state itself, a GRU multiplies the state by the reset gate before the matrix product, and
+`direction` "reverse" returns the last step first, as it turns the input round and nothing back ("bidirectional" does).
 
 x is (steps, batch, inputs); weights are (gates * H, inputs or H). Under strict-fp16 each gate, its activation and both
 states are rounded at every step; else only the results are.
@@ -70,13 +71,14 @@ def _walk(
     cell: Callable[..., Any], project: Unary, x: torch.Tensor, state: Any, backwards: bool, every: bool
 ) -> tuple[torch.Tensor, Any]:
     """`cell(project(x[i]), state) -> state` over the steps: the first element of each state (or, unless `every`, of the
-    last) in the order of the steps, and the last state."""
+    last) in the order in which they come, and the last state."""
+    x = x.flip(0) if backwards else x
     rows = project(x) if every else None  # all at once is faster, but larger than a result of one step
-    outputs: list[Any] = [None] * len(x)
-    for i in reversed(range(len(x))) if backwards else range(len(x)):
+    outputs = []
+    for i in range(len(x)):
         state = cell(project(x[i]) if rows is None else rows[i], state)
         if every:
-            outputs[i] = state[0]
+            outputs.append(state[0])
     if not every:
         return state[0].unsqueeze(0), state
     return torch.stack(outputs) if outputs else x.new_zeros(0, *state[0].shape), state
@@ -172,7 +174,7 @@ def lstm(node: Node) -> Kernel:
             backwards = direction == "reverse" or i == 1
             one, project = partial(cell, w_hh=w_hh, looks=looks), partial(F.linear, weight=w_ih, bias=bias)
             outputs, (last, memory) = _walk(one, project, x, (h[:, part], c[:, part]), backwards, every)
-            results.append((outputs, last, memory))
+            results.append((outputs.flip(0) if i == 1 else outputs, last, memory))
         return tuple(torch.cat(parts, -1) if both else parts[0] for parts in zip(*results))
 
     keys = ["weight_ih", "weight_hh", "bias", "peephole"]

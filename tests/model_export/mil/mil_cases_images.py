@@ -100,7 +100,7 @@ def cropped() -> list[Case]:
     # One picture: coremltools declares the second size as the number of pictures.
     roi = np.concatenate([np.zeros((3, 1), F32), boxes], 1).reshape(3, 1, 5, 1, 1)
     padded = normalized | {"pad_value": F32(10), "sampling_mode": "ALIGN_CORNERS"}
-    return [*cases, Case("crop_resize", {"x": x[:1].copy(), "roi": roi}, padded, np_crop_resize_roi, "iOS16")]
+    return [*cases, Case("crop_resize", {"x": x[:1].copy()}, padded | {"roi": roi}, np_crop_resize_roi, "iOS16")]
 
 
 def resampled() -> list[Case]:

@@ -28,10 +28,11 @@ def whole(x: Array) -> Array:
 
 
 def walked(x: Array, state: tuple[Array, ...], cell: Callable[..., Any], reverse: bool, every: bool) -> list[Array]:
-    """The results of `cell(x[i], *state) -> state` over the steps: of each or the last, and the last state."""
+    """The results of `cell(x[i], *state) -> state` in the order in which they come: each or the last, and the last
+    state."""
     outputs = np.zeros((len(x), *state[0].shape))
-    for i in range(len(x))[:: -1 if reverse else 1]:
-        state = cell(x[i], *state)
+    for i, step in enumerate(x[::-1] if reverse else x):
+        state = cell(step, *state)
         outputs[i] = state[0]
     return [outputs if every else state[0][None], *state]
 
@@ -95,5 +96,6 @@ def np_lstm(
 
         part = slice(side * size, (side + 1) * size)
         state = (np.float64(initial_h[:, part]), np.float64(initial_c[:, part]))
-        results.append(walked(np.float64(x), state, cell, direction == "reverse" or side == 1, output_sequence))
+        outputs, *last = walked(np.float64(x), state, cell, direction == "reverse" or side == 1, output_sequence)
+        results.append([outputs[::-1] if side == 1 else outputs, *last])  # beside the forward ones of the same steps
     return [np.concatenate(parts, -1) for parts in zip(*results)]
