@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from model_export import mil
+from model_export.mil.costs import Graph, macs_of
+from model_export.mil.reader import read_package
 
 mb, ct, F32 = packages.mb, packages.ct, np.float32
 
@@ -196,7 +198,18 @@ def test_torch_modules(module: Any, shape: tuple[int, ...], tmp_path: Path) -> N
     np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=2e-6)
 
 
-# -- the fast policies and empty operands ----------------------------------------------------------------------------
+def test_multiplications_of_a_recurrent_layer(tmp_path: Path) -> None:
+    """Both directions: 3 steps of 2 samples, 4 gates of 5 units, each of 4 inputs and 5 states."""
+    state, back = np.zeros((2, 10), np.float16), {"direction": "bidirectional"}
+    for key, shape in (("weight_ih", (20, 4)), ("weight_hh", (20, 5))):
+        back |= {key: np.ones(shape, np.float16), f"{key}_back": np.ones(shape, np.float16)}
+    build = lambda x: mb.lstm(x=x, initial_h=state, initial_c=state, **back)  # noqa: E731
+    packages.save_program(tmp_path / "p.mlpackage", build, {"x": SEQUENCE})
+    graph = Graph(read_package(tmp_path / "p.mlpackage").functions["main"])
+    assert [macs_of(graph, operation) for operation in graph.operations] == [2 * 3 * 2 * 20 * (4 + 5)]
+
+
+# -- the fast policies and operands of two types ---------------------------------------------------------------------
 
 SEQUENCE = np.random.default_rng(2).normal(size=(3, 2, 4)).astype(np.float16)
 GATES = {"weight_ih": np.ones((12, 4), np.float16) / 8, "weight_hh": np.ones((12, 4), np.float16) / 8}
