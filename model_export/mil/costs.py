@@ -271,6 +271,14 @@ def _attention(graph: Graph, operation: Operation) -> _Sizes:
     return (*query[:-1], key[-2], None if None in widths else sum(width for width in widths if width is not None))
 
 
+def _recurrent(graph: Graph, operation: Operation) -> _Sizes:
+    """Every step's products with both weights: (gates H, inputs) and (gates H, H), in each direction."""
+    steps, batch, inputs = _shape(graph, operation, "x")
+    rows, hidden = _shape(graph, operation, "weight_hh")
+    directions = 2 if graph.value(operation, "direction", "forward") == "bidirectional" else 1
+    return (steps, batch, rows, None if inputs is None or hidden is None else inputs + hidden, directions)
+
+
 _FACTORS = {
     "conv": _conv,
     "conv_transpose": _conv_transpose,
@@ -278,4 +286,7 @@ _FACTORS = {
     "matmul": _matmul,
     "einsum": _einsum,
     "scaled_dot_product_attention": _attention,
+    "rnn": _recurrent,
+    "gru": _recurrent,
+    "lstm": _recurrent,
 }

@@ -34,6 +34,8 @@ def padding(
         if size is None:
             raise Unsupported(f"pad_type {pad_type!r} with a size known only at run time")
         total = max(0, (-(-size // stride) - 1) * stride + (window - 1) * dilation + 1 - size)
+        if total > _MOST_PADDING:
+            raise Unsupported(f"padding of {total}")
         small, large = total // 2, total - total // 2
         before.append(small if pad_type == "same" else large)
         after.append(large if pad_type == "same" else small)

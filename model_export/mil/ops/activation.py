@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from ..registry import Kernel, Node, Unsupported, mil_op
 from . import _strict
+from ._mixed import unmixed
 
 Unary = Callable[[torch.Tensor], torch.Tensor]
 
@@ -81,7 +82,7 @@ def with_alpha_and_beta(node: Node) -> Kernel:
 @mil_op("prelu")
 def prelu(node: Node) -> Kernel:
     """alpha has one value per channel, the second dimension."""
-    return node.kernel(F.prelu, "x", "alpha")
+    return node.kernel(unmixed(node, F.prelu, "x", "alpha"), "x", "alpha")
 
 
 @mil_op("softplus_parametric")
@@ -94,4 +95,4 @@ def softplus_parametric(node: Node) -> Kernel:
         shape = (-1, *[1] * (x.ndim - 2))
         return alpha.reshape(shape) * function(step(x * beta.reshape(shape)))
 
-    return node.kernel(run, "x", "alpha", "beta")
+    return node.kernel(unmixed(node, run, "x", "alpha", "beta"), "x", "alpha", "beta")

@@ -1,7 +1,7 @@
 """Convolutions. Semantics: coremltools defs `conv.py`."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from .. import int8, onednn
 from ..program import MOST_BYTES, TensorType
 from ..registry import Kernel, Node, Unsupported, mil_op, positive
+from ._mixed import is_mixed, unmixed
 from ._windows import pad_spatial, padding, windows
 
 _CONV: dict[int, Callable[..., torch.Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -38,7 +39,13 @@ def conv(node: Node) -> Kernel:
     spatial = len(type.shape) - 2
     strides, dilations, groups, pad_type, pad = _settings(node, spatial)
     kernel = [size or 0 for size in node.type_of("weight").shape[2:]]
-    before, after = padding(pad_type, pad, type.shape[2:], kernel, strides, dilations)
+
+    def around(sizes: Sequence[int | None]) -> tuple[list[int], list[int]]:
+        return padding(pad_type, pad, sizes, kernel, strides, dilations)
+
+    static = tuple(size for size in type.shape if size is not None)
+    known = len(static) == len(type.shape) or not pad_type.startswith("same")
+    before, after = around(type.shape[2:] if known else [1] * spatial)  # for other sizes: when they are known
     outer, inside, *_ = node.type_of("weight").shape
     unequal = None not in (inside, type.shape[1]) and type.shape[1] != (inside or 0) * groups
     if (
@@ -46,13 +53,13 @@ def conv(node: Node) -> Kernel:
     ):  # oneDNN doesn't ask
         raise Unsupported(f"x {type} for a weight {node.type_of('weight')} in {groups} groups and its bias")
     spread = zip(type.shape[2:], before, after, kernel, strides, dilations)
-    node.expects(type.shape[0], outer, *(windows(*axis) for axis in spread))
-    symmetric = before == after
+    node.expects(type.shape[0], outer, *(windows(*axis) if known else None for axis in spread))
+    symmetric = known and before == after
     inner = before if symmetric else [0] * spatial
 
     weight, bias = node.weight("weight"), node.weight("bias")
-    static = tuple(size for size in type.shape if size is not None)
-    constant = weight is not None and (bias is not None or not node.has("bias"))
+    keys = ("x", "weight", "bias")
+    constant = weight is not None and (bias is not None or not node.has("bias")) and not is_mixed(node, *keys)
     if constant and weight is not None and onednn.packs(weight.dtype) and spatial == 2 and len(static) == 4:
         padded = (*static[:2], *(size if symmetric else size + b + a for size, b, a in zip(static[2:], before, after)))
         if node.policy.int8 and int8.AVAILABLE and _is_pointwise(weight, groups, static, node.type):
@@ -69,10 +76,10 @@ def conv(node: Node) -> Kernel:
     function = _CONV[spatial]
 
     def run(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        x = x if symmetric else pad_spatial(x, before, after)
+        x = x if symmetric else pad_spatial(x, *((before, after) if known else around(x.shape[2:])))
         return function(x, weight, bias, strides, inner, dilations, groups)
 
-    return node.kernel(run, "x", "weight", "bias")
+    return node.kernel(unmixed(node, run, *keys), *keys)
 
 
 def _is_pointwise(weight: torch.Tensor, groups: int, shape: tuple[int, ...], result: TensorType) -> bool:
@@ -83,31 +90,41 @@ def _is_pointwise(weight: torch.Tensor, groups: int, shape: tuple[int, ...], res
 
 @mil_op("conv_transpose")
 def conv_transpose(node: Node) -> Kernel:
-    """x (N, C, *D), weight (C, O/groups, *K): the full result, cropped by `pad` or to the declared output size."""
+    """x (N, C, *D), weight (C, O/groups, *K): of the full result, or zeros where it has none, what `pad` leaves, or
+    `output_shape` from there; "same": stride times the size (or `output_shape`) in the middle. Then the bias."""
     spatial = node.rank("x") - 2
     strides, dilations, groups, pad_type, pad = _settings(node, spatial)
-    node.const("output_shape", None)  # equals the declared type, which is checked
-    sizes = node.type.shape[2:]
-    if None in sizes:
-        raise Unsupported("an output size known only at run time")
-    full = [
-        None if size is None else (size - 1) * stride + dilation * ((kernel or 1) - 1) + 1
-        for size, kernel, stride, dilation in zip(
-            *(sizes[2:] for sizes in node.shapes("x", "weight")), strides, dilations
-        )
-    ]
-    if math.prod(size or 1 for size in full) > MOST_BYTES or any(size < 1 for size in sizes if size is not None):
-        raise Unsupported(f"a full result of {full}")
-    starts = pad[0::2] if pad_type == "custom" else [0] * spatial
+    kernel = [size or 0 for size in node.type_of("weight").shape[2:]]
+    if pad_type == "same_lower":
+        raise Unsupported("pad_type 'same_lower'")
+    before, after = padding("valid" if pad_type == "same" else pad_type, pad, [1] * spatial, kernel, strides, dilations)
+    wanted = node.const("output_shape", None)
+    (batch, _, *old), (_, outer, *_) = node.shapes("x", "weight")
+
+    def part(axis: int, size: int) -> tuple[int, int, int]:
+        """The full size, and where its part starts and how long that is."""
+        full = (size - 1) * strides[axis] + dilations[axis] * (kernel[axis] - 1) + 1
+        if wanted is not None:
+            length = wanted[axis + 2]
+        else:
+            length = size * strides[axis] if pad_type == "same" else full - before[axis] - after[axis]
+        return full, max(0, full - length) // 2 if pad_type == "same" else before[axis], length
+
+    parts = [None if size is None else part(axis, size) for axis, size in enumerate(old)]
+    lengths = [wanted[axis + 2] if wanted else item and item[2] for axis, item in enumerate(parts)]
+    node.expects(batch, None if outer is None else outer * groups, *lengths)
+    if math.prod(item[0] for item in parts if item) * (batch or 1) * (outer or 1) * groups > MOST_BYTES:
+        raise Unsupported(f"a full result of {[item and item[0] for item in parts]}")
     function = _CONV_TRANSPOSE[spatial]
 
     def run(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        full: Any = function(x, weight, bias, strides, 0, 0, groups, dilations)
-        for axis, size in enumerate(sizes, start=2):
-            start = starts[axis - 2]
-            if pad_type == "same":
-                start = max(0, full.shape[axis] - size) // 2
-            full = full.narrow(axis, start, size)
-        return full.contiguous()
+        result: Any = function(x, weight, None, strides, 0, 0, groups, dilations)
+        ends: list[int] = []
+        for axis, size in enumerate(x.shape[2:]):
+            full, start, length = part(axis, size)
+            ends = [-start, start + length - full, *ends]
+        result = F.pad(result, ends) if any(ends) else result
+        return result if bias is None else result.add_(bias.reshape(-1, *[1] * spatial))
 
-    return node.kernel(run, "x", "weight", "bias")
+    keys = ("x", "weight", "bias")
+    return node.kernel(unmixed(node, run, *keys), *keys)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from .. import onednn
 from ..registry import Kernel, Node, Unsupported, broadcast, mil_op
+from ._mixed import is_mixed, unmixed
 
 
 @mil_op("linear")
@@ -14,7 +15,8 @@ def linear(node: Node) -> Kernel:
     """x (..., I) @ weight (O, I) transposed + bias (O); the accumulation is in float32."""
     weight, bias = node.weight("weight"), node.weight("bias")
     leading = [size for size in node.type_of("x").shape[:-1] if size is not None]
-    constant = weight is not None and (bias is not None or not node.has("bias"))
+    keys = ("x", "weight", "bias")
+    constant = weight is not None and (bias is not None or not node.has("bias")) and not is_mixed(node, *keys)
     x, (rows, width) = node.type_of("x").shape, node.type_of("weight").shape
     if x[-1] not in (None, width) or any(shape != (rows,) for shape in node.shapes("bias")):  # oneDNN doesn't ask
         raise Unsupported(f"x {node.type_of('x')} for a weight of [{rows}, {width}] and its bias")
@@ -22,7 +24,7 @@ def linear(node: Node) -> Kernel:
     static = len(leading) == node.rank("x") - 1
     if onednn.AVAILABLE and constant and static and weight is not None and weight.is_floating_point():
         return node.kernel(onednn.linear(weight, bias, math.prod(leading)), "x")
-    return node.kernel(F.linear, "x", "weight", "bias")
+    return node.kernel(unmixed(node, F.linear, *keys), *keys)
 
 
 @mil_op("matmul")
@@ -43,19 +45,21 @@ def matmul(node: Node) -> Kernel:
     def run(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         return torch.matmul(x.mT if swap_x else x, y.mT if swap_y else y)
 
-    return node.kernel(run, "x", "y")
+    return node.kernel(unmixed(node, run, "x", "y"), "x", "y")
 
 
 @mil_op("einsum")
 def einsum(node: Node) -> Kernel:
-    equation = node.const("equation")
+    """Any equation of two operands with explicit letters; a size of 1 is broadcast."""
+    equation = node.const("equation").replace(" ", "")
     values = node.operands("values")
     if len(values) != 2:
         raise Unsupported(f"{len(values)} operands, expected two")
-    terms, _, result = equation.replace(" ", "").partition("->")
+    terms, _, result = equation.partition("->")
     types = [node.types.get(item) if isinstance(item, str) else item.type for item in node.operation.inputs["values"]]
     sizes: dict[str, int | None] = {}
-    for term, type in zip(terms.split(","), types):
-        sizes |= dict(zip(term, type.shape if type else ())) | {k: v for k, v in sizes.items() if v not in (1, None)}
+    for term, type in zip(terms.split(","), types, strict=True):
+        for letter, size in zip(term, type.shape if type else (), strict=True):
+            sizes[letter] = broadcast([sizes.get(letter, 1)], [size])[0]
     node.expects(*(sizes[letter] for letter in result))
     return Kernel(lambda x, y: torch.einsum(equation, x, y), values)

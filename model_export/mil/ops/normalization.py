@@ -6,9 +6,12 @@ Each is one operation, computed in float32 and rounded once after; under strict-
 import torch
 import torch.nn.functional as F
 
-from ..registry import Kernel, Node, Unsupported, mil_op
+from ..registry import Kernel, Node, Unsupported, mil_op, positive
 from ..rounding import round_fp16
 from . import _strict
+from ._mixed import unmixed
+
+_MOST_CHANNELS = 4096  # neighbours in a window
 
 Weight = torch.Tensor | None
 
@@ -28,7 +31,7 @@ def batch_norm(node: Node) -> Kernel:
         return _strict.affine(_strict.standardized(centred, variance.reshape(shape), epsilon), gamma, beta, shape)
 
     keys = ("x", "mean", "variance", "gamma", "beta")
-    return node.kernel(chain, *keys, exact=True) if node.decomposes else node.kernel(run, *keys)
+    return node.kernel(chain, *keys, exact=True) if node.decomposes else node.kernel(unmixed(node, run, *keys), *keys)
 
 
 @mil_op("instance_norm")
@@ -44,9 +47,13 @@ def instance_norm(node: Node) -> Kernel:
 
     if node.decomposes:
         return node.kernel(chain, "x", "gamma", "beta", exact=True)
-    return node.kernel(
-        lambda x, gamma, beta: F.instance_norm(x, None, None, gamma, beta, eps=epsilon), "x", "gamma", "beta"
-    )
+
+    def run(x: torch.Tensor, gamma: Weight, beta: Weight) -> torch.Tensor:
+        if x.shape[2:].numel() == 1:  # instance_norm refuses it, and group_norm's product and sum don't cancel
+            x = x - x
+        return torch.group_norm(x, x.shape[1], gamma, beta, epsilon)
+
+    return node.kernel(unmixed(node, run, "x", "gamma", "beta"), "x", "gamma", "beta")
 
 
 @mil_op("layer_norm")
@@ -54,18 +61,16 @@ def layer_norm(node: Node) -> Kernel:
     """gamma (x - mean) / sqrt(variance + epsilon) + beta over the given axes (default: all)."""
     rank = node.rank("x")
     axes = sorted(axis % rank for axis in node.const("axes", list(range(rank))))
-    sizes = node.type_of("x").shape
     epsilon = node.const("epsilon", 1e-5)
-    normalized = [size for axis, size in enumerate(sizes) if axis in axes and size is not None]
-    if len(normalized) != len(axes):
-        raise Unsupported("normalized sizes known only at run time")
+    if len(set(axes)) != len(axes):
+        raise Unsupported(f"axes {axes}")
 
     def chain(x: torch.Tensor, gamma: Weight, beta: Weight) -> torch.Tensor:
         shape = [x.shape[axis] if axis in axes else 1 for axis in range(rank)]
         return _strict.affine(_strict.normalized(x, axes, epsilon), gamma, beta, shape)
 
     def trailing(x: torch.Tensor, gamma: Weight, beta: Weight) -> torch.Tensor:
-        return F.layer_norm(x, normalized, gamma, beta, epsilon)
+        return F.layer_norm(x, x.shape[rank - len(axes) :], gamma, beta, epsilon)
 
     def general(x: torch.Tensor, gamma: Weight, beta: Weight) -> torch.Tensor:
         others = [axis for axis in range(rank) if axis not in axes]
@@ -76,7 +81,7 @@ def layer_norm(node: Node) -> Kernel:
     if node.decomposes:
         return node.kernel(chain, "x", "gamma", "beta", exact=True)
     run = trailing if axes == list(range(rank - len(axes), rank)) else general
-    return node.kernel(run, "x", "gamma", "beta")
+    return node.kernel(unmixed(node, run, "x", "gamma", "beta"), "x", "gamma", "beta")
 
 
 @mil_op("l2_norm")
@@ -96,6 +101,9 @@ def local_response_norm(node: Node) -> Kernel:
     """x / (k + alpha * mean of squares over `size` neighbouring channels) ** beta: square, mean, product, sum, power,
     quotient."""
     step, size = node.step, node.const("size")
+    positive(node, size=size)
+    if size > _MOST_CHANNELS:
+        raise Unsupported(f"size {size}, expected at most {_MOST_CHANNELS}")
     alpha, beta, k = node.typed("alpha", 1e-4), node.typed("beta", 0.75), node.typed("k", 1.0)
 
     def run(x: torch.Tensor) -> torch.Tensor:

@@ -6,12 +6,15 @@ The oracle is coremltools' value inference or NumPy written here.
 import functools
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import mil_packages as packages
 import numpy as np
+from mil_case import Arrays, Case, uniform
+from mil_cases_images import images
+from mil_cases_recurrent import recurrent
+from mil_cases_windows import more_windows
 from mil_oracles import (
     np_bilinear,
     np_conv,
@@ -26,27 +29,6 @@ from mil_oracles import (
 )
 
 from model_export import mil
-
-Arrays = dict[str, np.ndarray]
-
-
-@dataclass(frozen=True)
-class Case:
-    op: str
-    inputs: Arrays
-    parameters: dict[str, Any] = field(default_factory=dict)
-    oracle: Callable[..., Any] | None = None  # None: coremltools' value inference
-    target: str = "iOS17"
-    half: bool = True
-
-    def __str__(self) -> str:
-        short = {k: v for k, v in self.parameters.items() if not isinstance(v, np.ndarray) or v.size < 5}
-        return f"{self.op}-{'-'.join(f'{k}={v}' for k, v in short.items())}".replace(" ", "")
-
-
-def uniform(*shape: int, low: float = -3, high: float = 3, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).uniform(low, high, shape).astype(np.float32)
-
 
 X = uniform(2, 4, 5, 6)
 Y = uniform(2, 4, 5, 6, seed=1)
@@ -275,7 +257,8 @@ def casts() -> list[Case]:
 
 
 CASES = [
-    *unary(), *binary(), *windows(), *products(), *norms(), *reductions(), *movements(), *lists(), *casts()
+    *unary(), *binary(), *windows(), *products(), *norms(), *reductions(), *movements(), *lists(), *casts(),
+    *images(), *recurrent(), *more_windows(),
 ]  # fmt: skip
 
 
@@ -349,6 +332,11 @@ def expected(case: Case) -> list[np.ndarray]:
         return packages.value_inference(case.op, case.target, **case.inputs, **case.parameters)
     result = case.oracle(**case.inputs, **case.parameters)
     return list(result) if isinstance(result, (list, tuple)) else [np.asarray(result)]
+
+
+def differing(a: np.ndarray, b: np.ndarray) -> float:
+    """The share of elements that are not the same number, or both none."""
+    return float(((a != b) & ~(np.isnan(a) & np.isnan(b))).mean()) if a.size else 0.0
 
 
 # Operations that only a whole program can show: test_mil_programs.py and test_mil_features.py.

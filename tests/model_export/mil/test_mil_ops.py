@@ -7,9 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from mil_cases import CASES, HALF, PROGRAMS, Case, Evaluate, expected, halved
+from mil_cases import CASES, HALF, PROGRAMS, Case, Evaluate, differing, expected, halved
 
 from model_export.mil.registry import supported
+
+# Between fp16 numbers, thirds and quarters are often just in the middle of two others.
+INTERPOLATED = {"upsample_bilinear", "resize_bilinear", "resize", "crop_resize", "resample"}
 
 
 @pytest.mark.parametrize("index", range(len(CASES)), ids=lambda index: str(CASES[index]))
@@ -30,10 +33,12 @@ def test_as_typed_is_rounded_once(index: int, evaluate: Evaluate) -> None:
         if got.dtype != np.float16:
             np.testing.assert_array_equal(got, wanted)
             continue
-        rounded = wanted.astype(np.float16)
-        # A float32 result beside a rounding boundary may fall to the other side: one unit in the last place, rarely.
-        np.testing.assert_allclose(got, rounded, rtol=1.1e-3, atol=1e-6)
-        assert (got != rounded).mean() <= 0.02
+        # A float32 result beside a rounding boundary may fall to the other side of it.
+        slack = 2e-5 * np.abs(wanted) + 2e-6
+        low, high = ((wanted + sign * slack).astype(np.float16) for sign in (-1, 1))
+        missing = np.isnan(got) & np.isnan(low)
+        assert (((low <= got) & (got <= high)) | missing).all(), (got, wanted)
+        assert differing(got, wanted.astype(np.float16)) <= (0.1 if case.op in INTERPOLATED else 0.02)
 
 
 def test_every_operation_has_a_case() -> None:
