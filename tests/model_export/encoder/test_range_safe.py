@@ -195,8 +195,8 @@ def test_noise_decides_beside_given_pictures(make_checkpoint: Callable[..., Path
     """Pictures of a user's are tame: black here. What they are measured on has N(0, 1) noise among it all the same."""
     black = np.zeros((1, 3, SIZE, SIZE), np.float32)
     config = ExportConfig(make_checkpoint(), tmp_path / "a", calibration_data=tmp_path / "given")
-    found = list(vision._measured_on(config, [SIZE], lambda size: iter([black])))
+    found = list(vision.measured_on(config, [SIZE], lambda size: iter([black])))
     assert len(found) == 2 and found[0] is black and found[1].std() == pytest.approx(1, abs=0.02)
-    plain = list(vision._measured_on(ExportConfig(make_checkpoint(), tmp_path / "a"), [SIZE], lambda size: [black]))
+    plain = list(vision.measured_on(ExportConfig(make_checkpoint(), tmp_path / "a"), [SIZE], lambda size: [black]))
     assert len(plain) == 1
     assert np.array_equal(list(pictures.pixels(read_preprocessor(make_checkpoint()), SIZE))[-1], found[1])
