@@ -68,18 +68,26 @@ class Node:
             raise Unsupported("a result that is not a tensor")
         return declared
 
-    def expects(self, *shape: int | None) -> None:
-        """Raise Unsupported unless the first result, of this shape (None: known only at run time), is declared so.
+    def expects(self, *shape: int | None, output: int = 0) -> None:
+        """Raise Unsupported unless a result, of this shape (None: known only at run time), is declared so.
 
         For every operation whose parameters or operands can make its result larger than an operand: before it runs,
         nothing else holds them to the declared type, whose bytes have been counted.
         """
-        declared = self.type.shape
+        type = self.operation.outputs[output].type
+        declared = () if type is None else type.shape
         fits = len(shape) == len(declared) and all(a == b for a, b in zip(shape, declared) if None not in (a, b))
         known = [size for size in shape if size is not None]
         if not fits or min(known, default=0) < 0 or math.prod(known) > MOST_BYTES:
             sizes = ", ".join("?" if size is None else str(size) for size in shape)
-            raise Unsupported(f"gives [{sizes}], declared {self.type}")
+            raise Unsupported(f"gives [{sizes}], declared {type}")
+
+    def allowed(self, *shape: int) -> tuple[int, ...]:
+        """The first result's shape, known since a moment ago at run time; ValueError for one that `expects` refuses."""
+        size = self.policy.holds(self.type.dtype).itemsize
+        if min(shape, default=0) < 0 or not self.type.accepts(shape) or math.prod(shape) * size > MOST_BYTES:
+            raise ValueError(f"gives {list(shape)}, declared {self.type}")
+        return shape
 
     def shapes(self, *keys: str) -> list[tuple[int | None, ...]]:
         """The given tensor parameters' shapes."""
@@ -141,6 +149,10 @@ class Node:
                 raise Unsupported(f"{key} is missing")
             return default
         return value.tolist() if isinstance(value, torch.Tensor) else value
+
+    def known(self, key: str, default: Any = ...) -> Any:
+        """As `const`, but None for a value that is only known at run time: `operand` is its name then."""
+        return None if self.has(key) and self.raw(key) is None else self.const(key, default)
 
     def typed(self, key: str, default: float) -> float:
         """A number as the operation has it: where intermediates are rounded, so is a default (1e-12 is 0)."""
