@@ -212,7 +212,9 @@ def cumsum(node: Node) -> Kernel:
     def run(x: torch.Tensor) -> torch.Tensor:
         flipped = x.flip(axis) if reverse else x
         if exclusive and x.shape[axis]:  # a 0 first instead of the last: taking it away again would round
-            flipped = torch.cat([torch.zeros_like(flipped.narrow(axis, 0, 1)), flipped.narrow(axis, 0, -1)], axis)
+            flipped = torch.cat(
+                [torch.zeros_like(flipped.narrow(axis, 0, 1)), flipped.narrow(axis, 0, x.shape[axis] - 1)], axis
+            )
         total = flipped.cumsum(axis, dtype=x.dtype)
         return total.flip(axis) if reverse else total
 
