@@ -19,7 +19,8 @@ def _apply(target: np.ndarray, where: Any, update: Any, mode: str) -> None:
             quotient = target[where] / update
         target[where] = np.trunc(quotient) if target.dtype.kind == "i" else quotient
     else:
-        target[where] = SCATTERS[mode](target[where], update)
+        with np.errstate(over="ignore"):
+            target[where] = SCATTERS[mode](target[where], update)
 
 
 def np_scatter(
