@@ -3,7 +3,6 @@
 import torch
 
 from ..registry import Argument, Kernel, Node, Unsupported, mil_op
-from ..rounding import round_fp16
 
 _RANGES = {"int8": (-128, 127), "uint8": (0, 255)}
 
@@ -30,16 +29,14 @@ def _operands(node: Node) -> tuple[Argument, Argument, Argument]:
 
 @mil_op("quantize", since="CoreML7")
 def quantize(node: Node) -> Kernel:
-    """input / scale rounded to the nearest integer, ties to even, plus zero_point, within the range of the type."""
+    """input / scale rounded to the nearest integer, ties to even, plus zero_point, within the range of the type; NaN as 0."""
     dtype = node.const("output_dtype")
     if dtype != node.type.dtype or dtype not in _RANGES:
         raise Unsupported(f"output_dtype {dtype!r} with a result of type {node.type.dtype}")
     low, high = _RANGES[dtype]
-    halves = node.policy.decomposes and node.type_of("input").dtype == "fp16"
 
     def run(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None) -> torch.Tensor:
-        quotient = round_fp16(x / scale) if halves else x.float() / scale.float()
-        nearest = quotient.round_().nan_to_num_(0.0)
+        nearest = (x.float() / scale.float()).round_().nan_to_num_(0.0)
         if zero_point is not None:
             nearest.add_(zero_point)
         return nearest.clamp_(low, high).to(torch.int32)

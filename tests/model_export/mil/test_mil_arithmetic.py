@@ -202,10 +202,3 @@ def test_limits_of_clip_since_ios_17() -> None:
     assert run("clip", "iOS16", {"x": x}, limits, [x]) == [1]
     with pytest.raises(MILError, match=r"alpha 1\.0, expected less than beta 1\.0"):
         run("clip", "iOS17", {"x": x}, limits, [x])
-
-
-@pytest.mark.parametrize("compute, wanted", [("as-typed", 95), ("strict-fp16", 96)])
-def test_quotients_are_rounded_where_a_simple_engine_stores_them(compute: str, wanted: int) -> None:
-    """111.8 / 1.171 is 95.493; the nearest fp16 number is 95.5, which goes to the even 96."""
-    given = {"scale": np.float16(1.171), "output_dtype": "int8"}
-    assert run("quantize", "iOS17", {"input": np.float16([111.8])}, given, [np.int8([0])], compute) == [wanted]
