@@ -29,7 +29,7 @@ def _operands(node: Node) -> tuple[Argument, Argument, Argument]:
 
 @mil_op("quantize", since="CoreML7")
 def quantize(node: Node) -> Kernel:
-    """input / scale rounded to the nearest integer, ties to even, plus zero_point, within the range of the type; NaN as 0."""
+    """input / scale rounded to the nearest integer, ties to even, plus zero_point, within the type; NaN gives 0."""
     dtype = node.const("output_dtype")
     if dtype != node.type.dtype or dtype not in _RANGES:
         raise Unsupported(f"output_dtype {dtype!r} with a result of type {node.type.dtype}")
