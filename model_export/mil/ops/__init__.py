@@ -14,6 +14,8 @@ from . import (  # noqa: F401
     non_maximum_suppression,
     normalization,
     pool,
+    quantization,
+    random,
     recurrent,
     reduction,
     scatter_gather,

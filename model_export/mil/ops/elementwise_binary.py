@@ -30,13 +30,27 @@ _BINARY: dict[str, tuple[Callable[..., Any], Callable[..., Any] | None, bool]] =
 }
 
 
+def _safely(x: torch.Tensor, y: torch.Tensor, function: Callable[..., Any]) -> torch.Tensor:
+    """Integers divided: 0 where y is, as NumPy has it; in 64 bits, where the least number divided by -1 fits."""
+    divisor = torch.where(y == 0, 1, y).to(torch.int64)
+    return torch.where(y == 0, 0, function(x.to(torch.int64), divisor)).to(torch.int32)
+
+
+# What a division is where its operands are integers.
+_INTEGERS: dict[str, Callable[..., Any]] = {
+    "real_div": lambda x, y: _safely(x, y, lambda x, y: torch.div(x, y, rounding_mode="trunc")),
+    "floor_div": lambda x, y: _safely(x, y, torch.floor_divide),
+    "mod": lambda x, y: _safely(x, y, torch.remainder),
+}
+
+
 @mil_op(*_BINARY)
 def binary(node: Node) -> Kernel:
     function, inplace, exact = _BINARY[node.operation.type]
-    if node.operation.type == "real_div" and node.type.dtype == "int32":
-        raise Unsupported("real_div of integers")
     if not node.has("y"):
         raise Unsupported("y is missing")
+    if node.type.dtype == "int32" and node.operation.type in _INTEGERS:
+        function, inplace = _INTEGERS[node.operation.type], None
     node.expects(*broadcast(*node.shapes("x", "y")))
     kernel = node.kernel(function, "x", "y", exact=exact, inplace=inplace)
     # x is the one to write over; a sum or product may swap its operands to make that possible.

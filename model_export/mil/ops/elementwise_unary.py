@@ -10,9 +10,9 @@ from ..registry import Kernel, Node, Unsupported, mil_op
 Unary = Callable[[torch.Tensor], torch.Tensor]
 
 # Operations that PyTorch has under the same names: those that give fp16 exactly for fp16 operands, and the others.
-_EXACT = ("abs", "ceil", "floor", "logical_not", "round", "sign")
+_EXACT = ("abs", "ceil", "floor", "logical_not", "round")
 _ROUNDED = (
-    "acos", "asin", "atan", "atanh", "cos", "cosh", "erf", "exp", "exp2", "sin", "sinh", "sqrt", "square", "tan", "tanh"
+    "acos", "asin", "atan", "atanh", "cos", "cosh", "erf", "exp", "sin", "sinh", "sqrt", "square", "tan", "tanh"
 )  # fmt: skip
 
 
@@ -20,6 +20,22 @@ _ROUNDED = (
 def unary(node: Node) -> Kernel:
     name = node.operation.type
     return node.kernel(getattr(torch, name), "x", exact=name in _EXACT, inplace=getattr(torch, f"{name}_", None))
+
+
+@mil_op("exp2")
+def exp2(node: Node) -> Kernel:
+    """Of integers, too, towards zero."""
+    if node.type.dtype == "int32":
+        return node.kernel(lambda x: x.to(torch.float64).exp2_().to(torch.int64).to(torch.int32), "x")
+    return node.kernel(torch.exp2, "x", inplace=torch.exp2_)
+
+
+@mil_op("sign")
+def sign(node: Node) -> Kernel:
+    """NaN stays NaN, which it doesn't in PyTorch."""
+    if node.type.dtype == "int32":
+        return node.kernel(torch.sign, "x")
+    return node.kernel(lambda x: torch.sign(x).where(x == x, x), "x", exact=True)
 
 
 # Defaults of epsilon, which is added to x.
@@ -44,6 +60,14 @@ def clip(node: Node) -> Kernel:
     return node.kernel(
         lambda x: torch.clamp(x, low, high), "x", exact=True, inplace=lambda x: torch.clamp_(x, low, high)
     )
+
+
+@mil_op("clip", since="CoreML7")
+def clip_17(node: Node) -> Kernel:
+    low, high = node.const("alpha"), node.const("beta")
+    if low >= high:
+        raise Unsupported(f"alpha {low}, expected less than beta {high}")
+    return clip(node)
 
 
 @mil_op("threshold")

@@ -1,78 +1,77 @@
-"""Boxes that don't overlap. Semantics: coremltools defs `tensor_operation.py`."""
+"""Non-maximum suppression. Semantics: coremltools defs `tensor_operation.py`; what that leaves open, its tests say."""
 
 import torch
 
-from ..registry import Kernel, Node, Unsupported, mil_op
+from ..registry import Kernel, Node, mil_op
 
 
-def _overlaps(box: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
-    """Intersection over union of (4) and (N, 4), each (column and row of the centre, width, height); 0 of no area."""
-    low, high = ((sign * 0.5) * others[:, 2:] + others[:, :2] for sign in (-1, 1))
-    inside = torch.minimum(high, box[:2] + 0.5 * box[2:]) - torch.maximum(low, box[:2] - 0.5 * box[2:])
-    shared = inside.clamp(min=0).prod(-1)
-    union = others[:, 2:].prod(-1) + box[2:].prod() - shared
-    return torch.where(union > 0, shared / union, 0.0)
+def _overlaps(box: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
+    """Intersection over union of one box and each of several, (x, y, width, height) with the centre first."""
+    low, high = boxes[:, :2] - boxes[:, 2:] / 2, boxes[:, :2] + boxes[:, 2:] / 2
+    shared = torch.minimum(high, box[:2] + box[2:] / 2) - torch.maximum(low, box[:2] - box[2:] / 2)
+    intersection = shared.clamp_(min=0).prod(1)
+    union = boxes[:, 2:].prod(1) + box[2:].prod() - intersection
+    return torch.where(union > 0, intersection / union, 0)
 
 
-def _kept(
-    boxes: torch.Tensor, scores: torch.Tensor, overlap: float, least: float, most: int, apart: bool
-) -> torch.Tensor:
-    """Indices of the boxes (B, 4) that stay, the highest score (B, K) first; with `apart` a box only displaces those
-    whose highest score is for the same class."""
-    if not boxes.shape[0] or not scores.shape[1]:
-        return torch.zeros(0, dtype=torch.int64)
-    best, kind = scores.max(-1)
+def _selected(
+    boxes: torch.Tensor, scores: torch.Tensor, most: int, threshold: float, lowest: float | None, per_class: bool
+) -> list[int]:
+    """The boxes (count, 4) that stay, best first, by the best of their scores (count, classes).
+
+    Where every score is below `lowest`, the best box stays alone, as Core ML has it.
+    """
+    best, classes = scores.max(1)
     order = torch.argsort(best, descending=True, stable=True)
-    waiting = order[best[order] >= least]
-    kept: list[torch.Tensor] = []
-    while len(waiting) and len(kept) < most:
-        first, waiting = waiting[0], waiting[1:]
-        kept.append(first)
-        away = _overlaps(boxes[first], boxes[waiting]) > overlap
-        if apart:
-            away &= kind[waiting] == kind[first]
-        waiting = waiting[~away]
-    # Where no score is high enough the highest one stays, as in coremltools' own reference of what devices give.
-    return torch.stack(kept) if kept else order[:most][:1]
+    if lowest is not None:
+        order = order[best[order] >= lowest] if bool((best >= lowest).any()) else order[:1]
+    selected: list[int] = []
+    while order.numel() and len(selected) < most:
+        first, order = int(order[0]), order[1:]
+        selected.append(first)
+        keeps = _overlaps(boxes[first], boxes[order]) <= threshold
+        if per_class:
+            keeps |= classes[order] != classes[first]
+        order = order[keeps]
+    return selected
 
 
-def _suppression(node: Node, last: bool) -> Kernel:
-    """`last`: the boxes are the last dimension of boxes, scores and results."""
-    overlap, most = node.const("iou_threshold"), node.const("max_boxes")
-    least = -torch.inf if last else node.const("score_threshold")
-    apart = node.const("per_class_suppression", False)
-    shape = node.type_of("scores").shape
-    batch, classes = shape[0], shape[1 if last else 2]
-    sizes = [[batch, 4, most], [batch, classes, most]] if last else [[batch, most, 4], [batch, most, classes]]
-    node.expects(*sizes[0])
-    second = node.operation.outputs[1].type
-    if second is None or any(None not in (a, b) and a != b for a, b in zip(second.shape, sizes[1], strict=True)):
-        raise Unsupported(f"scores of {sizes[1]}, declared {second}")
+def _suppression(node: Node, boxes_last: bool) -> Kernel:
+    most, threshold = node.const("max_boxes"), node.const("iou_threshold")
+    lowest = None if boxes_last else node.const("score_threshold")
+    per_class = node.const("per_class_suppression", False)
+    for output, key in enumerate(("boxes", "scores")):
+        batch, *inner = node.type_of(key).shape
+        inner[1 if boxes_last else 0] = most
+        node.expects(batch, *inner, output=output)
 
     def run(boxes: torch.Tensor, scores: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        if last:
+        if boxes_last:
             boxes, scores = boxes.mT, scores.mT
-        chosen = boxes.new_zeros(len(boxes), most, 4)
-        theirs = scores.new_zeros(len(boxes), most, scores.shape[2])
-        indices = torch.full((len(boxes), most), -1, dtype=torch.int32)
-        counts = torch.zeros(len(boxes), dtype=torch.int32)
-        for i in range(len(boxes)):
-            kept = _kept(boxes[i].to(torch.float32), scores[i], overlap, least, most, apart)
-            counts[i] = count = len(kept)
-            chosen[i, :count], theirs[i, :count], indices[i, :count] = boxes[i, kept], scores[i, kept], kept.int()
-        return (chosen.mT, theirs.mT, indices) if last else (chosen, theirs, indices, counts)
+        kept_boxes = boxes.new_zeros(boxes.shape[0], most, 4)
+        kept_scores = scores.new_zeros(scores.shape[0], most, scores.shape[2])
+        indices = torch.full(kept_boxes.shape[:2], -1, dtype=torch.int32)
+        counts = torch.zeros(boxes.shape[0], dtype=torch.int32)
+        for item in range(boxes.shape[0]):
+            kept = _selected(boxes[item].float(), scores[item], most, threshold, lowest, per_class)
+            counts[item] = len(kept)
+            kept_boxes[item, : len(kept)] = boxes[item, kept]
+            kept_scores[item, : len(kept)] = scores[item, kept]
+            indices[item, : len(kept)] = torch.tensor(kept, dtype=torch.int32)
+        if boxes_last:
+            return kept_boxes.mT, kept_scores.mT, indices
+        return kept_boxes, kept_scores, indices, counts
 
     return node.kernel(run, "boxes", "scores", exact=True)
 
 
 @mil_op("non_maximum_suppression")
-def non_maximum_suppression(node: Node) -> Kernel:
-    """boxes (n, B, 4), scores (n, B, K): the boxes kept (n, max_boxes, 4), their scores, indices (-1 where there are
-    fewer) and number."""
-    return _suppression(node, last=False)
+def non_maximum_suppression_15(node: Node) -> Kernel:
+    """Boxes and scores that no better box overlaps too much; zeros and indices of -1 fill up to max_boxes."""
+    return _suppression(node, boxes_last=False)
 
 
 @mil_op("non_maximum_suppression", since="CoreML7")
-def non_maximum_suppression_ios17(node: Node) -> Kernel:
-    """boxes (n, 4, B), scores (n, K, B), no score is too low, and the number is not returned."""
-    return _suppression(node, last=True)
+def non_maximum_suppression_17(node: Node) -> Kernel:
+    """Without a threshold of scores and the number of boxes; a box is a column, not a row."""
+    return _suppression(node, boxes_last=True)

@@ -27,6 +27,8 @@ _PLAIN: dict[str, tuple[Callable[[Tensor, list[int], bool], Tensor], bool]] = {
     "reduce_prod": (_prod, False),
     "reduce_l1_norm": (lambda x, axes, keep: x.abs().sum(axes, keep), False),
 }
+# Those of integers that are integers.
+_INTEGERS = ("reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_l1_norm", "reduce_sum_square")
 # type: function of the same, and of what each intermediate goes through
 _COMPOSITE: dict[str, Callable[[Tensor, list[int], bool, Callable[[Tensor], Tensor]], Tensor]] = {
     "reduce_l2_norm": lambda x, axes, keep, step: step(step(x.square()).sum(axes, keep)).sqrt(),
@@ -39,20 +41,30 @@ _COMPOSITE: dict[str, Callable[[Tensor, list[int], bool, Callable[[Tensor], Tens
 @mil_op(*_PLAIN)
 def plain(node: Node) -> Kernel:
     function, exact = _PLAIN[node.operation.type]
-    axes, keep = _axes(node)
-    return node.kernel(lambda x: function(x, axes, keep).to(x.dtype), "x", exact=exact)
+    return _reduction(node, function, exact)
 
 
 @mil_op(*_COMPOSITE)
 def composite(node: Node) -> Kernel:
-    function, (axes, keep), step = _COMPOSITE[node.operation.type], _axes(node), node.step
+    function, step = _COMPOSITE[node.operation.type], node.step
     if node.operation.type == "reduce_log_sum_exp" and not node.decomposes:
-        return node.kernel(lambda x: torch.logsumexp(x, axes, keep), "x")
-    return node.kernel(lambda x: function(x, axes, keep, step).to(x.dtype), "x")
+        return _reduction(node, torch.logsumexp)
+    return _reduction(node, lambda x, axes, keep: function(x, axes, keep, step))
 
 
-def _axes(node: Node) -> tuple[list[int], bool]:
-    return node.const("axes", list(range(node.rank("x")))), node.const("keep_dims", False)
+def _reduction(node: Node, function: Callable[[Tensor, list[int], bool], Tensor], exact: bool = False) -> Kernel:
+    """The function of x over its axes: of integers in float64, towards zero, but where it has an integer result."""
+    axes, keep = node.const("axes", list(range(node.rank("x")))), node.const("keep_dims", False)
+    integers = node.type.dtype == "int32"
+    fractions = integers and node.operation.type not in _INTEGERS
+
+    def run(x: Tensor) -> Tensor:
+        wide = x.to(torch.float64 if fractions else torch.int64) if integers else x
+        # Without an axis nothing is added up; PyTorch would take all of them.
+        result = function(wide, axes, keep) if axes else function(wide.unsqueeze(-1), [-1], False)
+        return result.to(torch.int64).to(torch.int32) if integers else result.to(x.dtype)
+
+    return node.kernel(run, "x", exact=exact)
 
 
 @mil_op("reduce_argmax", "reduce_argmin")

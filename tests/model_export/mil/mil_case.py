@@ -1,4 +1,4 @@
-"""What a case of one operation is, and its usual operands."""
+"""A case of an operation, and the arrays that most of them take."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -25,3 +25,12 @@ class Case:
 
 def uniform(*shape: int, low: float = -3, high: float = 3, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).uniform(low, high, shape).astype(np.float32)
+
+
+X = uniform(2, 4, 5, 6)
+Y = uniform(2, 4, 5, 6, seed=1)
+POSITIVE = uniform(2, 3, 4, low=0.1)
+UNIT = uniform(2, 3, 4, low=-0.9, high=0.9)
+INTS = np.arange(-6, 6, dtype=np.int32).reshape(3, 4)
+BOOLS = np.arange(12).reshape(3, 4) % 3 == 0
+C4 = uniform(4, low=0.5, high=1.5, seed=2)

@@ -11,9 +11,10 @@ from typing import Any
 
 import mil_packages as packages
 import numpy as np
-from mil_case import Arrays, Case, uniform
+from mil_case import BOOLS, C4, INTS, POSITIVE, UNIT, Arrays, Case, X, Y, uniform
 from mil_cases_images import images
 from mil_cases_recurrent import recurrent
+from mil_cases_tensor import tensor
 from mil_cases_windows import more_windows
 from mil_oracles import (
     np_bilinear,
@@ -29,14 +30,6 @@ from mil_oracles import (
 )
 
 from model_export import mil
-
-X = uniform(2, 4, 5, 6)
-Y = uniform(2, 4, 5, 6, seed=1)
-POSITIVE = uniform(2, 3, 4, low=0.1)
-UNIT = uniform(2, 3, 4, low=-0.9, high=0.9)
-INTS = np.arange(-6, 6, dtype=np.int32).reshape(3, 4)
-BOOLS = np.arange(12).reshape(3, 4) % 3 == 0
-C4 = uniform(4, low=0.5, high=1.5, seed=2)
 
 
 def f16(array: Any) -> Any:
@@ -258,8 +251,11 @@ def casts() -> list[Case]:
 
 CASES = [
     *unary(), *binary(), *windows(), *products(), *norms(), *reductions(), *movements(), *lists(), *casts(),
-    *images(), *recurrent(), *more_windows(),
+    *images(), *recurrent(), *more_windows(), *tensor(),
 ]  # fmt: skip
+
+
+NARROW = ("bool", "int8", "uint8")
 
 
 def apply(case: Case, variables: dict[str, Any]) -> list[Any]:
@@ -267,10 +263,12 @@ def apply(case: Case, variables: dict[str, Any]) -> list[Any]:
     operation = getattr(packages.mb, case.op)
     if case.op in ("concat", "stack", "einsum"):
         result = operation(values=[variables["x"], variables["y"]], **case.parameters)
+    elif case.op == "reshape_like":
+        result = operation(x=variables["x"], ref_tensors=(variables["first"], variables["second"]), **case.parameters)
     else:
-        # A model's inputs cannot be bool.
-        booleans = [name for name, array in case.inputs.items() if array.dtype == np.bool_]
-        variables |= {name: packages.mb.cast(x=variables[name], dtype="bool") for name in booleans}
+        # A model's inputs cannot be bool or narrow integers.
+        others = [name for name, array in case.inputs.items() if array.dtype.name in NARROW]
+        variables |= {name: packages.mb.cast(x=variables[name], dtype=case.inputs[name].dtype.name) for name in others}
         result = operation(**variables, **case.parameters)
     return list(result) if isinstance(result, (list, tuple)) else [result]
 
@@ -286,9 +284,9 @@ Evaluate = Callable[[str, int], list[np.ndarray]]
 
 
 def named(cases: dict[int, Case]) -> Arrays:
-    """The inputs of cases in one program, by case and name; a model's inputs cannot be bool."""
+    """The inputs of cases in one program, by case and name; a model's inputs cannot be bool or narrow integers."""
     arrays = {f"i{i}_{name}": array for i, case in cases.items() for name, array in case.inputs.items()}
-    return {name: array.astype(np.int32) if array.dtype == np.bool_ else array for name, array in arrays.items()}
+    return {name: array.astype(np.int32) if array.dtype.name in NARROW else array for name, array in arrays.items()}
 
 
 def evaluator(shared: Callable[[str, Callable[[Path], object]], Path]) -> Evaluate:

@@ -53,6 +53,14 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
       "nonzero_data": FLOAT16[: int(np.unpackbits(PACKED_MASK, bitorder="little")[:30].sum())]}),
     ("iOS18", "constexpr_sparse_to_dense",
      {"mask": sub_byte("uint1", MASK), "nonzero_data": FLOAT16[: int(MASK.sum())]}),
+    *(("iOS18", "constexpr_sparse_to_dense",
+       {"mask": sub_byte("uint1", MASK), "nonzero_data": integers(low, 128, int(MASK.sum()), dtype=dtype)})
+      for low, dtype in ((-128, np.int8), (0, np.uint8), (-9, np.float32))),
+    ("iOS18", "constexpr_blockwise_shift_scale",  # floats, scaled again
+     {"data": normal(6, 8), "scale": FLOAT16[None, :4].astype(np.float32), "offset": FLOAT16[None, 4:8]}),
+    ("iOS16", "constexpr_affine_dequantize",
+     {"quantized_data": integers(0, 256, 6, 5), "scale": FLOAT16[:5].astype(np.float32), "axis": np.int32(-1),
+      "zero_point": FLOAT16[:5].astype(np.float32)}),
     *(("iOS18", "constexpr_blockwise_shift_scale",
        {"data": sub_byte(name, integers(low, high, 6, 8, dtype=np.int8 if low else np.uint8)),
         "scale": FLOAT16[:12].reshape(3, 4)} | ({"offset": sub_byte(name, integers(0, 3, 3, 4))} if offset else {}))
@@ -69,7 +77,7 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     *(("iOS18", "constexpr_lut_to_dense",
        {"indices": sub_byte("uint2", integers(0, 4, 6, 4)), "vector_axis": np.int32(axis),
         "lut": normal(*groups, 4, 3)})
-      for axis, groups in ((0, (1, 1)), (1, (3, 1)), (1, (1, 1)))),
+      for axis, groups in ((0, (1, 1)), (1, (3, 1)), (1, (1, 1)), (-2, (3, 2)))),
 ]  # fmt: skip
 
 
@@ -97,10 +105,10 @@ def scaled_tables() -> Any:
     return palette, type(palette.op).decompress(indices, tables.op.materialized_val_inference(), None)
 
 
-def sparse_palette(vector: int) -> Any:
+def sparse_palette(vector: int, bits: int = 4) -> Any:
     """Non-zero values from a palette, one or several at a time."""
-    nonzero = sub_byte("uint4", np.arange(COUNT) % 16)
-    lut = VECTORS[..., :vector]
+    nonzero = sub_byte(f"uint{bits}", np.arange(COUNT) * 7 % 2**bits)
+    lut = np.resize(VECTORS, (3, 1, 2**bits, 2))[..., :vector]
     axis = {} if vector == 1 else {"vector_axis": np.int32(0)}
     mask, values = packages.mb.constexpr_lut_to_sparse(
         indices_mask=sub_byte("uint1", SPARSE), indices_nonzero_data=nonzero, lut=lut, **axis
@@ -140,6 +148,7 @@ CHAINS: dict[str, Callable[[], Any]] = {
     "scaled_tables": scaled_tables,
     "sparse_palette": lambda: sparse_palette(1),
     "sparse_palette_of_vectors": lambda: sparse_palette(2),
+    **{f"sparse_palette_{bits}": functools.partial(sparse_palette, 1 + bits % 2, bits) for bits in (1, 2, 3, 6, 8)},
     "sparse_quantized": lambda: sparse_quantized(False),
     "sparse_quantized_with_offset": lambda: sparse_quantized(True),
     "sparse_palette_with_scale": sparse_palette_with_scale,
