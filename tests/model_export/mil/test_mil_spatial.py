@@ -20,7 +20,7 @@ mb, ct, F32 = packages.mb, packages.ct, np.float32
 def run(path: Path, build: Callable[..., Any], target: str = "iOS17", compute: str = "float32", **inputs: Any) -> Any:
     """The outputs of the operation that `build` adds, which has one input at least."""
     names = packages.save_program(path / "p.mlpackage", build, inputs, target)
-    outputs = mil.load(path / "p.mlpackage", compute).predict(inputs)
+    outputs = mil.load(path / "p.mlpackage", compute=compute).predict(inputs)
     return [outputs[name] for name in names]
 
 
