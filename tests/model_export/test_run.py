@@ -1,6 +1,7 @@
 """`inspect` of any ML program, and `run`: its own inputs from files, its outputs to files."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from mil_packages import mb
 from PIL import Image
 
-from model_export.commands import run
+from model_export.commands import programs, run
 from model_export.mil.dtypes import POLICIES
 
 import coremltools as ct  # isort: skip
@@ -152,3 +153,15 @@ def test_unusable_inputs_are_told_all_at_once(
     for fault in faults:
         assert fault in answer.err
     assert cli("run", tmp_path / "none.mlpackage").code == 2
+
+
+def test_the_documents_table_is_the_registrys():
+    text = (Path(__file__).parents[2] / "docs" / "EXECUTOR.md").read_text()
+    rows = dict(re.findall(r"^\| (iOS \d+) \| (.*) \|$", text, re.M))
+    table, new = programs.supported(), {}
+    for name, opsets in table.items():
+        opset = next(iter(opsets))
+        new.setdefault(programs.SYSTEMS[opset], []).append(f"`{name}`" if opsets[opset] else f"~~`{name}`~~")
+    assert rows == {
+        system: ", ".join(sorted(names, key=lambda name: name.strip("~`"))) for system, names in new.items()
+    }
