@@ -134,3 +134,15 @@ def save_encoder(path: Path, target: str, precision: str, route: str) -> None:
         skip_model_load=True,
     )
     model.save(str(path))
+
+
+class Sum(torch.nn.Module):
+    """Adds up what it is given, (3,), in a state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("total", torch.zeros(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.total.add_(x)
+        return self.total * 1

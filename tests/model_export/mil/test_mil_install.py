@@ -40,16 +40,6 @@ def package(tmp_path: Path) -> str:
     return str(tmp_path / "p.mlpackage")
 
 
-class Sum(torch.nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("total", torch.zeros(3))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        self.total.add_(x)
-        return self.total * 1
-
-
 def test_without_it_nothing_predicts(package: str) -> None:
     with pytest.raises(Exception, match="only supported on macOS"):
         ct.models.MLModel(package).predict({"x": X})
@@ -73,7 +63,7 @@ def test_predict_says_once_what_ran(installed: None, package: str, capfd: pytest
 
 
 def test_a_model_that_was_just_converted_keeps_its_states(installed: None) -> None:
-    traced = torch.jit.trace(Sum().eval(), torch.zeros(3), check_trace=False)
+    traced = torch.jit.trace(packages.Sum().eval(), torch.zeros(3), check_trace=False)
     total = ct.StateType(wrapped_type=ct.TensorType(shape=(3,), dtype=np.float16), name="total")
     model = ct.convert(
         traced, inputs=[ct.TensorType("x", (3,), dtype=np.float16)], states=[total],

@@ -34,16 +34,6 @@ def lists(x: Any, n: Any) -> Any:
     return mb.list_gather(ls=ls, indices=n), mb.list_read(ls=ls, index=1), mb.identity(x=mb.list_length(ls=ls))
 
 
-class Sum(torch.nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("total", torch.zeros(3))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        self.total.add_(x)
-        return self.total * 1
-
-
 class Mean(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x.mean((2, 3))
@@ -51,7 +41,7 @@ class Mean(torch.nn.Module):
 
 def _state(path: Path) -> None:
     total = ct.StateType(wrapped_type=ct.TensorType(shape=(3,), dtype=np.float16), name="total")
-    traced = torch.jit.trace(Sum().eval(), torch.zeros(3), check_trace=False)
+    traced = torch.jit.trace(packages.Sum().eval(), torch.zeros(3), check_trace=False)
     x = ct.TensorType("x", (3,), dtype=np.float16)
     ct.convert(
         traced, inputs=[x], states=[total], minimum_deployment_target=ct.target.iOS18, skip_model_load=True
