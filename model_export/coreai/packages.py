@@ -29,4 +29,4 @@ def remedy() -> str:
             f"Apple publishes them for Linux on x86-64 and for macOS 26 on Apple silicon alone, not for"
             f" {platform.system()} on {machine}: export there"
         )
-    return "`make setup EXTRAS=coreai`, or `pip install 'fastvlm-on-device[coreai]'`"
+    return "`make setup EXTRAS=coreai`, or `pip install '.[coreai]'`, in a checkout of this project"
