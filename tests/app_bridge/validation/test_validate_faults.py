@@ -100,6 +100,7 @@ def last(specification: Any) -> Any:
 def an_image(specification: Any) -> None:
     image = specification.description.input[0].type.imageType
     image.width = image.height = 1024
+    image.colorSpace = image.RGB
 
 
 def flexible(specification: Any) -> None:

@@ -369,8 +369,6 @@ def test_operations_that_break_two_rules_at_once(tmp_path: Path) -> None:
     document = audit(save(tmp_path / "a.mlpackage", gathered, (1, 16, 8)))  # gather; argmax, which is int32
     assert counted(document) == {"unsupported-operation": 1, "float32-island": 1}
     path = save(tmp_path / "b.mlpackage", lambda x: mb.non_zero(x=x), (1, 4, 8, 32))
-    with pytest.raises(mil.MILError):  # the executor doesn't run it
-        mil.load(path)
     assert {"unsupported-operation", "dynamic-shape"} <= counted(audit(path)).keys()
 
 
