@@ -233,7 +233,8 @@ def _late(builder: Builder, node: Node) -> Kernel:
     """A kernel that is built each time it runs: until then, of some operand not even the rank is known."""
     names = dict.fromkeys(_reads(node.operation))
     constants = {name: value for name in names if (value := node.constants(name)) is not None}
-    types, others = ({name: of[name] for name in names if name in of} for of in (node.types, node.others))
+    types = {name: node.types[name] for name in names}
+    others = {name: node.others[name] for name in names if name in node.others}
     given = tuple(name for name in names if name not in constants)
 
     def run(*arguments: Any) -> Any:
