@@ -207,6 +207,8 @@ def _crop_resize(node: Node, pad: float) -> Kernel:
 
 @mil_op("crop_resize")
 def crop_resize(node: Node) -> Kernel:
+    """Boxes must lie in the picture; beyond it are zeros, iOS 16's default (coremltools' test of one such box at iOS 15
+    expects the whole picture instead, of which its definition says nothing)."""
     return _crop_resize(node, 0.0)
 
 
