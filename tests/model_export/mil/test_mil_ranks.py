@@ -1,17 +1,21 @@
 """Ranks: scalars as inputs, and values whose rank is known only when they are there."""
 
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import mil_packages as packages
 import numpy as np
 import pytest
+from mil_cases import CASES, named, save_cases
 from mil_packages import mb
 from mil_single import run, single, type_of
 
 from model_export import mil
-from model_export.mil.program import TensorType
+from model_export.mil.executor import MILExecutor
+from model_export.mil.program import NamedType, TensorType
 
 X = np.arange(-12, 12, dtype=np.float32).reshape(2, 3, 4)
 SIZES = np.array(X.shape, np.int32)
@@ -53,7 +57,7 @@ def np_reshaped(x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 
 
 # What coremltools declares of the results is right for one size only: `shape` of int32[1], `reduce_sum` of fp32[1].
-CASES: dict[str, tuple[Build, Oracle]] = {
+BUILT: dict[str, tuple[Build, Oracle]] = {
     "fill": (lambda x, s: filled(s), lambda x, s: np.full(s, 2)),
     "exp": (lambda x, s: mb.exp(x=filled(s)), lambda x, s: np.exp(np.full(s, 2, np.float32))),
     "reshape": (reshaped, np_reshaped),
@@ -87,10 +91,10 @@ CASES: dict[str, tuple[Build, Oracle]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", BUILT)
 @pytest.mark.parametrize("compute", ["as-typed", "strict-fp16", "bfloat16"])
 def test_a_shape_of_unknown_length(tmp_path: Path, name: str, compute: str) -> None:
-    build, expected = CASES[name]
+    build, expected = BUILT[name]
 
     def whole(x: Any, n: Any) -> Any:
         return mb.identity(x=build(x, mb.slice_by_index(x=SIZES, begin=[0], end=n)))
@@ -104,6 +108,20 @@ def test_a_shape_of_unknown_length(tmp_path: Path, name: str, compute: str) -> N
         np.testing.assert_allclose(found, wanted, rtol=1e-5)  # and the shape
         (found,) = model.run({"x": X, "n": [rank]}, lambda operation, outputs: None).values()
         np.testing.assert_allclose(found, wanted, rtol=1e-5)
+
+
+@pytest.mark.parametrize("target", ["iOS15", "iOS16", "iOS17", "iOS18"])
+def test_every_operation_on_inputs_of_unknown_rank(target: str, shared: Callable[..., Path]) -> None:
+    """Each gives what it gives with declared shapes, which test_mil_ops.py holds to the oracles."""
+    cases = {index: case for index, case in enumerate(CASES) if case.target == target}
+    program = mil.read_package(shared(f"{target}-False.mlpackage", partial(save_cases, cases, target)))
+    main = program.functions["main"]
+    loose = tuple(NamedType(item.name, TensorType(item.type.dtype, (None,), True)) for item in main.inputs if item.type)
+    model = MILExecutor(replace(program, functions={"main": replace(main, inputs=loose)}))
+    found, wanted = model.predict(named(cases)), MILExecutor(program).predict(named(cases))
+    assert found.keys() == wanted.keys() and len(found) >= len(cases) > 0
+    for name, array in wanted.items():
+        np.testing.assert_allclose(found[name], array, rtol=1e-6, atol=1e-6, err_msg=name)
 
 
 def test_a_value_of_unknown_sizes_has_a_rank() -> None:
