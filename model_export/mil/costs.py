@@ -281,6 +281,7 @@ def _recurrent(graph: Graph, operation: Operation) -> _Sizes:
 
 _FACTORS = {
     "conv": _conv,
+    "conv_quantized": _conv,
     "conv_transpose": _conv_transpose,
     "linear": _linear,
     "matmul": _matmul,

@@ -30,7 +30,7 @@ from .program import (
 from .reader import read_package
 from .registry import Runtime
 from .rounding import TILE, InPlace, rounder, tiled
-from .step import Plan, Step
+from .step import Plan, Step, value_of
 
 Watch = Callable[[Operation, Mapping[str, Any]], None]
 Ran = tuple[Operation, Mapping[str, Any]]
@@ -212,7 +212,7 @@ class MILExecutor:
 
     def _control(self, step: Step, values: dict[str, Any], run: _Run) -> Generator[Ran, None, dict[str, Any]]:
         """Run a branch or a loop: its outputs."""
-        args = [_value(argument, values) for argument in step.kernel.args]
+        args = [value_of(argument, values) for argument in step.kernel.args]
         if step.operation.type == "cond":
             results = yield from self._block(step, 0 if _truth(step, args[0]) else 1, (), values, run)
         else:
@@ -255,7 +255,7 @@ class MILExecutor:
         """One step's checked and rounded outputs."""
         kernel = step.kernel
         try:
-            args = [_value(argument, values) for argument in kernel.args]
+            args = [value_of(argument, values) for argument in kernel.args]
             if step.overwrites and kernel.inplace is not None:
                 # Kept or not, by the same function in the same way: PyTorch's may differ in the last bit otherwise.
                 target = args[0].clone() if run.keep else args[0]
@@ -316,14 +316,6 @@ def load(path: Path | str, function_name: str | None = None, compute: str = "as-
             unsupported operations, all of which it lists.
     """
     return MILExecutor(read_package(path), compute, function_name)
-
-
-def _value(argument: Any, values: Mapping[str, Any]) -> Any:
-    if isinstance(argument, tuple):
-        return tuple(_value(item, values) for item in argument)
-    if isinstance(argument, Runtime):
-        return values[argument.name].tolist()
-    return values[argument] if isinstance(argument, str) else argument
 
 
 def _truth(step: Step, value: Any) -> bool:

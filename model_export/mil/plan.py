@@ -26,8 +26,8 @@ from .program import (
     TensorType,
     reason,
 )
-from .registry import OPSETS, Node, Runtime, Unsupported, lookup
-from .step import Plan, Step
+from .registry import OPSETS, Builder, Kernel, Node, Runtime, Unsupported, lookup
+from .step import Plan, Step, value_of
 
 Stored = torch.Tensor | str | tuple[str, ...]
 
@@ -149,7 +149,7 @@ class _Planner:
                 )
             scope.set(_folded(self.where, step))
             step = None
-        self._define(f"operation {operation.name!r}", operation.outputs, scope)
+        self._define(f"operation {operation.name!r}", (step.operation if step else operation).outputs, scope)
         return step
 
     def _with_blocks(self, step: Step, scope: _Scope, depth: int) -> Step:
@@ -182,23 +182,20 @@ class _Planner:
             raise Unsupported("no such operation in this opset")
         if operation.blocks and operation.type not in ("cond", "while_loop"):
             raise Unsupported("blocks")
+        late = not operation.blocks and any(type and type.variadic for type in map(scope.types.get, _reads(operation)))
+        if late:  # coremltools declares what follows from a value of unknown rank as if that were 1
+            operation = replace(operation, outputs=tuple(map(_of_any_shape, operation.outputs)))
         node = Node(operation, scope.types, scope.get, scope.load, self.policy, scope.others)
-        try:
-            kernel = builder(node)
-        except (Unsupported, MILError, MemoryError):
-            raise
-        except Exception as error:  # parameters of a wrong kind: Python and torch raise whatever they trip over
-            raise Unsupported(f"unusable parameters ({reason(error)})") from None
-        ignored = sorted(set(operation.inputs) - node.used)
-        if ignored:
-            raise Unsupported(f"parameters not understood: {', '.join(ignored)}")
+        kernel = _late(builder, node) if late else _built(builder, node)
         if any(output.type is None and output.other is None for output in operation.outputs):
             raise Unsupported("a result of unknown type")
         types = tuple(output.type for output in operation.outputs)
         rounds = self.policy.rounds and not kernel.exact and any(type and type.dtype == "fp16" for type in types)
         names = tuple(output.name for output in operation.outputs)
-        dynamic = any(type is None or None in type.shape for type in types) or any(
-            isinstance(argument, Runtime) for argument in kernel.args
+        dynamic = (
+            late
+            or any(type is None or None in type.shape for type in types)
+            or any(isinstance(argument, Runtime) for argument in kernel.args)
         )
         return Step(operation, kernel, names, types, rounds, dynamic=dynamic)
 
@@ -213,6 +210,45 @@ class _Planner:
                 lines.append(f"{operation.name} ({operation.type}, {self.opset}): {self.faults[id(operation)]}")
         if lines:
             raise MILError(f"{self.where}: {len(lines)} unsupported operation(s): {'; '.join(lines)}")
+
+
+def _built(builder: Builder, node: Node) -> Kernel:
+    """The kernel of an operation all of whose parameters are understood, or Unsupported."""
+    try:
+        kernel = builder(node)
+    except (Unsupported, MILError, MemoryError):
+        raise
+    except Exception as error:  # parameters of a wrong kind: Python and torch raise whatever they trip over
+        raise Unsupported(f"unusable parameters ({reason(error)})") from None
+    if ignored := sorted(set(node.operation.inputs) - node.used):
+        raise Unsupported(f"parameters not understood: {', '.join(ignored)}")
+    return kernel
+
+
+def _of_any_shape(item: NamedType) -> NamedType:
+    return item if item.type is None else replace(item, type=TensorType(item.type.dtype, (None,), variadic=True))
+
+
+def _late(builder: Builder, node: Node) -> Kernel:
+    """A kernel that is built each time it runs: until then, of some operand not even the rank is known."""
+    names = dict.fromkeys(_reads(node.operation))
+    constants = {name: value for name in names if (value := node.constants(name)) is not None}
+    types = {name: node.types[name] for name in names}
+    others = {name: node.others[name] for name in names if name in node.others}
+    given = tuple(name for name in names if name not in constants)
+
+    def run(*arguments: Any) -> Any:
+        values = dict(zip(given, arguments))
+        actual = {
+            name: replace(type, shape=tuple(values[name].shape), variadic=False)
+            for name, type in types.items()
+            if type is not None and name in values
+        }
+        now = replace(node, types={**types, **actual}, others=others, constants=constants.get, used=set())
+        kernel = _built(builder, now)
+        return kernel.run(*(value_of(argument, values) for argument in kernel.args))
+
+    return Kernel(run, given, view=True, keeps=True)
 
 
 def _flat(block: Block, depth: int) -> Iterator[Operation]:
@@ -254,6 +290,8 @@ def _compatible(one: NamedType, other: NamedType) -> bool:
     """Whether a value may be of both types, as far as their sizes are known."""
     if one.type is None or other.type is None:
         return one.type is other.type and type(one.other) is type(other.other)
+    if one.type.variadic or other.type.variadic:
+        return one.type.dtype == other.type.dtype
     known = (None not in pair and pair[0] != pair[1] for pair in zip(one.type.shape, other.type.shape))
     return one.type.dtype == other.type.dtype and len(one.type.shape) == len(other.type.shape) and not any(known)
 

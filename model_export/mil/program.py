@@ -47,17 +47,24 @@ def reason(error: BaseException) -> str:
 
 @dataclass(frozen=True)
 class TensorType:
-    """Element type (a MIL name such as "fp16") and shape; None is a size known only at run time."""
+    """Element type (a MIL name such as "fp16") and shape; None is a size known only at run time.
+
+    variadic: so is how many sizes there are, and the shape is (None,).
+    """
 
     dtype: str
     shape: tuple[int | None, ...]
+    variadic: bool = False
 
     def __str__(self) -> str:
+        if self.variadic:
+            return f"{self.dtype}[...]"
         return f"{self.dtype}[{', '.join('?' if size is None else str(size) for size in self.shape)}]"
 
     def accepts(self, shape: tuple[int, ...]) -> bool:
         """Whether a tensor of this shape fits."""
-        return len(shape) == len(self.shape) and all(a is None or a == b for a, b in zip(self.shape, shape))
+        same = len(shape) == len(self.shape) and all(a is None or a == b for a, b in zip(self.shape, shape))
+        return same or self.variadic
 
 
 @dataclass(frozen=True)

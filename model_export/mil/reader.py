@@ -195,7 +195,10 @@ class _Reader:
     def tensor_type(self, message: Any) -> TensorType:
         if message.dataType not in NAMES:
             raise MILError(f"{self.package}: unknown MIL data type {message.dataType}")
-        return TensorType(NAMES[message.dataType], tuple(map(_size, message.dimensions)))
+        dtype = NAMES[message.dataType]
+        if message.rank < 0 or any(dimension.unknown.variadic for dimension in message.dimensions):
+            return TensorType(dtype, (None,), variadic=True)
+        return TensorType(dtype, tuple(map(_size, message.dimensions)))
 
     def constant(self, message: Any) -> Constant:
         kind = message.type.WhichOneof("type")

@@ -104,7 +104,11 @@ class Node:
         declared = () if type is None else type.shape
         fits = len(shape) == len(declared) and all(a == b for a, b in zip(shape, declared) if None not in (a, b))
         known = [size for size in shape if size is not None]
-        if not fits or min(known, default=0) < 0 or math.prod(known) > MOST_BYTES:
+        if (
+            not (fits or (type is not None and type.variadic))
+            or min(known, default=0) < 0
+            or math.prod(known) > MOST_BYTES
+        ):
             sizes = ", ".join("?" if size is None else str(size) for size in shape)
             raise Unsupported(f"gives [{sizes}], declared {type}")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -44,6 +45,15 @@ class Step:
                 elif isinstance(item, str):
                     names.add(item)
         return names
+
+
+def value_of(argument: Any, values: Mapping[str, Any]) -> Any:
+    """What `Kernel.run` gets for one of its args."""
+    if isinstance(argument, tuple):
+        return tuple(value_of(item, values) for item in argument)
+    if isinstance(argument, Runtime):
+        return values[argument.name].tolist()
+    return values[argument] if isinstance(argument, str) else argument
 
 
 @dataclass(frozen=True)

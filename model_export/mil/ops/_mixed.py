@@ -15,9 +15,17 @@ def is_mixed(node: Node, *keys: str) -> bool:
     held = {node.policy.holds(node.type_of(key).dtype) for key in keys if node.has(key)}
     if len(held) < 2:
         return False
-    if not dtype.is_floating_point:
+    if not dtype.is_floating_point and not all(_whole(node, key) for key in keys if node.has(key)):
         raise Unsupported(f"operands {', '.join(str(node.type_of(key)) for key in keys if node.has(key))}")
     return True
+
+
+def _whole(node: Node, key: str) -> bool:
+    """Whether the operand is of integers, or a constant of whole numbers: how others are rounded is not specified."""
+    if not node.policy.holds(node.type_of(key).dtype).is_floating_point:
+        return True
+    values = node.weight(key)
+    return values is not None and bool(((values == values.trunc()) & (values.abs() < 2**31)).all())
 
 
 def unmixed(node: Node, function: Function, *keys: str) -> Function:

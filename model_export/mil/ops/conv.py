@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from .. import int8, onednn
-from ..program import MOST_BYTES, TensorType
+from ..dtypes import STORAGE
+from ..program import MOST_BYTES, Constant, TensorType
 from ..registry import Kernel, Node, Unsupported, mil_op, positive
 from ._mixed import is_mixed, unmixed
 from ._windows import pad_spatial, padding, windows
@@ -80,6 +81,36 @@ def conv(node: Node) -> Kernel:
         return function(x, weight, bias, strides, inner, dilations, groups)
 
     return node.kernel(unmixed(node, run, *keys), *keys)
+
+
+@mil_op("conv_quantized")
+def conv_quantized(node: Node) -> Kernel:
+    """A `conv` with the weight scale * weight + shift, each a number or one for each output channel; the bias is bytes,
+    too, but used as it is. Computed in float32 and stored in the type of x."""
+    kind, bits = node.const("quantization_type"), node.const("nbits", 8)
+    if kind != "linear":  # the definition has no parameter for the table of a "lut"
+        raise Unsupported(f"quantization_type {kind!r}, expected 'linear'")
+    weight, bias = node.raw("weight"), node.raw("bias")
+    if not isinstance(weight, torch.Tensor) or weight.dtype != torch.uint8 or weight.ndim < 3 or not weight.numel():
+        raise Unsupported("weight is not a constant of uint8")
+    if not 1 <= bits <= 8 or int(weight.max()) >= 2**bits:
+        raise Unsupported(f"a weight of up to {int(weight.max())} in {bits} bits")
+    factors = []
+    for key in ("quant_scale", "quant_bias"):
+        value = node.raw(key)
+        if not isinstance(value, torch.Tensor) or value.numel() not in (1, len(weight)):
+            raise Unsupported(f"{key} is neither a constant number nor one for each of {len(weight)} channels")
+        factors.append(value.float().reshape(-1, *[1] * (weight.ndim - 1)))
+    dtype = node.type_of("x").dtype
+    floats = {"weight": weight.float() * factors[0] + factors[1]}
+    if isinstance(bias, torch.Tensor):
+        floats["bias"] = bias.float()
+    constants = {
+        key: (Constant(TensorType(dtype, tuple(value.shape)), value.to(STORAGE[dtype]).numpy()),)
+        for key, value in floats.items()
+    }
+    operation = replace(node.operation, inputs={**node.operation.inputs, **constants})
+    return conv(replace(node, operation=operation))
 
 
 def _is_pointwise(weight: torch.Tensor, groups: int, shape: tuple[int, ...], result: TensorType) -> bool:

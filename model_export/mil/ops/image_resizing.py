@@ -29,7 +29,8 @@ def _by_scale(node: Node, mode: str, linear: bool) -> Kernel:
         # Whether the product was rounded to float32 depends on the version of NumPy that coremltools ran with.
         return given if given == int(scale * size // 1) else scaled(size, scale)
 
-    sizes = [declared(*item) for item in zip(node.type_of("x").shape[-2:], scales, node.type.shape[-2:])]
+    promised = (None, None) if node.type.variadic else node.type.shape[-2:]
+    sizes = [declared(*item) for item in zip(node.type_of("x").shape[-2:], scales, promised)]
     node.expects(*node.type_of("x").shape[:-2], *sizes)
 
     def run(x: torch.Tensor) -> torch.Tensor:
@@ -206,6 +207,8 @@ def _crop_resize(node: Node, pad: float) -> Kernel:
 
 @mil_op("crop_resize")
 def crop_resize(node: Node) -> Kernel:
+    """Boxes must lie in the picture; beyond it are zeros, iOS 16's default (coremltools' test of one such box at iOS 15
+    expects the whole picture instead, of which its definition says nothing)."""
     return _crop_resize(node, 0.0)
 
 

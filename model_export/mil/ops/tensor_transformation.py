@@ -10,8 +10,9 @@ from ..registry import Kernel, Node, Unsupported, mil_op, positive
 
 @mil_op("expand_dims")
 def expand_dims(node: Node) -> Kernel:
-    rank = len(node.type.shape)
-    axes = sorted(axis % rank for axis in node.const("axes"))
+    axes = node.const("axes")
+    rank = node.rank("x") + len(axes)
+    axes = sorted(axis % rank for axis in axes)
 
     def run(x: torch.Tensor) -> torch.Tensor:
         for axis in axes:

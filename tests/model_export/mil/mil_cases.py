@@ -289,28 +289,31 @@ def named(cases: dict[int, Case]) -> Arrays:
     return {name: array.astype(np.int32) if array.dtype.name in NARROW else array for name, array in arrays.items()}
 
 
+def save_cases(cases: dict[int, Case], target: str, path: Path) -> None:
+    """All of them as one program."""
+
+    def build(**variables: Any) -> Any:
+        results: list[Any] = []
+        for i, case in cases.items():
+            outputs = apply(case, {name: variables[f"i{i}_{name}"] for name in case.inputs})
+            results += [packages.mb.identity(x=output, name=f"o{i}_{j}") for j, output in enumerate(outputs)]
+        return tuple(results)
+
+    packages.save_program(path, build, named(cases), target)
+
+
 def evaluator(shared: Callable[[str, Callable[[Path], object]], Path]) -> Evaluate:
     """`evaluate(compute, index) -> outputs` of CASES[index], typed fp16 unless compute is "float32".
 
     All cases of a target are one saved program, run once for each policy.
     """
 
-    def save(cases: dict[int, Case], target: str, path: Path) -> None:
-        def build(**variables: Any) -> Any:
-            results: list[Any] = []
-            for i, case in cases.items():
-                outputs = apply(case, {name: variables[f"i{i}_{name}"] for name in case.inputs})
-                results += [packages.mb.identity(x=output, name=f"o{i}_{j}") for j, output in enumerate(outputs)]
-            return tuple(results)
-
-        packages.save_program(path, build, named(cases), target)
-
     @functools.cache
     def run(compute: str, target: str) -> dict[int, list[np.ndarray]]:
         half = compute != "float32"
         cases = {i: halved(case) if half else case for i, case in enumerate(CASES) if case.half or not half}
         cases = {i: case for i, case in cases.items() if case.target == target}
-        path = shared(f"{target}-{half}.mlpackage", functools.partial(save, cases, target))
+        path = shared(f"{target}-{half}.mlpackage", functools.partial(save_cases, cases, target))
         outputs = mil.load(path, compute=compute).predict(named(cases))
         results: dict[int, list[np.ndarray]] = {i: [] for i in cases}
         for name in sorted(outputs, key=lambda name: [int(number) for number in name[1:].split("_")]):

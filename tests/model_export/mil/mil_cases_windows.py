@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from mil_case import Case, uniform
 from mil_oracles import np_instance_norm, np_lrn, np_norm
-from mil_oracles_windows import np_conv_nd, np_conv_transpose_nd, np_pool_nd
+from mil_oracles_windows import np_conv_nd, np_conv_quantized, np_conv_transpose_nd, np_pool_nd
 
 LINE, PLANE, SPACE = uniform(2, 4, 7), uniform(2, 4, 5, 6), uniform(1, 4, 3, 4, 5)
 
@@ -31,6 +31,23 @@ def convolutions() -> list[Case]:
         ]
     cases += [Case("conv", {"x": PLANE, "weight": plane, "bias": uniform(6)}, {"pad_type": "same"}, np_conv_nd)]
     return cases
+
+
+def quantized() -> list[Case]:
+    """Scales and shifts are sums of few powers of two: the weights are numbers of fp16."""
+    numbers = np.random.default_rng(5)
+    line, plane, space = (numbers.integers(0, 256, shape).astype(np.uint8) for shape in
+                          ((6, 4, 3), (6, 2, 3, 2), (6, 4, 2, 3, 2)))  # fmt: skip
+    each = {"quant_scale": np.float32([1, 2, 4, 8, 16, 32]) / 1024, "quant_bias": np.float32([0, -1, -2, 1, -4, 0.5])}
+    one = {"quant_scale": np.float32(1 / 128), "quant_bias": np.float32(-1)}
+    settings: list[tuple[np.ndarray, dict[str, Any]]] = [
+        (LINE, {"weight": line, **one, "pad_type": "same", "strides": [2]}),
+        (PLANE, {"weight": plane, **each, "groups": 2, "bias": np.arange(250, 256).astype(np.uint8)}),
+        (PLANE, {"weight": plane >> 5, **each, "nbits": 3, "groups": 2, "pad_type": "custom", "pad": [0, 1, 2, 1]}),
+        (SPACE, {"weight": space, **one, "dilations": [1, 1, 2]}),
+    ]
+    linear = {"quantization_type": "linear"}
+    return [Case("conv_quantized", {"x": x}, linear | more, np_conv_quantized) for x, more in settings]
 
 
 def transposed() -> list[Case]:
@@ -148,4 +165,4 @@ def norms() -> list[Case]:
 
 
 def more_windows() -> list[Case]:
-    return [*convolutions(), *transposed(), *pools(), *products(), *norms()]
+    return [*convolutions(), *quantized(), *transposed(), *pools(), *products(), *norms()]

@@ -31,6 +31,15 @@ def np_conv_nd(
     return out if bias is None else out + np.asarray(bias).reshape(-1, *[1] * n)
 
 
+def np_conv_quantized(
+    x: np.ndarray, weight: np.ndarray, quant_scale: Any, quant_bias: Any, quantization_type: str, nbits: int = 8,
+    **more: Any,
+) -> np.ndarray:  # fmt: skip
+    """The definition's W_float = W_quantized * scale + bias."""
+    scale, shift = (np.float64(v).reshape(-1, *[1] * (weight.ndim - 1)) for v in (quant_scale, quant_bias))
+    return np_conv_nd(x, np.float64(weight) * scale + shift, **more)
+
+
 def np_conv_transpose_nd(
     x: np.ndarray, weight: np.ndarray, bias: Any = None, strides: Any = None, pad_type: str = "valid", pad: Any = None,
     dilations: Any = None, groups: int = 1, output_shape: Any = None,

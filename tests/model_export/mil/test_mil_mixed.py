@@ -5,13 +5,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import coremltools as ct
+import mil_packages as packages
 import numpy as np
 import pytest
 import torch
+from mil_packages import mb
 
 from model_export import mil
 from tests.helpers import snr_db
+
+import coremltools as ct  # isort: skip
 
 IMAGE = {"images": np.random.default_rng(64).random((1, 3, 64, 64), np.float32)}
 
@@ -67,3 +70,26 @@ def test_mixed_precision(mixed: Callable[[bool], Path], compute: str) -> None:
     assert snr_db(wide, executor.predict(IMAGE)["features"]) > 55
     narrow = mil.load(mixed(False), compute=compute).predict(IMAGE)["features"]
     assert np.isfinite(narrow).all() == (compute == "float32")
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+@pytest.mark.parametrize("first", [True, False])
+def test_integers_times_a_constant_of_floats(tmp_path: Path, dtype: type, first: bool) -> None:
+    """The result has the type of what is not constant; constants that an int32 has are unambiguous, others aren't."""
+    x, constant = np.arange(-5, 5, dtype=np.int32).reshape(2, 5), np.arange(10, dtype=dtype).reshape(5, 2) - 4
+
+    def save(constant: np.ndarray) -> Path:
+        def build(x: Any) -> Any:
+            return mb.matmul(x=constant, y=x) if first else mb.matmul(x=x, y=constant)
+
+        packages.save_program(tmp_path / "p.mlpackage", build, {"x": x}, "iOS17")
+        return tmp_path / "p.mlpackage"
+
+    whole = constant.astype(np.int32)
+    for compute in ("as-typed", "strict-fp16", "float32", "bfloat16"):
+        (found,) = mil.load(save(constant), compute=compute).predict({"x": x}).values()
+        assert found.dtype == np.int32
+        np.testing.assert_array_equal(found, whole @ x if first else x @ whole)
+    for other in (dtype(0.5), dtype(np.nan), dtype(np.inf)):
+        with pytest.raises(mil.MILError, match=r"\(matmul, CoreML7\): operands "):
+            mil.load(save(np.where(constant == 1, other, constant)))

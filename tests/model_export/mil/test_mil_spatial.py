@@ -241,6 +241,12 @@ def test_bfloat16_and_operands_of_two_types(build: Callable[..., Any], tmp_path:
     np.testing.assert_allclose(fast, exact, rtol=0.05, atol=0.05)
 
 
+def quantized(x: Any, **more: Any) -> Any:
+    weight = np.arange(1, 5, dtype=np.uint8).reshape(4, 1, 1, 1)
+    numbers = {"quantization_type": "linear", "quant_scale": np.float32(0.5), "quant_bias": np.float32(0)}
+    return mb.conv_quantized(x=mb.cast(x=x, dtype="fp32"), weight=weight, **numbers | more)
+
+
 @pytest.mark.parametrize(
     ("build", "message"),
     [
@@ -254,6 +260,9 @@ def test_bfloat16_and_operands_of_two_types(build: Callable[..., Any], tmp_path:
             ),
             "ceil_mode with a window outside the input",
         ),
+        (lambda x: quantized(x, quantization_type="lut"), "quantization_type 'lut', expected 'linear'"),
+        (lambda x: quantized(x, nbits=2), "a weight of up to 4 in 2 bits"),
+        (lambda x: quantized(x, quant_scale=np.ones(2, np.float32)), "nor one for each of 4 channels"),
     ],
 )
 def test_what_is_not_specified_is_refused(build: Callable[..., Any], message: str, tmp_path: Path) -> None:
