@@ -38,14 +38,14 @@ class Trip:
         ]
 
 
-def _timm(name: str, size: int, **options: Any) -> Trip:
+def _timm(name: str, size: int, route: str = "trace", **options: Any) -> Trip:
     def build() -> nn.Module:
         import timm
 
         sized = {"img_size": size} if name.startswith(("vit", "deit", "swin", "beit")) else {}
         return timm.create_model(name, pretrained=False, num_classes=10, **(sized | options))
 
-    return Trip(build, ((1, 3, size, size),))
+    return Trip(build, ((1, 3, size, size),), route)
 
 
 def _torchvision(name: str, size: int, **options: Any) -> Trip:
@@ -68,7 +68,7 @@ class _Output(nn.Module):
         return self.take(self.module(*inputs, **self.options))
 
 
-def _text(kind: str, route: str = "trace", **options: Any) -> Trip:
+def _text(kind: str, causal: bool = False, **options: Any) -> Trip:
     """A text encoder or decoder of transformers without a cache."""
 
     def build() -> nn.Module:
@@ -76,9 +76,11 @@ def _text(kind: str, route: str = "trace", **options: Any) -> Trip:
 
         config = getattr(transformers, f"{kind}Config")(vocab_size=300, attn_implementation="eager", **options)
         module = getattr(transformers, f"{kind}Model")(config)
-        return _Output(module, lambda out: out[0], return_dict=False)
+        # coremltools 9.0 doesn't convert `diff`, with which transformers makes a causal mask that it isn't given
+        mask = {"attention_mask": torch.full((1, 1, 24, 24), -1e4).triu(1)} if causal else {}
+        return _Output(module, lambda out: out[0], return_dict=False, **mask)
 
-    return Trip(build, (((1, 24), 300),), route)
+    return Trip(build, (((1, 24), 300),))
 
 
 _SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
@@ -246,11 +248,11 @@ TRIPS: dict[str, Trip] = {
     "regnety": _timm("regnety_002", 96),
     "mobilenetv2": _timm("mobilenetv2_050", 96),
     "mobilenetv3": _timm("mobilenetv3_small_050", 96),
-    "mobilenetv4": _timm("mobilenetv4_conv_small", 96),
+    "mobilenetv4": _timm("mobilenetv4_conv_small", 96, "export"),
     "efficientnet": _timm("efficientnet_lite0", 96),
     "mnasnet": _timm("mnasnet_small", 96),
     "ghostnet": _timm("ghostnet_050", 96),
-    "convnext": _timm("convnext_atto", 96),
+    "convnext": _timm("convnext_atto", 96, "export"),
     "densenet": _timm("densenet121", 64, block_config=(2, 3, 3, 2)),
     "squeezenet": _torchvision("squeezenet1_1", 96),
     "repvgg": _timm("repvgg_a0", 64),
@@ -259,7 +261,7 @@ TRIPS: dict[str, Trip] = {
     "shufflenet": _torchvision("shufflenet_v2_x0_5", 96),
     "googlenet": _torchvision("googlenet", 96, aux_logits=False, init_weights=False),
     # transformers of pictures
-    "vit": _timm("vit_tiny_patch16_224", 96, depth=4),
+    "vit": _timm("vit_tiny_patch16_224", 96, "export", depth=4),
     "deit": _timm("deit_tiny_distilled_patch16_224", 96, depth=4),
     "swin": _timm("swin_tiny_patch4_window7_224", 56, depths=(1, 1, 2, 1), embed_dim=32),
     "mixer": _timm("mixer_s32_224", 224),
@@ -284,9 +286,9 @@ TRIPS: dict[str, Trip] = {
     "roberta": _text("Roberta", **_SMALL),
     "distilbert": _text("DistilBert", dim=64, n_layers=2, n_heads=4, hidden_dim=128),
     "albert": _text("Albert", embedding_size=32, **_SMALL),
-    "gpt2": _text("GPT2", "export", n_embd=64, n_layer=2, n_head=4, n_positions=32, use_cache=False),
-    "llama": _text("Llama", "export", num_key_value_heads=2, use_cache=False, **_SMALL),
-    "qwen2": _text("Qwen2", "export", num_key_value_heads=2, use_cache=False, **_SMALL),
+    "gpt2": _text("GPT2", True, n_embd=64, n_layer=2, n_head=4, n_positions=32, use_cache=False),
+    "llama": _text("Llama", True, num_key_value_heads=2, use_cache=False, **_SMALL),
+    "qwen2": _text("Qwen2", True, num_key_value_heads=2, use_cache=False, **_SMALL),
     "clip-text": Trip(_vision_text, (((1, 24), 300),)),
     # recurrent and control flow
     "lstm": Trip(lambda: _Recurrent(nn.LSTM, bidirectional=True, num_layers=2), (((1, 12), 50),)),
