@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,13 +20,17 @@ class Trip:
     """One architecture.
 
     build: the module in float32, its last output alone where it has several kinds of them. inputs: a shape (values of
-    N(0, 1)), or (shape, below) for token numbers. route: how it is converted, "trace", "export" or "script".
+    N(0, 1)), or (shape, below) for token numbers. route: how it is converted, "trace", "export" or "script". states:
+    the buffers that are states, with their shapes. full: the architecture at the size that it is timed at, None: at this
+    one. typed_outputs: how many outputs are compared as typed; later ones hang on the order of near ties.
     """
 
     build: Callable[[], nn.Module]
     inputs: tuple[Any, ...]
     route: str = "trace"
     states: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    full: Trip | None = None
+    typed_outputs: int | None = None
 
     def arrays(self, seed: int = 0) -> list[np.ndarray]:
         """Inputs in the module's order, float32 or int32."""
@@ -39,13 +44,16 @@ class Trip:
 
 
 def _timm(name: str, size: int, route: str = "trace", **options: Any) -> Trip:
-    def build() -> nn.Module:
+    """One of timm; full: at 224 x 224, without the options that make it shallow."""
+
+    def build(size: int, options: dict[str, Any]) -> nn.Module:
         import timm
 
-        sized = {"img_size": size} if name.startswith(("vit", "deit", "swin", "beit")) else {}
-        return timm.create_model(name, pretrained=False, num_classes=10, **(sized | options))
+        sized = {"img_size": size} if name.startswith(("vit", "deit", "swin")) else {}
+        return timm.create_model(name, pretrained=False, num_classes=10, **sized, **options)
 
-    return Trip(build, ((1, 3, size, size),), route)
+    full = Trip(partial(build, 224, {}), ((1, 3, 224, 224),), route)
+    return Trip(partial(build, size, options), ((1, 3, size, size),), route, full=full)
 
 
 def _torchvision(name: str, size: int, **options: Any) -> Trip:
@@ -54,7 +62,7 @@ def _torchvision(name: str, size: int, **options: Any) -> Trip:
 
         return torchvision.models.get_model(name, weights=None, num_classes=10, **options)
 
-    return Trip(build, ((1, 3, size, size),))
+    return Trip(build, ((1, 3, size, size),), full=Trip(build, ((1, 3, 224, 224),)))
 
 
 class _Output(nn.Module):
@@ -68,22 +76,36 @@ class _Output(nn.Module):
         return self.take(self.module(*inputs, **self.options))
 
 
-def _text(kind: str, causal: bool = False, **options: Any) -> Trip:
-    """A text encoder or decoder of transformers without a cache."""
+def _text(kind: str, causal: bool = False, **names: str) -> Trip:
+    """A text encoder or decoder of transformers without a cache; names: its words for the sizes of `sizes`."""
 
-    def build() -> nn.Module:
+    def build(length: int, width: int, layers: int) -> nn.Module:
         import transformers
 
-        config = getattr(transformers, f"{kind}Config")(vocab_size=300, attn_implementation="eager", **options)
-        module = getattr(transformers, f"{kind}Model")(config)
+        heads = width // 16 if width < 100 else width // 64
+        sizes = {"width": width, "layers": layers, "heads": heads, "hidden": 2 * width, "kv": heads // 2,
+                 "positions": length + 8, "embedding": 32}  # fmt: skip
+        config = getattr(transformers, f"{kind}Config")(
+            vocab_size=300, attn_implementation="eager", **{word: sizes[name] for word, name in names.items()}
+        )
         # coremltools 9.0 doesn't convert `diff`, with which transformers makes a causal mask that it isn't given
-        mask = {"attention_mask": torch.full((1, 1, 24, 24), -1e4).triu(1)} if causal else {}
+        mask = {"attention_mask": torch.full((1, 1, length, length), -1e4).triu(1)} if causal else {}
+        module = getattr(transformers, f"{kind}Model" + "WithProjection" * ("projection_dim" in names))(config)
         return _Output(module, lambda out: out[0], return_dict=False, **mask)
 
-    return Trip(build, (((1, 24), 300),))
+    small, full = (24, 64, 2), (128, 512, 6)
+    return Trip(
+        partial(build, *small), (((1, small[0]), 300),), full=Trip(partial(build, *full), (((1, full[0]), 300),))
+    )
 
 
-_SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
+_SIZES = {
+    "hidden_size": "width",
+    "num_hidden_layers": "layers",
+    "num_attention_heads": "heads",
+    "intermediate_size": "hidden",
+}
+_KV = _SIZES | {"num_key_value_heads": "kv"}
 
 
 class _Detector(nn.Module):
@@ -103,6 +125,7 @@ class _Detector(nn.Module):
         for layer in [*self.classes.modules(), *self.boxes.modules()]:
             if isinstance(layer, nn.Conv2d):  # theirs are 0.01: all scores would be the same
                 nn.init.kaiming_normal_(layer.weight)
+        nn.init.normal_(self.classes.cls_logits.weight, std=0.005)  # nor are they all 1
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         first = self.stem(images)
@@ -152,10 +175,10 @@ class _DiffusionBlock(nn.Module):
 
 
 class _Recurrent(nn.Module):
-    def __init__(self, kind: type[nn.RNNBase], **options: Any) -> None:
+    def __init__(self, kind: type[nn.RNNBase], width: int, **options: Any) -> None:
         super().__init__()
-        self.embed = nn.Embedding(50, 32)
-        self.layers = kind(32, 48, batch_first=True, **options)
+        self.embed = nn.Embedding(50, width)
+        self.layers = kind(width, width + 16, batch_first=True, **options)
         self.head = nn.LazyLinear(7)
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -163,11 +186,11 @@ class _Recurrent(nn.Module):
 
 
 class _Loop(nn.Module):
-    """Newton's steps to a matrix's inverse square root until it moves no more, and a branch on the input."""
+    """A branch on the input, and a layer again and again until its output is small."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int = 16) -> None:
         super().__init__()
-        self.a, self.b = nn.Linear(16, 16), nn.Linear(16, 16)
+        self.a, self.b = nn.Linear(width, width), nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         if bool(x.sum() > 0):
@@ -175,7 +198,7 @@ class _Loop(nn.Module):
         else:
             y = torch.sigmoid(self.b(x))
         count = 0
-        while bool(y.abs().sum() > 1.0) and count < 20:
+        while bool(y.abs().sum() > 1.0) and count < 4:
             y = torch.tanh(self.a(y)) * 0.7
             count += 1
         return y
@@ -184,7 +207,7 @@ class _Loop(nn.Module):
 class _Decoder(nn.Module):
     """A Llama-like decoder, one token at a time, its keys and values in states."""
 
-    def __init__(self, width: int = 64, heads: int = 4, layers: int = 2, words: int = 100) -> None:
+    def __init__(self, width: int, layers: int, heads: int = 4, words: int = 100) -> None:
         super().__init__()
         self.heads, self.width = heads, width
         self.embed, self.head = nn.Embedding(words, width), nn.Linear(width, words, bias=False)
@@ -220,16 +243,7 @@ class _Decoder(nn.Module):
         return self.head(self._norm(x, -1))
 
 
-def _vision_text() -> nn.Module:
-    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
-
-    config = CLIPTextConfig(
-        vocab_size=300, max_position_embeddings=24, projection_dim=32, attn_implementation="eager", **_SMALL
-    )
-    return _Output(CLIPTextModelWithProjection(config), lambda out: out[0], return_dict=False)
-
-
-def _deeplab() -> nn.Module:
+def _segmentation() -> nn.Module:
     import torchvision
 
     module = torchvision.models.segmentation.lraspp_mobilenet_v3_large(
@@ -238,7 +252,17 @@ def _deeplab() -> nn.Module:
     return _Output(module, lambda out: out["out"])
 
 
-_CACHE = {name: (2, 4, CONTEXT, 16) for name in ("keys", "values")}
+def _recurrent(kind: str, **options: Any) -> Trip:
+    def build(width: int) -> nn.Module:
+        return _Recurrent(getattr(nn, kind), width, **options)
+
+    return Trip(partial(build, 32), (((1, 12), 50),), full=Trip(partial(build, 256), (((1, 64), 50),)))
+
+
+def _decoder(width: int, layers: int, full: Trip | None = None) -> Trip:
+    states = {name: (layers, 4, CONTEXT, width // 4) for name in ("keys", "values")}
+    return Trip(partial(_Decoder, width, layers), (((1,), 100), ((1,), 1)), states=states, full=full)
+
 
 TRIPS: dict[str, Trip] = {
     # convolutions
@@ -267,7 +291,7 @@ TRIPS: dict[str, Trip] = {
     "mixer": _timm("mixer_s32_224", 224),
     "poolformer": _timm("poolformerv2_s12", 96),
     "xcit": _timm("xcit_nano_12_p16_224", 96, depth=3),
-    "beit": _timm("beit_base_patch16_224", 96, depth=3, embed_dim=96, num_heads=3),
+    "eva": _timm("eva02_tiny_patch14_224", 224, depth=3),
     # both
     "fastvit": _timm("fastvit_t8", 96),
     "mobilevit": _timm("mobilevit_xxs", 96),
@@ -278,22 +302,28 @@ TRIPS: dict[str, Trip] = {
     "repvit": _timm("repvit_m0_9", 96, depth=(1, 1, 2, 1)),
     "tinyvit": _timm("tiny_vit_5m_224", 224, depths=(1, 1, 2, 1)),
     # heads
-    "detector": Trip(_Detector, ((1, 3, 96, 96),)),
-    "segmentation": Trip(_deeplab, ((1, 3, 96, 96),)),
-    "diffusion": Trip(_DiffusionBlock, ((1, 4, 16, 16), (1,), (1, 7, 48))),
+    "detector": Trip(
+        _Detector, ((1, 3, 96, 96),), typed_outputs=1, full=Trip(_Detector, ((1, 3, 224, 224),), typed_outputs=1)
+    ),
+    "segmentation": Trip(_segmentation, ((1, 3, 96, 96),), full=Trip(_segmentation, ((1, 3, 224, 224),))),
+    "diffusion": Trip(
+        _DiffusionBlock,
+        ((1, 4, 16, 16), (1,), (1, 7, 48)),
+        full=Trip(partial(_DiffusionBlock, 128), ((1, 4, 32, 32), (1,), (1, 77, 48))),
+    ),
     # text
-    "bert": _text("Bert", **_SMALL),
-    "roberta": _text("Roberta", **_SMALL),
-    "distilbert": _text("DistilBert", dim=64, n_layers=2, n_heads=4, hidden_dim=128),
-    "albert": _text("Albert", embedding_size=32, **_SMALL),
-    "gpt2": _text("GPT2", True, n_embd=64, n_layer=2, n_head=4, n_positions=32, use_cache=False),
-    "llama": _text("Llama", True, num_key_value_heads=2, use_cache=False, **_SMALL),
-    "qwen2": _text("Qwen2", True, num_key_value_heads=2, use_cache=False, **_SMALL),
-    "clip-text": Trip(_vision_text, (((1, 24), 300),)),
+    "bert": _text("Bert", **_SIZES),
+    "roberta": _text("Roberta", max_position_embeddings="positions", **_SIZES),
+    "distilbert": _text("DistilBert", dim="width", n_layers="layers", n_heads="heads", hidden_dim="hidden"),
+    "albert": _text("Albert", embedding_size="embedding", **_SIZES),
+    "gpt2": _text("GPT2", True, n_embd="width", n_layer="layers", n_head="heads", n_positions="positions"),
+    "llama": _text("Llama", True, **_KV),
+    "qwen2": _text("Qwen2", True, **_KV),
+    "clip-text": _text("CLIPText", projection_dim="embedding", max_position_embeddings="positions", **_SIZES),
     # recurrent and control flow
-    "lstm": Trip(lambda: _Recurrent(nn.LSTM, bidirectional=True, num_layers=2), (((1, 12), 50),)),
-    "gru": Trip(lambda: _Recurrent(nn.GRU), (((1, 12), 50),)),
-    "rnn": Trip(lambda: _Recurrent(nn.RNN, nonlinearity="relu"), (((1, 12), 50),)),
-    "loop": Trip(_Loop, ((2, 16),), route="script"),
-    "decoder": Trip(_Decoder, (((1,), 100), ((1,), 1)), states=_CACHE),
+    "lstm": _recurrent("LSTM", bidirectional=True, num_layers=2),
+    "gru": _recurrent("GRU"),
+    "rnn": _recurrent("RNN", nonlinearity="relu"),
+    "loop": Trip(_Loop, ((2, 16),), "script", full=Trip(partial(_Loop, 512), ((64, 512),), "script")),
+    "decoder": _decoder(64, 2, full=_decoder(512, 6)),
 }

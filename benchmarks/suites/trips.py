@@ -9,27 +9,27 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fastvlm.common.cli import progress
 
+if TYPE_CHECKING:
+    from benchmarks.suites.trip_models import Trip
+
 ROUNDS = 9  # timed rounds of each side, interleaved, after one warm-up
 
 
-def built(name: str) -> Any:
+def built(trip: Trip) -> Any:
     """The module of a row of TRIPS in evaluation mode, the same weights each time; normalizations have statistics."""
     import torch
 
-    from benchmarks.suites.trip_models import TRIPS
-
     torch.manual_seed(0)
-    trip = TRIPS[name]
     module = trip.build().eval()
     with torch.inference_mode():
         if any(isinstance(part, torch.nn.LazyLinear) for part in module.modules()):
-            module(*tensors(name))
+            module(*tensors(trip))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         # Where a layer starts as nothing (zero, a LayerScale of 1e-6), a wrong one would not be seen.
@@ -41,27 +41,24 @@ def built(name: str) -> Any:
         for part in norms:  # statistics of noise, else the signal of random weights fades away
             part.train().momentum = None
         if norms:
-            module(*(torch.randn((4, *x.shape[1:]), generator=generator) for x in tensors(name)))
+            module(*(torch.randn((4, *x.shape[1:]), generator=generator) for x in tensors(trip)))
     return module.eval().requires_grad_(False)
 
 
-def tensors(name: str, seed: int = 0) -> list[Any]:
+def tensors(trip: Trip, seed: int = 0) -> list[Any]:
     """The inputs of a row as tensors."""
     import torch
 
-    from benchmarks.suites.trip_models import TRIPS
-
-    return [torch.from_numpy(array) for array in TRIPS[name].arrays(seed)]
+    return [torch.from_numpy(array) for array in trip.arrays(seed)]
 
 
-def convert(module: Any, name: str, target: Path, precision: str = "float32") -> Any:
+def convert(module: Any, trip: Trip, target: Path, precision: str = "float32") -> Any:
     """Convert as a script by hand does and save; inputs are x0, x1, ... Returns coremltools' model."""
     import torch
 
-    from benchmarks.suites.trip_models import TRIPS
     from model_export.encoder.coreml import coremltools, quiet_conversion
 
-    ct, trip, examples = coremltools(), TRIPS[name], tensors(name)
+    ct, examples = coremltools(), tensors(trip)
     types = [
         ct.TensorType(name=f"x{i}", shape=tuple(x.shape), dtype=np.int32 if x.dtype == torch.int32 else np.float32)
         for i, x in enumerate(examples)
@@ -142,24 +139,25 @@ def measure(*names: str) -> dict[str, Any]:
     rows: dict[str, dict[str, float]] = {}
     with progress("round trips", len(names or TRIPS)) as advance, tempfile.TemporaryDirectory() as folder:
         for name in names or TRIPS:
-            module, examples = built(name), tensors(name)
+            trip = TRIPS[name].full or TRIPS[name]
+            module, examples = built(trip), tensors(trip)
             inputs = {f"x{i}": x.numpy() for i, x in enumerate(examples)}
             with torch.inference_mode():
-                expected = flat(built(name)(*examples))
+                expected = flat(built(trip)(*examples))
             runs: dict[str, Callable[[], Any]] = {"torch": partial(torch.inference_mode()(module), *examples)}
             found: dict[str, list[Any]] = {}
             for label, policy, precision in (("float32", "float32", "float32"), ("typed", "as-typed", "float16")):
                 package = Path(folder, f"{name}-{label}.mlpackage")
-                convert(built(name), name, package, precision)
+                convert(built(trip), trip, package, precision)
                 executor = mil.load(package, compute=policy)
-                state = {"state": executor.make_state()} if TRIPS[name].states else {}
+                state = {"state": executor.make_state()} if trip.states else {}
                 runs[label] = partial(executor.predict, inputs, **state)
                 result = runs[label]()
                 found[label] = [result[output] for output in executor.outputs]
             times = _interleaved(runs)
             rows[name] = {label: times[label] / times["torch"] for label in found} | {
                 "error": max(relative_error(*pair) for pair in zip(expected, found["float32"], strict=True)),
-                "snr": min(snr_db(*pair) for pair in zip(expected, found["typed"], strict=True)),
+                "snr": min(snr_db(*pair) for pair in list(zip(expected, found["typed"]))[: trip.typed_outputs]),
                 "ms": 1000 * times["torch"],
             }
             advance()
