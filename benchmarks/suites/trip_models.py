@@ -21,8 +21,8 @@ class Trip:
 
     build: the module in float32, its last output alone where it has several kinds of them. inputs: a shape (values of
     N(0, 1)), or (shape, below) for token numbers. route: how it is converted, "trace", "export" or "script". states:
-    the buffers that are states, with their shapes. full: the architecture at the size that it is timed at, None: at this
-    one. typed_outputs: how many outputs are compared as typed; later ones hang on the order of near ties.
+    the buffers that are states, with their shapes. full: the architecture at the size that it is timed at, None: at
+    this one. typed_outputs: how many outputs are compared as typed; later ones hang on the order of near ties.
     """
 
     build: Callable[[], nn.Module]
@@ -76,7 +76,7 @@ class _Output(nn.Module):
         return self.take(self.module(*inputs, **self.options))
 
 
-def _text(kind: str, causal: bool = False, **names: str) -> Trip:
+def _text(kind: str, causal: bool = False, **names: Any) -> Trip:
     """A text encoder or decoder of transformers without a cache; names: its words for the sizes of `sizes`."""
 
     def build(length: int, width: int, layers: int) -> nn.Module:
@@ -99,13 +99,13 @@ def _text(kind: str, causal: bool = False, **names: str) -> Trip:
     )
 
 
-_SIZES = {
+_SIZES: dict[str, Any] = {
     "hidden_size": "width",
     "num_hidden_layers": "layers",
     "num_attention_heads": "heads",
     "intermediate_size": "hidden",
 }
-_KV = _SIZES | {"num_key_value_heads": "kv"}
+_KV: dict[str, Any] = _SIZES | {"num_key_value_heads": "kv"}
 
 
 class _Detector(nn.Module):
@@ -193,10 +193,7 @@ class _Loop(nn.Module):
         self.a, self.b = nn.Linear(width, width), nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        if bool(x.sum() > 0):
-            y = torch.tanh(self.a(x))
-        else:
-            y = torch.sigmoid(self.b(x))
+        y = torch.tanh(self.a(x)) if bool(x.sum() > 0) else torch.sigmoid(self.b(x))
         count = 0
         while bool(y.abs().sum() > 1.0) and count < 4:
             y = torch.tanh(self.a(y)) * 0.7
@@ -210,6 +207,8 @@ class _Decoder(nn.Module):
     def __init__(self, width: int, layers: int, heads: int = 4, words: int = 100) -> None:
         super().__init__()
         self.heads, self.width = heads, width
+        self.keys: Tensor
+        self.values: Tensor
         self.embed, self.head = nn.Embedding(words, width), nn.Linear(width, words, bias=False)
         self.qkv = nn.ModuleList(nn.Linear(width, 3 * width, bias=False) for _ in range(layers))
         self.out = nn.ModuleList(nn.Linear(width, width, bias=False) for _ in range(layers))
@@ -291,7 +290,6 @@ TRIPS: dict[str, Trip] = {
     "mixer": _timm("mixer_s32_224", 224),
     "poolformer": _timm("poolformerv2_s12", 96),
     "xcit": _timm("xcit_nano_12_p16_224", 96, depth=3),
-    "eva": _timm("eva02_tiny_patch14_224", 224, depth=3),
     # both
     "fastvit": _timm("fastvit_t8", 96),
     "mobilevit": _timm("mobilevit_xxs", 96),
@@ -303,8 +301,11 @@ TRIPS: dict[str, Trip] = {
     "tinyvit": _timm("tiny_vit_5m_224", 224, depths=(1, 1, 2, 1)),
     # heads
     "detector": Trip(
-        _Detector, ((1, 3, 96, 96),), typed_outputs=1, full=Trip(_Detector, ((1, 3, 224, 224),), typed_outputs=1)
-    ),
+        _Detector,
+        ((1, 3, 96, 96),),
+        typed_outputs=1,
+        full=Trip(_Detector, ((1, 3, 224, 224),), typed_outputs=1),
+    ),  # fmt: skip
     "segmentation": Trip(_segmentation, ((1, 3, 96, 96),), full=Trip(_segmentation, ((1, 3, 224, 224),))),
     "diffusion": Trip(
         _DiffusionBlock,

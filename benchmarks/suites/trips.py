@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastvlm.common.cli import progress
+from fastvlm.common.cli import log, progress
 
 if TYPE_CHECKING:
     from benchmarks.suites.trip_models import Trip
 
-ROUNDS = 9  # timed rounds of each side, interleaved, after one warm-up
+ROUNDS = 5  # timed rounds of each side, interleaved, after one warm-up
 
 
 def built(trip: Trip) -> Any:
@@ -160,6 +160,7 @@ def measure(*names: str) -> dict[str, Any]:
                 "snr": min(snr_db(*pair) for pair in list(zip(expected, found["typed"]))[: trip.typed_outputs]),
                 "ms": 1000 * times["torch"],
             }
+            log(f"{name}: " + ", ".join(f"{key} {value:.3g}" for key, value in rows[name].items()))
             advance()
     means = {
         label: math.exp(statistics.fmean(math.log(row[label]) for row in rows.values()))

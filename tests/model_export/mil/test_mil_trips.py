@@ -22,14 +22,14 @@ pytestmark = pytest.mark.slow
 # in the benchmark alone: minutes of coremltools
 LONG = {
     "ghostnet", "googlenet", "mobilevitv2", "poolformer", "repvgg", "mnasnet", "levit", "seresnet", "efficientformer",
-    "shufflenet",
+    "shufflenet", "inceptionnext",
 }  # fmt: skip
 NAMES = [name for name in TRIPS if name not in LONG]
 HALF = [name for name in NAMES[::3] if not TRIPS[name].typed_outputs]
 SINGLE = [name for name in NAMES if name not in HALF]
 KIND = {
-    "vit": "palette4", "distilbert": "palette6-group", "squeezenet": "int8", "gpt2": "int4-block", "diffusion": "sparse",
-    "lstm": "int8", "qwen2": "sparse-palette", "loop": "int8",
+    "vit": "palette4", "distilbert": "palette6-group", "squeezenet": "int8", "gpt2": "int4-block",
+    "diffusion": "sparse", "qwen2": "sparse-palette", "rnn": "int8",
 }  # fmt: skip
 DECODER = TRIPS["decoder"]
 STEPS = 6  # tokens that a decoder generates
@@ -54,12 +54,12 @@ def test_there_are_three_dozen() -> None:
 @pytest.mark.parametrize("name", HALF)
 def test_float16_as_typed(name: str, tmp_path: Path) -> None:
     """Rounding to float16 is noise 71 dB below a value; that of N operations adds up to 10 log10 N more, and what
-    layers amplify is given 11 dB."""
+    layers amplify is given 16 dB."""
     trips.convert(trips.built(TRIPS[name]), TRIPS[name], tmp_path / "m.mlpackage", "float16")
     operations = len(mil.load(tmp_path / "m.mlpackage").operations)
     found = outputs(tmp_path / "m.mlpackage", "as-typed", TRIPS[name].arrays())
     for wanted, other, got in zip(expected(name), expected(name, seed=1), found, strict=True):
-        assert snr_db(wanted, got) > 60 - 10 * math.log10(operations) > 25
+        assert snr_db(wanted, got) > 55 - 10 * math.log10(operations) > 25
         assert snr_db(other, got) < 25
 
 
