@@ -49,7 +49,7 @@ def _timm(name: str, size: int, route: str = "trace", **options: Any) -> Trip:
     def build(size: int, options: dict[str, Any]) -> nn.Module:
         import timm
 
-        sized = {"img_size": size} if name.startswith(("vit", "deit", "swin")) else {}
+        sized: dict[str, Any] = {"img_size": size} if name.startswith(("vit", "deit", "swin")) else {}
         return timm.create_model(name, pretrained=False, num_classes=10, **sized, **options)
 
     full = Trip(partial(build, 224, {}), ((1, 3, 224, 224),), route)
@@ -175,7 +175,7 @@ class _DiffusionBlock(nn.Module):
 
 
 class _Recurrent(nn.Module):
-    def __init__(self, kind: type[nn.RNNBase], width: int, **options: Any) -> None:
+    def __init__(self, kind: Callable[..., nn.Module], width: int, **options: Any) -> None:
         super().__init__()
         self.embed = nn.Embedding(50, width)
         self.layers = kind(width, width + 16, batch_first=True, **options)
@@ -305,7 +305,7 @@ TRIPS: dict[str, Trip] = {
         ((1, 3, 96, 96),),
         typed_outputs=1,
         full=Trip(_Detector, ((1, 3, 224, 224),), typed_outputs=1),
-    ),  # fmt: skip
+    ),
     "segmentation": Trip(_segmentation, ((1, 3, 96, 96),), full=Trip(_segmentation, ((1, 3, 224, 224),))),
     "diffusion": Trip(
         _DiffusionBlock,
