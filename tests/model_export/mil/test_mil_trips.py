@@ -56,11 +56,10 @@ def test_float16_as_typed(name: str, tmp_path: Path) -> None:
     """Rounding to float16 is noise 71 dB below a value; that of N operations adds up to 10 log10 N more, and what
     layers amplify is given 16 dB."""
     trips.convert(trips.built(TRIPS[name]), TRIPS[name], tmp_path / "m.mlpackage", "float16")
-    operations = len(mil.load(tmp_path / "m.mlpackage").operations)
+    least = 55 - 10 * math.log10(len(mil.load(tmp_path / "m.mlpackage").operations))
     found = outputs(tmp_path / "m.mlpackage", "as-typed", TRIPS[name].arrays())
     for wanted, other, got in zip(expected(name), expected(name, seed=1), found, strict=True):
-        assert snr_db(wanted, got) > 55 - 10 * math.log10(operations) > 25
-        assert snr_db(other, got) < 25
+        assert snr_db(wanted, got) > least > snr_db(other, got)  # the control: another input's result fails
 
 
 @pytest.mark.parametrize("name", SINGLE)
