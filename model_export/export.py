@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from fastvlm.model.surface import Vision
     from model_export.coreai.contract import Shape
     from model_export.encoder.vision import Pictures
+    from quantization.coreai.plan import Plan as FormPlan
 
 PARTS = ("vision", "llm")
 # What the folded encoder's weights take for each parameter; biases and constants are noise beside them.
@@ -53,6 +54,7 @@ class Plan:
     calibration: list[conversations.Sample] | None
     sizes: dict[str, int]
     signature: list[tuple[str, int, int, int]]  # of the checkpoint's files, as `_signature` has it
+    bundle: "tuple[Shape, FormPlan] | None" = None  # of a Core AI bundle: its sizes, and its weights' forms
 
     def document(self) -> dict[str, Any]:
         """The files to be written, with estimated sizes in bytes."""
@@ -84,14 +86,15 @@ def plan(config: ExportConfig, parts: tuple[str, ...] = PARTS) -> Plan:
             log(f"deployment target {config.deployment_target}: {why}, new in {target}")
     sizes: dict[str, int] = {}
     if config.format == "coreai":
-        bundle.check(checkpoint)
-        _shape(config, checkpoint)
         from model_export.coreai.compress import bundle_shapes, plan_of
 
+        bundle.check(checkpoint)
+        shape = bundle.shape_of(checkpoint, config.max_context_length, config.cache == "growing")
         shapes = bundle_shapes(checkpoint)
-        sizes = bundle.planned_bytes(plan_of(recipe, shapes), shapes)
+        forms = plan_of(recipe, shapes)
+        sizes = bundle.planned_bytes(forms, shapes)
         _check_space(config.output_dir, sizes, copies=0)
-        return Plan(config, parts, checkpoint, recipe, calibration, sizes, signature)
+        return Plan(config, parts, checkpoint, recipe, calibration, sizes, signature, (shape, forms))
     if "vision" in parts:
         weights = sum(info.size for name, info in checkpoint.tensors.items() if name.startswith(naming.VISION))
         sizes[contract.PACKAGE] = weights * _BYTES_PER_WEIGHT[config.compute_precision]
@@ -214,10 +217,6 @@ def _write_parts(
     return document
 
 
-def _shape(config: ExportConfig, checkpoint: Checkpoint) -> "Shape":
-    return bundle.shape_of(checkpoint, config.max_context_length, config.cache == "growing")
-
-
 @contextmanager
 def _kept(target: Path) -> Iterator[Path]:
     """A folder beside the output that outlives an export that is stopped; one that ends well removes it."""
@@ -235,12 +234,11 @@ def _write_bundle(
     An export that was stopped is taken up behind its last finished asset, if checkpoint, settings and versions are the
     same; with pictures of the user's, whose content nobody has hashed, it begins anew.
     """
-    from model_export.coreai.compress import bundle_shapes, plan_of
     from model_export.coreai.programs import Programs
     from model_export.encoder.vision import measured_on
 
-    config, checkpoint, shape = plan.config, plan.checkpoint, _shape(plan.config, plan.checkpoint)
-    forms = plan_of(plan.recipe, bundle_shapes(checkpoint))
+    assert plan.bundle is not None
+    config, checkpoint, (shape, forms) = plan.config, plan.checkpoint, plan.bundle
     programs = Programs(checkpoint, shape, plan=forms)
     settings = [sources["sha256"], config.document(), plan.recipe.to_json(), artefact.versions(packages.PACKAGES)]
     same = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]

@@ -6,7 +6,7 @@ import json
 import os
 import shlex
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from fastvlm.common.cli import log, progress
 from fastvlm.common.documents import object_or_empty
 from fastvlm.common.errors import UserError
 from fastvlm.common.files import Output, real_path
+from fastvlm.common.findings import Finding
 from fastvlm.common.units import format_bytes
 from model_export import artefact as exported
 from model_export import contract
@@ -72,18 +73,9 @@ def run_bundle(args: argparse.Namespace) -> dict[str, Any]:
     problems = validate.validate(source, wanted)
     if framework is not None:
         problems = resources.collisions([*files, *names], model if args.app else target, framework) + problems
-    findings.show(problems, log)
-    document = {
-        "passed": not findings.errors(problems),
-        "artefact": str(source),
-        "model": str(model),
-        "findings": [problem.document() for problem in problems],
-        "dry_run": args.dry_run,
-    }
+    document = _judged(problems, source, model, args.dry_run)
     if not document["passed"]:
-        log(f"{model}: not touched: {findings.count(problems)}")
         return document
-    licence.log_research_term(source)
     if args.app:
         return document | _into_app(source, files, place, args.dry_run)
     instructions = guide.guide(source, exported.read_whole(source), wanted)
@@ -108,18 +100,9 @@ def _into_package(source: Path, manifest: Mapping[str, Any], target: Path, args:
     exported.check_target(target, args.overwrite)
     files = _files(source, manifest)
     problems = validate.validate(source, facts.table())
-    findings.show(problems, log)
-    document = {
-        "passed": not findings.errors(problems),
-        "artefact": str(source),
-        "model": str(target),
-        "findings": [problem.document() for problem in problems],
-        "dry_run": args.dry_run,
-    }
+    document = _judged(problems, source, target, args.dry_run)
     if not document["passed"]:
-        log(f"{target}: not touched: {findings.count(problems)}")
         return document
-    licence.log_research_term(source)
     total = sum(entry["size"] for entry in files.values())
     if args.dry_run:
         print(f"{target}: would become this bundle: {len(files)} files, {format_bytes(total)}")
@@ -129,6 +112,23 @@ def _into_package(source: Path, manifest: Mapping[str, Any], target: Path, args:
     snippet = package.snippet(target)
     print(f"{target}: {len(files)} files: {_ways(sizes)}\n\n{snippet}")
     return document | {"bytes": sizes, "swift": snippet}
+
+
+def _judged(problems: Sequence[Finding], source: Path, place: Path, dry_run: bool) -> dict[str, Any]:
+    """Show findings and, of a sound artefact, its licence's term; the document's first entries."""
+    findings.show(problems, log)
+    document = {
+        "passed": not findings.errors(problems),
+        "artefact": str(source),
+        "model": str(place),
+        "findings": [problem.document() for problem in problems],
+        "dry_run": dry_run,
+    }
+    if document["passed"]:
+        licence.log_research_term(source)
+    else:
+        log(f"{place}: not touched: {findings.count(problems)}")
+    return document
 
 
 def _faults(args: argparse.Namespace) -> Iterator[str]:

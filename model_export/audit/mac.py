@@ -58,7 +58,7 @@ def run_mac(args: argparse.Namespace) -> dict[str, Any]:
     """Print each check with its outcome; the document's "passed" makes the exit code (a skip is no failure)."""
     from model_export import mil
 
-    if is_bundle(args.model):
+    if (args.model / METADATA).is_file():  # a Core AI bundle
         return _run_bundle(args.model, args.units or COREAI_UNITS)
     package = args.model if args.model.suffix == ".mlpackage" else args.model / contract.PACKAGE
     try:
@@ -80,11 +80,6 @@ def run_mac(args: argparse.Namespace) -> dict[str, Any]:
         "establishes": ESTABLISHES,
         "passed": all(check["passed"] for check in checks),
     }
-
-
-def is_bundle(path: Path) -> bool:
-    """Whether the path is a Core AI bundle."""
-    return (path / METADATA).is_file()
 
 
 def _run_bundle(bundle: Path, units: Sequence[str]) -> dict[str, Any]:

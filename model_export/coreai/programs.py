@@ -80,9 +80,7 @@ class Programs:
                 open_axes |= {name: {3: context} for name in contract.STATES}
             module = Decoder(self._language(target.parent))
             compress(module, self.plan.of(DECODER))
-            save(
-                module, inputs, target, output=self._output("main"), dynamic=open_axes, states=contract.STATES
-            )  # fmt: skip
+            save(module, inputs, target, output=self._output("main"), dynamic=open_axes, states=contract.STATES)
             del module
             self.checkpoint.unmap()
 

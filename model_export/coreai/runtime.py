@@ -1,6 +1,5 @@
 """A bundle as a FastVLM: Apple's runtime behind the methods of `fastvlm.model.surface`."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from fastvlm.checkpoint import layouts
+from fastvlm.common.documents import Unreadable, load_object
 from fastvlm.common.errors import UserError
 from fastvlm.data.preprocessing import Preprocessor
 from fastvlm.data.prompt import eos_ids
@@ -120,27 +120,51 @@ def load_bundle(bundle: Path, units: str | None = None) -> FastVLM:
         UserError: the bundle is not what was exported, or Core AI's packages are missing.
         RuntimeEnded: the runtime crashed on it.
     """
-    metadata = json.loads((bundle / contract.METADATA).read_text(encoding="utf-8"))
+    settings = _settings(bundle / contract.METADATA)
     runtime = Runtime(units)
     interfaces = {}
-    for role, asset in metadata["assets"].items():
+    for role, asset in settings.assets.items():
         _, interface = runtime.load(role, bundle / asset)
         if interface is None:
             raise UserError(f"{bundle / asset}: has no function {contract.FUNCTION}: export again")
         interfaces[role] = interface
-    vision, language = metadata["vision"], metadata["language"]
     where = "interpreter, CPU" if runtime.units == INTERPRETER else f"the system's runtime, {runtime.units}"
     name = f"Core AI ({where}; coreai-core {version('coreai-core')})"
-    tokenizer = layouts.load_tokenizer(bundle / contract.TOKENIZER, vision["image_token_id"])
+    tokenizer = layouts.load_tokenizer(bundle / contract.TOKENIZER, settings.image_token_id)
+    language = CoreAILanguage(runtime, interfaces, settings.context, eos_ids(tokenizer, None), name)
     return FastVLM(
-        preprocessor=Preprocessor(
-            vision["image_size"], vision["image_strategy"], tuple(vision["image_mean"]), tuple(vision["image_std"])
-        ),
+        preprocessor=settings.preprocessor,
         tokenizer=tokenizer,
-        image_token_id=vision["image_token_id"],
+        image_token_id=settings.image_token_id,
         vision=CoreAIVision(runtime, interfaces["vision"], name),
         projector=NoProjector(name),
-        language=CoreAILanguage(
-            runtime, interfaces, language["max_context_length"], eos_ids(tokenizer, None), name
-        ),
-    )  # fmt: skip
+        language=language,
+    )
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """What is read of metadata.json: role -> asset, and what a FastVLM needs."""
+
+    assets: dict[str, str]
+    preprocessor: Preprocessor
+    image_token_id: int
+    context: int
+
+
+def _settings(path: Path) -> _Settings:
+    """Read metadata.json; UserError for what no export writes."""
+    try:
+        document = load_object(path)
+        vision, assets = document["vision"], {role: document["assets"][role] for role in contract.ASSETS}
+        if any(Path(asset).name != asset for asset in assets.values()):
+            raise ValueError(f"assets outside the bundle: {', '.join(assets.values())}")
+        mean, std = (tuple(map(float, vision[key])) for key in ("image_mean", "image_std"))
+        preprocessor = Preprocessor(int(vision["image_size"]), vision["image_strategy"], mean, std)
+        token, context = int(vision["image_token_id"]), int(document["language"]["max_context_length"])
+    except Unreadable as error:
+        raise UserError(f"{error.finding(str(path))}") from None
+    except (KeyError, TypeError, ValueError) as error:
+        what = f"no {error}" if isinstance(error, KeyError) else f"{error}"
+        raise UserError(f"{path}: {what}: `fastvlm validate` names all of its faults; export again") from None
+    return _Settings(assets, preprocessor, token, context)

@@ -41,3 +41,12 @@ def app(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def new(tmp_path: Path) -> Path:
     return make_artefact(tmp_path / "new", 1)
+
+
+@pytest.fixture
+def loaded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each Core AI program is loaded once, however many broken bundles have it."""
+    from app_bridge.validation import check_assets
+    from tests.app_bridge.validation.remembering import remembering
+
+    monkeypatch.setattr(check_assets, "Runtime", remembering())

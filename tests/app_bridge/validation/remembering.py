@@ -5,8 +5,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from app_bridge.app import facts
 from model_export.coreai.contract import Function
 from model_export.coreai.process import Runtime
+from tests.app_bridge import broken
 
 _RUNTIME: list[Runtime] = []
 _SEEN: dict[tuple[str, str], tuple[list[str], Function | None]] = {}
@@ -25,3 +27,7 @@ def remembering(changes: dict[str, Callable[[Function], Function]] | None = None
             return names, (changes or {}).get(role, lambda same: same)(found) if found else None
 
     return Remembering
+
+
+def errors(folder: Path) -> list[tuple[str, str]]:
+    return broken.rules(folder, facts.table())

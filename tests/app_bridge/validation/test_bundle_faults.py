@@ -10,15 +10,14 @@ import pytest
 pytest.importorskip("coreai", reason="Core AI's packages: make setup EXTRAS=coreai")
 
 from app_bridge.app import facts
-from app_bridge.validation import check_assets
 from app_bridge.validation.validate import validate
 from fastvlm.common.errors import UserError
 from model_export.coreai import packages
 from tests.app_bridge import broken
 from tests.app_bridge.broken import gone, in_json, in_text, put, several, without
-from tests.app_bridge.validation.remembering import remembering
+from tests.app_bridge.validation.remembering import errors
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("loaded_once")]
 
 METADATA, TOKENIZER, SETTINGS = "metadata.json", "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json"
 DECODER, EMBED, VISION = "fastvlm.aimodel", "embed.aimodel", "vision.aimodel"
@@ -149,15 +148,6 @@ FAULTS: dict[str, tuple[str, str, Break]] = {
     "eos": ("eos-token", SETTINGS, put(SETTINGS, "eos_token", "a")),
     "licence": ("licence-missing", "LICENSE", gone("LICENSE")),
 }  # fmt: skip
-
-
-def errors(folder: Path) -> list[tuple[str, str]]:
-    return broken.rules(folder, facts.table())
-
-
-@pytest.fixture(autouse=True)
-def loaded_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(check_assets, "Runtime", remembering())
 
 
 def test_what_was_exported_passes(demo_bundle: Path) -> None:

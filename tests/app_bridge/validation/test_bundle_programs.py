@@ -10,14 +10,13 @@ import pytest
 
 pytest.importorskip("coreai", reason="Core AI's packages: make setup EXTRAS=coreai")
 
-from app_bridge.app import facts
 from app_bridge.validation import check_assets
 from model_export.coreai.contract import OPEN, Function
 from tests.app_bridge import broken
 from tests.app_bridge.broken import gone
-from tests.app_bridge.validation.remembering import remembering
+from tests.app_bridge.validation.remembering import errors, remembering
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("loaded_once")]
 
 EMBED, VISION = "embed.aimodel", "vision.aimodel"
 
@@ -80,15 +79,6 @@ PROGRAMS: dict[str, tuple[set[str], str, Callable[[Function], Function]]] = {
     "a cache's rank": ({"state-shape"}, "main", caches(2, 2048, 32)),
     "cache short": ({"cache-context"}, "main", caches(4, 1, 2, 2047, 32)),
 }  # fmt: skip
-
-
-def errors(folder: Path) -> list[tuple[str, str]]:
-    return broken.rules(folder, facts.table())
-
-
-@pytest.fixture(autouse=True)
-def loaded_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(check_assets, "Runtime", remembering())
 
 
 def other_program(folder: Path) -> None:

@@ -2,6 +2,8 @@
 
 import hashlib
 import os
+import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -171,6 +173,25 @@ def test_bytes_that_crash_the_runtime_are_an_error_of_this_process(demo_bundle, 
         (asset / contract.PROGRAM_HASH).write_bytes(hashlib.sha256(damaged).digest())
         with pytest.raises((RuntimeEnded, UserError), match="Apple's runtime"):
             Runtime().load("embedding", asset)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ('"image_size"', '"image_sizf"', "no 'image_size'"),
+        ('{\n  "metadata', '[\n  "metadata', "metadata.json"),
+        ('"embed.aimodel"', '"../be.aimodel"', "assets outside the bundle"),
+        ('"center_crop"', '"center_grap"', "image strategy"),
+    ],
+)
+def test_a_damaged_metadata_is_one_line(demo_bundle, tmp_path, old, new, said):
+    shutil.copytree(demo_bundle, tmp_path / "b")
+    path = tmp_path / "b" / contract.METADATA
+    text = path.read_text()
+    path.write_text(text.replace(old, new, 1))
+    assert len(path.read_text()) == len(text) and path.read_text() != text  # as large as it was exported
+    with pytest.raises(UserError, match=re.escape(said)):
+        runtime.load(tmp_path / "b")
 
 
 def test_the_child_and_its_folder_end_with_the_runtime(demo_bundle):
