@@ -10,13 +10,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastvlm.checkpoint import folder_kind, layouts, naming
+from fastvlm.checkpoint import adapter_folder, folder_kind, layouts, naming
+from fastvlm.checkpoint.adapter import Adapter
 from fastvlm.checkpoint.configuration import (
     ModelConfig,
     checked_by_transformers,
     configuration_of,
     hf_config_of,
 )
+from fastvlm.checkpoint.fitting import fit
 from fastvlm.checkpoint.tensors import canonical, compare, dtype_of, form_of, resolve_tie
 from fastvlm.checkpoint.weights import TensorInfo, Weights, scan
 from fastvlm.common.documents import Unreadable, load_object
@@ -40,7 +42,8 @@ class Checkpoint:
     `tensors` holds exactly the parameters and buffers that inference uses, under canonical names; a tied checkpoint has
     no `lm_head.weight` in it even if the file repeats the embeddings. `config` has config.json's checked settings;
     `dtype` is that of most weights; `model_config` says what the weights are (form, tying), whatever config.json
-    claims.
+    claims. With an `adapter`, all of this is the merged model's: tensors that it changes are merged, in float32, when
+    they are read, and `files` has its files, too.
     """
 
     path: Path
@@ -55,6 +58,7 @@ class Checkpoint:
     tensors: Mapping[str, TensorInfo]
     files: tuple[Path, ...]
     warnings: tuple[str, ...]
+    adapter: Adapter | None
     _weights: Weights = field(repr=False, compare=False)
 
     @property
@@ -66,6 +70,12 @@ class Checkpoint:
     def image_strategy(self) -> str:
         """How a picture becomes square: see `preprocessing.STRATEGIES`."""
         return self.preprocessor.image_strategy
+
+    @property
+    def tokenizer_path(self) -> Path:
+        """The folder with the tokenizer's files: the adapter's where it brings a tokenizer, else the checkpoint's."""
+        own = None if self.adapter is None else self.adapter.tokenizer_path
+        return own or self.path
 
     @cached_property
     def hf_config(self) -> "FastVlmConfig":
@@ -91,7 +101,7 @@ class Checkpoint:
 
     @cached_property
     def _tokenizer(self) -> "PreTrainedTokenizerBase":
-        return layouts.load_tokenizer(self.path, self.image_token_id)
+        return layouts.load_tokenizer(self.tokenizer_path, self.image_token_id)
 
     def check_finite(self, advance: Callable[..., Any] | None = None) -> Iterator[Finding]:
         """Read every weight and yield a finding where tensors hold NaN or infinity; `advance()` after each tensor."""
@@ -128,27 +138,31 @@ class Examination:
         return [finding for finding in self.findings if finding.severity == "warning"]
 
 
-def open_checkpoint(path: str | os.PathLike[str], image_strategy: str | None = None) -> Checkpoint:
+def open_checkpoint(
+    path: str | os.PathLike[str], image_strategy: str | None = None, adapter: Path | None = None
+) -> Checkpoint:
     """Check the folder at `path` and return it; UserError with every fault if it can't be used.
 
-    `image_strategy` overrides what the folder says of pictures.
+    `image_strategy` overrides what the folder says of pictures; `adapter` is the folder of one that is merged into the
+    checkpoint as it is read.
     """
-    examination = examine(path, image_strategy)
+    examination = examine(path, image_strategy, adapter)
     if examination.checkpoint is None:
-        raise UserError(
-            f"cannot use checkpoint {folder_kind.as_typed(path)}: {'; '.join(map(str, examination.faults))}"
-        )
+        what = f"checkpoint {folder_kind.as_typed(path)}" + (f" with adapter {adapter}" if adapter else "")
+        raise UserError(f"cannot use {what}: {'; '.join(map(str, examination.faults))}")
     return examination.checkpoint
 
 
-def examine(path: str | os.PathLike[str], image_strategy: str | None = None) -> Examination:
-    """Check the folder at `path`, collecting every finding instead of stopping at the first."""
+def examine(
+    path: str | os.PathLike[str], image_strategy: str | None = None, adapter: Path | None = None
+) -> Examination:
+    """Check the folder at `path`, collecting every finding instead of stopping at the first; see `open_checkpoint`."""
     examination = Examination(Path(path))
     if not examination.path.is_dir():
         examination.findings = [folder_kind.not_a_folder(path)]
         return examination
     try:
-        steps = _steps(examination, image_strategy)
+        steps = _steps(examination, image_strategy, adapter)
         examination.checkpoint, examination.findings = collect(steps)
     except _OtherKind as other:
         examination.kind, examination.findings = other.kind, [other.kind.finding()]
@@ -172,9 +186,10 @@ def _refuse_other(path: Path, config: Any = None, tensors: Collection[str] = ())
         raise _OtherKind(kind)
 
 
-def _steps(examination: Examination, image_strategy: str | None) -> Steps[Checkpoint | None]:
+def _steps(examination: Examination, image_strategy: str | None, folder: Path | None) -> Steps[Checkpoint | None]:
     path = examination.path
     _refuse_other(path)
+    adapter = None if folder is None else (yield from adapter_folder.read(folder))
     document = yield from _read_config(path)
     _refuse_other(path, document)
     layout = None if document is None else (yield from layouts.layout_of(document))
@@ -189,7 +204,8 @@ def _steps(examination: Examination, image_strategy: str | None) -> Steps[Checkp
     tensors, unknown = yield from canonical(weights, layout)
     form, form_findings = collect(form_of(tensors, complete))
     yield from form_findings
-    vocabulary, vocabulary_findings = collect(layouts.read_vocabulary(path))
+    tokenizer_path = path if adapter is None else adapter.tokenizer_path or path
+    vocabulary, vocabulary_findings = collect(layouts.read_vocabulary(tokenizer_path))
     yield from vocabulary_findings
     processor = yield from read_image_processor(path)
     preprocessor = yield from preprocessor_of(config, processor, image_strategy)
@@ -198,11 +214,14 @@ def _steps(examination: Examination, image_strategy: str | None) -> Steps[Checkp
         return None
     tied, tie_findings = collect(resolve_tie(weights, tensors, config, layout))
     yield from tie_findings if complete else ()
+    dtype = yield from dtype_of(tensors, config, complete)
+    if adapter is not None and complete:
+        base, tensors = tensors, (yield from fit(adapter.parts, tensors, tied))
+        form, tied, config = _as_merged(weights, base, tensors, config, layout)
     model = yield from checked_by_transformers(configuration_of(config, layout, form, tied))
     if model is None:
         return None
     yield from compare(tensors, unknown, model, tied, complete)
-    dtype = yield from dtype_of(tensors, config, complete)
     rows = model.text.vocab_size
     token = yield from layouts.image_token(config, layout, vocabulary, rows)
     if preprocessor is None:
@@ -212,9 +231,29 @@ def _steps(examination: Examination, image_strategy: str | None) -> Steps[Checkp
     if token == rows:
         _add_row(tensors, rows + 1)
         model = replace(model, text=replace(model.text, vocab_size=rows + 1))
+    files = (*weights.files, *(() if adapter is None else adapter.files))
     return Checkpoint(
-        path, layout, form, config, dtype, preprocessor, token, tied, model, tensors, tuple(weights.files), (), weights
+        path, layout, form, config, dtype, preprocessor, token, tied, model, tensors, files, (), adapter, weights
     )
+
+
+def _as_merged(
+    weights: Weights,
+    base: Mapping[str, TensorInfo],
+    tensors: Mapping[str, TensorInfo],
+    config: dict[str, Any],
+    layout: str,
+) -> tuple[str, bool, dict[str, Any]]:
+    """Form, tying and settings of the tensors that an adapter makes of the base's."""
+    form, _ = collect(form_of(tensors, False))
+    tied, _ = collect(resolve_tie(weights, tensors, config, layout))
+    settings: dict[str, Any] = {"tie_word_embeddings": tied}
+    before, after = (held.get(naming.EMBEDDINGS) for held in (base, tensors))
+    if before is not None and after is not None and before.shape != after.shape:  # the vocabulary was resized
+        settings["vocab_size"] = after.shape[0]
+    if layout == "llava_qwen2":
+        return form, tied, config | settings
+    return form, tied, config | {"tie_word_embeddings": tied, "text_config": config.get("text_config", {}) | settings}
 
 
 def _add_row(tensors: dict[str, TensorInfo], rows: int) -> None:

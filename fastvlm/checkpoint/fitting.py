@@ -1,0 +1,140 @@
+"""An adapter's parts put into a checkpoint's tensors: what doesn't fit is listed, all at once."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+
+from fastvlm.checkpoint import naming
+from fastvlm.checkpoint.adapter import Parts
+from fastvlm.checkpoint.merging import Added, Factors, LowRank, Replaced
+from fastvlm.checkpoint.weights import TensorInfo
+from fastvlm.common.findings import Finding, Steps
+
+_VOCABULARY = (naming.EMBEDDINGS, naming.LM_HEAD)  # what a resized vocabulary gives other rows
+
+
+def fit(parts: Parts, tensors: Mapping[str, TensorInfo], tied: bool) -> Steps[dict[str, TensorInfo]]:
+    """The tensors with an adapter's parts in them, by canonical name; `tied`: the head is the embeddings.
+
+    PEFT trains a tied head and its embeddings apart from each other where an adapter names one of them, but for rows of
+    tokens and with `ensure_weight_tying`. So does this: then the head gets a tensor of its own.
+    """
+    fitting = _Fitting(dict(tensors))
+    embeddings = tensors.get(naming.EMBEDDINGS)
+    if tied and embeddings is not None:
+        fitting.tensors[naming.LM_HEAD] = embeddings
+    for name, info in parts.whole.items():
+        fitting.replace(name, info)
+    for module, factors in parts.factors.items():
+        fitting.multiply(f"{module}.weight", factors)
+    for name, (info, scale) in parts.added.items():
+        fitting.add(name, info, scale)
+    for module, (index, values) in parts.tokens.items():
+        fitting.put_rows(f"{module}.weight", index, values)
+    yield from fitting.findings()
+    yield from _settle_head(fitting, parts, tied)
+    return fitting.tensors
+
+
+def _settle_head(fitting: "_Fitting", parts: Parts, tied: bool) -> Iterable[Finding]:
+    """Let a tied head stay one, or warn that it doesn't."""
+    head, touched = naming.LM_HEAD, fitting.touched
+    if not tied:
+        return
+    together = parts.tied or (naming.EMBEDDINGS in touched and touched[naming.EMBEDDINGS] == {"tokens"})
+    if head not in touched and (together or naming.EMBEDDINGS not in touched):
+        fitting.tensors.pop(head, None)
+        return
+    which = "lm_head" if naming.EMBEDDINGS not in touched else "embed_tokens" if head not in touched else "both apart"
+    expected = "one matrix for both, as in the base: lm_head gets its own, as it was trained"
+    yield Finding("adapter-unties", "adapter", f"changes of {which}", expected, severity="warning")
+
+
+class _Fitting:
+    """The tensors as they change, and what was found on the way."""
+
+    def __init__(self, tensors: dict[str, TensorInfo]) -> None:
+        self.tensors = tensors
+        self.touched: dict[str, set[str]] = {}
+        self._unknown: list[str] = []
+        self._misshapen: list[str] = []
+        self._twice: list[str] = []
+        self._known = tensors.keys()
+
+    def replace(self, name: str, info: TensorInfo) -> None:
+        """Put a whole tensor in the base's place."""
+        if naming.is_ignored(name) or (target := self._target(name, "whole")) is None:
+            return
+        base = self.tensors[target].shape
+        if info.shape != base and not (target in _VOCABULARY and info.shape[1:] == base[1:]):
+            self._misshapen.append(f"{name} {list(info.shape)}, expected {list(base)}")
+            return
+        self.tensors[target] = info
+
+    def multiply(self, name: str, factors: Factors) -> None:
+        """Add a product of two factors."""
+        if (target := self._target(name, "factors")) is None:
+            return
+        base = self.tensors[target].shape
+        if len(base) < 2 or not self._fits(factors, base):
+            shapes = " and ".join(str(list(info.shape)) for info in (factors.right, factors.left))
+            self._misshapen.append(f"{name}: factors of {shapes}, expected some of {list(base)}")
+            return
+        self._change(target, lambda info: LowRank(info, factors))
+
+    @staticmethod
+    def _fits(factors: Factors, base: tuple[int, ...]) -> bool:
+        left, right = factors.left.shape, factors.right.shape
+        if factors.transposed:
+            fits = (left[1:], right[:1], len(left), len(right)) == (base[:1], base[1:], 2, 2)
+        else:
+            fits = left[0] == base[0] and math.prod(left[2:]) == 1 and right[1:] == base[1:]
+        lengths = base[0] if factors.along == "rows" else base[1]
+        return fits and (factors.magnitude is None or factors.magnitude.size == lengths)
+
+    def add(self, name: str, info: TensorInfo, scale: float) -> None:
+        """Add a tensor."""
+        if (target := self._target(name, "added")) is None:
+            return
+        if info.shape != self.tensors[target].shape:
+            self._misshapen.append(f"{name} {list(info.shape)}, expected {list(self.tensors[target].shape)}")
+            return
+        self._change(target, lambda base: Added(base, info, scale))
+
+    def put_rows(self, name: str, index: tuple[int, ...], values: TensorInfo) -> None:
+        """Replace rows."""
+        if (target := self._target(name, "tokens")) is None:
+            return
+        base = self.tensors[target].shape
+        if values.shape[1:] != base[1:] or max(index, default=0) >= base[0]:
+            got = f"{list(values.shape)} for tokens up to {max(index, default=0)}"
+            self._misshapen.append(f"{name}: rows {got}, expected some of {list(base)}")
+            return
+        self._change(target, lambda info: Replaced(info, index, values))
+
+    def _change(self, target: str, change: Callable[[TensorInfo], LowRank | Added | Replaced]) -> None:
+        base = self.tensors[target]
+        self.tensors[target] = replace(base, dtype="float32", change=change(base))
+
+    def _target(self, name: str, how: str) -> str | None:
+        target = naming.of_trained(name, self._known)
+        if target is None or target not in self._known:
+            self._unknown.append(name)
+            return None
+        if how in self.touched.get(target, ()):
+            self._twice.append(name)
+            return None
+        self.touched.setdefault(target, set()).add(how)
+        return target
+
+    def findings(self) -> Iterable[Finding]:
+        """What doesn't fit."""
+        kinds = {
+            "adapter-target-unknown": (self._unknown, "of modules that the checkpoint doesn't have"),
+            "adapter-misshapen": (self._misshapen, "that don't fit the checkpoint"),
+            "adapter-twice": (self._twice, "for what another one is for, too"),
+        }
+        for rule, (names, what) in kinds.items():
+            if names:
+                expected = "those of the model that it was trained on"
+                yield Finding(rule, "adapter", f"{len(names)} tensors {what}", expected, details=tuple(names))
