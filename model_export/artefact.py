@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastvlm.checkpoint import folder_kind
 from fastvlm.checkpoint.exported import recognise
+from fastvlm.checkpoint.folder_kind import REPOSITORY
 from fastvlm.common import threads
 from fastvlm.common.cli import progress
 from fastvlm.common.documents import Unreadable, load
@@ -72,35 +73,60 @@ def check_target(target: Path, overwrite: bool) -> None:
 def sources(checkpoint: "Checkpoint", advance: Callable[[int], Any] | None = None) -> dict[str, Any]:
     """The checkpoint's identity: its layout, sha256 and size of each file that was read, and `sha256` over all of them.
 
-    `advance(n)` after every n bytes. Names only, no paths: the same checkpoint elsewhere is the same source.
+    With an adapter also "adapter": its name, kind and base, what it changes, and its files. `advance(n)` after every n
+    bytes. Names only, no paths: the same checkpoint elsewhere is the same source.
     """
-    beside = (path for path in small_files(checkpoint.path) if path.is_file())
-    files = hash_files(checkpoint.path, {path.name for path in (*checkpoint.files, *beside)}, advance)
-    whole = hashlib.sha256("".join(f"{entry['sha256']}  {name}\n" for name, entry in files.items()).encode())
-    return {
-        "layout": checkpoint.layout,
-        "form": checkpoint.form,
-        "dtype": checkpoint.dtype,
-        "sha256": whole.hexdigest(),
-        "files": files,
-    }
+    adapter = checkpoint.adapter
+    of_adapter = set() if adapter is None else {*adapter.files}
+    files = hash_files(checkpoint.path, _names(checkpoint.path, {*checkpoint.files} - of_adapter), advance)
+    document = {"layout": checkpoint.layout, "form": checkpoint.form, "dtype": checkpoint.dtype, "files": files}
+    listed = _listed(files)
+    if adapter is not None:
+        base = adapter.base if adapter.base is None or REPOSITORY.fullmatch(adapter.base) else Path(adapter.base).name
+        document["adapter"] = {
+            "name": adapter.path.resolve().name,
+            "kind": adapter.kind,
+            "base": base,
+            **adapter.facts,
+            "files": hash_files(adapter.path, _names(adapter.path, of_adapter), advance),
+        }
+        listed += f"adapter\n{_listed(document['adapter']['files'])}"
+    return document | {"sha256": hashlib.sha256(listed.encode()).hexdigest()}
 
 
-def carry_licences(checkpoint: Path, folder: Path, changes: Sequence[str]) -> list[str]:
+def _names(folder: Path, read: Iterable[Path]) -> set[str]:
+    """The files that were read of a folder, and the small ones beside them, relative."""
+    beside = (path for path in small_files(folder) if path.is_file())
+    return {path.relative_to(folder).as_posix() for path in (*read, *beside)}
+
+
+def _listed(files: Mapping[str, Mapping[str, Any]]) -> str:
+    return "".join(f"{entry['sha256']}  {name}\n" for name, entry in files.items())
+
+
+def fine_tuned(sources: Mapping[str, Any]) -> str | None:
+    """What a manifest's `sources` say of an adapter, in a few words; None without one."""
+    adapter = sources.get("adapter")
+    if not isinstance(adapter, dict):
+        return None
+    base = f", of {adapter['base']}" if adapter.get("base") else ""
+    return f"{adapter.get('kind')} {adapter.get('name')}{base}"
+
+
+def carry_licences(checkpoint: Path, folder: Path, changes: Sequence[str], adapter: Path | None = None) -> list[str]:
     """Copy the checkpoint's licence files into `folder`, and write a NOTICE of the changes.
 
-    Returns the copied names. Apple's licence asks for its text and attribution passed on, and modifications disclosed.
+    The adapter's own are `adapter-…` there: they are not the weights'. Returns the copied names. Apple's licence asks for
+    its text and attribution passed on, and modifications disclosed.
     """
-    carried = []
-    for path in sorted(checkpoint.iterdir()):
-        if path.name.lower().startswith(_CARRIED) and not path.is_dir():
-            if path.is_symlink() and not stays_inside(path):
-                raise UserError(f"{path}: {leaving(path)}")
-            try:
-                (folder / path.name).write_bytes(read_small(path, _LICENCE_BYTES))
-            except OSError as error:
-                raise UserError(f"{path}: {error.strerror}: no licence: move it away") from None
-            carried.append(path.name)
+    carried = [path.name for path in _licences(checkpoint)]
+    for path in _licences(checkpoint):
+        (folder / path.name).write_bytes(_licence(path))
+    for path in [] if adapter is None else _licences(adapter):
+        content, name = _licence(path), f"adapter-{path.name}"
+        if path.name not in carried or (folder / path.name).read_bytes() != content:
+            (folder / name).write_bytes(content)
+            carried.append(name)
     notice = folder / contract.NOTICE
     before = notice.read_text(encoding="utf-8", errors="replace").rstrip() + "\n\n" if notice.exists() else ""
     licences = [name for name in carried if name.lower().startswith(LICENCES)]
@@ -110,6 +136,20 @@ def carry_licences(checkpoint: Path, folder: Path, changes: Sequence[str]) -> li
     text = f"This artefact was made from a FastVLM checkpoint. {CHANGES}\n{listed}"
     notice.write_text(before + text + terms, encoding="utf-8")
     return carried
+
+
+def _licences(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.name.lower().startswith(_CARRIED) and not path.is_dir())
+
+
+def _licence(path: Path) -> bytes:
+    """The content of a licence file; UserError for what is none."""
+    if path.is_symlink() and not stays_inside(path):
+        raise UserError(f"{path}: {leaving(path)}")
+    try:
+        return read_small(path, _LICENCE_BYTES)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}: no licence: move it away") from None
 
 
 def is_apples(licence: str) -> bool:

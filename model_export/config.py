@@ -45,12 +45,14 @@ image_size = whole_number(PATCH_SIZE, PATCH_SIZE, MAX_IMAGE_SIZE)  # the argpars
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """One export. `image_size` (pixels per side) None is the checkpoint's own; `quant` is a recipe's name or file;
-    `layout` is whose language-model folder it is: the demo app's (and mlx-lm's), or mlx-vlm's.
+    """One export, of a checkpoint with an `adapter` merged into it, or without one. `image_size` (pixels per side) None is
+    the checkpoint's own; `quant` is a recipe's name or file; `layout` is whose language-model folder it is: the demo app's
+    (and mlx-lm's), or mlx-vlm's.
 
     `resolutions` are further sizes, each a function of the package. `minimum_deployment_target` None is
     DEFAULT_TARGET, or whatever newer one the rest needs. `calibration_data` is what `conversations.load` reads: its
-    pictures choose float16's powers of two, its questions calibrate the language model; None are drawn ones.
+    pictures choose float16's powers of two, its questions calibrate the language model; None are those that a fine-tune
+    left in its folder, else drawn ones.
     `vision_quant` compresses the encoder (see `encoder_forms.load`) unless `quant` does; `min_snr` (dB) looks for the
     smallest one that keeps it.
 
@@ -79,6 +81,7 @@ class ExportConfig:
     max_context_length: int | None = None
     cache: str = "fixed"
     overwrite: bool = False
+    adapter: Path | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "checkpoint", Path(self.checkpoint))
@@ -117,7 +120,7 @@ class ExportConfig:
     def document(self) -> dict[str, Any]:
         """The settings that decide the artefact's bytes, for its manifest: no paths, nothing of the machine."""
         document = asdict(self)
-        for key in ("checkpoint", "output_dir", "overwrite", "calibration_data"):
+        for key in ("checkpoint", "adapter", "output_dir", "overwrite", "calibration_data"):
             del document[key]
         document["quant"] = Path(self.quant).name  # a recipe of the user's may be a file anywhere
         if self.format == "coreai":
@@ -154,7 +157,11 @@ class ExportConfig:
             )
         yield from self._format_faults()
         yield from self._compression_faults()
-        read = {"--checkpoint": self.checkpoint, "--calibration-data": self.calibration_data}
+        read = {
+            "--checkpoint": self.checkpoint,
+            "--adapter": self.adapter,
+            "--calibration-data": self.calibration_data,
+        }
         given = [(flag, path) for flag, path in read.items() if path is not None]
         yield from output_faults({"--output-dir": (self.output_dir, Output(whole=True))}, given)
 

@@ -20,7 +20,7 @@ from fastvlm.common.cli import log, progress
 from fastvlm.common.errors import CheckFailed, UserError
 from fastvlm.common.staging import held, remove, staged, write_file
 from fastvlm.common.units import format_bytes
-from fastvlm.data import conversations, pictures
+from fastvlm.data import conversations, default_questions, pictures
 from model_export import artefact, contract
 from model_export.config import DEFAULT_TARGET, ExportConfig
 from model_export.coreai import bundle, packages
@@ -39,6 +39,7 @@ PARTS = ("vision", "llm")
 # What the folded encoder's weights take for each parameter; biases and constants are noise beside them.
 _BYTES_PER_WEIGHT = {"float16": 2, "float32": 4}
 CALIBRATION_SAMPLES = 256  # questions at most that something is calibrated on
+_UNASKED = 16  # pictures at most of a fine-tune's own that the encoder is measured on
 _SPARE_BYTES = 64 << 20  # tokenizer, configurations, manifest
 Parity = Callable[[Path], Mapping[str, Any]]
 
@@ -63,6 +64,7 @@ class Plan:
             "parts": list(self.parts),
             "config": self.config.document(),
             "layout": self.checkpoint.layout,
+            "adapter": self.checkpoint.adapter and self.checkpoint.adapter.kind,
             "image_size": self.checkpoint.image_size,
             "image_strategy": self.checkpoint.image_strategy,
             "recipe": self.recipe.to_json(),
@@ -75,11 +77,12 @@ def plan(config: ExportConfig, parts: tuple[str, ...] = PARTS) -> Plan:
     """Resolve an export without writing anything. Raises UserError for whatever would stop it, disk space included."""
     recipe = load_recipe(config.quant)
     artefact.check_target(config.output_dir, config.overwrite)
-    checkpoint = open_checkpoint(config.checkpoint)
+    checkpoint = open_checkpoint(config.checkpoint, adapter=config.adapter)
     if config.image_size:
         preprocessor = replace(checkpoint.preprocessor, image_size=config.image_size)
         checkpoint = replace(checkpoint, preprocessor=preprocessor)
     signature = _signature(checkpoint)
+    config = _with_questions(config, recipe, parts)
     calibration = _calibration(config, recipe, parts)
     for why, target in config.newer_target.items():
         if config.deployment_target != DEFAULT_TARGET:
@@ -151,7 +154,8 @@ def export(plan: Plan, parity: Parity | None = None, vision: "Vision | None" = N
             if result.get("passed") is not True:
                 raise CheckFailed(f"parity: {result.get('verdict', 'a tolerance is broken')}; nothing was written")
         if _signature(checkpoint) != plan.signature:
-            raise UserError(f"{checkpoint.path}: changed while it was exported: nothing was written; export again")
+            what = f"{checkpoint.path}" + ("" if config.adapter is None else f" or {config.adapter}")
+            raise UserError(f"{what}: changed while it was exported: nothing was written; export again")
     return {**document, "output_dir": str(config.output_dir), "seconds": seconds}
 
 
@@ -213,8 +217,15 @@ def _write_parts(
         document["llm"], changes["llm"] = _write_language(plan, folder, seconds, sees)
     if config.layout != "mlx-lm":
         tokenizer.write_processors(folder, checkpoint.image_size, strategy, preprocessor.mean, preprocessor.std)
-    document["licences"] = artefact.carry_licences(checkpoint.path, folder, [changes[part] for part in sorted(changes)])
+    told = [*_merged(document["sources"]), *(changes[part] for part in sorted(changes))]
+    document["licences"] = artefact.carry_licences(checkpoint.path, folder, told, config.adapter)
     return document
+
+
+def _merged(sources: Mapping[str, Any]) -> list[str]:
+    """A sentence for the NOTICE about an adapter."""
+    adapter = artefact.fine_tuned(sources)
+    return [] if adapter is None else [f"Fine-tuned: the weights are merged in float32 with an adapter ({adapter})."]
 
 
 @contextmanager
@@ -271,6 +282,7 @@ def _write_bundle(
     facts = asset("vision", lambda target: programs.write_vision(target, measured))
     bundle.write_files(checkpoint, shape, folder)
     changes = [
+        *_merged(sources),
         "The vision encoder's branches and normalizations are folded into convolutions.",
         f"All weights are stored in Core AI programs, which compute in float16, by recipe {plan.recipe.name}.",
     ]
@@ -283,7 +295,7 @@ def _write_bundle(
             **facts,
         },
         "llm": bundle.language_facts(checkpoint, shape, plan.recipe.to_json(), forms, folder),
-        "licences": artefact.carry_licences(checkpoint.path, folder, changes),
+        "licences": artefact.carry_licences(checkpoint.path, folder, changes, config.adapter),
     }
 
 
@@ -297,10 +309,22 @@ def _link(source: str, target: str) -> None:
 
 def _pictures(plan: Plan) -> "Pictures":
     """The pictures that the encoder is measured on: those of --calibration-data, else a drawn one and noise."""
-    given = None
-    if plan.calibration is not None:
-        given = [sample.image for sample in plan.calibration if sample.image is not None]
+    given = _given(plan)
     return lambda size: pictures.pixels(plan.checkpoint.preprocessor, size, given or None)
+
+
+def _given(plan: Plan) -> list[Callable[[], Any]]:
+    """The pictures of --calibration-data; some of those that nobody asked for, since each takes an encoder's time."""
+    given = [sample.image for sample in plan.calibration or () if sample.image is not None]
+    return given if _whose(plan.config) == "given" else given[:: -(-len(given) // _UNASKED) or 1]
+
+
+def _whose(config: ExportConfig) -> str:
+    """Where the questions for calibration come from, in a word or two."""
+    if config.calibration_data is None:
+        return "built-in"
+    own = default_questions.own(config.checkpoint, config.adapter, default_questions.TRAINING)
+    return "the fine-tune's" if config.calibration_data == own else "given"
 
 
 def _write_language(
@@ -318,6 +342,7 @@ def _write_language(
             recipe, ready, facts["calibration"] = calibrate(
                 checkpoint, recipe, checkpoint.preprocessor, plan.calibration, sees, config.layout
             )
+        facts["calibration"]["questions"] = _whose(config)
     size = llm.bytes_to_read(checkpoint, recipe, config.layout)
     with _stage("language model", seconds, size) as advance:
         facts |= llm.export_llm(checkpoint, recipe, folder, advance, config.layout, ready)
@@ -339,15 +364,25 @@ def _write_encoder(plan: Plan, folder: Path, source: str, seconds: dict[str, flo
             _pictures(plan),
             source,
         )
-    given = [sample for sample in plan.calibration or () if sample.image is not None]
+    given = len(_given(plan))
     if "fp16" in facts:
-        facts["fp16"]["pictures"] = f"{len(given)} given and noise" if given else "a drawn one and noise"
+        facts["fp16"]["pictures"] = f"{given} {_whose(config)} and noise" if given else "a drawn one and noise"
     compressed = ", its weights compressed." if facts.get("compression", {}).get("forms") else "."
     sizes = " and ".join(f"{size} x {size}" for size in facts["resolutions"])
     return facts, (
         "The vision encoder's branches and normalizations are folded into convolutions; it is stored as a Core ML"
         f" program in {config.compute_precision} for {sizes} pixels{compressed}"
     )
+
+
+def _with_questions(config: ExportConfig, recipe: Recipe, parts: tuple[str, ...]) -> ExportConfig:
+    """The settings with the pictures that a fine-tune was trained on, where no others are given and any are looked at."""
+    if config.calibration_data is not None or ("vision" not in parts and not recipe.calibrates):
+        return config
+    own = default_questions.own(config.checkpoint, config.adapter, default_questions.TRAINING)
+    if own is not None:
+        log(f"calibration on {own}, which the fine-tune left: --calibration-data names other questions")
+    return replace(config, calibration_data=own)
 
 
 def _calibration(config: ExportConfig, recipe: Recipe, parts: tuple[str, ...]) -> list[conversations.Sample] | None:
@@ -390,9 +425,11 @@ def _stage(name: str, seconds: dict[str, float], size: float | None = None) -> I
 
 
 def _signature(checkpoint: Checkpoint) -> list[tuple[str, int, int, int]]:
-    """Names, sizes and times (of the content, and of any change) of the folder's files: enough to see that someone
-    writes to it, or has since."""
-    statuses = ((path.name, path.stat()) for path in sorted(checkpoint.path.iterdir()) if path.is_file())
+    """Paths, sizes and times (of the content, and of any change) of the files of checkpoint and adapter: enough to see
+    that someone writes to them, or has since."""
+    folders = [checkpoint.path] if checkpoint.adapter is None else [checkpoint.path, checkpoint.adapter.path]
+    paths = {path for folder in folders for path in folder.iterdir() if path.is_file()} | {*checkpoint.files}
+    statuses = ((str(path), path.stat()) for path in sorted(paths))
     return [(name, status.st_size, status.st_mtime_ns, status.st_ctime_ns) for name, status in statuses]
 
 

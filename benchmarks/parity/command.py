@@ -8,6 +8,7 @@ from typing import Any
 
 from benchmarks import environment
 from benchmarks.parity.pictures import COREAI_LIMIT, LIMIT
+from fastvlm.checkpoint.adapter_flag import add_adapter
 from fastvlm.common.arguments import whole_number
 from fastvlm.common.cli import log, progress
 from fastvlm.common.files import Output
@@ -23,6 +24,7 @@ def add_parity(verbs: Any) -> None:
     )
     add = parser.add_argument
     add("--reference", required=True, type=Path, metavar="CHECKPOINT", help="a checkpoint; PyTorch runs it in float32")
+    add_adapter(parser)
     add("--candidate", required=True, type=Path, metavar="ARTEFACT", help="an artefact folder")
     add("--images", metavar="FOLDER", help="pictures of yours, besides the demo set")
     limit = (
@@ -50,6 +52,7 @@ def run_parity(args: argparse.Namespace) -> dict[str, Any]:
     result = compare.compare(
         args.reference, args.candidate, args.images, args.limit,
         report=page, vision=args.vision, llm=args.llm, command=command, resolution=args.resolution,
+        adapter=args.adapter,
     )  # fmt: skip
     if not args.json:
         report.print_result(result)

@@ -20,6 +20,7 @@ from benchmarks.parity.encoders import Encoded, encode, encode_first, without_op
 from benchmarks.parity.language import Reading
 from benchmarks.parity.pictures import COREAI_LIMIT, LIMIT, Picture
 from benchmarks.parity.verdict import Row, document
+from fastvlm.checkpoint.adapter_flag import titled
 from fastvlm.common.cli import log, progress
 from fastvlm.common.documents import load_object
 from fastvlm.common.errors import CheckFailed, UserError
@@ -56,10 +57,12 @@ def compare(
     command: str | None = None,
     name: str | None = None,
     resolution: int | None = None,
+    adapter: Path | None = None,
 ) -> dict[str, Any]:
     """Compare an artefact with the checkpoint that it should be. Returns a JSON-able document (keys: `document`).
 
-    `reference` is a checkpoint folder, run by PyTorch in float32 at the artefact's resolution; `candidate` an artefact
+    `reference` is a checkpoint folder, run by PyTorch in float32 at the artefact's resolution, with `adapter` merged into
+    it where the artefact was exported with one; `candidate` an artefact
     folder, its halves run by `vision` and `llm` as in `model_export.runtime.load`. `images` is a folder of the user's
     pictures, `limit` how many of them and of the demo questions (None: LIMIT, or COREAI_LIMIT of a Core AI bundle).
     `report` is where the HTML page goes, `command` its origin, `name` what it calls the candidate (default:
@@ -79,7 +82,7 @@ def compare(
         chosen = pictures.choose(checkpoint, Path(images) if images else None, limit)
         pictures.check(chosen)
         actual = runtime.load(artefact, vision=vision, llm=llm, resolution=resolution)
-        expected = at_size(load_checkpoint(checkpoint, streamed=True), actual.image_size)
+        expected = at_size(load_checkpoint(checkpoint, streamed=True, adapter=adapter), actual.image_size)
     _check_comparable(expected, actual)
     operations: dict[str, Any] = {}
     if coreai:
@@ -99,7 +102,7 @@ def compare(
                 thumbnails.append(thumbnail(picture.image))
             advance()
     sides = {
-        "reference": {"name": checkpoint.resolve().name, "runners": expected.runners},
+        "reference": {"name": titled(checkpoint, adapter), "runners": expected.runners},
         "candidate": {"name": name or artefact.resolve().name, "runners": actual.runners},
     }
     speakers = (expected.language, expected.tokenizer), (actual.language, actual.tokenizer)

@@ -29,6 +29,7 @@ def prove(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         report=args.parity_report,
         command="fastvlm export",
         name=args.output_dir.name,
+        adapter=args.adapter,
         **options,
     )
     for line in verdict.broken_lines(result):

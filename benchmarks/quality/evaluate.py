@@ -10,6 +10,7 @@ from typing import Any
 from benchmarks import environment
 from benchmarks.quality import job, text_model
 from benchmarks.quality.job import Job, measured
+from fastvlm.checkpoint.adapter_flag import add_adapter, titled
 from fastvlm.common.arguments import share, whole_number
 from fastvlm.common.cli import log, progress
 from fastvlm.common.documents import Unreadable, load_object
@@ -67,11 +68,13 @@ def add_evaluate(verbs: Any) -> None:
         metavar="FOLDER",
         help="what they should be: a checkpoint (PyTorch in float32), an artefact, or an mlx-lm folder",
     )
+    add_adapter(parser)
     add(
         "--samples",
         metavar="SOURCE",
-        help="a folder of pictures, a LLaVA-format .json or .jsonl file, demo, or drawn (default: demo where the"
-        " reference speaks its language, else drawn; a text model continues the text)",
+        help="a folder of pictures, a LLaVA-format .json or .jsonl file, demo, or drawn (default: what a"
+        " fine-tune held out, else demo where the reference speaks its language, else drawn; a text model continues the"
+        " text)",
     )
     add(
         "--count",
@@ -96,7 +99,7 @@ def run_evaluate(args: argparse.Namespace) -> dict[str, Any]:
     """Check everything, ask the reference, then each candidate; print the table."""
     with progress("check models and samples"):
         text_only = _check(args) == "text"
-        source = job.TEXT_ONLY if text_only else job.source(args.samples, args.reference)
+        source = job.TEXT_ONLY if text_only else job.source(args.samples, args.reference, args.adapter)
         if not text_only:
             conversations.check(job.choose(source, args.count))
     common = {
@@ -108,7 +111,8 @@ def run_evaluate(args: argparse.Namespace) -> dict[str, Any]:
     }
     with tempfile.TemporaryDirectory(prefix="evaluate.") as work:
         common["results"] = str(Path(work, "reference.zip"))
-        reference = _timed(Job(str(args.reference.resolve()), is_reference=True, **common))
+        adapter = args.adapter and str(args.adapter.resolve())
+        reference = _timed(Job(str(args.reference.resolve()), is_reference=True, adapter=adapter, **common))
         candidates = []
         for name, model in zip(_names(args.model), args.model):
             try:
@@ -116,7 +120,8 @@ def run_evaluate(args: argparse.Namespace) -> dict[str, Any]:
             except CheckFailed as error:  # of this one; the others go on
                 result = {"failed": str(error)}
             candidates.append({"name": name} | result)
-    document: dict[str, Any] = {"reference": {"name": args.reference.resolve().name} | reference}
+    name = titled(args.reference, args.adapter)
+    document: dict[str, Any] = {"samples": job.told(source), "reference": {"name": name} | reference}
     document |= {"candidates": candidates, "environment": environment.describe()}
     key, least = "text_top1" if text_only else "same_answers", args.min_agreement
     failed = [f"error: {candidate['name']}: {candidate['failed']}" for candidate in candidates if "failed" in candidate]
@@ -155,6 +160,8 @@ def _check(args: argparse.Namespace) -> str:
             kinds[folder] = text_model.kind(folder)
         except UserError as error:
             faults.append(str(error))
+    if args.adapter is not None and kinds.get(args.reference, "checkpoint") != "checkpoint":
+        faults.append(f"--adapter {args.adapter}: is merged into a checkpoint, which --reference {args.reference} is not")
     if not faults:
         text_only = kinds[args.reference] == "text"
         if text_only and args.text is None:
@@ -162,8 +169,9 @@ def _check(args: argparse.Namespace) -> str:
         for flag in ("samples", "resolution", "count") if text_only else ():
             if getattr(args, flag) is not None:
                 faults.append(f"--{flag}: a text model sees no pictures and is asked nothing: leave it out")
+        vocabulary = _vocabulary(args.reference, args.adapter)
         for model in args.model:
-            faults += _mismatches(args.reference, model, kinds)
+            faults += _mismatches(args.reference, model, kinds, vocabulary)
             if args.resolution is not None and kinds[model] == "artefact":
                 faults += _resolution_fault(model, args.resolution)
     if faults:
@@ -171,16 +179,18 @@ def _check(args: argparse.Namespace) -> str:
     return kinds[args.reference]
 
 
-def _mismatches(reference: Path, model: Path, kinds: dict[Path, str]) -> Iterator[str]:
+Vocabulary = tuple[int | None, dict[str, int] | None]  # its size, and its tokens without added ones, where known
+
+
+def _mismatches(reference: Path, model: Path, kinds: dict[Path, str], vocabulary: Vocabulary) -> Iterator[str]:
     """The reasons why a candidate cannot be compared with the reference, as far as small files show."""
     kind, expected = ("a text model" if kinds[folder] == "text" else "a FastVLM" for folder in (model, reference))
     if kind != expected:
         yield f"--model {model}: {kind}, but the reference is {expected}: compare like with like"
         return
-    sizes = [_vocabulary_size(folder) for folder in (model, reference)]
+    sizes, tokens = zip(_vocabulary(model), vocabulary)
     if None not in sizes and sizes[0] != sizes[1]:
         yield f"--model {model}: a vocabulary of {sizes[0]} tokens, the reference's has {sizes[1]}"
-    tokens = [_tokens(folder) for folder in (model, reference)]
     if None not in tokens and tokens[0] != tokens[1]:
         yield f"--model {model}: its tokenizer is not the reference's: its logits are of other tokens"
 
@@ -193,6 +203,17 @@ def _resolution_fault(model: Path, resolution: int) -> Iterator[str]:
         function_for(read_whole(model), model, resolution)
     except UserError as error:
         yield str(error)
+
+
+def _vocabulary(folder: Path, adapter: Path | None = None) -> Vocabulary:
+    """What is known of a model's vocabulary; of a checkpoint with an adapter, after it is merged. UserError where these
+    don't fit."""
+    if adapter is None:
+        return _vocabulary_size(folder), _tokens(folder)
+    from fastvlm.checkpoint.checkpoint import open_checkpoint
+
+    merged = open_checkpoint(folder, adapter=adapter)
+    return merged.model_config.text.vocab_size, _tokens(merged.tokenizer_path)
 
 
 def _vocabulary_size(folder: Path) -> int | None:
@@ -245,7 +266,7 @@ def _print(document: dict[str, Any]) -> None:
             print(f"    candidate: {_flat(answer['candidate'])}")
     about = candidates[0]["about"]
     part = f"; KL over {about['rows_kept']} of {about['rows']} rows" if about["rows_kept"] < about["rows"] else ""
-    print(f"perplexity of {about['text']}{part}")
+    print(f"perplexity of {about['text']}{part}; questions: {document['samples']}")
     for model in (reference, *candidates):
         print(f"{model['name']}: {', '.join(sorted({*model['about']['runners'].values()}))}")
     print(environment.machine_line(document["environment"]))

@@ -7,20 +7,22 @@ from typing import Any
 
 from benchmarks.quality import text_model
 from fastvlm.common.errors import UserError
-from fastvlm.data import conversations
-from fastvlm.data.scenes import knows_demo
+from fastvlm.common.cli import log
+from fastvlm.data import conversations, default_questions
+from fastvlm.data.default_questions import DEMO, DRAWN
 from model_export import contract
 from model_export.coreai import contract as coreai
 from model_export.coreai import process
 from quantization.sweep.point import apart, peak_bytes
 
-DEMO, DRAWN, TEXT_ONLY = "demo", "drawn", "text"  # sources of samples beside folders and files
+TEXT_ONLY = "text"  # a source of samples, as DEMO and DRAWN are, beside folders and files
 _COUNTS = {DEMO: 200, DRAWN: 16}  # of questions; a folder's or file's: all
 
 
 @dataclass(frozen=True)
 class Job:
-    """One model to ask. `results` is the reference's file (`quality.reference_results`): written if `is_reference`.
+    """One model to ask, a checkpoint with `adapter` merged into it. `results` is the reference's file
+    (`quality.reference_results`): written if `is_reference`.
 
     `samples`: "demo", "drawn", "text" (a text model, which continues the text), or a folder's or file's path; `count`
     of them at most (None: a default). `text`: a file's path; None: the answers are scored. Runners and resolution as in
@@ -36,6 +38,7 @@ class Job:
     vision: str = "auto"
     llm: str = "auto"
     resolution: int | None = None
+    adapter: str | None = None
 
 
 def evaluate(job: Job) -> dict[str, Any]:
@@ -47,7 +50,8 @@ def evaluate(job: Job) -> dict[str, Any]:
 
     folder = Path(job.model)
     start = time.perf_counter()
-    model = text_model.load(folder, job.vision, job.llm, job.resolution)
+    adapter = None if job.adapter is None else Path(job.adapter)
+    model = text_model.load(folder, job.vision, job.llm, job.resolution, adapter)
     loaded = time.perf_counter() - start
     text = quality.read_text(Path(job.text)) if job.text else None
     if isinstance(model, text_model.TextModel):
@@ -71,12 +75,24 @@ def measured(job: Job) -> dict[str, Any]:
     return apart(evaluate, job)
 
 
-def source(given: str | None, reference: Path) -> str:
-    """The source of the samples (see `Job`): as given, or the demo where the reference speaks its language, else drawn
-    pictures."""
+def source(given: str | None, reference: Path, adapter: Path | None = None) -> str:
+    """The source of the samples (see `Job`): as given, or what a fine-tune held out of its training, or the demo where
+    the reference speaks its language, else drawn pictures."""
     if given in (DEMO, DRAWN):
         return given
-    return str(Path(given).resolve()) if given else DEMO if knows_demo(reference) else DRAWN
+    if given:
+        return str(Path(given).resolve())
+    own = default_questions.own(reference, adapter, default_questions.EVALUATION)
+    if own is None:
+        return default_questions.built_in(reference)
+    log(f"questions: {own}, which the fine-tune held out of its training: --samples names others")
+    return str(own.resolve())
+
+
+def told(source: str) -> str:
+    """A source's name, for a report."""
+    own = Path(source).name == default_questions.EVALUATION
+    return f"{Path(source).name}, held out of the fine-tune's training" if own else Path(source).name
 
 
 def choose(source: str, count: int | None = None) -> list[conversations.Sample]:

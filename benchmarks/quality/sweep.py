@@ -18,6 +18,7 @@ from typing import Any
 
 from benchmarks import environment, shared_exports
 from benchmarks.quality import job, sweep_point
+from fastvlm.checkpoint.adapter_flag import add_adapter, titled
 from fastvlm.checkpoint.folder_kind import checkpoint_folder
 from fastvlm.common.arguments import positive, share, size, whole_number
 from fastvlm.common.cli import log, progress
@@ -25,7 +26,7 @@ from fastvlm.common.errors import UserError
 from fastvlm.common.files import Output, present
 from fastvlm.common.page import data_url
 from fastvlm.common.terminal import print_table
-from fastvlm.data import conversations
+from fastvlm.data import conversations, default_questions
 from model_export.config import FORMATS, image_size
 from model_export.coreai.packages import check_installed
 from quantization.coreml.compression import COMPRESSIONS
@@ -52,6 +53,7 @@ def add_sweep(verbs: Any) -> None:
     parser = verbs.add_parser("sweep", description=text)
     add = parser.add_argument
     add("--checkpoint", required=True, type=checkpoint_folder, metavar="FOLDER", help="what goes in (read-only)")
+    add_adapter(parser)
     text = "what is exported: coreml (Core ML and MLX) or coreai (a bundle, in Apple's interpreter; default: coreml)"
     add("--format", choices=FORMATS, default="coreml", metavar="NAME", help=text)
     names = f"names or files (default: {', '.join(RECIPES)}; of Core AI: {', '.join(COREAI_RECIPES)})"
@@ -66,10 +68,10 @@ def add_sweep(verbs: Any) -> None:
     )
     text = "of pictures (default: the checkpoint's own)"
     add("--resolutions", nargs="+", type=image_size, metavar="PIXELS", help=text)
-    add("--samples", metavar="SOURCE", help="the questions, as `evaluate` takes them (default: demo or drawn)")
+    add("--samples", metavar="SOURCE", help="the questions, as `evaluate` takes them and has them by default")
     add("--count", type=whole_number(), metavar="N", help="questions at most")
     add("--text", type=present, metavar="FILE", help="scored for the perplexity (default: the answers)")
-    add("--calibration-data", type=present, metavar="PATH", help="for the recipes that calibrate")
+    add("--calibration-data", type=present, metavar="PATH", help="as `export` takes it and has it by default")
     add(
         "--work-dir",
         type=Output(),
@@ -105,6 +107,7 @@ def run_sweep(args: argparse.Namespace) -> dict[str, Any]:
     work = args.work_dir.resolve()
     settings = {
         "checkpoint": str(checkpoint.path.resolve()),
+        "adapter": args.adapter and str(args.adapter.resolve()),
         "work": str(work),
         "samples": known["source"],
         "count": args.count,
@@ -120,8 +123,8 @@ def run_sweep(args: argparse.Namespace) -> dict[str, Any]:
     outcome = engine.run(plan, points, args.jobs, args.memory and args.memory * 1e9, args.scheduler)
     log(f"{len(outcome.results)} of {len(points)} points, {outcome.reused} of them were there already")
     about = {
-        "checkpoint": checkpoint.path.resolve().name,
-        "questions": f"{len(samples)} questions ({Path(known['source']).name})",
+        "checkpoint": titled(checkpoint.path, args.adapter),
+        "questions": f"{len(samples)} questions ({job.told(known['source'])})",
         "inputs": inputs,
         "notes": {
             "Quality": "held against the checkpoint in PyTorch, float32, at its own resolution: KL in nats and the same"
@@ -189,7 +192,7 @@ def _check(args: argparse.Namespace) -> dict[str, Any]:
             faults.append(str(error))
 
     with noted():
-        known["checkpoint"] = checkpoint = open_checkpoint(args.checkpoint)
+        known["checkpoint"] = checkpoint = open_checkpoint(args.checkpoint, adapter=args.adapter)
         inputs["checkpoint"] = artefact.sources(checkpoint)["sha256"]
     if coreai:
         with noted():
@@ -222,7 +225,7 @@ def _check(args: argparse.Namespace) -> dict[str, Any]:
             f" {shown(free, 'MB')} are free: free some, or sweep fewer"
         )
     with noted():
-        known["source"] = job.source(args.samples, args.checkpoint)
+        known["source"] = job.source(args.samples, args.checkpoint, args.adapter)
         known["samples"] = job.choose(known["source"], args.count)
         inputs["samples"] = samples_sha256(known["samples"])
     with noted():
@@ -234,8 +237,9 @@ def _check(args: argparse.Namespace) -> dict[str, Any]:
             if known["checkpoint"]:
                 windows(checkpoint.tokenizer(), text)  # refuses one that is too short
     with noted():
-        if args.calibration_data:
-            inputs["calibration"] = samples_sha256(conversations.load(args.calibration_data))
+        own = default_questions.own(args.checkpoint, args.adapter, default_questions.TRAINING)
+        if calibration := args.calibration_data or own:
+            inputs["calibration"] = samples_sha256(conversations.load(calibration))
     if faults:
         raise UserError("; ".join(faults))
     return known

@@ -79,7 +79,7 @@ def _ask_reference(settings: Mapping[str, Any], target: Path) -> None:
     with replaced(target) as partial_file:
         reference = job.Job(
             model=settings["checkpoint"], results=str(partial_file), is_reference=True, samples=settings["samples"],
-            count=settings["count"], text=settings["text"],
+            count=settings["count"], text=settings["text"], adapter=settings["adapter"],
         )  # fmt: skip
         apart(job.evaluate, reference)
 

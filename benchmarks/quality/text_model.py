@@ -72,9 +72,16 @@ def config(folder: Path) -> dict[str, Any]:
     return document
 
 
-def load(folder: Path, vision: str = "auto", llm: str = "auto", resolution: int | None = None) -> "FastVLM | TextModel":
+def load(
+    folder: Path,
+    vision: str = "auto",
+    llm: str = "auto",
+    resolution: int | None = None,
+    adapter: Path | None = None,
+) -> "FastVLM | TextModel":
     """The folder's model. `vision`, `llm` and `resolution` as in `model_export.runtime.load`; a checkpoint of FastVLM
-    runs in PyTorch in float32 whatever they say. Raises UserError for what cannot be loaded."""
+    runs in PyTorch in float32 whatever they say, with `adapter` merged into it. Raises UserError for what cannot be
+    loaded."""
     from model_export import runtime, stored
     from model_export.runtime import language, mlx_language
 
@@ -84,7 +91,7 @@ def load(folder: Path, vision: str = "auto", llm: str = "auto", resolution: int 
     if what == "checkpoint":
         import fastvlm
 
-        return fastvlm.load(folder)
+        return fastvlm.load(folder, adapter=adapter)
     if recognise(folder) and config(folder).get("model_type") == contract.MODEL_TYPE:
         from fastvlm.checkpoint import layouts
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from benchmarks.ttft.document import load_document
 from benchmarks.ttft.runner import DELAY, STAGES
+from fastvlm.checkpoint.adapter_flag import add_adapter
 from fastvlm.common.arguments import positive, whole_number
 from fastvlm.common.cli import add_common, log, progress
 from fastvlm.common.errors import UserError
@@ -37,6 +38,7 @@ def add_parser(subparsers: Any) -> None:
     source.add_argument(
         "--shape", choices=tuple(SIZES), help="a checkpoint of this real shape with random weights, written once"
     )
+    add_adapter(parser)
     _add_effort(parser, launches=3, rounds=5)
     exported = parser.add_mutually_exclusive_group()
     exported.add_argument(
@@ -134,6 +136,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     request = Request(
         args.checkpoint, Effort(args.launches, args.rounds, args.budget), tuple(args.artefact), recipes, args.format,
         resolutions, lengths, tuple(args.runner), args.image_file, args.threads, not args.no_search, args.work_dir,
+        args.adapter,
     )  # fmt: skip
     plan.check(request)
     if args.shape:

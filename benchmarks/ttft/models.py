@@ -103,7 +103,11 @@ class ModelRunner:
 def _checkpoint(spec: Mapping[str, Any]) -> tuple[surface.FastVLM, dict[str, Any]]:
     settings = CHECKPOINT_SETTINGS | {key: spec[key] for key in CHECKPOINT_SETTINGS if key in spec}
     model = torch_parts.load_checkpoint(
-        spec["checkpoint"], settings["dtype"], settings["device"], attn_implementation=settings["attention"]
+        spec["checkpoint"],
+        settings["dtype"],
+        settings["device"],
+        attn_implementation=settings["attention"],
+        adapter=spec.get("adapter"),
     )
     vision: Any = model.vision
     if settings["memory_format"] == "channels_last":

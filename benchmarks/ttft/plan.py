@@ -23,6 +23,7 @@ from benchmarks.ttft.run import Effort
 from benchmarks.ttft.runner import DELAY, parse_delays
 from benchmarks.ttft.runners import BEST, Request, Say
 from benchmarks.ttft.search import search
+from fastvlm.checkpoint.adapter_flag import titled
 from fastvlm.checkpoint.checkpoint import open_checkpoint
 from fastvlm.common import threads
 from fastvlm.common.children import ROOT
@@ -74,10 +75,10 @@ def _collected(faults: list[str], flag: str = "") -> Iterator[None]:
 
 def measure(request: Request, say: Say = log) -> dict[str, Any]:
     """Measure every point; returns the document. Raises UserError for what can't be measured at all."""
-    before, identity = environment.load(), identify(request.checkpoint)
+    before, identity = environment.load(), identify(request.checkpoint, request.adapter)
     native = read_preprocessor(request.checkpoint).image_size
     resolutions = request.resolutions or (native,)
-    prompts = [_prompt(request.checkpoint, length) for length in request.prompt_lengths or (None,)]
+    prompts = [_prompt(request, length) for length in request.prompt_lengths or (None,)]
     chosen = runners.choose(request.patterns, runners.names(request))
     sizes = sorted(set(resolutions) - {native})
     searches, points = [], []
@@ -141,22 +142,22 @@ def _point(
     return point | {"turns": turns, "runners": measured}
 
 
-def identify(checkpoint: Path) -> dict[str, Any]:
-    """The checkpoint's name, dtype, and the hash over its files that an artefact's manifest names."""
-    made = sources(open_checkpoint(checkpoint))
-    return {"name": checkpoint.resolve().name, "dtype": made["dtype"], "sha256": made["sha256"]}
+def identify(checkpoint: Path, adapter: Path | None = None) -> dict[str, Any]:
+    """The checkpoint's name, dtype, and the hash over its files and the adapter's that an artefact's manifest names."""
+    made = sources(open_checkpoint(checkpoint, adapter=adapter))
+    return {"name": titled(checkpoint, adapter), "dtype": made["dtype"], "sha256": made["sha256"]}
 
 
-def _prompt(checkpoint: Path, length: int | None) -> dict[str, Any]:
+def _prompt(request: Request, length: int | None) -> dict[str, Any]:
     """The prompt with so many text tokens (template included), and the second question; None: `PROMPT`."""
-    prompt = PROMPT if length is None else lengthened(checkpoint, length)
+    prompt = PROMPT if length is None else lengthened(request.checkpoint, length, request.adapter)
     rendered = {"rendered_prompt": render_prompt(prompt), "rendered_question": render_prompt(QUESTION)}
     return {"prompt": prompt, "question": QUESTION, "text_tokens": length, **rendered}
 
 
-def lengthened(checkpoint: Path, length: int) -> str:
+def lengthened(checkpoint: Path, length: int, adapter: Path | None = None) -> str:
     """`PROMPT` made longer word by word until the prompt has `length` tokens of text. UserError where it can't have."""
-    opened = open_checkpoint(checkpoint)
+    opened = open_checkpoint(checkpoint, adapter=adapter)
     tokenizer, token = opened.tokenizer(), opened.image_token_id
 
     def count(text: str) -> int:

@@ -53,6 +53,7 @@ class Request:
     threads: int | None = None
     search: bool = True
     work: Path = Path("build/benchmarks")
+    adapter: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -169,10 +170,11 @@ def specifications(
             about = {"kind": "artefact", "name": f"{recipe}/{name}", "recipe": recipe}
             yield {**about, "artefact": str(folder), "files": str(folder), **options}
     checkpoint = str(request.checkpoint.resolve())
+    adapter = request.adapter and str(request.adapter.resolve())
     for name in chosen:
         if name.startswith("transformers-"):
             about = {"kind": "checkpoint", "name": name, "device": name.split("-")[1]}
-            yield {**about, "checkpoint": checkpoint, "files": checkpoint}
+            yield {**about, "checkpoint": checkpoint, "adapter": adapter, "files": checkpoint}
         elif name == "mlx-vlm":
             yield mlx_vlm(request, identity, say)
 
@@ -201,7 +203,8 @@ def exported(
     """The artefact of a recipe in the work folder, exported unless the same code made it from the same sources."""
     options = {"quant": recipe, **options}
     key = shared_exports.digest(identity["sha256"], options, parts, shared_exports.identity())
-    settings = {"checkpoint": str(request.checkpoint.resolve()), "calibration_data": None}
+    paths = {"checkpoint": request.checkpoint, "adapter": request.adapter, "calibration_data": None}
+    settings = {key: path and str(path.resolve()) for key, path in paths.items()}
     name = f"{request.checkpoint.resolve().name}-{recipe['name'].replace('/', '-')}-{key}"
     target = request.work.resolve() / "artefacts" / name
     if not target.exists():

@@ -28,14 +28,11 @@ _QUANTIZED = re.compile(r"(?i)\b[348]-?bit\b|bnb|gptq|awq|nf4")  # in the names 
 
 def read(path: Path) -> Steps[Adapter | None]:
     """The adapter in a folder; None after a finding that nothing can be read of it."""
-    if not path.is_dir():
-        yield replace(folder_kind.not_a_folder(path), expected="an adapter's folder")
-        return None
-    yield from check_small_files(path)
     files = _files(path)
     if files is None:
         yield _no_adapter(path)
         return None
+    yield from check_small_files(path)
     document: dict[str, Any] = {}
     if files.config is not None:
         try:
@@ -58,6 +55,11 @@ def read(path: Path) -> Steps[Adapter | None]:
     yield from _value_findings(weights, {**entries, **others})
     tokenizer = yield from _tokenizer(path)
     return None if adapter is None else replace(adapter, tokenizer_path=tokenizer)
+
+
+def missing(path: Path) -> Finding | None:
+    """The finding about a path that was given as an adapter and is none, by its names alone; None for an adapter."""
+    return _no_adapter(path) if _files(path) is None else None
 
 
 @dataclass(frozen=True)
@@ -91,14 +93,29 @@ def _files(path: Path) -> _Files | None:
 
 
 def _no_adapter(path: Path) -> Finding:
-    """The finding about a folder without an adapter."""
+    """The finding about a path without an adapter."""
+    if not path.is_dir():
+        return _no_folder(path)
     expected = (
         f"{_CONFIG} with {' or '.join(_PEFT + _MLX)}, or {' or '.join(_PROJECTOR)}: what PEFT, LLaVA and MLX save"
     )
+    kind = folder_kind.identify(path)
+    if kind is not None and kind.name.startswith("artefact"):
+        remedy = "an adapter is merged when a checkpoint is exported: give it beside the --checkpoint"
+        return replace(kind.finding("an adapter's folder"), remedy=remedy)
     names = {file.name for file in path.iterdir()} & {_CONFIG, *_PEFT, *_MLX, _OTHERS, "config.json"}
     got = f"a folder with {', '.join(sorted(names))} alone" if names else "a folder without an adapter"
     remedy = "a checkpoint is given as --checkpoint" if "config.json" in names else ""
     return Finding("adapter-missing", str(path), got, expected, remedy)
+
+
+def _no_folder(path: Path) -> Finding:
+    finding = replace(folder_kind.not_a_folder(path), expected="an adapter's folder")
+    if finding.rule == "path-is-file":
+        return replace(finding, got="a file", remedy="give the folder that it is in")
+    if finding.rule == "path-is-hub-id":
+        return replace(finding, remedy="download it first, `hf download ID --local-dir FOLDER`, and give FOLDER")
+    return finding
 
 
 def _adapter(

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from fastvlm.checkpoint.adapter_flag import add_adapter
 from fastvlm.common.arguments import number, whole_number
 from fastvlm.common.cli import log, progress, shown
 from fastvlm.common.dtypes import DEVICES, choose_device
@@ -35,6 +36,7 @@ def add_parser(subparsers: Any) -> None:
         description="Ask every prompt about every picture; one that names <image> several times, about all of them.",
     )
     parser.add_place("--model-path", type=str, metavar="CHECKPOINT", help="a checkpoint's folder")
+    add_adapter(parser)
     parser.add_argument(
         "--image-file", nargs="+", default=[], metavar="FILE", help="one picture or more; none for a text-only prompt"
     )
@@ -99,9 +101,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
         Sampler(args.temperature, args.top_p)  # refuses values before the model is loaded
         pictures = [open_image(path) for path in args.image_file]
-        model = load_checkpoint(args.model_path, args.dtype, device, args.attn_implementation, args.image_strategy)
+        model = load_checkpoint(
+            args.model_path, args.dtype, device, args.attn_implementation, args.image_strategy, adapter=args.adapter
+        )
     pixels = f"{model.image_size} × {model.image_size} pixels, {model.preprocessor.image_strategy}"
-    if pictures and scenes.knows_demo(Path(args.model_path)):
+    if pictures and args.adapter is None and scenes.knows_demo(Path(args.model_path)):
         log(scenes.KNOWS)
     log(f"{', '.join(dict.fromkeys(model.runners.values()))}, {pixels}; loaded in {time.monotonic() - started:.1f} s")
     if any(len(job.pictures) > 1 for job in jobs):
@@ -135,6 +139,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     ]
     return {
         "model": str(args.model_path),
+        "adapter": args.adapter and str(args.adapter),
         "runners": model.runners,
         "image_strategy": model.preprocessor.image_strategy,
         "answers": rows,

@@ -48,12 +48,14 @@ def load_checkpoint(
     attn_implementation: str = "sdpa",
     image_strategy: str | None = None,
     streamed: bool = False,
+    adapter: str | os.PathLike[str] | None = None,
 ) -> FastVLM:
     """As `fastvlm.load`. `streamed` is for proofs: the language model's matrices stay as they are stored."""
     from fastvlm.checkpoint.checkpoint import open_checkpoint
     from fastvlm.model.build import build
 
-    device, checkpoint = choose_device(device), open_checkpoint(path, image_strategy)
+    device = choose_device(device)
+    checkpoint = open_checkpoint(path, image_strategy, None if adapter is None else Path(adapter))
     vision, language = computed_in(checkpoint.dtype, device) if dtype == "auto" else (dtype, dtype)
     model = build(checkpoint, language, device, attn_implementation, vision, streamed)
     return from_model(model, checkpoint, checkpoint.preprocessor)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
+from fastvlm.checkpoint.adapter_flag import add_adapter
 from fastvlm.common.arguments import whole_number
 from fastvlm.common.cli import progress
 from fastvlm.common.errors import UserError
@@ -35,6 +36,7 @@ def add_ranges(verbs: Any) -> argparse.ArgumentParser:
     parser: Any = verbs.add_parser("ranges", description=text)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--checkpoint", type=Path, metavar="FOLDER", help="a checkpoint: its folded encoder in PyTorch")
+    add_adapter(parser)
     what.add_argument("--model", type=Path, metavar="PATH", help="an artefact, or an .mlpackage: its saved program")
     add = parser.add_argument
     add("--function", metavar="NAME", help="of a package with several (default: the package's own)")
@@ -51,6 +53,8 @@ def add_ranges(verbs: Any) -> argparse.ArgumentParser:
 def _faults(args: argparse.Namespace) -> Iterator[str]:
     if args.model is not None and args.image_size is not None:
         yield "--image-size: a package has its own: choose a --function, or measure the --checkpoint"
+    if args.model is not None and args.adapter is not None:
+        yield "--adapter: is merged into a checkpoint: it goes with --checkpoint"
     if args.checkpoint is not None and args.function is not None:
         yield "--function: a checkpoint has none: it goes with --model"
     if args.plot is not None and args.plot.suffix.lower() not in PLOTS:
@@ -80,7 +84,7 @@ def _of_checkpoint(args: argparse.Namespace) -> tuple[dict[str, Any], list["Rang
         from fastvlm.checkpoint.checkpoint import open_checkpoint
         from model_export.encoder import ranges
 
-        checkpoint = open_checkpoint(args.checkpoint)
+        checkpoint = open_checkpoint(args.checkpoint, adapter=args.adapter)
     preprocessor = replace(checkpoint.preprocessor, image_size=args.image_size or checkpoint.image_size)
     pictures, count, pixels = _pictures(args, preprocessor)
     with progress("ranges (pictures)", count) as advance:

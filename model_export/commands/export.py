@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from fastvlm.checkpoint.adapter_flag import add_adapter
 from fastvlm.checkpoint.folder_kind import checkpoint_folder
 from fastvlm.common.arguments import Parser, number, whole_number
 from fastvlm.common.cli import progress
@@ -68,6 +69,7 @@ def _add_export(
     default = configuration.ExportConfig
     text = "a checkpoint's folder; it is only read"
     parser.add_place("--checkpoint", type=checkpoint_folder, metavar="CHECKPOINT", help=text)
+    add_adapter(parser)
     parser.add_argument("--output-dir", required=True, type=Output(whole=True), metavar="FOLDER", help="the artefact")
     if "llm" in parts:
         parser.add_argument(
@@ -123,7 +125,7 @@ def _add_export(
         type=present,
         metavar="PATH",
         help="a folder of pictures, or LLaVA-format .json or .jsonl: for float16's powers of two, and for recipes that"
-        " calibrate (default: drawn pictures)",
+        " calibrate (default: what a fine-tune left, else drawn pictures)",
     )
     text = "per side (default: the checkpoint's own)"
     parser.add_argument("--image-size", type=configuration.image_size, metavar="PIXELS", help=text)
@@ -145,6 +147,8 @@ def run_export(parts: tuple[str, ...], prove: Prove | None, args: argparse.Names
         document = plan.document()
         size = plan.checkpoint.image_size
         print(f"would write {config.output_dir}: {', '.join(parts)}, recipe {plan.recipe.name}, {size} x {size} pixels")
+        if plan.checkpoint.adapter is not None:
+            print(f"  with {plan.checkpoint.adapter.kind} {config.adapter} merged into the weights")
         for name, size in plan.sizes.items():
             print(f"  {name:<24} about {format_bytes(size)}")
         return document

@@ -62,6 +62,8 @@ def run_inspect(args: argparse.Namespace) -> dict[str, Any]:
     for key in ("parts", "config", "image"):
         if key in document:
             print(f"{key}: {_flat(document[key])}")
+    if adapter := artefact.fine_tuned(document.get("sources", {})):
+        print(f"fine-tuned: {adapter}")
     if "vision" in document:
         for line in _vision_lines(document["vision"]):
             print(f"vision: {line}")

@@ -9,7 +9,7 @@ from fastvlm.checkpoint.checkpoint import Checkpoint
 from fastvlm.common import threads
 from fastvlm.common.cli import log, progress
 from fastvlm.common.dtypes import Array, as_array
-from fastvlm.data import conversations, scenes
+from fastvlm.data import conversations, default_questions
 from fastvlm.data.conversations import Sample
 from fastvlm.data.preprocessing import Preprocessor
 from fastvlm.model.surface import Vision
@@ -67,7 +67,7 @@ def calibrate(
 
 def built_in(checkpoint: Path) -> list[Sample]:
     """Questions for whoever has none: of the demo set, without the answers where the checkpoint speaks otherwise."""
-    if scenes.knows_demo(checkpoint):
+    if default_questions.built_in(checkpoint) == default_questions.DEMO:
         return conversations.demo_samples(_DEMO, "train")
     log("calibrating on drawn pictures: give --calibration-data for what the model will be asked")
     return [replace(sample, answer=None) for sample in conversations.demo_samples(_DRAWN, "train")]
