@@ -1,9 +1,11 @@
 # The front door. Each target is one command; `make help` lists them.
 MODEL   ?= fastvlm/demo_checkpoint
+ADAPTER ?=
 QUANT   ?= fp16
 FORMAT  ?= coreml
 NAME    ?= $(if $(filter coreai,$(FORMAT)),coreai-)$(subst :,-,$(patsubst %.json,%,$(notdir $(QUANT))))
-ARTEFACT ?= build/$(notdir $(patsubst %/,%,$(MODEL)))-$(NAME)
+ARTEFACT ?= build/$(notdir $(patsubst %/,%,$(MODEL)))$(if $(ADAPTER),-$(notdir $(patsubst %/,%,$(ADAPTER))))-$(NAME)
+FINETUNE = $(if $(ADAPTER),--adapter "$(ADAPTER)")
 PAGE     = $(ARTEFACT)-parity.html
 APP     ?=
 DEVICE  ?=
@@ -25,7 +27,7 @@ needs    = test -n "$($(1))" || { echo "error: $(1): is missing, expected $(2): 
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	@echo "  variables: MODEL=$(MODEL) QUANT=$(QUANT) FORMAT=$(FORMAT) ARTEFACT=$(ARTEFACT) APP=$(APP) DEVICE=$(DEVICE) EXTRA=\"more flags\""
+	@echo "  variables: MODEL=$(MODEL) ADAPTER=$(ADAPTER) QUANT=$(QUANT) FORMAT=$(FORMAT) ARTEFACT=$(ARTEFACT) APP=$(APP) DEVICE=$(DEVICE) EXTRA=\"more flags\""
 
 setup: $(READY) ## Make the virtual environment (EXTRAS=coreai: Core AI's packages, too; EXTRAS= leaves them out)
 
@@ -37,11 +39,11 @@ $(READY): pyproject.toml constraints.txt
 	$(VENV)/bin/python -m pip install --disable-pip-version-check --progress-bar on -c constraints.txt -e '.[cluster,app,heic,dev$(addprefix $(comma),$(EXTRAS))]' >&2
 	@touch $(READY)
 
-export: $(READY) ## Checkpoint MODEL to a proven artefact at ARTEFACT, by QUANT (make recipes), or FORMAT=coreai
-	@$(RUN) export "$(MODEL)" --output-dir "$(ARTEFACT)" --quant "$(QUANT)" --format "$(FORMAT)" --overwrite --parity-report "$(PAGE)" $(EXTRA)
+export: $(READY) ## Checkpoint MODEL (with ADAPTER) to a proven artefact at ARTEFACT, by QUANT (make recipes), or FORMAT=coreai
+	@$(RUN) export "$(MODEL)" $(FINETUNE) --output-dir "$(ARTEFACT)" --quant "$(QUANT)" --format "$(FORMAT)" --overwrite --parity-report "$(PAGE)" $(EXTRA)
 
 parity: $(READY) ## Compare ARTEFACT with MODEL and write the report page
-	@$(RUN) parity --reference "$(MODEL)" --candidate "$(ARTEFACT)" --output "$(PAGE)" $(EXTRA)
+	@$(RUN) parity --reference "$(MODEL)" $(FINETUNE) --candidate "$(ARTEFACT)" --output "$(PAGE)" $(EXTRA)
 
 verify: $(READY) ## Check every file of ARTEFACT against its manifest
 	@$(RUN) verify "$(ARTEFACT)" $(EXTRA)
@@ -50,13 +52,13 @@ audit: $(READY) ## Check ARTEFACT's encoder against the rules for the Neural Eng
 	@$(RUN) audit "$(ARTEFACT)/fastvithd.mlpackage" $(EXTRA)
 
 ranges: $(READY) ## How near MODEL's encoder comes to float16's end, operation by operation, with a plot
-	@$(RUN) ranges --checkpoint "$(MODEL)" --plot build/ranges.png $(EXTRA)
+	@$(RUN) ranges --checkpoint "$(MODEL)" $(FINETUNE) --plot build/ranges.png $(EXTRA)
 
 recipes: $(READY) ## List the recipes, their sizes and what loads them
 	@$(RUN) recipes $(EXTRA)
 
 sweep: $(READY) ## Export and measure many recipes of MODEL; the page says which to ship
-	@$(RUN) sweep --checkpoint "$(MODEL)" $(EXTRA)
+	@$(RUN) sweep --checkpoint "$(MODEL)" $(FINETUNE) $(EXTRA)
 
 app: $(READY) ## Put ARTEFACT into the demo app at APP (ml-fastvlm/app), checked first
 	@$(call needs,APP,the folder app of a checkout of apple/ml-fastvlm,path/to/ml-fastvlm/app)
@@ -73,7 +75,7 @@ demo: $(READY) ## Draw pictures, ask the demo checkpoint, show the answers
 	@$(RUN) demo $(EXTRA)
 
 bench: $(READY) ## Time to first token of MODEL and of what was exported, side by side, with the page
-	@$(RUN) ttft --checkpoint "$(MODEL)" --output build/ttft.html --save build/ttft.json $(EXTRA)
+	@$(RUN) ttft --checkpoint "$(MODEL)" $(FINETUNE) --output build/ttft.html --save build/ttft.json $(EXTRA)
 
 bench-export: $(READY) ## Measure the export, the executor and the answers against their bars
 	@$(RUN) bench-export $(EXTRA)

@@ -72,7 +72,7 @@ def export_here(
             options["quant"] = str(path)
         if settings["calibration_data"] and (encoder or "vision" in parts):
             options["calibration_data"] = Path(settings["calibration_data"])
-        options["adapter"] = settings["adapter"] and Path(settings["adapter"])
+        options["adapter"] = Path(settings["adapter"]) if settings.get("adapter") else None
         config = ExportConfig(checkpoint=Path(settings["checkpoint"]), output_dir=target, **options)
         export.export(export.plan(config, tuple(parts)), vision=sees)
 

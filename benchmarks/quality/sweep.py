@@ -129,6 +129,7 @@ def run_sweep(args: argparse.Namespace) -> dict[str, Any]:
         "notes": {
             "Quality": "held against the checkpoint in PyTorch, float32, at its own resolution: KL in nats and the same"
             " likeliest token over the reference's own answers, fed to both; answers are greedy.",
+            "Calibration": f"recipes that calibrate: on {known['calibration']}.",
             "Sizes": "all files of the artefact; bits a weight: of the language model and the projector.",
         },
     }
@@ -182,7 +183,7 @@ def _check(args: argparse.Namespace) -> dict[str, Any]:
     faults: list[str] = []
     inputs: dict[str, Any] = {}
     coreai = args.format == "coreai"
-    known: dict[str, Any] = {"inputs": inputs, "points": [], "checkpoint": None}
+    known: dict[str, Any] = {"inputs": inputs, "points": [], "checkpoint": None, "calibration": "built-in questions"}
 
     @contextmanager
     def noted() -> Iterator[None]:
@@ -239,7 +240,10 @@ def _check(args: argparse.Namespace) -> dict[str, Any]:
     with noted():
         own = default_questions.own(args.checkpoint, args.adapter, default_questions.TRAINING)
         if calibration := args.calibration_data or own:
+            known["calibration"] = calibration.name
             inputs["calibration"] = samples_sha256(conversations.load(calibration))
+        if own and not args.calibration_data:
+            log(f"calibration on {own}, which the fine-tune left: --calibration-data names other questions")
     if faults:
         raise UserError("; ".join(faults))
     return known

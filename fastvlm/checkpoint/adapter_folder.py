@@ -105,8 +105,9 @@ def _no_adapter(path: Path) -> Finding:
         return replace(kind.finding("an adapter's folder"), remedy=remedy)
     names = {file.name for file in path.iterdir()} & {_CONFIG, *_PEFT, *_MLX, _OTHERS, "config.json"}
     got = f"a folder with {', '.join(sorted(names))} alone" if names else "a folder without an adapter"
-    remedy = "a checkpoint is given as --checkpoint" if "config.json" in names else ""
-    return Finding("adapter-missing", str(path), got, expected, remedy)
+    if names == {"config.json"}:
+        return Finding("adapter-missing", str(path), "a checkpoint (it has config.json)", expected, "it is no adapter")
+    return Finding("adapter-missing", str(path), got, expected)
 
 
 def _no_folder(path: Path) -> Finding:

@@ -7,6 +7,7 @@ that is read and `files.Output` for one that is written. `Parser.check` adds a c
 import argparse
 import math
 import re
+import sys
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 from pathlib import Path
@@ -31,6 +32,11 @@ ALIASES = {
     "--resolution": ("--resolutions",),
     "--resolutions": ("--resolution",),
     "--temperature": ("--temp",),  # mlx_lm.generate
+}
+# Flags of some verbs that people give to others, too: what such a one says.
+ELSEWHERE = {
+    "--adapter": "not here: it goes with a checkpoint (export, predict, parity --reference, evaluate --reference, sweep),"
+    " and an artefact that was exported with it has it inside",
 }
 _UNITS = {unit.lower(): factor for unit, factor in SIZE_UNITS.items()}
 _SIZE = re.compile(rf"(\d{{1,9}}(?:\.\d{{1,9}})?) ?({'|'.join(_UNITS)})", re.IGNORECASE)
@@ -161,7 +167,7 @@ class Parser(argparse.ArgumentParser):
             if action := self._option_string_actions.get(flag):
                 for alias in aliases:
                     self._option_string_actions.setdefault(alias, action)
-        parsed, rest = super().parse_known_args(args, namespace)
+        parsed, rest = super().parse_known_args(self._without_elsewheres(args), namespace)
         if not self._broken:
             self._faults += [f"{word}: unknown{self._meant(word)}" for word in rest]
         self._faults += [
@@ -177,6 +183,15 @@ class Parser(argparse.ArgumentParser):
         if self._faults:
             raise UserError(f"{'; '.join(dict.fromkeys(self._faults))} (see `{self.prog} --help`)")
         return parsed, []
+
+    def _without_elsewheres(self, given: Any) -> list[str]:
+        """The words without a flag that belongs to other verbs, and its value, which would be taken for another's."""
+        words = list(sys.argv[1:] if given is None else given)
+        for flag in ELSEWHERE if self._subparsers is None else ():
+            if flag in words and flag not in self._option_string_actions:
+                del words[words.index(flag) : words.index(flag) + 2]
+                self._faults.append(f"{flag}: {ELSEWHERE[flag]}")
+        return words
 
     def error(self, message: str) -> Any:
         """Note the fault: argparse goes on, or returns to `parse_known_args`."""
