@@ -1,10 +1,9 @@
 """Adapters: what a fine-tune left beside a checkpoint, read whole and checked, before it is fitted to one.
 
-`read` tells the kind by the files and hands over to its reader; `fastvlm.checkpoint.fitting` puts what it found into a
-checkpoint's tensors. Values are read when they are asked for, and nothing is ever written.
+`adapter_folder.read` tells the kind by the files and hands over to its reader, and `fitting.fit` puts what was found
+into a checkpoint's tensors. Values are read when they are asked for, and nothing is ever written.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,10 +18,10 @@ class Parts:
 
     Args:
         whole: tensors that take the place of the base's.
-        factors: products that are added to a module's weight; `embeddings` are those of an embedding.
+        factors: products that are added to a module's weight.
         added: tensors that are added to the base's, and what they are multiplied by.
         tokens: rows of a module's weight that take the place of the base's: their numbers, their values.
-        tied: the same is done to the head where it is the embeddings.
+        tied: what is done to the embeddings is done to the head, too, where both are one matrix.
     """
 
     whole: dict[str, TensorInfo] = field(default_factory=dict)
@@ -36,14 +35,28 @@ class Parts:
 class Adapter:
     """An adapter's folder, read.
 
-    `kind` in a few words ("PEFT LoRA"); `base`: the model that it says it is for; `files`: those that decide what it
-    is; `facts`: what it changes, for a report; `tokenizer_path`: its own folder where it brings a tokenizer.
+    `kind` in a few words ("PEFT LoRA"); `base`: the model that it says it is for; `files`: those that hold it. `brings`
+    are the small files of a checkpoint that it has and that are used instead of the base's: "config", "tokenizer" and
+    "processor".
     """
 
     path: Path
     kind: str
     base: str | None
     files: tuple[Path, ...]
-    facts: Mapping[str, Any] = field(default_factory=dict)
-    tokenizer_path: Path | None = None
+    brings: frozenset[str] = frozenset()
     parts: Parts = field(default_factory=Parts, repr=False, compare=False)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What it changes: numbers of tensors and rows, ranks and scales."""
+        parts = self.parts
+        facts = {
+            "adapted_matrices": len(parts.factors),
+            "ranks": sorted({factors.rank for factors in parts.factors.values()}),
+            "scales": sorted({round(factors.scale, 6) for factors in parts.factors.values()}),
+            "replaced_tensors": len(parts.whole),
+            "token_rows": sum(len(index) for index, _ in parts.tokens.values()),
+            "brings": sorted(self.brings),
+        }
+        return {name: fact for name, fact in facts.items() if fact}

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from fastvlm.checkpoint import adapter_mlx, adapter_peft, folder_kind
+from fastvlm.checkpoint import adapter_mlx, adapter_peft, folder_kind, naming
 from fastvlm.checkpoint.adapter import Adapter, Parts
 from fastvlm.checkpoint.weights import TensorInfo, Weights, scan_file
 from fastvlm.common.documents import Unreadable, load_object
@@ -22,7 +22,11 @@ _MLX = ("adapters.safetensors",)
 _OTHERS = "non_lora_trainables.bin"
 _PROJECTOR = ("mm_projector.safetensors", "mm_projector.bin")
 _STEP = re.compile(r"checkpoint-([0-9]{1,9})\.bin")  # in LLaVA's mm_projector/, saved while it was trained
-_TOKENIZER = ("tokenizer.json", "vocab.json", "added_tokens.json", "tokenizer_config.json", "chat_template.jinja")
+_BROUGHT = {
+    "config": ("config.json",),
+    "processor": ("preprocessor_config.json", "processor_config.json"),
+    "tokenizer": ("tokenizer.json", "vocab.json", "added_tokens.json", "tokenizer_config.json", "chat_template.jinja"),
+}
 _QUANTIZED = re.compile(r"(?i)\b[348]-?bit\b|bnb|gptq|awq|nf4")  # in the names of models
 
 
@@ -53,8 +57,8 @@ def read(path: Path) -> Steps[Adapter | None]:
         return None
     adapter = yield from _adapter(path, files, document, entries, others)
     yield from _value_findings(weights, {**entries, **others})
-    tokenizer = yield from _tokenizer(path)
-    return None if adapter is None else replace(adapter, tokenizer_path=tokenizer)
+    brings = yield from _brings(path)
+    return None if adapter is None else replace(adapter, brings=brings)
 
 
 def missing(path: Path) -> Finding | None:
@@ -129,7 +133,7 @@ def _adapter(
     """The adapter with its parts; None after a finding about its settings."""
     if files.kind == "projector":
         parts = Parts(whole={adapter_peft.inner_name(name): info for name, info in entries.items()}, tied=True)
-        return Adapter(path, "projector", None, files.all(), {}, None, parts)
+        return Adapter(path, "projector", None, files.all(), parts=parts)
     reader = adapter_mlx if files.kind == "mlx" else adapter_peft
     config, findings = collect(reader.read_config(document))
     yield from findings
@@ -143,24 +147,13 @@ def _adapter(
     if others:
         parts.whole |= {adapter_peft.inner_name(name): info for name, info in others.items()}
         parts.tied = True  # load_state_dict fills the one tensor that both are
-    return Adapter(path, reader.kind_of(config, bool(others)), base, files.all(), _facts(parts), None, parts)
-
-
-def _facts(parts: Parts) -> dict[str, Any]:
-    ranks = sorted({factors.rank for factors in parts.factors.values()})
-    scales = sorted({factors.scale for factors in parts.factors.values()})
-    return {
-        "matrices": len(parts.factors),
-        "ranks": ranks,
-        "scales": scales,
-        "whole_tensors": len(parts.whole),
-        "token_rows": sum(len(index) for index, _ in parts.tokens.values()),
-    }
+    return Adapter(path, reader.kind_of(config, bool(others)), base, files.all(), parts=parts)
 
 
 def _value_findings(weights: Weights, entries: Mapping[str, TensorInfo]) -> Steps[None]:
     """Types that no merge computes with, and values that are not finite."""
-    other = tuple(name for name, info in entries.items() if info.dtype not in DTYPES and info.shape)
+    entries = {name: info for name, info in entries.items() if not naming.is_ignored(name)}
+    other = tuple(name for name, info in entries.items() if info.dtype not in DTYPES)
     if other:
         found = ", ".join(sorted({entries[name].dtype for name in other}))
         yield Finding("dtype-unsupported", "adapter's tensors", found, ", ".join(DTYPES), details=other)
@@ -176,13 +169,12 @@ def _value_findings(weights: Weights, entries: Mapping[str, TensorInfo]) -> Step
         yield Finding("weights-not-finite", "adapter's tensors", got, "finite weights", details=tuple(bad))
 
 
-def _tokenizer(path: Path) -> Steps[Path | None]:
-    """The folder itself where it brings a whole tokenizer; a part of one is a finding."""
-    held = [name for name in _TOKENIZER if (path / name).is_file()]
-    if not held:
-        return None
-    if "tokenizer.json" not in held and not ("vocab.json" in held and (path / "merges.txt").is_file()):
+def _brings(path: Path) -> Steps[frozenset[str]]:
+    """What the folder has of a checkpoint's small files; a part of a tokenizer is a finding."""
+    held = {kind: [name for name in names if (path / name).is_file()] for kind, names in _BROUGHT.items()}
+    tokenizer = held["tokenizer"]
+    whole = "tokenizer.json" in tokenizer or ("vocab.json" in tokenizer and (path / "merges.txt").is_file())
+    if tokenizer and not whole:
         expected = "a whole tokenizer (tokenizer.json, or vocab.json with merges.txt), or no file of one"
-        yield Finding("adapter-tokenizer", str(path), f"{', '.join(held)} alone", expected)
-        return None
-    return path
+        yield Finding("adapter-tokenizer", str(path), f"{', '.join(tokenizer)} alone", expected)
+    return frozenset(kind for kind, names in held.items() if names)

@@ -117,7 +117,8 @@ def _of(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
 
 def read_parts(entries: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> Steps[Parts]:
     """The parts of an adapter whose settings have no fault, from the tensors of its file."""
-    parts, modules, names = Parts(tied=bool(config.get("ensure_weight_tying"))), {}, set()
+    parts, names = Parts(tied=bool(config.get("ensure_weight_tying"))), set()
+    modules: dict[str, dict[str, TensorInfo]] = {}
     for source, info in entries.items():
         name = inner_name(source)
         if lora := _LORA.fullmatch(name):
@@ -170,8 +171,7 @@ def _read_modules(
         scale = alpha / (math.sqrt(stated) if config.get("use_rslora") else stated)
         left, right = (a, b) if embedding else (b, a)
         magnitude = held.get("magnitude_vector")
-        along = "columns" if embedding else "rows"
-        parts.factors[module] = Factors(left, right, scale, embedding, magnitude, along)
+        parts.factors[module] = Factors(left, right, scale, embedding, magnitude, "columns" if embedding else "rows")
         if biased:
             parts.added[f"{module}.bias"] = (held["B.bias"], scale)
     if half:

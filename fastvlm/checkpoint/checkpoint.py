@@ -6,7 +6,7 @@
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,9 +19,10 @@ from fastvlm.checkpoint.configuration import (
     hf_config_of,
 )
 from fastvlm.checkpoint.fitting import fit
+from fastvlm.checkpoint.shapes import shapes
 from fastvlm.checkpoint.tensors import canonical, compare, dtype_of, form_of, resolve_tie
 from fastvlm.checkpoint.weights import TensorInfo, Weights, scan
-from fastvlm.common.documents import Unreadable, load_object
+from fastvlm.common.documents import Unreadable, load_object, shown
 from fastvlm.common.dtypes import Array
 from fastvlm.common.errors import UserError
 from fastvlm.common.files import check_small_files
@@ -31,6 +32,8 @@ from fastvlm.data.preprocessing import Preprocessor, preprocessor_of, read_image
 if TYPE_CHECKING:
     import torch
     from transformers import FastVlmConfig, PreTrainedTokenizerBase
+
+_QUANTIZATION = ("quantization_config", "quantization")
 
 __all__ = ["Checkpoint", "Examination", "TensorInfo", "examine", "open_checkpoint"]
 
@@ -74,8 +77,12 @@ class Checkpoint:
     @property
     def tokenizer_path(self) -> Path:
         """The folder with the tokenizer's files: the adapter's where it brings a tokenizer, else the checkpoint's."""
-        own = None if self.adapter is None else self.adapter.tokenizer_path
-        return own or self.path
+        return _place(self.path, self.adapter, "tokenizer")
+
+    @property
+    def config_path(self) -> Path:
+        """The config.json that was read: the adapter's where it brings one."""
+        return _place(self.path, self.adapter, "config") / "config.json"
 
     @cached_property
     def hf_config(self) -> "FastVlmConfig":
@@ -196,6 +203,7 @@ def _steps(examination: Examination, image_strategy: str | None, folder: Path | 
     examination.layout = layout
     if document is None or layout is None:
         return None
+    document, adapter = yield from _settings_of(document, adapter)
     config, config_findings = collect(layouts.read_config(document, layout))
     weights, weight_findings = collect(scan(path))
     _refuse_other(path, config, weights.tensors)
@@ -204,10 +212,9 @@ def _steps(examination: Examination, image_strategy: str | None, folder: Path | 
     tensors, unknown = yield from canonical(weights, layout)
     form, form_findings = collect(form_of(tensors, complete))
     yield from form_findings
-    tokenizer_path = path if adapter is None else adapter.tokenizer_path or path
-    vocabulary, vocabulary_findings = collect(layouts.read_vocabulary(tokenizer_path))
+    vocabulary, vocabulary_findings = collect(layouts.read_vocabulary(_place(path, adapter, "tokenizer")))
     yield from vocabulary_findings
-    processor = yield from read_image_processor(path)
+    processor = yield from read_image_processor(_place(path, adapter, "processor"))
     preprocessor = yield from preprocessor_of(config, processor, image_strategy)
     yield from layouts.check_config(config, layout, form if complete else None)
     if config_findings:  # what the weights should be isn't known
@@ -216,7 +223,8 @@ def _steps(examination: Examination, image_strategy: str | None, folder: Path | 
     yield from tie_findings if complete else ()
     dtype = yield from dtype_of(tensors, config, complete)
     if adapter is not None and complete:
-        base, tensors = tensors, (yield from fit(adapter.parts, tensors, tied))
+        towers = partial(_tower, config, layout, tied)
+        base, tensors = tensors, (yield from fit(adapter.parts, tensors, tied, towers))
         form, tied, config = _as_merged(weights, base, tensors, config, layout)
     model = yield from checked_by_transformers(configuration_of(config, layout, form, tied))
     if model is None:
@@ -235,6 +243,36 @@ def _steps(examination: Examination, image_strategy: str | None, folder: Path | 
     return Checkpoint(
         path, layout, form, config, dtype, preprocessor, token, tied, model, tensors, files, (), adapter, weights
     )
+
+
+def _place(path: Path, adapter: Adapter | None, what: str) -> Path:
+    """The folder that "config", "tokenizer" or "processor" is read from."""
+    return adapter.path if adapter is not None and what in adapter.brings else path
+
+
+def _settings_of(document: dict[str, Any], adapter: Adapter | None) -> Steps[tuple[dict[str, Any], Adapter | None]]:
+    """config.json's document, the adapter's where it brings one of the same layout, as LLaVA's loader takes it."""
+    if adapter is None or "config" not in adapter.brings:
+        return document, adapter
+    try:
+        own = load_object(adapter.path / "config.json")
+    except Unreadable as error:
+        yield error.finding(str(adapter.path / "config.json"))
+        return document, adapter
+    if own.get("model_type") == document.get("model_type"):  # how the base was loaded for training isn't what it is
+        return {key: value for key, value in own.items() if key not in _QUANTIZATION}, adapter
+    where = f"{adapter.path / 'config.json'}: model_type"
+    got, expected = shown(own.get("model_type")), f"{shown(document.get('model_type'))}: the checkpoint's file is used"
+    yield Finding("config-ignored", where, got, expected, severity="warning")
+    return document, replace(adapter, brings=adapter.brings - {"config"})
+
+
+def _tower(config: dict[str, Any], layout: str, tied: bool, form: str) -> Collection[str]:
+    """The names of a whole vision tower in a form, none where the settings make none."""
+    try:
+        return [name for name in shapes(configuration_of(config, layout, form, tied)) if name.startswith(naming.VISION)]
+    except Exception:  # what timm raises for widths that don't go together; `compare` says so
+        return ()
 
 
 def _as_merged(

@@ -1,25 +1,31 @@
 """An adapter's parts put into a checkpoint's tensors: what doesn't fit is listed, all at once."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 
 from fastvlm.checkpoint import naming
 from fastvlm.checkpoint.adapter import Parts
 from fastvlm.checkpoint.merging import Added, Factors, LowRank, Replaced
+from fastvlm.checkpoint.tensors import is_training
 from fastvlm.checkpoint.weights import TensorInfo
 from fastvlm.common.findings import Finding, Steps
 
 _VOCABULARY = (naming.EMBEDDINGS, naming.LM_HEAD)  # what a resized vocabulary gives other rows
 
 
-def fit(parts: Parts, tensors: Mapping[str, TensorInfo], tied: bool) -> Steps[dict[str, TensorInfo]]:
-    """The tensors with an adapter's parts in them, by canonical name; `tied`: the head is the embeddings.
+def fit(
+    parts: Parts, tensors: Mapping[str, TensorInfo], tied: bool, towers: Callable[[str], Collection[str]]
+) -> Steps[dict[str, TensorInfo]]:
+    """The tensors with an adapter's parts in them, by canonical name.
+
+    `tied`: the head is the embeddings; `towers` gives the names of a whole vision tower in a form.
 
     PEFT trains a tied head and its embeddings apart from each other where an adapter names one of them, but for rows of
     tokens and with `ensure_weight_tying`. So does this: then the head gets a tensor of its own.
     """
     fitting = _Fitting(dict(tensors))
+    yield from _take_tower(fitting, parts.whole, towers)
     embeddings = tensors.get(naming.EMBEDDINGS)
     if tied and embeddings is not None:
         fitting.tensors[naming.LM_HEAD] = embeddings
@@ -34,6 +40,31 @@ def fit(parts: Parts, tensors: Mapping[str, TensorInfo], tied: bool) -> Steps[di
     yield from fitting.findings()
     yield from _settle_head(fitting, parts, tied)
     return fitting.tensors
+
+
+def _take_tower(
+    fitting: "_Fitting", whole: Mapping[str, TensorInfo], towers: Callable[[str], Collection[str]]
+) -> Iterable[Finding]:
+    """Take a vision tower in another form than the base's where it is whole, and yield a finding where it isn't."""
+    names = {naming.of_trained(name, fitting.tensors): name for name in whole if not naming.is_ignored(name)}
+    own = {name for name in fitting.tensors if name.startswith(naming.VISION)}
+    brought = {name: source for name, source in names.items() if name is not None and name.startswith(naming.VISION)}
+    if brought.keys() <= own:
+        return
+    form = "training" if any(map(is_training, brought)) else "folded"
+    missing = sorted(set(towers(form)) - brought.keys())
+    got = f"a vision tower in the {form} form"
+    if missing or not set(towers(form)):
+        expected = "one in the checkpoint's form, or all of it"
+        yield Finding(
+            "adapter-tower", "adapter", f"{got}, without {len(missing)} tensors", expected, details=tuple(missing)
+        )
+        fitting.left_out.update(brought.values())
+        return
+    yield Finding("adapter-tower", "adapter", got, "the checkpoint's: it takes its place whole", severity="warning")
+    fitting.tensors = {name: info for name, info in fitting.tensors.items() if name not in own}
+    fitting.tensors |= {name: whole[source] for name, source in brought.items()}
+    fitting.left_out.update(brought.values())
 
 
 def _settle_head(fitting: "_Fitting", parts: Parts, tied: bool) -> Iterable[Finding]:
@@ -56,14 +87,14 @@ class _Fitting:
     def __init__(self, tensors: dict[str, TensorInfo]) -> None:
         self.tensors = tensors
         self.touched: dict[str, set[str]] = {}
+        self.left_out: set[str] = set()  # whole tensors that are dealt with
         self._unknown: list[str] = []
         self._misshapen: list[str] = []
         self._twice: list[str] = []
-        self._known = tensors.keys()
 
     def replace(self, name: str, info: TensorInfo) -> None:
         """Put a whole tensor in the base's place."""
-        if naming.is_ignored(name) or (target := self._target(name, "whole")) is None:
+        if name in self.left_out or naming.is_ignored(name) or (target := self._target(name, "whole")) is None:
             return
         base = self.tensors[target].shape
         if info.shape != base and not (target in _VOCABULARY and info.shape[1:] == base[1:]):
@@ -117,8 +148,8 @@ class _Fitting:
         self.tensors[target] = replace(base, dtype="float32", change=change(base))
 
     def _target(self, name: str, how: str) -> str | None:
-        target = naming.of_trained(name, self._known)
-        if target is None or target not in self._known:
+        target = naming.of_trained(name, self.tensors)
+        if target is None or target not in self.tensors:
             self._unknown.append(name)
             return None
         if how in self.touched.get(target, ()):

@@ -53,7 +53,7 @@ class LowRank:
         """See `weights.Change`."""
         merged = np.empty((stop - start, *self.base.shape[1:]), np.float32)
         factors = self.factors
-        magnitude = None if factors.magnitude is None else weights.floats(factors.magnitude).reshape(-1)
+        magnitude = None if factors.magnitude is None else weights.kept(factors.magnitude).reshape(-1)
         for first, part in self._sums(weights, start, stop):
             if magnitude is not None and factors.along == "rows":
                 part *= (magnitude[first : first + len(part)] / np.linalg.norm(part, axis=1))[:, None]
@@ -65,9 +65,9 @@ class LowRank:
     def _sums(self, weights: Weights, start: int, stop: int) -> Iterator[tuple[int, Array]]:
         """(first row, base + scale · left @ right, flattened to (n, columns)) for part after part."""
         factors, rank = self.factors, self.factors.rank
-        right = weights.floats(factors.right)
+        right = weights.kept(factors.right)
         right = right.T if factors.transposed else right.reshape(rank, -1)
-        left = weights.floats(factors.left).T if factors.transposed else None
+        left = weights.kept(factors.left).T if factors.transposed else None
         step = max(1, _AT_ONCE // right.shape[1])
         for first in range(start, stop, step):
             last = min(first + step, stop)

@@ -6,6 +6,7 @@ Nothing is ever written, and nothing is executed: safetensors hold data only, an
 
 import math
 import re
+import threading
 import zipfile
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -39,6 +40,7 @@ _SHARD = re.compile(
     r"(?P<stem>model|pytorch_model)-(?P<number>[0-9]{5})-of-(?P<count>[0-9]{5})(?P<suffix>\.safetensors|\.bin)"
 )
 _AGAIN = "download it again"
+_KEPT = 4  # factors of adapters: those of the tensor that is read, and of the next
 
 
 class Change(Protocol):
@@ -84,6 +86,8 @@ class Weights:
     tensors: dict[str, TensorInfo] = field(default_factory=dict)
     files: list[Path] = field(default_factory=list)
     _handles: dict[Path, Any] = field(default_factory=dict)
+    _kept: dict[tuple[Path, str], Array] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def read(self, info: TensorInfo, mapped: bool = False, alone: bool = False) -> "torch.Tensor":
         """The tensor in memory of its own, or mapped from the file (no copy, and the process grows as it is used);
@@ -139,9 +143,22 @@ class Weights:
         whole = replace(info, shape=info.shape or (1,))
         return as_float32(self.rows(whole, start, whole.shape[0] if stop is None else stop))
 
+    def kept(self, info: TensorInfo) -> Array:
+        """`floats` of a small tensor, kept until some others were asked for: an adapter's factors are used for a few
+        rows at a time."""
+        key = (info.file, info.source)
+        with self._lock:
+            if key not in self._kept:
+                while len(self._kept) >= _KEPT:
+                    del self._kept[next(iter(self._kept))]
+                self._kept[key] = self.floats(info)
+            return self._kept[key]
+
     def unmap(self) -> None:
         """Unmap files, but where a tensor still uses the memory."""
         self._handles.clear()
+        with self._lock:
+            self._kept.clear()
 
 
 def _plain(info: TensorInfo) -> TensorInfo:
