@@ -21,6 +21,7 @@ from fastvlm.common.files import is_macs, leaving, read_small, small_files, stay
 from model_export import contract, elsewhere, manifest_form
 
 if TYPE_CHECKING:  # torch, which verify and the app's verbs need not wait for
+    from fastvlm.checkpoint.adapter import Adapter
     from fastvlm.checkpoint.checkpoint import Checkpoint
 
 FORMAT, FORMAT_VERSION = "fastvlm-artefact", 3  # 3: powers of two by layer, activations in their scaled form
@@ -82,16 +83,16 @@ def sources(checkpoint: "Checkpoint", advance: Callable[[int], Any] | None = Non
     document = {"layout": checkpoint.layout, "form": checkpoint.form, "dtype": checkpoint.dtype, "files": files}
     listed = _listed(files)
     if adapter is not None:
-        base = adapter.base if adapter.base is None or REPOSITORY.fullmatch(adapter.base) else Path(adapter.base).name
-        document["adapter"] = {
-            "name": adapter.path.resolve().name,
-            "kind": adapter.kind,
-            "base": base,
-            **adapter.facts,
-            "files": hash_files(adapter.path, _names(adapter.path, of_adapter), advance),
-        }
-        listed += f"adapter\n{_listed(document['adapter']['files'])}"
+        files = hash_files(adapter.path, _names(adapter.path, of_adapter), advance)
+        document["adapter"] = adapter_facts(adapter) | {"files": files}
+        listed += f"adapter\n{_listed(files)}"
     return document | {"sha256": hashlib.sha256(listed.encode()).hexdigest()}
+
+
+def adapter_facts(adapter: "Adapter") -> dict[str, Any]:
+    """An adapter's name, kind and base, and what it changes. Where it names its base by a path, its last part."""
+    base = adapter.base if adapter.base is None or REPOSITORY.fullmatch(adapter.base) else Path(adapter.base).name
+    return {"name": adapter.path.resolve().name, "kind": adapter.kind, "base": base, **adapter.facts}
 
 
 def _names(folder: Path, read: Iterable[Path]) -> set[str]:

@@ -59,12 +59,7 @@ class Merge:
         return {
             "made_by": f"fastvlm {VERSION}",
             "base": self.checkpoint.path.resolve().name,
-            "adapter": {
-                "name": adapter.path.resolve().name,
-                "kind": adapter.kind,
-                "base": adapter.base,
-                **adapter.facts,
-            },
+            "adapter": artefact.adapter_facts(adapter),
             "tensors": len(self.checkpoint.tensors),
             "changed_tensors": changed,
             "files": sorted(self.files),
@@ -155,7 +150,7 @@ def write(
             (folder / small).write_bytes(read_small(source))
         _write(folder / "config.json", _config(merge))
         change = f"{adapter.kind}: the adapter {adapter.path.resolve().name} was merged into the weights, in float32."
-        artefact.carry_licences(checkpoint.path, folder, [change])
+        artefact.carry_licences(checkpoint.path, folder, [change], adapter.path)
         document = merge.document()
         hashes = {file.name: artefact.hash_file(file) for file in adapter.files}
         _write(folder / RECORD, document | {"adapter_files": hashes})

@@ -161,7 +161,9 @@ def _check(args: argparse.Namespace) -> str:
         except UserError as error:
             faults.append(str(error))
     if args.adapter is not None and kinds.get(args.reference, "checkpoint") != "checkpoint":
-        faults.append(f"--adapter {args.adapter}: is merged into a checkpoint, which --reference {args.reference} is not")
+        faults.append(
+            f"--adapter {args.adapter}: is merged into a checkpoint, which --reference {args.reference} is not"
+        )
     if not faults:
         text_only = kinds[args.reference] == "text"
         if text_only and args.text is None:

@@ -8,10 +8,10 @@ from fastvlm.common.errors import UserError
 from fastvlm.common.files import some_path
 
 
-def add_adapter(parser: Any) -> None:
+def add_adapter(parser: Any, required: bool = False) -> None:
     """Add the flag to a verb's parser."""
     text = "an adapter's folder (PEFT, LLaVA, MLX, or a projector alone), merged into the checkpoint as it is read"
-    parser.add_argument("--adapter", type=adapter, metavar="FOLDER", help=text)
+    parser.add_argument("--adapter", type=adapter, required=required, metavar="FOLDER", help=text)
 
 
 def adapter(text: str) -> Path:

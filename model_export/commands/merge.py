@@ -1,9 +1,9 @@
 """`fastvlm merge`: a checkpoint and an adapter as one checkpoint."""
 
 import argparse
-from pathlib import Path
 from typing import Any
 
+from fastvlm.checkpoint.adapter_flag import add_adapter
 from fastvlm.checkpoint.folder_kind import checkpoint_folder
 from fastvlm.common.cli import log, progress
 from fastvlm.common.dtypes import DTYPES
@@ -15,8 +15,7 @@ def add_merge(verbs: Any) -> None:
     """Add the verb."""
     parser = verbs.add_parser("merge", description="Write a checkpoint and an adapter as one checkpoint.")
     parser.add_place("--checkpoint", type=checkpoint_folder, metavar="CHECKPOINT", help="the base; it is only read")
-    text = "the adapter's folder: PEFT's, LLaVA's, MLX's, or one with mm_projector.bin"
-    parser.add_argument("--adapter", required=True, type=Path, metavar="FOLDER", help=text)
+    add_adapter(parser, required=True)
     parser.add_argument("--output-dir", required=True, type=Output(whole=True), metavar="FOLDER", help="the result")
     text = "of every tensor: %(choices)s (default: as the base has them)"
     parser.add_argument("--dtype", choices=DTYPES, metavar="NAME", help=text)
