@@ -34,8 +34,8 @@ def load(
         The model: `generate`, and its stages `preprocess`, `encode_image`, `project` and `merge`, NumPy in and out.
 
     Raises:
-        UserError (`fastvlm.common.errors`): the folder is no usable checkpoint, the adapter is none or doesn't fit it, or
-            the device is not on this machine.
+        UserError (`fastvlm.common.errors`): the folder is no usable checkpoint, the adapter doesn't fit it, or the
+            device is not on this machine.
     """
     from fastvlm.model.torch_parts import load_checkpoint  # torch and transformers take seconds: not at import
 

@@ -117,8 +117,8 @@ def fine_tuned(sources: Mapping[str, Any]) -> str | None:
 def carry_licences(checkpoint: Path, folder: Path, changes: Sequence[str], adapter: Path | None = None) -> list[str]:
     """Copy the checkpoint's licence files into `folder`, and write a NOTICE of the changes.
 
-    The adapter's own are `adapter-…` there: they are not the weights'. Returns the copied names. Apple's licence asks for
-    its text and attribution passed on, and modifications disclosed.
+    The adapter's own are `adapter-…` there: they are not the weights'. Returns the copied names. Apple's licence asks
+    for its text and attribution passed on, and modifications disclosed.
     """
     carried = [path.name for path in _licences(checkpoint)]
     for path in _licences(checkpoint):

@@ -45,9 +45,10 @@ image_size = whole_number(PATCH_SIZE, PATCH_SIZE, MAX_IMAGE_SIZE)  # the argpars
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """One export, of a checkpoint with an `adapter` merged into it, or without one. `image_size` (pixels per side) None is
-    the checkpoint's own; `quant` is a recipe's name or file; `layout` is whose language-model folder it is: the demo app's
-    (and mlx-lm's), or mlx-vlm's.
+    """One export, of a checkpoint with the `adapter` of a folder merged into it, or without one (None).
+
+    `image_size` (pixels per side) None is the checkpoint's own; `quant` is a recipe's name or file; `layout` is whose
+    language-model folder it is: the demo app's (and mlx-lm's), or mlx-vlm's.
 
     `resolutions` are further sizes, each a function of the package. `minimum_deployment_target` None is
     DEFAULT_TARGET, or whatever newer one the rest needs. `calibration_data` is what `conversations.load` reads: its

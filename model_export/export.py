@@ -376,7 +376,7 @@ def _write_encoder(plan: Plan, folder: Path, source: str, seconds: dict[str, flo
 
 
 def _with_questions(config: ExportConfig, recipe: Recipe, parts: tuple[str, ...]) -> ExportConfig:
-    """The settings with the pictures that a fine-tune was trained on, where no others are given and any are looked at."""
+    """The settings with the questions that a fine-tune left, where none are given and the export looks at any."""
     if config.calibration_data is not None or ("vision" not in parts and not recipe.calibrates):
         return config
     own = default_questions.own(config.checkpoint, config.adapter, default_questions.TRAINING)

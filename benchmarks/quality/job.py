@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.quality import text_model
-from fastvlm.common.errors import UserError
 from fastvlm.common.cli import log
+from fastvlm.common.errors import UserError
 from fastvlm.data import conversations, default_questions
 from fastvlm.data.default_questions import DEMO, DRAWN
 from model_export import contract

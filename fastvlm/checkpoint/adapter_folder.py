@@ -106,7 +106,7 @@ def _no_adapter(path: Path) -> Finding:
     kind = folder_kind.identify(path)
     if kind is not None and kind.name.startswith("artefact"):
         remedy = "an adapter is merged when a checkpoint is exported: give it beside the --checkpoint"
-        return replace(kind.finding("an adapter's folder"), remedy=remedy)
+        return Finding("adapter-missing", str(path), f"{kind.what} (it has {kind.evidence})", expected, remedy)
     names = {file.name for file in path.iterdir()} & {_CONFIG, *_PEFT, *_MLX, _OTHERS, "config.json"}
     got = f"a folder with {', '.join(sorted(names))} alone" if names else "a folder without an adapter"
     if names == {"config.json"}:

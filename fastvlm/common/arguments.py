@@ -35,7 +35,7 @@ ALIASES = {
 }
 # Flags of some verbs that people give to others, too: what such a one says.
 ELSEWHERE = {
-    "--adapter": "not here: it goes with a checkpoint (export, predict, parity --reference, evaluate --reference, sweep),"
+    "--adapter": "not here: it goes with a checkpoint (export, predict, sweep, the --reference of parity and evaluate),"
     " and an artefact that was exported with it has it inside",
 }
 _UNITS = {unit.lower(): factor for unit, factor in SIZE_UNITS.items()}

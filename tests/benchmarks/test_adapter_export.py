@@ -283,7 +283,7 @@ def test_what_is_no_adapter_is_refused_in_one_line(
             assert "--adapter: " in answer.err and [part for part in parts if part not in answer.err] == []
         over = cli(verb, tiny_fast_vlm, "--adapter", lora, "--output-dir", lora)
         assert over.code == 2 and "is --adapter" in over.err and "only read" in over.err
-    with pytest.raises(UserError, match="is inside --adapter .*, which is only read"):
+    with pytest.raises(UserError, match=r"is inside --adapter .*, which is only read"):
         ExportConfig(tiny_fast_vlm, lora / "out", adapter=lora)
     tensors = load_file(lora / WEIGHTS)
     first, second = sorted(tensors)[:2]
