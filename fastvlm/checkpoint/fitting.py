@@ -38,7 +38,7 @@ def fit(
     for module, (index, values) in parts.tokens.items():
         fitting.put_rows(f"{module}.weight", index, values)
     yield from fitting.findings()
-    yield from _settle_head(fitting, parts, tied)
+    _settle_head(fitting, parts, tied)
     return fitting.tensors
 
 
@@ -67,18 +67,11 @@ def _take_tower(
     fitting.left_out.update(brought.values())
 
 
-def _settle_head(fitting: "_Fitting", parts: Parts, tied: bool) -> Iterable[Finding]:
-    """Let a tied head stay one, or warn that it doesn't."""
-    head, touched = naming.LM_HEAD, fitting.touched
-    if not tied:
-        return
-    together = parts.tied or (naming.EMBEDDINGS in touched and touched[naming.EMBEDDINGS] == {"tokens"})
-    if head not in touched and (together or naming.EMBEDDINGS not in touched):
-        fitting.tensors.pop(head, None)
-        return
-    which = "lm_head" if naming.EMBEDDINGS not in touched else "embed_tokens" if head not in touched else "both apart"
-    expected = "one matrix for both, as in the base: lm_head gets its own, as it was trained"
-    yield Finding("adapter-unties", "adapter", f"changes of {which}", expected, severity="warning")
+def _settle_head(fitting: "_Fitting", parts: Parts, tied: bool) -> None:
+    """Let a tied head stay one where nothing was done to one of the two alone."""
+    touched = fitting.touched.get(naming.EMBEDDINGS, set())
+    if tied and naming.LM_HEAD not in fitting.touched and (parts.tied or touched <= {"tokens"}):
+        fitting.tensors.pop(naming.LM_HEAD, None)
 
 
 class _Fitting:
