@@ -117,7 +117,8 @@ def _of(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
 
 def read_parts(entries: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> Steps[Parts]:
     """The parts of an adapter whose settings have no fault, from the tensors of its file."""
-    parts, names = Parts(tied=bool(config.get("ensure_weight_tying"))), set()
+    tied = bool(config.get("ensure_weight_tying"))  # then one of two that are tied is saved
+    parts, names = Parts(tied=tied, saved=() if tied else tuple(config.get("modules_to_save", ()))), set()
     modules: dict[str, dict[str, TensorInfo]] = {}
     for source, info in entries.items():
         name = inner_name(source)
