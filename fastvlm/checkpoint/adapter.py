@@ -21,6 +21,7 @@ class Parts:
         factors: products that are added to a module's weight.
         added: tensors that are added to the base's, and what they are multiplied by.
         tokens: rows of a module's weight that take the place of the base's: their numbers, their values.
+        saved: modules that it says it holds whole.
         tied: what is done to the embeddings is done to the head, too, where both are one matrix.
     """
 
@@ -28,6 +29,7 @@ class Parts:
     factors: dict[str, Factors] = field(default_factory=dict)
     added: dict[str, tuple[TensorInfo, float]] = field(default_factory=dict)
     tokens: dict[str, tuple[tuple[int, ...], TensorInfo]] = field(default_factory=dict)
+    saved: tuple[str, ...] = ()
     tied: bool = False
 
 

@@ -145,7 +145,7 @@ def _adapter(
         return None
     parts = yield from reader.read_parts(entries, config)
     if others:
-        parts.whole |= {adapter_peft.inner_name(name): info for name, info in others.items()}
+        parts.whole = {adapter_peft.inner_name(name): info for name, info in others.items()} | parts.whole
         parts.tied = True  # load_state_dict fills the one tensor that both are
     return Adapter(path, reader.kind_of(config, bool(others)), base, files.all(), parts=parts)
 
@@ -177,4 +177,5 @@ def _brings(path: Path) -> Steps[frozenset[str]]:
     if tokenizer and not whole:
         expected = "a whole tokenizer (tokenizer.json, or vocab.json with merges.txt), or no file of one"
         yield Finding("adapter-tokenizer", str(path), f"{', '.join(tokenizer)} alone", expected)
+        held["tokenizer"] = []
     return frozenset(kind for kind, names in held.items() if names)

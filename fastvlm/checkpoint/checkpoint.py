@@ -204,6 +204,7 @@ def _steps(examination: Examination, image_strategy: str | None, folder: Path | 
     if document is None or layout is None:
         return None
     document, adapter = yield from _settings_of(document, adapter)
+    yield from _name_findings(path, adapter)
     config, config_findings = collect(layouts.read_config(document, layout))
     weights, weight_findings = collect(scan(path))
     _refuse_other(path, config, weights.tensors)
@@ -224,8 +225,12 @@ def _steps(examination: Examination, image_strategy: str | None, folder: Path | 
     dtype = yield from dtype_of(tensors, config, complete)
     if adapter is not None and complete:
         towers = partial(_tower, config, layout, tied)
-        base, tensors = tensors, (yield from fit(adapter.parts, tensors, tied, towers))
+        base, was_tied = tensors, tied
+        tensors = yield from fit(adapter.parts, base, tied, towers)
         form, tied, config = _as_merged(weights, base, tensors, config, layout)
+        if was_tied and not tied:
+            got, expected = "changes of one of the two", "one matrix, as in the base: lm_head gets its own"
+            yield Finding("adapter-unties", "embeddings and lm_head", got, expected, severity="warning")
     model = yield from checked_by_transformers(configuration_of(config, layout, form, tied))
     if model is None:
         return None
@@ -265,6 +270,13 @@ def _settings_of(document: dict[str, Any], adapter: Adapter | None) -> Steps[tup
     got, expected = shown(own.get("model_type")), f"{shown(document.get('model_type'))}: the checkpoint's file is used"
     yield Finding("config-ignored", where, got, expected, severity="warning")
     return document, replace(adapter, brings=adapter.brings - {"config"})
+
+
+def _name_findings(path: Path, adapter: Adapter | None) -> Iterator[Finding]:
+    """A base of another name is only a warning: what doesn't fit has other shapes."""
+    named, own = Path("" if adapter is None else adapter.base or "").name, path.resolve().name
+    if named and named.casefold() != own.casefold():
+        yield Finding("adapter-base", "adapter", f"the base {named}", f"{own}, by its name", severity="warning")
 
 
 def _tower(config: dict[str, Any], layout: str, tied: bool, form: str) -> Collection[str]:

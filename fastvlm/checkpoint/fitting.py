@@ -11,6 +11,7 @@ from fastvlm.checkpoint.tensors import is_training
 from fastvlm.checkpoint.weights import TensorInfo
 from fastvlm.common.findings import Finding, Steps
 
+_OF_TRANSFORMERS = ("language_model.", "multi_modal_projector.", "timm_model.")  # in names, and not in LLaVA's
 _VOCABULARY = (naming.EMBEDDINGS, naming.LM_HEAD)  # what a resized vocabulary gives other rows
 
 
@@ -29,6 +30,7 @@ def fit(
     embeddings = tensors.get(naming.EMBEDDINGS)
     if tied and embeddings is not None:
         fitting.tensors[naming.LM_HEAD] = embeddings
+    yield from _missing(parts, tensors)
     for name, info in parts.whole.items():
         fitting.replace(name, info)
     for module, factors in parts.factors.items():
@@ -38,8 +40,24 @@ def fit(
     for module, (index, values) in parts.tokens.items():
         fitting.put_rows(f"{module}.weight", index, values)
     yield from fitting.findings()
-    yield from _settle_head(fitting, parts, tied)
+    _settle_head(fitting, parts, tied)
     return fitting.tensors
+
+
+def _missing(parts: Parts, tensors: Mapping[str, TensorInfo]) -> Iterable[Finding]:
+    """Modules that the adapter's settings call trained and saved, and of which it has nothing."""
+    held = [*parts.whole, *(f"{module}." for module in parts.tokens)]
+    llava = not any(part in name for name in (*held, *parts.factors) for part in _OF_TRANSFORMERS)
+    names = [naming.to_llava(name) if llava else name for name in tensors]
+
+    def has(module: str, where: Iterable[str]) -> bool:
+        return any(f".{module}." in f".{name}" for name in where)
+
+    absent = tuple(module for module in parts.saved if has(module, names) and not has(module, held))
+    if absent:
+        got, expected = f"none of {len(absent)} modules in modules_to_save", "their trained weights"
+        remedy = "save the adapter again with all of its shards gathered"
+        yield Finding("adapter-module-missing", "adapter's tensors", got, expected, remedy, details=absent)
 
 
 def _take_tower(
@@ -67,18 +85,11 @@ def _take_tower(
     fitting.left_out.update(brought.values())
 
 
-def _settle_head(fitting: "_Fitting", parts: Parts, tied: bool) -> Iterable[Finding]:
-    """Let a tied head stay one, or warn that it doesn't."""
-    head, touched = naming.LM_HEAD, fitting.touched
-    if not tied:
-        return
-    together = parts.tied or (naming.EMBEDDINGS in touched and touched[naming.EMBEDDINGS] == {"tokens"})
-    if head not in touched and (together or naming.EMBEDDINGS not in touched):
-        fitting.tensors.pop(head, None)
-        return
-    which = "lm_head" if naming.EMBEDDINGS not in touched else "embed_tokens" if head not in touched else "both apart"
-    expected = "one matrix for both, as in the base: lm_head gets its own, as it was trained"
-    yield Finding("adapter-unties", "adapter", f"changes of {which}", expected, severity="warning")
+def _settle_head(fitting: "_Fitting", parts: Parts, tied: bool) -> None:
+    """Let a tied head stay one where nothing was done to one of the two alone."""
+    touched = fitting.touched.get(naming.EMBEDDINGS, set())
+    if tied and naming.LM_HEAD not in fitting.touched and (parts.tied or touched <= {"tokens"}):
+        fitting.tensors.pop(naming.LM_HEAD, None)
 
 
 class _Fitting:

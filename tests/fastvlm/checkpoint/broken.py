@@ -244,7 +244,7 @@ KINDS: list[tuple[Change, str, tuple[str, ...]]] = [
      (f"a PEFT adapter of {BASE}", "fastvlm merge --checkpoint BASE --adapter")),
     (adapter_beside_weights, "peft-adapter", (f"a PEFT adapter of {BASE}",)),
     (instead("adapter_model.safetensors", "non_lora_trainables.bin", **PEFT), "llava-lora",
-     (f"a PEFT adapter of {BASE}", "non_lora_trainables.bin", "fastvlm export")),
+     (f"a PEFT adapter of {BASE} with LLaVA's other trained weights", "fastvlm export")),
     (instead("adapters.safetensors", fine_tune_type="lora", model=BASE), "mlx-adapter",
      (f"an MLX adapter of {BASE}", "adapters.safetensors")),
     (instead("non_lora_trainables.bin"), "non-lora-trainables",
