@@ -61,12 +61,12 @@ def compare(
 ) -> dict[str, Any]:
     """Compare an artefact with the checkpoint that it should be. Returns a JSON-able document (keys: `document`).
 
-    `reference` is a checkpoint folder, run by PyTorch in float32 at the artefact's resolution, `adapter` the folder of
-    one that is merged into it, as it was for the export; `candidate` an artefact folder, its halves run by `vision` and
-    `llm` as in `model_export.runtime.load`. `images` is a folder of the user's pictures, `limit` how many of them and of
-    the demo questions (None: LIMIT, or COREAI_LIMIT of a Core AI bundle). `report` is where the HTML page goes, `command`
-    its origin, `name` what it calls the candidate (default: the folder's name). `resolution` is one of the artefact's
-    (default: its native one).
+    `reference` is a checkpoint folder, run by PyTorch in float32 at the artefact's resolution, `adapter` the folder
+    of one that is merged into it, as it was for the export; `candidate` an artefact folder, its halves run by
+    `vision` and `llm` as in `model_export.runtime.load`. `images` is a folder of the user's pictures, `limit` how
+    many of them and of the demo questions (None: LIMIT, or COREAI_LIMIT of a Core AI bundle). `report` is where the
+    HTML page goes, `command` its origin, `name` what it calls the candidate (default: the folder's name).
+    `resolution` is one of the artefact's (default: its native one).
 
     Raises UserError for folders or pictures that cannot be used, CheckFailed where both sides' arrays differ in shape.
     A broken tolerance is no exception: "passed" is False.
