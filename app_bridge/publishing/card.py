@@ -103,6 +103,7 @@ def _render(
     settings = block.settings() if block else set()
     text = _environment().get_template("card.md.j2").render(
         **{key: manifest[key] for key in ("config", "image", "llm", "vision", "sources", "versions")},
+        fine_tuned=exported.fine_tuned(manifest["sources"]),
         metadata=Markup(_metadata(artefact, manifest, base_model)),
         title=(repository or f"/FastVLM, {llm['recipe']['name']}, {vision['image_size']} px").partition("/")[2],
         repository=repository or PLACEHOLDER,
@@ -145,7 +146,8 @@ def _metadata(artefact: Path, manifest: Mapping[str, Any], base_model: str | Non
     """The front matter, without its fences."""
     name, research_only = licence.licence_file(artefact), licence.research_only(artefact)
     smaller = manifest["llm"].get("quantization") or manifest["vision"].get("compression")
-    relation: dict[str, Any] = {"base_model_relation": "quantized"} if base_model and smaller else {}
+    made = "quantized" if smaller else "finetune" if exported.fine_tuned(manifest["sources"]) else None
+    relation: dict[str, Any] = {"base_model_relation": made} if base_model and made else {}
     data = ModelCardData(
         license=RESEARCH_LICENCE if research_only else "other" if name else None,
         license_name=f"see-{name}" if name and not research_only else None,

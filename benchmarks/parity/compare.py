@@ -29,7 +29,7 @@ from fastvlm.model.language import Language, TorchLanguage
 from fastvlm.model.surface import FastVLM
 from fastvlm.model.torch_parts import load_checkpoint
 from model_export import contract
-from model_export.artefact import is_bundle, read_whole
+from model_export.artefact import fine_tuned, is_bundle, read_whole
 from model_export.coreai.process import has_system_runtime
 from model_export.coreai.runtime import projected
 from model_export.mil.allocator import give_back, returned_buffers
@@ -76,6 +76,7 @@ def compare(
     checkpoint, artefact = Path(reference), Path(candidate)
     with progress("parity: load"):
         manifest = read_whole(artefact)
+        _warn_of_adapter(manifest, artefact, adapter)
         coreai = is_bundle(manifest)
         brief = limit is None and is_slow(manifest)
         limit = limit or (1 if brief else COREAI_LIMIT if coreai else LIMIT)
@@ -115,6 +116,16 @@ def compare(
 
         write(Path(report), result, thumbnails, command)
     return result
+
+
+def _warn_of_adapter(manifest: Mapping[str, Any], artefact: Path, adapter: Path | None) -> None:
+    """Warn where one side is with an adapter and the other without: the figures will say so, but not why."""
+    if "sources" not in manifest or (made := fine_tuned(manifest["sources"])) and adapter:
+        return
+    if made:
+        log(f"warning: {artefact} was exported with an adapter ({made}): --adapter names it for the reference")
+    elif adapter:
+        log(f"warning: {artefact} was exported without an adapter, the reference is with {adapter}")
 
 
 def at_size(model: FastVLM, image_size: int) -> FastVLM:

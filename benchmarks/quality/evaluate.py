@@ -80,7 +80,7 @@ def add_evaluate(verbs: Any) -> None:
         "--count",
         type=whole_number(),
         metavar="N",
-        help="questions at most (default: 200 of the demo, 16 drawn, all of yours)",
+        help="questions at most (default: 200 of the demo or of a fine-tune's, 16 drawn, all of yours)",
     )
     add("--text", type=Path, metavar="FILE", help="scored for the perplexity (default: the answers)")
     add("--resolution", type=int, metavar="PIXELS", help="of the artefacts' pictures (default: their native one)")

@@ -17,6 +17,7 @@ from quantization.sweep.point import apart, peak_bytes
 
 TEXT_ONLY = "text"  # a source of samples, as DEMO and DRAWN are, beside folders and files
 _COUNTS = {DEMO: 200, DRAWN: 16}  # of questions; a folder's or file's: all
+_OWN = 200  # of a fine-tune's own, evenly spaced: its records may be sorted
 
 
 @dataclass(frozen=True)
@@ -97,12 +98,16 @@ def told(source: str) -> str:
 
 def choose(source: str, count: int | None = None) -> list[conversations.Sample]:
     """The samples of a source (see `Job`). Raises UserError."""
-    count = _COUNTS.get(source) if count is None else count
+    own = Path(source).name == default_questions.EVALUATION
+    count = _COUNTS.get(source, _OWN if own else None) if count is None else count
     if source == DEMO:
         return conversations.demo_samples(count or 0)
     if source == DRAWN:
         return conversations.drawn_samples(count or 0)
-    return conversations.load(source)[:count]
+    samples = conversations.load(source)
+    if own and count is not None and count < len(samples):
+        return [samples[place * len(samples) // count] for place in range(count)]
+    return samples[:count]
 
 
 def sizes(folder: Path) -> dict[str, int]:

@@ -18,7 +18,7 @@ def own(checkpoint: Path, adapter: Path | None, name: str) -> Path | None:
     They are beside what was trained: in the adapter's folder, or in that of a checkpoint that was trained whole.
     """
     file = (adapter or checkpoint) / name
-    return file if file.is_file() else None
+    return file if file.is_file() and file.stat().st_size > len("[ ]\n") else None  # it may have kept none
 
 
 def built_in(checkpoint: Path) -> str:

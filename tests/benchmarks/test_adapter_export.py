@@ -191,12 +191,15 @@ def test_its_own_questions_are_the_defaults_and_flags_win(
     tiny_fast_vlm: Path, lora: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert job.source(None, tiny_fast_vlm, lora) == "drawn"  # the control: nothing is left there
+    (lora / "evaluation.json").write_text("[]\n")
+    assert job.source(None, tiny_fast_vlm, lora) == "drawn"  # nor is a question
     held_out = write_questions(lora, "evaluation.json", 3)
     trained_on = write_questions(lora, "training_pictures.json", 40)
     capsys.readouterr()
     source = job.source(None, tiny_fast_vlm, lora)
     assert source == str(held_out) and str(held_out) in capsys.readouterr().err
     assert [sample.name for sample in job.choose(source)] == ["own 0", "own 1", "own 2"]
+    assert [sample.name for sample in job.choose(source, 2)] == ["own 0", "own 1"]
     assert "held out" in job.told(source) and "held out" not in job.told("drawn")
     assert job.source("drawn", tiny_fast_vlm, lora) == "drawn"
     assert job.source(str(tmp_path), tiny_fast_vlm, lora) == str(tmp_path.resolve())

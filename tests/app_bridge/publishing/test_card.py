@@ -162,7 +162,16 @@ def test_what_was_not_measured_or_named_is_said(app_artefact: Path, cli: Callabl
     text = cli("card", app_artefact, "--base-model", "acme/FastVLM_base", "--repo", "acme/out_4").out
     assert front(text)["base_model"] == "acme/FastVLM_base"
     assert "base_model_relation" not in front(text)  # not quantized
+    assert "Fine-tuned" not in text
     assert "# out\\_4\n" in text and "hf download acme/out_4 --local-dir MODEL" in text
+
+
+def test_an_adapter_is_named(app_artefact: Path, made: Make, written: Written) -> None:
+    adapter = {"name": "my|lora", "kind": "PEFT LoRA", "base": "acme/base", "files": {}}
+    sources = exported.read_manifest(app_artefact)["sources"] | {"adapter": adapter}
+    text = written(made(sources=sources), "--base-model", "acme/base")
+    assert "merged with an adapter: PEFT LoRA my\\|lora, of acme/base." in text
+    assert front(text)["base_model_relation"] == "finetune"
 
 
 def test_quality_of_these_bytes_only(made: Make, written: Written, refused: Written) -> None:
