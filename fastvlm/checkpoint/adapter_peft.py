@@ -29,7 +29,7 @@ _LORA = re.compile(
 _TOKENS = re.compile(r"(?P<module>.+?)(\.token_adapter)?\.trainable_tokens_delta(\..+)?")
 _UNUSED = re.compile(r"\.original_module\.|\.trainable_tokens_original")
 _WRAPPED = re.compile(r"\.base_layer\b|\.modules_to_save(\.default)?\b")
-_PATTERN = 200  # characters of a regular expression, which has one repetition at most: it comes from a stranger
+_PATTERN = 500  # characters of a regular expression
 
 
 @cache
@@ -95,13 +95,14 @@ def _pattern_findings(config: Mapping[str, Any]) -> Iterator[Finding]:
             if not number or not math.isfinite(value) or value == 0 or (key == "rank_pattern" and value < 0):
                 yield Finding("setting-invalid", f"{CONFIG}: {key}", shown({pattern: value}), "a number that is not 0")
             if not _is_simple(pattern):
-                expected = "a name, or a regular expression with one repetition at most"
+                expected = "a name, or a regular expression with at most two groups and two repetitions"
                 yield Finding("setting-invalid", f"{CONFIG}: {key}", shown(pattern), expected)
 
 
 def _is_simple(pattern: str) -> bool:
-    """Whether a regular expression can be matched in no time and without an error."""
-    if len(pattern) > _PATTERN or len(re.findall(r"[*+{]", pattern)) > 1 or re.search(r"\)[*+{]", pattern):
+    """Whether a regular expression has no error, and little to try at a name: it comes from a stranger."""
+    repetitions, groups = len(re.findall(r"[*+{]|(?<!\()\?", pattern)), pattern.count("(")
+    if len(pattern) > _PATTERN or repetitions > 2 or groups > 2 or re.search(r"\)[*+{]", pattern):
         return False
     try:
         re.compile(pattern)

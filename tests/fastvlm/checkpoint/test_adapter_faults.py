@@ -93,6 +93,7 @@ def both(*changes: Change) -> Change:
 
 
 TOKENS = "{model}model.embed_tokens.token_adapter.trainable_tokens_delta"
+PICTURES = {"model_type": "fast_vlm", "image_seq_length": 16}
 TOWER = "{model}model.vision_tower.vision_tower.model.patch_embed.0.rbr_conv.0.conv.weight"
 # name -> what is done to the sound one, the rule of the one fault, and what its line says
 FAULTS: dict[str, tuple[Change, str, str]] = {
@@ -118,7 +119,8 @@ FAULTS: dict[str, tuple[Change, str, str]] = {
     "alpha of text": (config(lora_alpha="8"), "setting-invalid", "number"),
     "another rank": (config(r=8), "adapter-rank", "q_proj: lora_A has 4"),
     "rslora of text": (config(use_rslora="yes"), "setting-invalid", "true or false"),
-    "endless pattern": (config(alpha_pattern={"(a+)+b": 4}), "setting-invalid", "one repetition"),
+    "endless pattern": (config(alpha_pattern={"(a+)+b": 4}), "setting-invalid", "two repetitions"),
+    "pattern of many ways": (config(rank_pattern={"(a|a)" * 30: 4}), "setting-invalid", "two groups"),
     "no pattern": (config(rank_pattern={"[": 4}), "setting-invalid", "regular expression"),
     "layer replication": (config(layer_replication=[[0, 2], [1, 2]]), "adapter-unmergeable", "more layers"),
     "aLoRA": (config(alora_invocation_tokens=[1, 2]), "adapter-unmergeable", "invocation"),
@@ -159,6 +161,8 @@ FAULTS: dict[str, tuple[Change, str, str]] = {
                             CONFIG: MLX}), "adapter-half", "q_proj"),
     "a wide projector": (instead({"mm_projector.bin": {"model.mm_projector.0.weight": zeros(64, 3072)}}),
                          "adapter-misshapen", "3072"),
+    "other pictures": (lambda folder: (folder / "config.json").write_text(json.dumps(PICTURES)),
+                       "adapter-pictures", "256"),
     "LLaVA's half": (instead({"non_lora_trainables.bin": {PROJECTOR: zeros(64, 256)}}), "adapter-missing", "alone"),
 }  # fmt: skip
 
