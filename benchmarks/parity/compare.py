@@ -120,11 +120,12 @@ def compare(
 
 def _warn_of_adapter(manifest: Mapping[str, Any], artefact: Path, adapter: Path | None) -> None:
     """Warn where one side is with an adapter and the other without: the figures will say so, but not why."""
-    if "sources" not in manifest or (made := fine_tuned(manifest["sources"])) and adapter:
+    if "sources" not in manifest:  # made elsewhere: nobody knows
         return
-    if made:
+    made = fine_tuned(manifest["sources"])
+    if made and not adapter:
         log(f"warning: {artefact} was exported with an adapter ({made}): --adapter names it for the reference")
-    elif adapter:
+    if adapter and not made:
         log(f"warning: {artefact} was exported without an adapter, the reference is with {adapter}")
 
 
