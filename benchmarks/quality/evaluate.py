@@ -171,9 +171,8 @@ def _check(args: argparse.Namespace) -> str:
         for flag in ("samples", "resolution", "count") if text_only else ():
             if getattr(args, flag) is not None:
                 faults.append(f"--{flag}: a text model sees no pictures and is asked nothing: leave it out")
-        vocabulary = _vocabulary(args.reference, args.adapter)
         for model in args.model:
-            faults += _mismatches(args.reference, model, kinds, vocabulary)
+            faults += _mismatches(args.reference, model, kinds, args.adapter)
             if args.resolution is not None and kinds[model] == "artefact":
                 faults += _resolution_fault(model, args.resolution)
     if faults:
@@ -181,16 +180,13 @@ def _check(args: argparse.Namespace) -> str:
     return kinds[args.reference]
 
 
-Vocabulary = tuple[int | None, dict[str, int] | None]  # its size, and its tokens without added ones, where known
-
-
-def _mismatches(reference: Path, model: Path, kinds: dict[Path, str], vocabulary: Vocabulary) -> Iterator[str]:
+def _mismatches(reference: Path, model: Path, kinds: dict[Path, str], adapter: Path | None = None) -> Iterator[str]:
     """The reasons why a candidate cannot be compared with the reference, as far as small files show."""
     kind, expected = ("a text model" if kinds[folder] == "text" else "a FastVLM" for folder in (model, reference))
     if kind != expected:
         yield f"--model {model}: {kind}, but the reference is {expected}: compare like with like"
         return
-    sizes, tokens = zip(_vocabulary(model), vocabulary)
+    sizes, tokens = zip(_vocabulary(model), _vocabulary(reference, adapter))
     if None not in sizes and sizes[0] != sizes[1]:
         yield f"--model {model}: a vocabulary of {sizes[0]} tokens, the reference's has {sizes[1]}"
     if None not in tokens and tokens[0] != tokens[1]:
@@ -207,9 +203,9 @@ def _resolution_fault(model: Path, resolution: int) -> Iterator[str]:
         yield str(error)
 
 
-def _vocabulary(folder: Path, adapter: Path | None = None) -> Vocabulary:
-    """What is known of a model's vocabulary; of a checkpoint with an adapter, after it is merged. UserError where these
-    don't fit."""
+def _vocabulary(folder: Path, adapter: Path | None = None) -> tuple[int | None, dict[str, int] | None]:
+    """The size of a model's vocabulary, and its tokens without added ones, where known; of a checkpoint with an adapter,
+    after it is merged. UserError where these don't fit."""
     if adapter is None:
         return _vocabulary_size(folder), _tokens(folder)
     from fastvlm.checkpoint.checkpoint import open_checkpoint

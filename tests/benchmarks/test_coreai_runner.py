@@ -39,7 +39,7 @@ def test_evaluate_holds_a_bundle_against_its_checkpoint(demo_bundle, tmp_path):
 
 def test_evaluate_refuses_a_bundle_of_another_vocabulary(demo_bundle, tiny_fast_vlm):
     kinds = {demo_bundle: "artefact", tiny_fast_vlm: "checkpoint"}
-    faults = [*evaluate._mismatches(tiny_fast_vlm, demo_bundle, kinds, evaluate._vocabulary(tiny_fast_vlm))]
+    faults = [*evaluate._mismatches(tiny_fast_vlm, demo_bundle, kinds)]
     assert len(faults) == 2 and "a vocabulary of 448" in faults[0] and "its tokenizer is not" in faults[1]
     assert [*evaluate._mismatches(scenes.CHECKPOINT, demo_bundle, kinds | {scenes.CHECKPOINT: "checkpoint"})] == []
 
