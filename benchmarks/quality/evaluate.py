@@ -204,8 +204,8 @@ def _resolution_fault(model: Path, resolution: int) -> Iterator[str]:
 
 
 def _vocabulary(folder: Path, adapter: Path | None = None) -> tuple[int | None, dict[str, int] | None]:
-    """The size of a model's vocabulary, and its tokens without added ones, where known; of a checkpoint with an adapter,
-    after it is merged. UserError where these don't fit."""
+    """The size of a model's vocabulary, and its tokens without added ones, where known; of a checkpoint as its adapter
+    makes it. UserError where these don't fit."""
     if adapter is None:
         return _vocabulary_size(folder), _tokens(folder)
     from fastvlm.checkpoint.checkpoint import open_checkpoint
