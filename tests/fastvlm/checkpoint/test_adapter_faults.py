@@ -4,6 +4,7 @@ import json
 import math
 import os
 import pickle
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -163,6 +164,9 @@ FAULTS: dict[str, tuple[Change, str, str]] = {
                          "adapter-misshapen", "3072"),
     "other pictures": (lambda folder: (folder / "config.json").write_text(json.dumps(PICTURES)),
                        "adapter-pictures", "256"),
+    "MLX's old file": (instead({"adapters.npz": b"x"}, keep=(CONFIG,)), "adapter-missing", "mx.save_safetensors"),
+    "a folder in it": (lambda folder: (shutil.copytree(folder, folder / "checkpoint-9"), (folder / CONFIG).unlink()),
+                       "adapter-missing", "its folder checkpoint-9?"),
     "LLaVA's half": (instead({"non_lora_trainables.bin": {PROJECTOR: zeros(64, 256)}}), "adapter-missing", "alone"),
 }  # fmt: skip
 
