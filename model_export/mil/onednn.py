@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-# Multiplications of a linear layer and of a convolution from which they gain; below, a call alone costs 12 to 20 µs more.
+# Multiplications of a linear layer and of a convolution from which they gain; below, a call costs 12 to 20 µs more.
 LARGE_LINEAR, LARGE_CONV = 1 << 21, 1 << 20
 AVAILABLE: bool = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_convolution_weight")
 
