@@ -5,8 +5,10 @@ from typing import Any, Literal
 
 import numpy as np
 
+from fastvlm.common.errors import UserError
+from fastvlm.common.findings import several
 from fastvlm.data.prompt import ANSWER, SYSTEM, encode_text, render_turn
-from fastvlm.data.records import Record, Turn, all_faults
+from fastvlm.data.records import Record, Turn
 
 NOT_LEARNT = -100  # the label that PyTorch's cross entropy leaves out
 Encoded = tuple[list[int], list[int]]
@@ -64,7 +66,7 @@ def encode_records(
         if advance is not None:
             advance()
     if faults:
-        raise all_faults(f"{len(faults)} record(s) too long, expected at most {longest} tokens each", faults)
+        raise UserError(f"records too long, expected at most {longest} tokens: {several(faults)}")
     return encoded
 
 

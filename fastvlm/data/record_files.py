@@ -34,7 +34,7 @@ def rows(path: Path) -> Iterator[tuple[str, Any]]:
         if isinstance(records, Unreadable):
             raise UserError(str(records.finding(str(path))))
         if not isinstance(records, list):
-            raise UserError(f"{path}: got {_kind(records)}, expected a list of records")
+            raise UserError(f"{path}: got {kind_of(records)}, expected a list of records")
         for number, record in enumerate(records, 1):
             yield f"record {number}", record
 

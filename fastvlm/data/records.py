@@ -11,8 +11,8 @@ from typing import Any
 
 from fastvlm.common.documents import shown
 from fastvlm.common.errors import UserError
-from fastvlm.common.findings import printable
-from fastvlm.data.images import open_image
+from fastvlm.common.findings import several
+from fastvlm.data import pictures
 from fastvlm.data.prompt import IMAGE, SYSTEM, images_first
 from fastvlm.data.record_files import SUFFIXES, kind_of, rows
 
@@ -35,7 +35,6 @@ _CONTROL = re.compile(r"<\|(?:im_start|im_end|endoftext)\|>")
 # Keys of other trainers that change what is learnt, of a record and of a turn; the value that changes nothing.
 _CHANGES = {"tools": None, "objects": None, "rejected_response": None, "system": None}
 _TURN_CHANGES = {"tool_calls": None, "function_call": None, "weight": 1, "loss": True, "train": True}
-_SHOWN = 10  # faults of a file that its error names; a long file may have thousands
 
 
 @dataclass(frozen=True)
@@ -85,7 +84,7 @@ def read_records(path: Path, image_folder: Path | None = None, questions: bool =
         except ValueError as error:
             faults.append(f"{where}: {error}")
     if faults:
-        raise all_faults(str(path), faults)
+        raise UserError(f"{path}: {several(faults)}")
     if not records:
         raise UserError(f"{path}: no records in it: expected conversations, messages or captions")
     return records
@@ -93,20 +92,7 @@ def read_records(path: Path, image_folder: Path | None = None, questions: bool =
 
 def check(records: Iterable[Record]) -> None:
     """Open every picture once before the work starts; UserError that names all that can't be used."""
-    faults = []
-    for path in dict.fromkeys(path for record in records for path in record.images):
-        try:
-            open_image(path)
-        except UserError as error:
-            faults.append(str(error))
-    if faults:
-        raise all_faults("pictures", faults)
-
-
-def all_faults(what: str, faults: list[str]) -> UserError:
-    """The error about the faults of a file: the first of them, and how many more there are."""
-    more = f"; and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
-    return UserError(f"{what}: {'; '.join(map(printable, faults[:_SHOWN]))}{more}")
+    pictures.check(dict.fromkeys(path for record in records for path in record.images))
 
 
 def _record(row: Any, where: str, folder: Path, questions: bool) -> Record:
@@ -213,26 +199,25 @@ def _check_order(turns: list[Turn], value: Any, key: str, questions: bool, fault
 
 
 def _caption(row: dict[str, Any], faults: list[str]) -> tuple[list[Turn], Any]:
-    """A question and its answer of a row of columns, and its picture."""
-    found = []
-    for what, columns in (
-        ("picture", _PICTURE_COLUMNS),
-        ("caption", _CAPTION_COLUMNS),
-        ("question", _QUESTION_COLUMNS),
-    ):
-        filled = [column for column in columns if row.get(column) not in (None, "")]
-        if len(filled) > 1 or (not filled and what != "question"):
-            got = " and ".join(filled) or f"{', '.join(map(shown, row)) or 'nothing'}"
-            faults.append(f"{what}: expected one of {', '.join(columns)}, got {got}")
-        found.append(row[filled[0]] if filled else None)
-    picture, caption, question = found
-    question = QUESTION if question is None else question
-    for what, text in (("caption", caption), ("question", question)):
+    """The question and its answer in a row of columns, and the picture."""
+    picture = _column(row, "picture", _PICTURE_COLUMNS, faults) or []
+    answer = _column(row, "caption", _CAPTION_COLUMNS, faults)
+    question = _column(row, "question", _QUESTION_COLUMNS, faults, QUESTION)
+    turns = [("user", question), ("assistant", answer)]
+    for role, text in turns:
         if text is not None and (not isinstance(text, str) or not text.strip()):
-            faults.append(f"{what}: got {kind_of(text)}, expected text")
-    if faults:
-        return [], picture or []
-    return [Turn("user", question), Turn("assistant", caption)], picture
+            faults.append(f"{'caption' if role == 'assistant' else 'question'}: got {kind_of(text)}, expected text")
+    return [Turn(role, text) for role, text in turns if isinstance(text, str)], picture
+
+
+def _column(row: dict[str, Any], what: str, columns: Iterable[str], faults: list[str], default: Any = None) -> Any:
+    """The value of the one column of these names that is filled; `default`, a fault where it is None, if none is."""
+    filled = [column for column in columns if row.get(column) not in (None, "")]
+    if len(filled) == 1 or (not filled and default is not None):
+        return row[filled[0]] if filled else default
+    got = " and ".join(filled) or f"the keys {', '.join(map(shown, row)) or '(none)'}"
+    faults.append(f"{what}: expected one of {', '.join(columns)}, got {got}")
+    return None
 
 
 def _image(name: Any, folder: Path, faults: list[str]) -> Path | None:
