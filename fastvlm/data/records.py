@@ -106,7 +106,7 @@ def _record(row: Any, where: str, folder: Path, questions: bool) -> Record:
         raise ValueError(f"both {' and '.join(keys)}: leave one out")
     if keys:
         allowed: tuple[str, ...] = ("images",)
-        named = [key for key in ("image", "images") if row.get(key) not in (None, "", [])]
+        named = [key for key in ("image", "images") if row.get(key) not in (None, [])]
         if len(named) > 1:
             faults.append("both image and images: a record has one of them; leave the other out")
         given = row[named[0]] if named else []
