@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from fastvlm.common.errors import UserError
-from fastvlm.data.records import QUESTION, Record, Turn, check, read_records
+from fastvlm.data.records import QUESTION, Record, Turn, as_llava, check, read_records
 
 QUESTIONS = ("<image>\nWhat is it?", "Sure?")
 ANSWERS = ("A ring.", "Yes.")
@@ -87,7 +87,7 @@ def test_one_conversation_in_many_formats(folder, name):
     for number, record in enumerate(found, 1):
         expected_name = "7" if number == 8 else f"{'record' if name == 'train.json' else 'line'} {number}"
         assert record == Record(expected_name, (folder / "a.png",), tuple(Turn(*turn) for turn in turns)), number
-    assert len(found) == len(rows)
+    assert len(found) == len(rows) and read(folder, *map(as_llava, found)) == found
 
 
 def test_captions(folder):
@@ -121,6 +121,7 @@ def test_places_of_several_pictures_and_a_system_turn(folder):
     )
     assert kept.turns[0].text == " Is <image> like <image>? " and kept.images[1].name == "b c.jpg"
     assert front.turns[0].text == "<image>\n<image>\n Are they alike? "
+    assert read(folder, *map(as_llava, (kept, front, text))) == [kept, front, text]
     assert text.images == () and text.turns[:2] == (Turn("system", "Be brief."), Turn("user", "Hi. "))
 
 
@@ -208,21 +209,27 @@ def test_check_names_every_picture_that_does_not_open_once(folder):
     assert str(error.value).count("a.png") == 1 and "b c.jpg" not in str(error.value)
 
 
+KEYS = (
+    "from",
+    "value",
+    "role",
+    "content",
+    "type",
+    "image",
+    "images",
+    "image_url",
+    "url",
+    "path",
+    "text",
+    "weight",
+    "id",
+)
 VALUES = st.recursive(
     st.none()
     | st.booleans()
     | st.integers(0, 2)
     | st.sampled_from(["", "a.png", "user", "human", "gpt", "<image>", "text"]),
-    lambda inner: (
-        st.lists(inner, max_size=3)
-        | st.dictionaries(
-            st.sampled_from(
-                "from value role content type image images image_url url path text weight caption id messages".split()
-            ),
-            inner,
-            max_size=4,
-        )
-    ),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(KEYS), inner, max_size=4),
     max_leaves=12,
 )
 
