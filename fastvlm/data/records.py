@@ -192,8 +192,9 @@ def _turns(value: Any, key: str, inline: list[Any], faults: list[str]) -> list[T
             if not text.strip():
                 faults.append(f"{where}: an empty text")
             turns.append(Turn(roles[turn[speaker]], text))
-            changes = [name for name, same in _TURN_CHANGES.items() if turn.get(name, same) not in (None, same, [])]
-            faults += [f"{where}: {name}: not supported; leave it out" for name in changes]
+            for name in sorted(turn.keys() & _TURN_CHANGES):
+                if turn[name] not in (None, _TURN_CHANGES[name], []):
+                    faults.append(f"{where}: {name}: not supported; leave it out")
     return turns
 
 
