@@ -72,7 +72,7 @@ def add_evaluate(verbs: Any) -> None:
     add(
         "--samples",
         metavar="SOURCE",
-        help="a folder of pictures, a LLaVA-format .json or .jsonl file, demo, or drawn (default: what a"
+        help="a folder of pictures, a file of records (LLaVA, messages, captions), demo, or drawn (default: what a"
         " fine-tune held out, else demo where the reference speaks its language, else drawn; a text model continues the"
         " text)",
     )

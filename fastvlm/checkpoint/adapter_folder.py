@@ -19,6 +19,7 @@ from fastvlm.common.findings import Finding, Steps, collect, errors
 _CONFIG = adapter_peft.CONFIG
 _PEFT = ("adapter_model.safetensors", "adapter_model.bin")
 _MLX = ("adapters.safetensors",)
+_OLD_MLX = "adapters.npz"
 _OTHERS = "non_lora_trainables.bin"
 _PROJECTOR = ("mm_projector.safetensors", "mm_projector.bin")
 _STEP = re.compile(r"checkpoint-([0-9]{1,9})\.bin")  # in LLaVA's mm_projector/, saved while it was trained
@@ -103,15 +104,19 @@ def _no_adapter(path: Path) -> Finding:
     expected = (
         f"{_CONFIG} with {' or '.join(_PEFT + _MLX)}, or {' or '.join(_PROJECTOR)}: what PEFT, LLaVA and MLX save"
     )
+    names = {file.name for file in path.iterdir()} & {_CONFIG, *_PEFT, *_MLX, _OTHERS, _OLD_MLX, "config.json"}
+    got = f"a folder with {', '.join(sorted(names))} alone" if names else "a folder without an adapter"
+    inner = sorted(file.parent.name for file in path.glob(f"*/{_CONFIG}"))
+    remedy = f"did you mean its folder {inner[-1]}?" if inner else ""
     kind = folder_kind.identify(path)
     if kind is not None and kind.name.startswith("artefact"):
+        got = f"{kind.what} (it has {kind.evidence})"
         remedy = "an adapter is merged when a checkpoint is exported: give it beside the --checkpoint"
-        return Finding("adapter-missing", str(path), f"{kind.what} (it has {kind.evidence})", expected, remedy)
-    names = {file.name for file in path.iterdir()} & {_CONFIG, *_PEFT, *_MLX, _OTHERS, "config.json"}
-    got = f"a folder with {', '.join(sorted(names))} alone" if names else "a folder without an adapter"
-    if names == {"config.json"}:
-        return Finding("adapter-missing", str(path), "a checkpoint (it has config.json)", expected, "it is no adapter")
-    return Finding("adapter-missing", str(path), got, expected)
+    elif _OLD_MLX in names:
+        remedy = f"`mx.save_safetensors('{_MLX[0]}', mx.load('{_OLD_MLX}'))` saves it as MLX does today"
+    elif names == {"config.json"} and not inner:
+        got, remedy = "a checkpoint (it has config.json)", "it is given as --checkpoint"
+    return Finding("adapter-missing", str(path), got, expected, remedy)
 
 
 def _no_folder(path: Path) -> Finding:

@@ -194,7 +194,7 @@ class MILExecutor:
             self._step(step, values, run, counted)
 
     def _step(self, step: Step, values: dict[str, Any], run: _Run, counted: dict[str, int]) -> None:
-        """Run one step, put its results among the values and free what is not needed any more; `counted`: their bytes."""
+        """Run one step, put its results among the values and free those not needed any more; `counted`: their bytes."""
         results = self._control(step, values, run) if step.blocks else self._computed(step, values, run)
         made = step.made
         if run.counts:

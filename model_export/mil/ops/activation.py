@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -70,10 +71,10 @@ def leaky_relu(node: Node) -> Kernel:
 def thresholded_relu(node: Node) -> Kernel:
     """x, or 0 below alpha, which stays itself, where PyTorch's threshold does not."""
     below = float(np.nextafter(np.float32(node.const("alpha")), np.float32(-np.inf)))
-    return _in_place(node, F.threshold, F.threshold_, threshold=below, value=0.0)
+    return _in_place(node, torch.threshold, torch.threshold_, threshold=below, value=0.0)
 
 
-def _in_place(node: Node, function: Unary, inplace: Unary, **settings: float) -> Kernel:
+def _in_place(node: Node, function: Callable[..., Any], inplace: Callable[..., Any], **settings: float) -> Kernel:
     return node.kernel(partial(function, **settings), "x", inplace=partial(inplace, **settings))
 
 

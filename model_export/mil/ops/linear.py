@@ -22,7 +22,7 @@ def linear(node: Node) -> Kernel:
         raise Unsupported(f"x {node.type_of('x')} for a weight of [{rows}, {width}] and its bias")
     node.expects(*x[:-1], rows)
     static = len(leading) == node.rank("x") - 1
-    large = static and math.prod(leading) * (rows or 0) * (width or 0) >= onednn.LARGE
+    large = static and math.prod(leading) * (rows or 0) * (width or 0) >= onednn.LARGE_LINEAR
     if onednn.AVAILABLE and constant and large and weight is not None and weight.is_floating_point():
         return node.kernel(onednn.linear(weight, bias, math.prod(leading)), "x")
     return node.kernel(unmixed(node, F.linear, *keys), *keys)

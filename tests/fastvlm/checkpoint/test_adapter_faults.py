@@ -4,6 +4,7 @@ import json
 import math
 import os
 import pickle
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -163,6 +164,9 @@ FAULTS: dict[str, tuple[Change, str, str]] = {
                          "adapter-misshapen", "3072"),
     "other pictures": (lambda folder: (folder / "config.json").write_text(json.dumps(PICTURES)),
                        "adapter-pictures", "256"),
+    "MLX's old file": (instead({"adapters.npz": b"x"}, keep=(CONFIG,)), "adapter-missing", "mx.save_safetensors"),
+    "a folder in it": (lambda folder: (shutil.copytree(folder, folder / "checkpoint-9"), (folder / CONFIG).unlink()),
+                       "adapter-missing", "its folder checkpoint-9?"),
     "LLaVA's half": (instead({"non_lora_trainables.bin": {PROJECTOR: zeros(64, 256)}}), "adapter-missing", "alone"),
 }  # fmt: skip
 
@@ -217,7 +221,11 @@ def test_the_doctor_describes_an_adapter(sound: Path, tiny_llava: Path, cli: Cal
     report = diagnose(sound)  # an adapter alone is no checkpoint
     assert [fault.rule for fault in report.faults] == ["folder-is-peft-adapter"]
     assert report.facts["adapter"] == "PEFT LoRA" and report.facts["adapted_matrices"] == 2
-    assert report.facts["ranks"] == "4" and "--adapter" in report.faults[0].line()
+    assert (
+        "\nmatrices        2\n" in report.text()
+        and report.facts["ranks"] == "4"
+        and "--adapter" in report.faults[0].line()
+    )
     FAULTS["NaN"][0](sound)
     assert [fault.rule for fault in diagnose(sound).faults] == ["folder-is-peft-adapter", "weights-not-finite"]
     assert cli("doctor", tiny_llava, "--adapter", sound).code == 2
