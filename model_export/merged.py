@@ -17,6 +17,7 @@ from fastvlm.common.errors import UserError
 from fastvlm.common.files import read_small, small_files
 from fastvlm.common.staging import staged
 from fastvlm.common.version import VERSION
+from fastvlm.data import default_questions
 from model_export import artefact
 from model_export.language.tensor_file import TensorFile
 from quantization.mlx.casting import cast
@@ -28,6 +29,7 @@ _TOKENIZER = {
     "tokenizer_config.json", "chat_template.jinja", "chat_template.json", "tokenizer.model",
 }  # fmt: skip
 _PROCESSOR = {"preprocessor_config.json", "processor_config.json"}
+_QUESTIONS = (default_questions.EVALUATION, default_questions.TRAINING)
 # What the base's folder or the adapter's may have besides, and no checkpoint needs.
 _LEFT = ("*.index.json", "adapter_config.json", "export.json", RECORD)
 
@@ -107,6 +109,8 @@ def _small(checkpoint: Checkpoint) -> dict[str, Path]:
         if kind in adapter.brings:
             chosen = {name: path for name, path in chosen.items() if name not in names}
             chosen |= {path.name: path for path in small_files(adapter.path) if path.name in names}
+    chosen = {name: path for name, path in chosen.items() if name not in _QUESTIONS}  # of another fine-tune
+    chosen |= {path.name: path for path in small_files(adapter.path) if path.name in _QUESTIONS}
     chosen.pop("config.json", None)
     return chosen
 

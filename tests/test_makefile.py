@@ -23,6 +23,13 @@ def test_an_artefacts_name_has_no_colon_and_parity_goes_where_exports_page_went(
     assert f'"{folder}-parity.html"' in exported and f'"{folder}-parity.html"' in compared
 
 
+def test_an_adapter_goes_to_every_task_of_a_checkpoint_and_into_the_artefacts_name():
+    for target in ("export", "parity", "sweep", "ranges", "bench"):
+        assert '--adapter "a/my lora/"' in make("-n", target, "ADAPTER=a/my lora/").stdout
+        assert "--adapter" not in make("-n", target).stdout
+    assert '--output-dir "build/demo_checkpoint-lora-fp16"' in make("-n", "export", "ADAPTER=a/lora/").stdout
+
+
 @pytest.mark.parametrize(("target", "variable"), [("app", "APP="), ("plan", "DEVICE=")])
 def test_what_is_missing_is_named(target, variable):
     done = make(target)

@@ -74,8 +74,10 @@ def test_its_bytes_are_those_of_a_merged_checkpoints_export(
     cli: Any, tiny_fast_vlm: Path, lora: Path, tmp_path: Path, recipe: str
 ) -> None:
     merged, before = tmp_path / "merged", contents(tiny_fast_vlm)
+    held_out = write_questions(lora, "evaluation.json", 1)
     done = cli("merge", tiny_fast_vlm, "--adapter", lora, "--dtype", "float32", "--output-dir", merged)
     assert done.code == 0, done.err
+    assert (merged / held_out.name).read_text() == held_out.read_text()
     made = {}
     for name, config in {
         "adapted": ExportConfig(tiny_fast_vlm, tmp_path / "adapted", recipe, adapter=lora),
@@ -149,7 +151,9 @@ def test_an_adapter_that_changes_meanwhile_ends_the_export(tiny_fast_vlm: Path, 
 # --- held against its checkpoint
 
 
-def test_parity_is_with_checkpoint_and_adapter(demo_artefact: Path, tmp_path: Path, monkeypatch: Any) -> None:
+def test_parity_is_with_checkpoint_and_adapter(
+    demo_artefact: Path, tmp_path: Path, monkeypatch: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The encoder is the base's own: its package is that of the base's export."""
 
     def copy(checkpoint: Any, config: Any, target: Path, *others: Any) -> Any:
@@ -166,7 +170,9 @@ def test_parity_is_with_checkpoint_and_adapter(demo_artefact: Path, tmp_path: Pa
 
     export(plan(ExportConfig(CHECKPOINT, target, adapter=lora)), prove)
     assert seen[0]["passed"] and seen[0]["reference"]["name"] == "demo_checkpoint + lora"
+    assert "was exported" not in capsys.readouterr().err
     alone = compare.compare(CHECKPOINT, target, limit=2)
+    assert "was exported with an adapter (PEFT LoRA lora, of base)" in capsys.readouterr().err
     assert not alone["passed"] and "prefill_kl" in alone["broken"]
     assert "encoder_snr" not in alone["broken"]
 
