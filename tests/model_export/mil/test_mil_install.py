@@ -89,7 +89,7 @@ def test_errors_begin_as_core_mls_do(installed: None, tmp_path: Path) -> None:
     assert model.predict({"x": X, "indices": indices})
     with pytest.raises(RuntimeError, match=r"^Unable to compute the prediction using ML Program: operation 'gather"):
         model.predict({"x": X, "indices": indices + 2})
-    with pytest.raises(RuntimeError, match="^inputs named"):  # our own words, where nobody cites Core ML's
+    with pytest.raises(RuntimeError, match=r"^inputs named"):  # our own words, where nobody cites Core ML's
         model.predict({"x": X})
 
 
