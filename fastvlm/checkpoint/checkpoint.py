@@ -10,7 +10,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastvlm.checkpoint import folder_kind, layouts, naming
+from fastvlm.checkpoint import adapter_folder, fitting, folder_kind, layouts, naming
+from fastvlm.checkpoint.adapter import Adapter
 from fastvlm.checkpoint.configuration import (
     ModelConfig,
     checked_by_transformers,
@@ -40,7 +41,8 @@ class Checkpoint:
     `tensors` holds exactly the parameters and buffers that inference uses, under canonical names; a tied checkpoint has
     no `lm_head.weight` in it even if the file repeats the embeddings. `config` has config.json's checked settings;
     `dtype` is that of most weights; `model_config` says what the weights are (form, tying), whatever config.json
-    claims.
+    claims. With an `adapter`, all of this is the merged model's: tensors that it changes are merged, in float32, when
+    they are read, and `files` has its files, too.
     """
 
     path: Path
@@ -55,6 +57,7 @@ class Checkpoint:
     tensors: Mapping[str, TensorInfo]
     files: tuple[Path, ...]
     warnings: tuple[str, ...]
+    adapter: Adapter | None
     _weights: Weights = field(repr=False, compare=False)
 
     @property
@@ -66,6 +69,16 @@ class Checkpoint:
     def image_strategy(self) -> str:
         """How a picture becomes square: see `preprocessing.STRATEGIES`."""
         return self.preprocessor.image_strategy
+
+    @property
+    def tokenizer_path(self) -> Path:
+        """The folder with the tokenizer's files: the adapter's where it brings a tokenizer, else the checkpoint's."""
+        return _place(self.path, self.adapter, "tokenizer")
+
+    @property
+    def config_path(self) -> Path:
+        """The config.json that was read: the adapter's where it brings one."""
+        return _place(self.path, self.adapter, "config") / "config.json"
 
     @cached_property
     def hf_config(self) -> "FastVlmConfig":
@@ -91,7 +104,7 @@ class Checkpoint:
 
     @cached_property
     def _tokenizer(self) -> "PreTrainedTokenizerBase":
-        return layouts.load_tokenizer(self.path, self.image_token_id)
+        return layouts.load_tokenizer(self.tokenizer_path, self.image_token_id)
 
     def check_finite(self, advance: Callable[..., Any] | None = None) -> Iterator[Finding]:
         """Read every weight and yield a finding where tensors hold NaN or infinity; `advance()` after each tensor."""
@@ -128,27 +141,31 @@ class Examination:
         return [finding for finding in self.findings if finding.severity == "warning"]
 
 
-def open_checkpoint(path: str | os.PathLike[str], image_strategy: str | None = None) -> Checkpoint:
+def open_checkpoint(
+    path: str | os.PathLike[str], image_strategy: str | None = None, adapter: Path | None = None
+) -> Checkpoint:
     """Check the folder at `path` and return it; UserError with every fault if it can't be used.
 
-    `image_strategy` overrides what the folder says of pictures.
+    `image_strategy` overrides what the folder says of pictures; `adapter` is the folder of one that is merged into the
+    checkpoint as it is read.
     """
-    examination = examine(path, image_strategy)
+    examination = examine(path, image_strategy, adapter)
     if examination.checkpoint is None:
-        raise UserError(
-            f"cannot use checkpoint {folder_kind.as_typed(path)}: {'; '.join(map(str, examination.faults))}"
-        )
+        what = f"checkpoint {folder_kind.as_typed(path)}" + (f" with adapter {adapter}" if adapter else "")
+        raise UserError(f"cannot use {what}: {'; '.join(map(str, examination.faults))}")
     return examination.checkpoint
 
 
-def examine(path: str | os.PathLike[str], image_strategy: str | None = None) -> Examination:
-    """Check the folder at `path`, collecting every finding instead of stopping at the first."""
+def examine(
+    path: str | os.PathLike[str], image_strategy: str | None = None, adapter: Path | None = None
+) -> Examination:
+    """Check the folder at `path`, collecting every finding instead of stopping at the first; see `open_checkpoint`."""
     examination = Examination(Path(path))
     if not examination.path.is_dir():
         examination.findings = [folder_kind.not_a_folder(path)]
         return examination
     try:
-        steps = _steps(examination, image_strategy)
+        steps = _steps(examination, image_strategy, adapter)
         examination.checkpoint, examination.findings = collect(steps)
     except _OtherKind as other:
         examination.kind, examination.findings = other.kind, [other.kind.finding()]
@@ -172,15 +189,18 @@ def _refuse_other(path: Path, config: Any = None, tensors: Collection[str] = ())
         raise _OtherKind(kind)
 
 
-def _steps(examination: Examination, image_strategy: str | None) -> Steps[Checkpoint | None]:
+def _steps(examination: Examination, image_strategy: str | None, folder: Path | None) -> Steps[Checkpoint | None]:
     path = examination.path
     _refuse_other(path)
+    adapter = None if folder is None else (yield from adapter_folder.read(folder))
     document = yield from _read_config(path)
     _refuse_other(path, document)
     layout = None if document is None else (yield from layouts.layout_of(document))
     examination.layout = layout
     if document is None or layout is None:
         return None
+    if adapter is not None:
+        document, adapter = yield from fitting.settings_of(document, adapter, path)
     config, config_findings = collect(layouts.read_config(document, layout))
     weights, weight_findings = collect(scan(path))
     _refuse_other(path, config, weights.tensors)
@@ -189,32 +209,42 @@ def _steps(examination: Examination, image_strategy: str | None) -> Steps[Checkp
     tensors, unknown = yield from canonical(weights, layout)
     form, form_findings = collect(form_of(tensors, complete))
     yield from form_findings
-    vocabulary, vocabulary_findings = collect(layouts.read_vocabulary(path))
+    vocabulary, vocabulary_findings = collect(layouts.read_vocabulary(_place(path, adapter, "tokenizer")))
     yield from vocabulary_findings
-    processor = yield from read_image_processor(path)
+    processor = yield from read_image_processor(_place(path, adapter, "processor"))
     preprocessor = yield from preprocessor_of(config, processor, image_strategy)
     yield from layouts.check_config(config, layout, form if complete else None)
     if config_findings:  # what the weights should be isn't known
         return None
     tied, tie_findings = collect(resolve_tie(weights, tensors, config, layout))
     yield from tie_findings if complete else ()
+    dtype = yield from dtype_of(tensors, config, complete)
+    if adapter is not None and complete:
+        tensors, form, tied, config = yield from fitting.merge(adapter, weights, tensors, tied, config, layout)
     model = yield from checked_by_transformers(configuration_of(config, layout, form, tied))
     if model is None:
         return None
     yield from compare(tensors, unknown, model, tied, complete)
-    dtype = yield from dtype_of(tensors, config, complete)
     rows = model.text.vocab_size
     token = yield from layouts.image_token(config, layout, vocabulary, rows)
     if preprocessor is None:
         return None
+    if adapter is not None:
+        yield from fitting.same_pictures(adapter, preprocessor)
     if tied:
         tensors.pop(naming.LM_HEAD, None)
     if token == rows:
         _add_row(tensors, rows + 1)
         model = replace(model, text=replace(model.text, vocab_size=rows + 1))
+    files = (*weights.files, *(() if adapter is None else adapter.files))
     return Checkpoint(
-        path, layout, form, config, dtype, preprocessor, token, tied, model, tensors, tuple(weights.files), (), weights
+        path, layout, form, config, dtype, preprocessor, token, tied, model, tensors, files, (), adapter, weights
     )
+
+
+def _place(path: Path, adapter: Adapter | None, what: str) -> Path:
+    """The folder that "config", "tokenizer" or "processor" is read from."""
+    return adapter.path if adapter is not None and what in adapter.brings else path
 
 
 def _add_row(tensors: dict[str, TensorInfo], rows: int) -> None:
