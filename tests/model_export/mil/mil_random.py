@@ -157,7 +157,9 @@ def check(drawn: Drawn, package: Path, compute: str = "as-typed") -> int:
     given = {name: value.copy() for name, value in drawn.inputs.items()}
     watched = model.run(given, watch)
     seen = {**watched, **seen}
-    values, compared = dict(drawn.inputs), 0
+    wide = {np.dtype(np.float16): np.float32} if compute == "float32" else {}
+    values = {name: value.astype(wide.get(value.dtype, value.dtype)) for name, value in drawn.inputs.items()}
+    compared = 0
     for line in drawn.lines:
         for place, (name, (wanted, error)) in enumerate(zip(line.results, evaluate(line, values), strict=True)):
             dtype = dtype_of(line, place, values)
