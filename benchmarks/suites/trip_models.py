@@ -76,8 +76,9 @@ class _Output(nn.Module):
         return self.take(self.module(*inputs, **self.options))
 
 
-def _text(kind: str, causal: bool = False, **names: Any) -> Trip:
-    """A text encoder or decoder of transformers without a cache; names: its words for the sizes of `sizes`."""
+def _text(kind: str, causal: bool = False, full: tuple[int, ...] = (128, 512, 6), **names: Any) -> Trip:
+    """A text encoder or decoder of transformers without a cache; full: length, width and layers at full size; names:
+    its words for the sizes of `sizes`."""
 
     def build(length: int, width: int, layers: int) -> nn.Module:
         import transformers
@@ -93,7 +94,7 @@ def _text(kind: str, causal: bool = False, **names: Any) -> Trip:
         module = getattr(transformers, f"{kind}Model" + "WithProjection" * ("projection_dim" in names))(config)
         return _Output(module, lambda out: out[0], return_dict=False, **mask)
 
-    small, full = (24, 64, 2), (128, 512, 6)
+    small = (24, 64, 2)
     return Trip(
         partial(build, *small), (((1, small[0]), 300),), full=Trip(partial(build, *full), (((1, full[0]), 300),))
     )
@@ -328,3 +329,6 @@ TRIPS: dict[str, Trip] = {
     "loop": Trip(_Loop, ((2, 16),), "script", full=Trip(partial(_Loop, 512), ((64, 512),), "script")),
     "decoder": _decoder(64, 2, full=_decoder(512, 6)),
 }
+
+# 67 million parameters in layers, whose memory is measured
+LARGE = _text("Bert", full=(256, 1024, 8), **_SIZES).full

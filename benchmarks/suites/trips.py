@@ -56,7 +56,7 @@ def convert(module: Any, trip: Trip, target: Path, precision: str = "float32") -
     """Convert as a script by hand does and save; inputs are x0, x1, ... Returns coremltools' model."""
     import torch
 
-    from model_export.encoder.coreml import coremltools, quiet_conversion
+    from model_export.encoder.coreml import coremltools, quick_conversion, quiet_conversion
 
     ct, examples = coremltools(), tensors(trip)
     types = [
@@ -67,7 +67,7 @@ def convert(module: Any, trip: Trip, target: Path, precision: str = "float32") -
         ct.StateType(wrapped_type=ct.TensorType(shape=shape, dtype=np.float16), name=state)
         for state, shape in trip.states.items()
     ]
-    with quiet_conversion():
+    with quiet_conversion(), quick_conversion():
         if trip.route == "export":
             program = torch.export.export(module, tuple(examples)).run_decompositions({})
         elif trip.route == "script":

@@ -13,3 +13,9 @@ def peak_bytes() -> int:
             return int(line.split()[1]) * 1024
     unit = 1 if sys.platform == "darwin" else 1024  # getrusage(2): bytes on macOS, KiB on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def restarted_peak() -> int:
+    """Resident memory of this process in bytes, from which `peak_bytes` counts anew; Linux only."""
+    Path("/proc/self/clear_refs").write_text("5")  # proc(5): the peak is what there is now
+    return peak_bytes()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import mmap
 import struct
+import sys
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 SENTINEL = 0xDEADBEEF
 VERSION = 2
 ALIGNMENT = 64
+RESIDENT = 16 << 20  # bytes of a file that stay mapped in memory while it is read through
 
 # BlobDataType.hpp
 _TYPES = {
@@ -104,6 +106,7 @@ class WeightFile:
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         except OSError as error:
             raise MILError(f"{path}: cannot read the weight file: {error.strerror or error}") from None
+        self._read = 0
         _, version = struct.unpack_from("<II", self._map)
         if version != VERSION:
             raise MILError(f"{path}: weight file version {version}, expected {VERSION}; the file is corrupted")
@@ -146,7 +149,16 @@ class WeightFile:
                 raise MILError(f"{where}: {padding} unused bits, expected {expected * 8 - count * bits} for {type}")
         if size != expected:
             raise MILError(f"{where}: {size} bytes, expected {expected} for {type}")
+        self._let_go(size)
         return self._bytes[start : start + size]
+
+    def _let_go(self, size: int) -> None:
+        """Before more is read, have Linux take back the memory of what was, which is still on the disk: weights that
+        are converted would be held twice. Nothing is ever written to the mapping, which would be lost."""
+        self._read += size
+        if self._read > RESIDENT and sys.platform == "linux":
+            self._map.madvise(mmap.MADV_DONTNEED)
+            self._read = 0
 
 
 def immediate(constant: Constant) -> torch.Tensor | str | tuple[str, ...]:

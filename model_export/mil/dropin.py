@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Mapping
 from typing import Any
+
+import numpy as np
 
 from .executor import MILExecutor, load
 from .features import State
@@ -81,7 +84,12 @@ class _Proxy:
             what = f"fastvlm's executor in PyTorch ({self.compute}), not by Core ML"
             print(f"coremltools MLModel: predictions are run by {what}", file=sys.stderr)
         started = time.perf_counter_ns()
-        outputs: dict[str, Any] = self._executor.predict(data, state)
+        try:
+            outputs: dict[str, Any] = self._executor.predict(data, state)
+        except MILError as error:
+            if words := _words(self._executor, data, state):
+                raise MILError(f"{words}: {error}") from error
+            raise
         self._last_time = time.perf_counter_ns() - started
         return outputs
 
@@ -100,3 +108,29 @@ class _Proxy:
     @staticmethod
     def get_available_compute_devices() -> list[Any]:
         raise MILError("only Core ML has compute devices; predictions are run in PyTorch, on the processor")
+
+
+def _words(executor: MILExecutor, data: Mapping[str, Any], state: State | None) -> str:
+    """How Core ML begins to say what was wrong with a prediction, as coremltools' tests and users cite it; empty where
+    nobody does, or where our own error begins so."""
+    for name, feature in executor.interface.input_features.items():
+        if feature.kind != "multiArrayType" or name not in data:
+            continue
+        shape = np.shape(data[name])
+        if feature.accepts(shape):
+            continue
+        given = " x ".join(map(str, shape))
+        if feature.shapes:
+            return f"MultiArray Shape ({given}) was not in enumerated set of allowed shapes"
+        for axis, (size, (least, most)) in enumerate(zip(shape, feature.ranges)):
+            if size < least or (most is not None and size > most):
+                allowed = f"{least}..{-1 if most is None else most}"
+                return f"Size ({size}) of dimension ({axis}) is not in allowed range ({allowed})"
+        expected = " x ".join(map(str, feature.shape))
+        return f"MultiArray shape ({given}) does not match the shape ({expected}) specified in the model description"
+    try:
+        executor.interface.cells(state)
+        executor.interface.tensors(data, executor.policy)
+    except MILError:
+        return ""
+    return "Unable to compute the prediction using ML Program"

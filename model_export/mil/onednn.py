@@ -22,6 +22,20 @@ def packs(dtype: torch.dtype) -> bool:
     return AVAILABLE and (dtype != torch.bfloat16 or torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
+class _Packed:
+    """A weight in the layout that its kernel asks for, from the first use on: to choose the kernel takes oneDNN some
+    milliseconds a layer, and a package isn't only loaded to predict."""
+
+    def __init__(self, pack: Callable[..., torch.Tensor], weight: torch.Tensor, *settings: Any) -> None:
+        self._weight, self._pack = weight, pack
+        self._settings: tuple[Any, ...] | None = settings
+
+    def __call__(self) -> torch.Tensor:
+        if self._settings is not None:
+            self._weight, self._settings = self._pack(self._weight, *self._settings), None
+        return self._weight
+
+
 def conv2d(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
@@ -37,11 +51,11 @@ def conv2d(
         return _interleaved(weight, bias, (strides, padding, dilations, groups, shape))
     weight = weight.contiguous(memory_format=torch.channels_last)
     settings = (list(padding), list(strides), list(dilations), groups)
-    packed = torch.ops.mkldnn._reorder_convolution_weight(weight, *settings, list(shape))
+    packed = _Packed(torch.ops.mkldnn._reorder_convolution_weight, weight, *settings, list(shape))
 
     def run(x: torch.Tensor, activation: str) -> torch.Tensor:
         x = x.contiguous(memory_format=torch.channels_last)
-        return torch.ops.mkldnn._convolution_pointwise.default(x, packed, bias, *settings, activation, [], "none")
+        return torch.ops.mkldnn._convolution_pointwise.default(x, packed(), bias, *settings, activation, [], "none")
 
     return run
 
@@ -65,5 +79,5 @@ def _interleaved(
 
 def linear(weight: torch.Tensor, bias: torch.Tensor | None, rows: int) -> Callable[[torch.Tensor], torch.Tensor]:
     """x (..., I) @ weight (O, I) transposed + bias, in float32 or bfloat16, for inputs of `rows` rows in all."""
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), rows)
-    return lambda x: torch.ops.mkldnn._linear_pointwise.default(x.contiguous(), packed, bias, "none", [], "none")
+    packed = _Packed(torch.ops.mkldnn._reorder_linear_weight, weight.contiguous(), rows)
+    return lambda x: torch.ops.mkldnn._linear_pointwise.default(x.contiguous(), packed(), bias, "none", [], "none")

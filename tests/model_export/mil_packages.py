@@ -1,6 +1,7 @@
 """Writes the packages that the executor's tests read: small MIL programs and a reduced FastViTHD."""
 
 import functools
+import gc
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,6 +15,10 @@ logging.getLogger("coremltools").setLevel(logging.ERROR)
 import coremltools as ct  # noqa: E402
 from coremltools.converters.mil import Builder as mb  # noqa: E402
 from coremltools.converters.mil.mil import types  # noqa: E402
+
+# coremltools collects garbage after each conversion: half a second for the libraries' own objects, unless they are set
+# apart.
+gc.freeze()
 
 TARGETS = {"iOS15": ct.target.iOS15, "iOS16": ct.target.iOS16, "iOS17": ct.target.iOS17, "iOS18": ct.target.iOS18}
 _TYPES = {"float32": types.fp32, "float16": types.fp16, "int32": types.int32, "bool": types.bool}

@@ -18,6 +18,7 @@ from . import (  # noqa: F401
     random,
     recurrent,
     reduction,
+    resampling,
     scatter_gather,
     states,
     tensor_operation,

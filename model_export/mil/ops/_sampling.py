@@ -83,3 +83,8 @@ def _interpolated(x: torch.Tensor, axis: int, points: torch.Tensor) -> torch.Ten
     part = (points - low).to(torch.float32).reshape(-1, *[1] * (x.ndim - 1 - axis))
     before, after = (x.index_select(axis, place.to(torch.int64)) for place in (low, points.ceil()))
     return (before * (1 - part) + after * part).to(x.dtype)
+
+
+def between(a: torch.Tensor, b: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
+    """From a (part 0) to b (part 1)."""
+    return a * (1 - part) + b * part

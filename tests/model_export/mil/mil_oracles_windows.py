@@ -19,7 +19,9 @@ def np_conv_nd(
 ) -> np.ndarray:  # fmt: skip
     n = x.ndim - 2
     strides, dilations, kernel = strides or [1] * n, dilations or [1] * n, weight.shape[2:]
-    padded = np.pad(np.float64(x), [(0, 0), (0, 0), *around(x.shape[2:], kernel, strides, dilations, pad_type, pad)])
+    padded = np.pad(
+        x.astype(np.float64), [(0, 0), (0, 0), *around(x.shape[2:], kernel, strides, dilations, pad_type, pad)]
+    )
     counts = [(s - (k - 1) * d - 1) // t + 1 for s, k, d, t in zip(padded.shape[2:], kernel, dilations, strides)]
     out = np.zeros((len(x), len(weight), *counts))
     for place in np.ndindex(*kernel):
@@ -62,7 +64,7 @@ def np_conv_transpose_nd(
     for place in np.ndindex(*kernel):
         axes = zip(place, dilations, strides, sizes)
         target = out[(..., *(slice(k * d, k * d + t * (s - 1) + 1, t) for k, d, t, s in axes))]
-        parts = zip(np.split(np.float64(x), groups, 1), np.split(weight, groups))
+        parts = zip(np.split(x.astype(np.float64), groups, 1), np.split(weight, groups))
         target += np.concatenate([np.einsum("nc...,co->no...", a, b[(..., *place)]) for a, b in parts], 1)
     out = out[(..., *(slice(s, s + c) for s, c in zip(starts[pad_type], lengths)))]
     return out if bias is None else out + np.asarray(bias).reshape(-1, *[1] * n)

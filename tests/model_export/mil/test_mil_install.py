@@ -62,6 +62,37 @@ def test_predict_says_once_what_ran(installed: None, package: str, capfd: pytest
         model.predict({"x": X[:1]})
 
 
+def test_errors_begin_as_core_mls_do(installed: None, tmp_path: Path) -> None:
+    """Those that coremltools' own tests expect; the executor's own line follows."""
+
+    def predict(x: Any, **options: Any) -> Any:
+        traced = torch.jit.trace(torch.nn.ReLU(), torch.zeros(2, 3), check_trace=False)
+        return ct.convert(traced, inputs=[ct.TensorType("x", **options)]).predict({"x": np.ones(x, np.float32)})
+
+    ranges = {"shape": ct.Shape((ct.RangeDim(2, 5), 3))}
+    enumerated = {"shape": ct.EnumeratedShapes([(2, 3), (4, 3)])}
+    assert predict((5, 3), **ranges) and predict((4, 3), **enumerated) and predict((2, 3), shape=(2, 3))
+    for size, options, words in (
+        ((6, 3), ranges, r"Size \(6\) of dimension \(0\) is not in allowed range \(2\.\.5\): .*expected fp32"),
+        ((3, 3), enumerated, r"MultiArray Shape \(3 x 3\) was not in enumerated set of allowed shapes: "),
+        ((3, 3), {"shape": (2, 3)}, r"MultiArray shape \(3 x 3\) does not match the shape \(2 x 3\) specified in"),
+    ):
+        with pytest.raises(RuntimeError, match=f"^{words}"):
+            predict(size, **options)
+
+    def build(x: Any, indices: Any) -> Any:
+        return mb.gather(x=x, indices=indices, validate_indices=True)
+
+    indices = np.array([0, 1], np.int32)
+    packages.save_program(tmp_path / "gather.mlpackage", build, {"x": X, "indices": indices})
+    model = ct.models.MLModel(str(tmp_path / "gather.mlpackage"))
+    assert model.predict({"x": X, "indices": indices})
+    with pytest.raises(RuntimeError, match=r"^Unable to compute the prediction using ML Program: operation 'gather"):
+        model.predict({"x": X, "indices": indices + 2})
+    with pytest.raises(RuntimeError, match=r"^inputs named"):  # our own words, where nobody cites Core ML's
+        model.predict({"x": X})
+
+
 def test_a_model_that_was_just_converted_keeps_its_states(installed: None) -> None:
     traced = torch.jit.trace(packages.Sum().eval(), torch.zeros(3), check_trace=False)
     total = ct.StateType(wrapped_type=ct.TensorType(shape=(3,), dtype=np.float16), name="total")
