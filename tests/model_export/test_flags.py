@@ -68,7 +68,7 @@ EXPORT, TARGET = ("export-vision", "--checkpoint"), "--minimum-deployment-target
         (["--min-snr", "30", "--vision-quant", "int8"], "--vision-quant and --min-snr: one says"),
         (["--min-snr", "30", "--compute-precision", "float32", "--compute-units", "ALL"], "--min-snr with"),
         (["--calibration-data", "{at}/none"], "--calibration-data: {at}/none: no such file or folder"),
-        (["--calibration-data", "{at}/rules.json"], "got an object, expected a list of LLaVA-format records"),
+        (["--calibration-data", "{at}/rules.json"], "got an object, expected a list of records"),
         (["--calibration-data", "{at}/empty"], "--calibration-data: folder {at}/empty: no pictures"),
         (["--vision-quant", "{at}/stranger.json"], "matches no layer: layers.*"),
         (
