@@ -31,6 +31,8 @@ DOCUMENTS = {
     "float32_twin": {"embeddings": 130.0, "logits": 130.0},
     "beside": {"seconds": 1.0},
     "executor": {"plain": 4.0, "float32": 2.0, "typed": 3.0},
+    "load": {"warm": 0.8, "cold": 1.5, "cpu": 1.2, "imports": 3.0, "mb": 246.0},
+    "peak": {"ratio": 1.2, "peak": 0.9},
     "measure": {"float32": 0.9, "typed": 1.1, "rows": 48, "error": 1e-5, "snr": 40.0},
     "snr": {"picture": {"typed": 60.0, "float32": 120.0}},
     "schemes": {"different": 0, "compared": 9},
