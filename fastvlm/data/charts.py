@@ -1,0 +1,62 @@
+"""A task that the demo checkpoint doesn't know, to fine-tune it for: drawn bar charts, and questions about their bars.
+
+Everything is a function of the seed; training and held-out charts come from different random streams.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from fastvlm.data.prompt import IMAGE
+from fastvlm.data.scenes import COLOURS, SIZE, Question, paper
+
+KINDS = ("tallest", "shortest", "number")
+HELD_OUT = 200  # charts
+_STREAM = {"train": 2, "test": 3}  # scenes has 0 and 1
+_LEAST = 0.13  # of the chart's height: how much two bars differ
+
+
+def questions(count: int, seed: int = 0, split: str = "test") -> Iterator[Question]:
+    """Yield `count` questions, the kinds of `KINDS` in turn, each about a chart of its own; `split`: "train", "test"."""
+    rng = np.random.default_rng([seed, _STREAM[split]])
+    for index in range(count):
+        kind = KINDS[index % len(KINDS)]
+        colours, heights = _make(rng)
+        yield Question(kind, _draw(rng, colours, heights), *_ask(kind, colours, heights))
+
+
+def _make(rng: np.random.Generator) -> tuple[list[str], np.ndarray]:
+    """Two to four colours and heights from 0 to 1, no two alike, in the order of the bars."""
+    count = int(rng.integers(2, 5))
+    colours = [[*COLOURS][index] for index in rng.permutation(len(COLOURS))[:count]]
+    while True:
+        heights = rng.uniform(0.15, 1, count)
+        if np.diff(np.sort(heights)).min() >= _LEAST:
+            return colours, heights
+
+
+def _ask(kind: str, colours: list[str], heights: np.ndarray) -> tuple[str, str]:
+    if kind == "number":
+        return "How many bars are there?", f"There are {len(colours)}."
+    colour = colours[int(heights.argmax() if kind == "tallest" else heights.argmin())]
+    return f"Which bar is the {kind}?", f"It is {colour}."
+
+
+def _draw(rng: np.random.Generator, colours: list[str], heights: np.ndarray) -> Image.Image:
+    """A chart of 256 x 256 pixels: bars of one width on a grey line."""
+    image = paper(rng, 2 * SIZE)  # drawn at twice the size and reduced: smooth edges
+    draw = ImageDraw.Draw(image)
+    left, right, bottom, top = (float(x) for x in (*rng.uniform((30, 450), (60, 480)), *rng.uniform((450, 30), (480, 60))))
+    pitch = (right - left) / len(colours)
+    width = pitch * rng.uniform(0.55, 0.85)
+    for index, (colour, height) in enumerate(zip(colours, heights)):
+        x = left + pitch * (index + 0.5)
+        tint = np.clip(np.array(COLOURS[colour]) + rng.integers(-18, 19, size=3), 0, 255)
+        box = (x - width / 2, bottom - height * (bottom - top), x + width / 2, bottom)
+        draw.rectangle(box, fill=tuple(int(value) for value in tint))
+    draw.line((left - 12, bottom, right + 12, bottom), fill=(120, 120, 120), width=5)
+    return image.reduce(2)
