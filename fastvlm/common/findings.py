@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypeVar
 
 _LISTED = 20  # details on one line
+_FAULTS = 10  # faults of a file that its error names; a long file may have thousands
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,12 @@ def collect(steps: Steps[Value]) -> tuple[Value, list[Finding]]:
 def printable(text: str) -> str:
     """`text`, escaped where it holds what a terminal would not print."""
     return text if text.isprintable() else text.encode("unicode_escape").decode("ascii")
+
+
+def several(faults: Sequence[str]) -> str:
+    """The faults of one file on one line: the first ten, and how many more there are."""
+    more = f"; and {len(faults) - _FAULTS} more" if len(faults) > _FAULTS else ""
+    return "; ".join(map(printable, faults[:_FAULTS])) + more
 
 
 def errors(findings: Iterable[Finding]) -> list[Finding]:

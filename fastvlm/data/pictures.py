@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image
 
 from fastvlm.common.errors import UserError
+from fastvlm.common.findings import several
 from fastvlm.data import scenes
 from fastvlm.data.images import open_image
 from fastvlm.data.preprocessing import Preprocessor
@@ -36,7 +37,7 @@ def check(chosen: Iterable[Path]) -> None:
         except UserError as error:
             faults.append(str(error))
     if faults:
-        raise UserError("; ".join(faults))
+        raise UserError(several(faults))
 
 
 def drawn(count: int) -> Iterator[Image.Image]:

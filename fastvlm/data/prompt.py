@@ -12,6 +12,7 @@ IMAGE = "<image>"
 SYSTEM = "You are a helpful assistant."
 CONV_MODES = ("qwen_2", "plain")
 END_OF_TURN = "<|im_end|>"
+ANSWER = "<|im_start|>assistant\n"  # what an answer comes behind
 # Qwen2's ChatML with its default system line; the same text as LLaVA's conversation template "qwen_2".
 # Contents may be strings or Transformers' lists of parts; a list's pictures come first, as in `render_prompt`.
 CHAT_TEMPLATE = (
@@ -54,18 +55,26 @@ def render_prompt(prompt: str, images: int = 1, conv_mode: str = "qwen_2") -> st
     named = prompt.count(IMAGE)
     if named and named != images:
         raise UserError(f"prompt: {named} {IMAGE} for {images} picture(s): name each picture once, or none")
-    text = prompt if named else (IMAGE + "\n") * images + prompt
+    text = prompt if named else images_first(prompt, images)
     if conv_mode == "plain":
         return text
-    return f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
+    return render_turn("system", SYSTEM) + render_turn("user", text) + ANSWER
+
+
+def images_first(text: str, images: int) -> str:
+    """`text` with the places of its pictures in front."""
+    return (IMAGE + "\n") * images + text
+
+
+def render_turn(role: str, text: str) -> str:
+    """A turn of a conversation in ChatML; `role` is "system", "user" or "assistant"."""
+    return f"<|im_start|>{role}\n{text}{END_OF_TURN}\n"
 
 
 def encode_prompt(
     tokenizer: Any, prompt: str, image_token_id: int, tokens_per_image: int, images: int = 1, conv_mode: str = "qwen_2"
 ) -> np.ndarray:
     """Tokenize a prompt, with `tokens_per_image` copies of the image token for each picture.
-
-    The text around the pictures is tokenized piece by piece, as the original implementation does.
 
     Args:
         tokenizer: the checkpoint's tokenizer, of Transformers.
@@ -74,14 +83,22 @@ def encode_prompt(
     Returns:
         The token ids (1, T) int64.
     """
-    pieces = render_prompt(prompt, images, conv_mode).split(IMAGE)
+    text = render_prompt(prompt, images, conv_mode)
+    return np.array([encode_text(tokenizer, text, image_token_id, tokens_per_image)], dtype=np.int64)
+
+
+def encode_text(tokenizer: Any, text: str, image_token_id: int, tokens_per_image: int) -> list[int]:
+    """The token ids of a rendered text, with `tokens_per_image` copies of the image token for each `<image>`.
+
+    The text around the pictures is tokenized piece by piece, as the original implementation does.
+    """
     ids: list[int] = []
-    for index, piece in enumerate(pieces):
+    for index, piece in enumerate(text.split(IMAGE)):
         if index:
             ids += [image_token_id] * tokens_per_image
         if piece:
             ids += tokenizer(piece, add_special_tokens=False)["input_ids"]
-    return np.array([ids], dtype=np.int64)
+    return ids
 
 
 def eos_ids(tokenizer: Any, configured: int | Sequence[int] | None) -> set[int]:
