@@ -1,7 +1,8 @@
-"""The peak memory of a process. Imports the standard library only."""
+"""The memory of a process and of the machine. Imports the standard library only, but for `available_memory`."""
 
 import resource
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -13,3 +14,14 @@ def peak_bytes() -> int:
             return int(line.split()[1]) * 1024
     unit = 1 if sys.platform == "darwin" else 1024  # getrusage(2): bytes on macOS, KiB on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def available_memory() -> int:
+    """Bytes that can be had now without swapping, within a container's limit."""
+    import psutil
+
+    free = int(psutil.virtual_memory().available)
+    with suppress(OSError, ValueError):  # no control group, or "max"
+        group = Path("/sys/fs/cgroup")
+        free = min(free, int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+    return free
