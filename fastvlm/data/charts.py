@@ -13,7 +13,7 @@ from fastvlm.data.scenes import COLOURS, SIZE, Question, paper
 
 KINDS = ("tallest", "shortest", "number")
 _STREAM = {"train": 2, "test": 3}  # scenes has 0 and 1
-_LEAST = 0.13  # of the chart's height: how much two bars differ
+_LEAST = 0.17  # of the chart's height: how much two bars differ
 
 
 def questions(count: int, seed: int = 0, split: str = "test") -> Iterator[Question]:
@@ -30,7 +30,7 @@ def _make(rng: np.random.Generator) -> tuple[list[str], np.ndarray]:
     count = int(rng.integers(2, 5))
     colours = [[*COLOURS][index] for index in rng.permutation(len(COLOURS))[:count]]
     while True:
-        heights = rng.uniform(0.15, 1, count)
+        heights = rng.uniform(0.2, 1, count)
         if np.diff(np.sort(heights)).min() >= _LEAST:
             return colours, heights
 
