@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from fastvlm.common.cli import progress
 from fastvlm.common.errors import UserError
-from fastvlm.common.findings import Finding
+from fastvlm.common.files import some_path
+from fastvlm.common.findings import Finding, collect, errors
 from fastvlm.common.image_tokens import APP_OUTPUT_SHAPE, tokens_per_image
 from fastvlm.data.chat_template import TemplateFault, render
 
 if TYPE_CHECKING:
+    from fastvlm.checkpoint.adapter import Adapter
     from fastvlm.checkpoint.checkpoint import Checkpoint
     from fastvlm.checkpoint.folder_kind import FolderKind
 
@@ -73,22 +75,31 @@ class Report:
         return "\n".join(lines)
 
 
-def diagnose(path: str | os.PathLike[str], deep: bool = True, advance: Callable[..., Any] | None = None) -> Report:
+def diagnose(
+    path: str | os.PathLike[str],
+    deep: bool = True,
+    advance: Callable[..., Any] | None = None,
+    adapter: Path | None = None,
+) -> Report:
     """Examine the checkpoint at `path`, never writing to it; with `deep`, every weight is read and must be finite.
 
-    `advance()` is called after each tensor read. Unusable input is in the report's faults, not an exception.
+    With an `adapter`'s folder, what is examined is the checkpoint that it makes of this one. `advance()` is called
+    after each tensor read. Unusable input is in the report's faults, not an exception.
     """
     from fastvlm.checkpoint.checkpoint import examine
 
-    examination = examine(path)
+    examination = examine(path, adapter=adapter)
     warnings = [str(finding) for finding in examination.warnings]
     report = Report(
         examination.path, examination.layout, examination.kind, warnings=warnings, faults=examination.faults
     )
     checkpoint = examination.checkpoint
     if checkpoint is None:
+        if report.kind is not None and adapter is None:
+            _look_at_adapter(report)
         return report
     report.facts = {
+        **({} if checkpoint.adapter is None else _adapter_facts(checkpoint.adapter)),
         "form": checkpoint.form,
         "dtype": checkpoint.dtype,
         "files": len(checkpoint.files),
@@ -105,6 +116,24 @@ def diagnose(path: str | os.PathLike[str], deep: bool = True, advance: Callable[
     if not report.faults:
         report.export = _export(checkpoint)
     return report
+
+
+def _look_at_adapter(report: Report) -> None:
+    """What an adapter's folder, which is no checkpoint, holds; its own faults where it is damaged."""
+    from fastvlm.checkpoint import adapter_folder
+
+    adapter, findings = collect(adapter_folder.read(report.path))
+    if adapter is None and all(finding.rule == "adapter-missing" for finding in findings):
+        return  # it is something else
+    report.warnings += [str(finding) for finding in findings if finding.severity == "warning"]
+    report.faults += errors(findings)
+    if adapter is not None:
+        report.facts = _adapter_facts(adapter)
+
+
+def _adapter_facts(adapter: "Adapter") -> dict[str, Any]:
+    facts = {"adapter": adapter.kind, "adapter_of": adapter.base or "not said", **adapter.facts}
+    return {name: ", ".join(map(str, fact)) if isinstance(fact, list) else fact for name, fact in facts.items()}
 
 
 def _parts(checkpoint: "Checkpoint") -> dict[str, dict[str, Any]]:
@@ -169,9 +198,10 @@ def _export(checkpoint: "Checkpoint") -> dict[str, Any]:
         reason = f"no: the demo app or the MLX loaders don't run it: {'; '.join(faults)}"
         return {"export": reason, "demo_app": "no"}
     app = f"no: it takes features of shape {list(APP_OUTPUT_SHAPE)}, these have {list(features)}"
+    adapter = "" if checkpoint.adapter is None else f" --adapter {shlex.quote(str(checkpoint.adapter.path))}"
     return {
         "export": f"yes ({fold})",
-        "command": f"fastvlm export --checkpoint {source} --output-dir {target}",
+        "command": f"fastvlm export --checkpoint {source}{adapter} --output-dir {target}",
         "demo_app": "yes" if features == APP_OUTPUT_SHAPE else app,
     }
 
@@ -179,7 +209,9 @@ def _export(checkpoint: "Checkpoint") -> dict[str, Any]:
 def add_parser(subparsers: Any) -> None:
     """Add the verb to the package's command line."""
     parser = subparsers.add_parser("doctor")
-    parser.add_argument("path", metavar="PATH", help="a checkpoint's folder")
+    parser.add_argument("path", metavar="PATH", help="a checkpoint's folder, or an adapter's")
+    text = "the folder of an adapter: examine the checkpoint that it makes of this one"
+    parser.add_argument("--adapter", type=some_path, metavar="FOLDER", help=text)
     parser.add_argument("--quick", action="store_true", help="don't read the weights (no check for NaN)")
     parser.set_defaults(run=run)
 
@@ -187,11 +219,12 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """The verb: print the report; UserError (exit 2) if the checkpoint can't be used."""
     with progress(f"examining {args.path}") as advance:
-        report = diagnose(args.path, deep=not args.quick, advance=advance)
+        report = diagnose(args.path, deep=not args.quick, advance=advance, adapter=args.adapter)
     if not args.json:
         print(report.text())
     if report.faults:
         count = f"{len(report.faults)} fault{'s' * (len(report.faults) > 1)}, listed above"
         listed = "; ".join(map(str, report.faults)) if args.json else count
-        raise UserError(f"cannot use checkpoint {args.path}: {listed}", report.document())
+        what = f"{args.path} with adapter {args.adapter}" if args.adapter else args.path
+        raise UserError(f"cannot use checkpoint {what}: {listed}", report.document())
     return report.document()

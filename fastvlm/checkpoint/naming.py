@@ -80,6 +80,21 @@ _IGNORED = re.compile(
 )
 
 
+def of_trained(name: str, known: Collection[str]) -> str | None:
+    """The canonical name, one of `known`, of a tensor that was trained in any of the classes that hold FastVLM or its
+    language model: LLaVA's, Transformers', mlx-vlm's, Qwen2's. None if it is none of them; a vision tower's in another
+    form is its name all the same."""
+    artefact = [(theirs, ours) for ours, theirs in _ARTEFACT_PREFIXES]
+    names = [
+        renamed
+        for inner in (name, name.removeprefix("model."), "model." + name)
+        for renamed in (from_llava(inner), from_transformers(inner), _swap_prefix(inner, artefact))
+        if renamed is not None
+    ]
+    found = next((renamed for renamed in names if renamed in known), None)
+    return found or next((renamed for renamed in names if renamed.startswith(VISION)), None)
+
+
 def is_ignored(source: str) -> bool:
     """Whether a tensor of this (source) name is known to be unused by inference."""
     return bool(_IGNORED.search(source))

@@ -36,10 +36,15 @@ def canonical(weights: Weights, layout: str) -> Steps[tuple[dict[str, TensorInfo
     return tensors, unknown
 
 
+def is_training(name: str) -> bool:
+    """Whether a vision tensor of this (canonical) name is only in the training form."""
+    return any(part in name for part in _TRAINING_PARTS)
+
+
 def form_of(tensors: Mapping[str, TensorInfo], complete: bool) -> Steps[str]:
     """`training` or `folded`, from the names of the vision tensors."""
     vision = [name for name in tensors if name.startswith(naming.VISION)]
-    training = [name for name in vision if any(part in name for part in _TRAINING_PARTS)]
+    training = [name for name in vision if is_training(name)]
     folded = [name for name in vision if ".reparam_conv." in name]
     if training and folded:
         expected, remedy = "all branches folded or none", "these are already folded"

@@ -6,18 +6,29 @@ Nothing is ever written, and nothing is executed: safetensors hold data only, an
 
 import math
 import re
+import threading
 import zipfile
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from fastvlm.common.documents import Unreadable, is_lfs_pointer, lfs_pointer, load, loads, shown
-from fastvlm.common.dtypes import ARRAYS, ITEMSIZE, SAFETENSORS_DTYPES, Array, as_array, as_tensor, bits_of, dtype_name
+from fastvlm.common.dtypes import (
+    ARRAYS,
+    ITEMSIZE,
+    SAFETENSORS_DTYPES,
+    Array,
+    as_array,
+    as_float32,
+    as_tensor,
+    bits_of,
+    dtype_name,
+)
 from fastvlm.common.errors import UserError
 from fastvlm.common.findings import Finding, Steps
 
@@ -29,13 +40,23 @@ _SHARD = re.compile(
     r"(?P<stem>model|pytorch_model)-(?P<number>[0-9]{5})-of-(?P<count>[0-9]{5})(?P<suffix>\.safetensors|\.bin)"
 )
 _AGAIN = "download it again"
+_KEPT = 4  # factors of adapters: those of the tensor that is read, and of the next
+
+
+class Change(Protocol):
+    """What an adapter makes of a tensor (`fastvlm.checkpoint.merging`)."""
+
+    def rows(self, weights: "Weights", start: int, stop: int) -> Array:
+        """Rows `start` to `stop` of the merged tensor, float32, in memory of their own."""
+        ...
 
 
 @dataclass(frozen=True)
 class TensorInfo:
     """Where a tensor is and what it is; `source` is its name in the file, `offset` its first byte (not for .bin).
 
-    `extended`: it is read with a row more than the file has, which repeats the first one.
+    `extended`: it is read with a row more than the file has, which repeats the first one. `change`: it is read merged
+    with an adapter, in float32, whatever the file has.
     """
 
     dtype: str
@@ -44,6 +65,7 @@ class TensorInfo:
     source: str
     offset: int = -1
     extended: bool = False
+    change: Change | None = None
 
     @property
     def size(self) -> int:
@@ -64,11 +86,13 @@ class Weights:
     tensors: dict[str, TensorInfo] = field(default_factory=dict)
     files: list[Path] = field(default_factory=list)
     _handles: dict[Path, Any] = field(default_factory=dict)
+    _kept: dict[tuple[Path, str], Array] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def read(self, info: TensorInfo, mapped: bool = False, alone: bool = False) -> "torch.Tensor":
         """The tensor in memory of its own, or mapped from the file (no copy, and the process grows as it is used);
         `alone`: in a mapping that ends with it."""
-        if not mapped:
+        if not mapped or info.change is not None:
             whole = replace(info, shape=info.shape or (1,))
             return as_tensor(self.rows(whole, 0, whole.shape[0]).reshape(info.shape))
         if info.extended:
@@ -97,6 +121,8 @@ class Weights:
             if stop <= last:
                 return self.rows(inner, start, stop)
             return np.concatenate([self.rows(inner, min(start, last), last), self.rows(inner, 0, 1)])
+        if info.change is not None:
+            return info.change.rows(self, start, max(start, min(stop, info.shape[0])))
         if info.offset < 0:  # an old .bin file, whose tensors are where PyTorch says
             tensor = self.read(info, mapped=True)
             return as_array(tensor.reshape(info.shape)[start:stop]).copy()
@@ -112,9 +138,27 @@ class Weights:
                 rest = rest[count:]
         return part
 
+    def floats(self, info: TensorInfo, start: int = 0, stop: int | None = None) -> Array:
+        """`rows` in float32; by default all of them."""
+        whole = replace(info, shape=info.shape or (1,))
+        return as_float32(self.rows(whole, start, whole.shape[0] if stop is None else stop))
+
+    def kept(self, info: TensorInfo) -> Array:
+        """`floats` of a small tensor, kept until some others were asked for: an adapter's factors are used for a few
+        rows at a time."""
+        key = (info.file, info.source)
+        with self._lock:
+            if key not in self._kept:
+                while len(self._kept) >= _KEPT:
+                    del self._kept[next(iter(self._kept))]
+                self._kept[key] = self.floats(info)
+            return self._kept[key]
+
     def unmap(self) -> None:
         """Unmap files, but where a tensor still uses the memory."""
         self._handles.clear()
+        with self._lock:
+            self._kept.clear()
 
 
 def _plain(info: TensorInfo) -> TensorInfo:
@@ -132,7 +176,7 @@ def scan(folder: Path) -> Steps[Weights]:
         if ignored := [path.name for path in present[1:] + indexes]:
             only = f"{present[0].name} alone"
             yield Finding("weights-twice", present[0].name, f"{', '.join(ignored)} beside it", only, severity="warning")
-        weights.tensors = (yield from _scan_file(weights, present[0])) or {}
+        weights.tensors = (yield from scan_file(weights, present[0])) or {}
     elif indexes:
         yield from _scan_index(weights, indexes[0])
     else:
@@ -163,7 +207,7 @@ def _scan_shards(weights: Weights) -> Steps[None]:
     for match in shards:
         path = folder / match.string
         weights.files.append(path)
-        entries = (yield from _scan_file(weights, path)) or {}
+        entries = (yield from scan_file(weights, path)) or {}
         if twice := sorted(set(entries) & set(weights.tensors)):
             yield Finding("shards-wrong", path.name, "tensors of another shard, too", details=tuple(twice))
         weights.tensors.update(entries)
@@ -199,7 +243,7 @@ def _scan_index(weights: Weights, index: Path) -> Steps[None]:
     readable: set[str] = set()
     for name in present:
         weights.files.append(index.parent / name)
-        entries = yield from _scan_file(weights, index.parent / name)
+        entries = yield from scan_file(weights, index.parent / name)
         if entries is not None:
             readable.add(name)
             weights.tensors.update(entries)
@@ -216,7 +260,7 @@ def _scan_index(weights: Weights, index: Path) -> Steps[None]:
             yield Finding("index-wrong", index.name, got, expected, details=tuple(names))
 
 
-def _scan_file(weights: Weights, path: Path) -> Steps[dict[str, TensorInfo] | None]:
+def scan_file(weights: Weights, path: Path) -> Steps[dict[str, TensorInfo] | None]:
     """The tensors of one file, or None (and a finding) if it can't be used."""
     try:
         if is_lfs_pointer(path):

@@ -50,6 +50,13 @@ def bits_of(array: Array, unit: Any = None) -> Array:
     return array.reshape(-1).view(unit or f"u{array.itemsize}")
 
 
+def as_float32(array: Array) -> Array:
+    """An array's values in float32, without a copy if they are already; uint16 is bfloat16's bits."""
+    if array.dtype == np.uint16:
+        return (array.astype(np.uint32) << 16).view(np.float32)
+    return array.astype(np.float32, copy=False)
+
+
 def as_array(tensor: "torch.Tensor") -> Array:
     """A tensor's values in NumPy, without a copy if it is contiguous."""
     import torch

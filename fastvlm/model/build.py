@@ -11,7 +11,7 @@ from fastvlm.checkpoint import naming
 from fastvlm.checkpoint.checkpoint import Checkpoint
 from fastvlm.checkpoint.configuration import ARCHITECTURE
 from fastvlm.checkpoint.shapes import skeleton
-from fastvlm.common.dtypes import dtype_name, torch_dtype
+from fastvlm.common.dtypes import as_tensor, dtype_name, torch_dtype
 from fastvlm.model.streamed import STREAMED, Memory, Rows, StreamedEmbedding, StreamedLinear
 
 if TYPE_CHECKING:
@@ -54,6 +54,8 @@ def _stream(model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype) -> Non
     memory, head = Memory(), naming.LM_HEAD.removesuffix(".weight")
 
     def rows(name: str, alone: bool = False) -> Rows:
+        if checkpoint.tensors[name].change is not None:
+            return partial(_merged_rows, checkpoint, name)
         # Of what stays, one mapping for all: a page that two mappings share counts twice.
         return checkpoint.read(name, mapped=True, alone=alone).__getitem__
 
@@ -63,8 +65,16 @@ def _stream(model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype) -> Non
             model.set_submodule(path, StreamedEmbedding(rows(name), dtype))
         elif isinstance(layer, nn.Linear) and path.startswith((naming.LANGUAGE, head)):
             info = checkpoint.tensors[name]
-            keeps = memory.take(info.nbytes)
+            keeps = info.change is not None or memory.take(info.nbytes)  # merged rows are computed at each use
             model.set_submodule(path, StreamedLinear(partial(rows, name, not keeps), info.shape, keeps, layer.bias))
+
+
+def _merged_rows(checkpoint: Checkpoint, name: str, which: slice | torch.Tensor) -> torch.Tensor:
+    """Some rows of a tensor that an adapter changes: a slice, or those of ids (N,)."""
+    if isinstance(which, slice):
+        return as_tensor(checkpoint.rows(name, which.start, which.stop))
+    ids, places = which.unique(return_inverse=True)
+    return torch.cat([as_tensor(checkpoint.rows(name, row, row + 1)) for row in ids.tolist()])[places]
 
 
 def folded_skeleton(checkpoint: Checkpoint) -> nn.Module:

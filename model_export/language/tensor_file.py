@@ -21,15 +21,15 @@ _NAMES = SAFETENSORS_NAMES | {"uint32": "U32"}
 
 
 class TensorFile:
-    """A context manager over a new file with room for `tensors` (name -> dtype, shape).
+    """A context manager over a new file with room for `tensors` (name -> dtype, shape); `made_for`: its "format".
 
     Raises OSError (disk full, no permission) with the file's name, on entry where the platform can reserve the space,
     else on writing.
     """
 
-    def __init__(self, path: Path, tensors: Mapping[str, Spec]) -> None:
+    def __init__(self, path: Path, tensors: Mapping[str, Spec], made_for: str = "mlx") -> None:
         self.path, self._specs = path, dict(tensors)
-        header: dict[str, object] = {"__metadata__": {"format": "mlx"}}
+        header: dict[str, object] = {"__metadata__": {"format": made_for}}
         self._starts: dict[str, int] = {}
         position = 0
         # widest type first, so that every tensor is aligned to its own size

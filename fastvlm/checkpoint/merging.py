@@ -1,0 +1,123 @@
+"""What adapters make of a tensor, computed in float32 for the rows that are asked for.
+
+Nothing here knows names or formats: `fastvlm.checkpoint.adapter` and its readers do. Memory is that of the rows and of
+the adapter's factors, whatever the tensor's size.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+from fastvlm.checkpoint.weights import TensorInfo, Weights
+from fastvlm.common.dtypes import Array
+
+_AT_ONCE = 1 << 22  # values that are merged at once: 16 MiB in float32
+
+
+@dataclass(frozen=True)
+class Factors:
+    """The product that LoRA adds: scale · left (rows, rank) @ right (rank, columns).
+
+    Args:
+        left: B of a linear layer's `y = W x + B A x`. right: A.
+        scale: what the product is multiplied by.
+        transposed: both are stored the other way round, (rank, rows) and (columns, rank).
+        magnitude: DoRA's lengths, which the sum's rows or columns are brought to; None for LoRA.
+        along: what has these lengths.
+    """
+
+    left: TensorInfo
+    right: TensorInfo
+    scale: float
+    transposed: bool = False
+    magnitude: TensorInfo | None = None
+    along: Literal["rows", "columns"] = "rows"
+
+    @property
+    def rank(self) -> int:
+        """The number of columns of the one and of rows of the other."""
+        return self.right.shape[-1 if self.transposed else 0]
+
+
+@dataclass(eq=False)
+class LowRank:
+    """A tensor (rows, ...) plus `factors`; a convolution's kernel is a row."""
+
+    base: TensorInfo
+    factors: Factors
+    _lengths: Array | None = field(default=None, repr=False)
+
+    def rows(self, weights: Weights, start: int, stop: int) -> Array:
+        """See `weights.Change`."""
+        merged = np.empty((stop - start, *self.base.shape[1:]), np.float32)
+        factors = self.factors
+        magnitude = None if factors.magnitude is None else weights.kept(factors.magnitude).reshape(-1)
+        for first, part in self._sums(weights, start, stop):
+            if magnitude is not None and factors.along == "rows":
+                part *= (magnitude[first : first + len(part)] / np.linalg.norm(part, axis=1))[:, None]
+            elif magnitude is not None:
+                part *= magnitude / self._column_lengths(weights)
+            merged[first - start : first - start + len(part)] = part.reshape(len(part), *merged.shape[1:])
+        return merged
+
+    def _sums(self, weights: Weights, start: int, stop: int) -> Iterator[tuple[int, Array]]:
+        """(first row, base + scale · left @ right, flattened to (n, columns)) for part after part."""
+        factors, rank = self.factors, self.factors.rank
+        right = weights.kept(factors.right)
+        right = right.T if factors.transposed else right.reshape(rank, -1)
+        left = weights.kept(factors.left).T if factors.transposed else None
+        step = max(1, _AT_ONCE // right.shape[1])
+        for first in range(start, stop, step):
+            last = min(first + step, stop)
+            part = weights.floats(self.base, first, last).reshape(last - first, -1)
+            piece = (
+                weights.floats(factors.left, first, last).reshape(last - first, rank)
+                if left is None
+                else left[first:last]
+            )
+            product = piece @ right
+            product *= np.float32(factors.scale)
+            product += part
+            yield first, product
+
+    def _column_lengths(self, weights: Weights) -> Array:
+        """The length of each column of the sum, which takes a pass through the whole tensor once."""
+        if self._lengths is None:
+            squares = np.zeros(self.base.shape[1], np.float64)
+            for _, part in self._sums(weights, 0, self.base.shape[0]):
+                squares += np.square(part, dtype=np.float64).sum(0)
+            self._lengths = np.sqrt(squares).astype(np.float32)
+        return self._lengths
+
+
+@dataclass(eq=False)
+class Replaced:
+    """A tensor (rows, columns) with some of its rows replaced: row `index[i]` by row i of `values`."""
+
+    base: TensorInfo
+    index: tuple[int, ...]
+    values: TensorInfo
+
+    def rows(self, weights: Weights, start: int, stop: int) -> Array:
+        """See `weights.Change`."""
+        merged = weights.floats(self.base, start, stop)
+        for place, row in enumerate(self.index):
+            if start <= row < stop:
+                merged[row - start] = weights.floats(self.values, place, place + 1)[0]
+        return merged
+
+
+@dataclass(eq=False)
+class Added:
+    """A tensor plus scale · `values`."""
+
+    base: TensorInfo
+    values: TensorInfo
+    scale: float
+
+    def rows(self, weights: Weights, start: int, stop: int) -> Array:
+        """See `weights.Change`."""
+        added = weights.floats(self.values, start, stop)
+        return np.asarray(weights.floats(self.base, start, stop) + np.float32(self.scale) * added)
