@@ -70,8 +70,8 @@ def add_evaluate(verbs: Any) -> None:
     add(
         "--samples",
         metavar="SOURCE",
-        help="a folder of pictures, a LLaVA-format .json or .jsonl file, demo, or drawn (default: demo where the"
-        " reference speaks its language, else drawn; a text model continues the text)",
+        help="a folder of pictures, a file of records (LLaVA, messages, captions), demo, or drawn (default: demo"
+        " where the reference speaks its language, else drawn; a text model continues the text)",
     )
     add(
         "--count",

@@ -1,5 +1,6 @@
 """Records as token ids and labels, equal to apple/ml-fastvlm's `preprocess_qwen_2`, and batches of them."""
 
+from array import array
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -11,10 +12,10 @@ from fastvlm.data.prompt import ANSWER, SYSTEM, encode_text, render_turn
 from fastvlm.data.records import Record, Turn
 
 NOT_LEARNT = -100  # the label that PyTorch's cross entropy leaves out
-Encoded = tuple[list[int], list[int]]
+Encoded = tuple[Sequence[int], Sequence[int]]  # ids and labels
 
 
-def encode_record(record: Record, tokenizer: Any, image_token: int, image_tokens: int) -> Encoded:
+def encode_record(record: Record, tokenizer: Any, image_token: int, image_tokens: int) -> tuple[list[int], list[int]]:
     """A conversation's token ids and labels: answers are learnt, with the `<|im_end|>` and the newline behind each.
 
     A record without a system turn gets the default one. Nothing is cut off: `encode_records` refuses what is too long.
@@ -53,16 +54,18 @@ def encode_records(
     longest: int,
     advance: Callable[[], Any] | None = None,
 ) -> list[Encoded]:
-    """`encode_record` of each; UserError that names every record of more than `longest` tokens.
+    """`encode_record` of each, in 8 bytes a token; UserError that names every record of more than `longest` tokens.
 
     The original implementation cuts such a record off at the tokenizer's `model_max_length`, its answer included.
     `advance` is called after each.
     """
-    encoded, faults = [], []
+    encoded: list[Encoded] = []
+    faults = []
     for record in records:
-        encoded.append(encode_record(record, tokenizer, image_token, image_tokens))
-        if (length := len(encoded[-1][0])) > longest:
-            faults.append(f"{record.name}: {length} tokens")
+        ids, labels = encode_record(record, tokenizer, image_token, image_tokens)
+        encoded.append((array("i", ids), array("i", labels)))
+        if len(ids) > longest:
+            faults.append(f"{record.name}: {len(ids)} tokens")
         if advance is not None:
             advance()
     if faults:

@@ -29,11 +29,11 @@ _QUESTION_COLUMNS = ("question", "prompt")
 # about nothing.
 _MEDIUM = r"video|audio|sound|speech|voice|point_?cloud|depth"
 _MEDIUM_KEY = re.compile(rf"(?:(?:{_MEDIUM}|image(?=.))s?)(?:_?(?:path|file|url|clip)s?)?|images", re.IGNORECASE)
-_MEDIUM_MARK = re.compile(rf"<\|?(?:{_MEDIUM}|vision|image)[\w-]*\|?>", re.IGNORECASE)
 # The chat template's own tokens: in a text they end its turn, and the original implementation's masks go wrong.
-_CONTROL = re.compile(r"<\|(?:im_start|im_end|endoftext)\|>")
-# Keys of other trainers that change what is learnt, of a record and of a turn; the value that changes nothing.
-_CHANGES = {"tools": None, "objects": None, "rejected_response": None, "system": None}
+_CONTROL = re.compile(r"(?-i:<\|(?:im_start|im_end|endoftext)\|>)")
+_MARK = re.compile(rf"<\|?(?:{_MEDIUM}|vision|image)[\w-]*\|?>|{_CONTROL.pattern}", re.IGNORECASE)
+# Keys of other trainers that change what is learnt: of a record, and of a turn with the value that changes nothing.
+_CHANGES = {"tools", "objects", "rejected_response", "system"}
 _TURN_CHANGES = {"tool_calls": None, "function_call": None, "weight": 1, "loss": True, "train": True}
 
 
@@ -95,6 +95,30 @@ def check(records: Iterable[Record]) -> None:
     pictures.check(dict.fromkeys(path for record in records for path in record.images))
 
 
+def question_faults(record: Record) -> list[str]:
+    """Why a record can't be asked, only learnt from: the exported model takes one picture, in front of its question."""
+    faults = []
+    question = next((turn.text for turn in record.turns if turn.role == "user"), None)
+    if len(record.images) > 1:
+        faults.append(f"{len(record.images)} pictures, expected one at most, which the exported model takes")
+    elif record.images and question is not None and IMAGE not in question:
+        faults.append("the picture stands in a later question, and only the first is asked")
+    if record.turns and record.turns[0].role == "system" and record.turns[0].text != SYSTEM:
+        faults.append(f"a system turn of its own, which is never asked with: expected {shown(SYSTEM)}, or none")
+    if question is not None and not question.replace(IMAGE, "").strip():
+        faults.append(f"no question besides {IMAGE}")
+    return faults
+
+
+def as_llava(record: Record) -> dict[str, Any]:
+    """The record in the LLaVA format, pictures by absolute path, so that `read_records` gives an equal one."""
+    names = {role: name for name, role in _DIALOGUES["conversations"][2].items()}
+    paths = [str(path.absolute()) for path in record.images]
+    image = {"image": paths[0] if len(paths) == 1 else paths} if paths else {}
+    turns = [{"from": names[turn.role], "value": turn.text} for turn in record.turns]
+    return {"id": record.name, **image, "conversations": turns}
+
+
 def _record(row: Any, where: str, folder: Path, questions: bool) -> Record:
     """A record of any format. Raises ValueError with all of its faults."""
     if not isinstance(row, dict):
@@ -106,7 +130,7 @@ def _record(row: Any, where: str, folder: Path, questions: bool) -> Record:
         raise ValueError(f"both {' and '.join(keys)}: leave one out")
     if keys:
         allowed: tuple[str, ...] = ("images",)
-        named = [key for key in ("image", "images") if row.get(key) not in (None, "", [])]
+        named = [key for key in ("image", "images") if row.get(key) not in (None, [])]
         if len(named) > 1:
             faults.append("both image and images: a record has one of them; leave the other out")
         given = row[named[0]] if named else []
@@ -117,25 +141,33 @@ def _record(row: Any, where: str, folder: Path, questions: bool) -> Record:
     else:
         allowed = _PICTURE_COLUMNS
         turns, given = _caption(row, faults)
+    images = [_image(item, folder, faults) for item in inline or (given if isinstance(given, list) else [given])]
+    _check_content(row, allowed, turns, faults)
+    turns = _place(turns, len(images), faults)
+    name = row.get("id")
+    record = Record(str(where if name is None else name), tuple(path for path in images if path), tuple(turns))
+    if questions:
+        faults += question_faults(record)
+    if faults:
+        raise ValueError(", ".join(faults))
+    return record
+
+
+def _check_content(row: dict[str, Any], allowed: Iterable[str], turns: list[Turn], faults: list[str]) -> None:
+    """Add faults about what would be left out or misread: other media, other trainers' keys, the template's tokens."""
     for key, value in row.items():
         if value in (None, "", []) or key in allowed:
             continue
         if _MEDIUM_KEY.fullmatch(key):
             faults.append(f"{key}: only pictures (image or images) can be learnt from; leave the record out")
-        elif keys and key in _CHANGES:
+        elif key in _CHANGES:
             faults.append(f"{key}: not supported{'; make it the first turn' if key == 'system' else ''}")
-    images = [_image(item, folder, faults) for item in inline or (given if isinstance(given, list) else [given])]
-    for mark in dict.fromkeys(mark for turn in turns for mark in _MEDIUM_MARK.findall(turn.text) if mark != IMAGE):
-        faults.append(f"{mark}: only {IMAGE} can stand in a text; leave the record out")
-    for mark in dict.fromkeys(mark for turn in turns for mark in _CONTROL.findall(turn.text)):
-        faults.append(f"{mark}: the chat template's own token in a text; leave it out")
-    turns = _place(turns, len(images), faults)
-    if questions:
-        _check_question(turns, len(images), faults)
-    if faults:
-        raise ValueError(", ".join(faults))
-    name = row.get("id")
-    return Record(str(where if name is None else name), tuple(path for path in images if path), tuple(turns))
+    marks = dict.fromkeys(mark for turn in turns for mark in _MARK.findall(turn.text) if mark != IMAGE)
+    for mark in marks:
+        if _CONTROL.fullmatch(mark):
+            faults.append(f"{mark}: the chat template's own token in a text; leave it out")
+        else:
+            faults.append(f"{mark}: only {IMAGE} can stand in a text; leave the record out")
 
 
 def _turns(value: Any, key: str, inline: list[Any], faults: list[str]) -> list[Turn]:
@@ -160,8 +192,9 @@ def _turns(value: Any, key: str, inline: list[Any], faults: list[str]) -> list[T
             if not text.strip():
                 faults.append(f"{where}: an empty text")
             turns.append(Turn(roles[turn[speaker]], text))
-            changes = [name for name, same in _TURN_CHANGES.items() if turn.get(name, same) not in (None, same, [])]
-            faults += [f"{where}: {name}: not supported; leave it out" for name in changes]
+            for name in sorted(turn.keys() & _TURN_CHANGES):
+                if turn[name] not in (None, _TURN_CHANGES[name], []):
+                    faults.append(f"{where}: {name}: not supported; leave it out")
     return turns
 
 
@@ -263,16 +296,3 @@ def _place(turns: list[Turn], images: int, faults: list[str]) -> list[Turn]:
 
 def _in_front(text: str) -> str:
     return images_first(text.replace(IMAGE, "").strip(), 1).strip()
-
-
-def _check_question(turns: list[Turn], images: int, faults: list[str]) -> None:
-    """Add faults of a record that can't be asked: one picture stands in front of a question, behind one system line."""
-    if images > 1:
-        faults.append(f"{images} pictures, expected one at most, which the exported model takes")
-    if turns and turns[0].role == "system" and turns[0].text != SYSTEM:
-        faults.append(f"a system turn of its own, which is never asked with: expected {shown(SYSTEM)}, or none")
-    question = next((turn.text for turn in turns if turn.role == "user"), None)
-    if question is not None and not question.replace(IMAGE, "").strip():
-        faults.append(f"no question besides {IMAGE}")
-    if question is not None and images == 1 and IMAGE not in question and not faults:
-        faults.append("the picture stands in a later question, only the first is asked")

@@ -122,8 +122,8 @@ def _add_export(
         "--calibration-data",
         type=present,
         metavar="PATH",
-        help="a folder of pictures, or LLaVA-format .json or .jsonl: for float16's powers of two, and for recipes that"
-        " calibrate (default: drawn pictures)",
+        help="a folder of pictures, or a file of records (LLaVA, messages, captions): for float16's powers of two, and"
+        " for recipes that calibrate (default: drawn pictures)",
     )
     text = "per side (default: the checkpoint's own)"
     parser.add_argument("--image-size", type=configuration.image_size, metavar="PIXELS", help=text)

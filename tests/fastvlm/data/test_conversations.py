@@ -6,7 +6,8 @@ import pytest
 from PIL import Image
 
 from fastvlm.common.errors import UserError
-from fastvlm.data import conversations, scenes
+from fastvlm.data import conversations, records, scenes
+from fastvlm.data.prompt import SYSTEM
 
 
 @pytest.fixture
@@ -80,11 +81,11 @@ def test_all_faults_of_a_file_at_once(folder):
     assert "\n" not in message and "line 1:" not in message and "line 9" not in message
     for expected in (
         "line 2: no JSON",
-        "line 3: image: no such file: " + str(folder / "gone.png") + ", conversations: no question besides <image>",
-        "line 4: image: got a list",
+        "line 3: image: no such file: " + str(folder / "gone.png") + ", no question besides <image>",
+        "line 4: 1 <image> in the texts for 2 picture(s): name each picture once, or none, 2 pictures, expected one",
         "line 5: conversations: expected a list",
-        'line 6: conversations: expected {"from": "human"',
-        "line 7: conversations: <image> in the question of a record without image",
+        "line 6: conversations 1: got gpt, expected human",
+        "line 7: 1 <image> in the texts for 0 picture(s)",
         "line 8: got a list",
     ):
         assert expected in message
@@ -100,10 +101,10 @@ def test_a_long_list_of_faults_is_cut(folder):
     [
         ("a.json", b"{}", "got an object, expected a list"),
         ("a.json", b"[", "no JSON"),
-        ("a.json", b"[]", "no questions"),
-        ("a.jsonl", b"\n\n", "no questions"),
+        ("a.json", b"[]", "no records"),
+        ("a.jsonl", b"\n\n", "no records"),
         ("a.jsonl", b"\xff\xfe", "not UTF-8"),
-        ("a.txt", b"hello", "not questions"),
+        ("a.txt", b"hello", "a file of another kind"),
     ],
 )
 def test_unusable_files(tmp_path, name, content, message):
@@ -145,11 +146,11 @@ def test_drawn_samples():
 
 @pytest.mark.parametrize(
     "key",
-    ["video", "Videos", "video_path", "audio_file", "sound", "speech", "point_cloud", "pointcloud", "depth", "images",
+    ["video", "Videos", "video_path", "audio_file", "sound", "speech", "point_cloud", "pointcloud", "depth",
      "image_path", "image_urls"],
 )  # fmt: skip
 def test_another_medium_is_a_fault_of_its_record(folder, key):
-    with pytest.raises(UserError, match=rf"line 2: {key}: a record is of one picture"):
+    with pytest.raises(UserError, match=rf"line 2: {key}: only pictures"):
         conversations.load(write(folder, [record(), record(**{key: ["a.bin"]})]))
 
 
@@ -162,17 +163,19 @@ def test_a_mark_of_another_medium_is_a_fault_of_its_record(folder, mark, turn):
     other["conversations"][turn]["value"] += f"\n{mark}"
     with pytest.raises(UserError) as error:
         conversations.load(write(folder, [record(), other]))
-    assert f"line 2: conversations: {mark}: only <image> can stand in a text" in str(error.value)
+    assert f"line 2: {mark}: only <image> can stand in a text" in str(error.value)
 
 
 def test_parts_of_other_formats_never_become_text(folder):
-    """Transformers' messages with typed contents are no LLaVA records, whatever their types."""
+    """Contents with parts of other types are no text, and no LLaVA record has any."""
     parts = [{"type": kind, kind: "a.bin"} for kind in ("text", "video", "audio", "thermal")]
     several = record()
     several["conversations"][0]["value"] = parts
     with pytest.raises(UserError) as error:
         conversations.load(write(folder, [{"messages": [{"role": "user", "content": parts}]}, several]))
-    assert str(error.value).count("conversations: expected") == 2
+    for kind in ("video", "audio", "thermal"):
+        assert f'messages 1: {{"type": "{kind}"' in str(error.value)
+    assert 'line 2: conversations 1: expected {"from"' in str(error.value)
 
 
 def test_what_only_looks_like_another_medium_is_read(folder):
@@ -181,3 +184,29 @@ def test_what_only_looks_like_another_medium_is_read(folder):
     )
     (sample,) = conversations.load(write(folder, [other]))
     assert sample.question == "What does <div> or a < b mean in a video?"
+
+
+def test_a_record_that_can_be_learnt_from_but_not_asked_is_refused(folder):
+    """The exported model takes one picture, in front of the question, and every question has the same system line."""
+    turns = record()["conversations"]
+    own = record(conversations=[{"from": "system", "value": "Be brief."}, *turns])
+    usual = record(conversations=[{"from": "system", "value": SYSTEM}, *turns])
+    later = record(
+        "Hello.", conversations=[{"from": "human", "value": "Hi."}, {"from": "gpt", "value": "Yes?"}, *turns]
+    )
+    several = record("What are they?", image=["a.jpg", "b.png"])
+    path = write(folder, [own, usual, later, several])
+    with pytest.raises(UserError) as error:
+        conversations.load(path)
+    for place, message in ((1, "a system turn"), (3, "the picture stands in a later question"), (4, "2 pictures")):
+        assert f"line {place}: {message}" in str(error.value)
+    assert "line 2" not in str(error.value) and len(records.read_records(path)) == 4
+    assert conversations.load(write(folder, [usual]))[0].question == "What is it?"
+
+
+def test_messages_and_captions_are_questions_too(folder):
+    parts = [{"type": "text", "text": "What is it?"}, {"type": "image", "image": "a.jpg"}]
+    rows = [{"messages": [{"role": "user", "content": parts}]}, {"file_name": "b.png", "text": " A picture. "}]
+    asked, caption = conversations.load(write(folder, rows))
+    assert (asked.question, asked.answer, asked.image().getpixel((0, 0))[2] > 200) == ("What is it?", None, True)
+    assert (caption.question, caption.answer) == (conversations.QUESTION, "A picture.")
