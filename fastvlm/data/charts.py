@@ -17,7 +17,10 @@ _LEAST = 0.17  # of the chart's height: how much two bars differ
 
 
 def questions(count: int, seed: int = 0, split: str = "test") -> Iterator[Question]:
-    """Yield `count` questions, the kinds of `KINDS` in turn, each about a chart of its own; `split`: "train", "test"."""
+    """Yield `count` questions, the kinds of `KINDS` in turn, each about a chart of its own.
+
+    `split` is "train" or "test": other random streams.
+    """
     rng = np.random.default_rng([seed, _STREAM[split]])
     for index in range(count):
         kind = KINDS[index % len(KINDS)]

@@ -1,4 +1,4 @@
-"""`fastvlm demo`: draw pictures, ask, and show question, answer and truth; train the checkpoint anew; or draw a task."""
+"""`fastvlm demo`: draw pictures, ask, and show question, answer and truth; train anew; or draw another task."""
 
 import argparse
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""`fastvlm demo --task`: pictures and records of a task that the demo checkpoint doesn't know, for `fastvlm finetune`."""
+"""`fastvlm demo --task`: pictures and records of a task that the demo checkpoint doesn't know, to fine-tune it with."""
 
 import json
 from collections.abc import Iterable

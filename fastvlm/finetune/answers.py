@@ -87,9 +87,7 @@ def _surface(trainee: Trainee) -> FastVLM:
     return from_model(trainee.base, trainee.plan.checkpoint, trainee.plan.checkpoint.preprocessor)
 
 
-def _generate(
-    surface: FastVLM, embeds: Iterable[np.ndarray], longest: int, advance: Callable[[int], Any]
-) -> list[str]:
+def _generate(surface: FastVLM, embeds: Iterable[np.ndarray], longest: int, advance: Callable[[int], Any]) -> list[str]:
     how = argparse.Namespace(max_new_tokens=longest, num_beams=1, temperature=0.0, top_p=None)
     answers: list[str] = []
     batch: list[np.ndarray] = []

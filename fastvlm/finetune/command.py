@@ -2,7 +2,6 @@
 
 import argparse
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from fastvlm.checkpoint.folder_kind import checkpoint_folder
@@ -58,7 +57,9 @@ def _add_training(parser: Parser) -> None:
         ("--batch-size", default.batch_size, "records a forward pass"),
         ("--gradient-accumulation", default.gradient_accumulation, "forward passes a step"),
     ):
-        parser.add_argument(flag, type=whole_number(), default=value, metavar="N", help=f"{text} (default: %(default)s)")
+        parser.add_argument(
+            flag, type=whole_number(), default=value, metavar="N", help=f"{text} (default: %(default)s)"
+        )
     text = "peak, then a cosine to 0 (default, LLaVA's: 2e-4 with LoRA, 2e-5 with --full, 1e-3 for --train projector)"
     parser.add_argument("--learning-rate", type=positive, metavar="RATE", help=text)
     text = "(default: a tenth of the above with LoRA, else the same)"
@@ -83,9 +84,7 @@ def _add_evaluation(parser: Parser) -> None:
         "--evaluation-limit", type=whole_number(), default=default.evaluation_limit, metavar="N", help=text
     )
     text = "of an answer to an evaluation record (default: %(default)s)"
-    parser.add_argument(
-        "--max-new-tokens", type=whole_number(), default=default.max_new_tokens, metavar="N", help=text
-    )
+    parser.add_argument("--max-new-tokens", type=whole_number(), default=default.max_new_tokens, metavar="N", help=text)
 
 
 def _faults(args: argparse.Namespace) -> Iterator[str]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -27,7 +28,9 @@ def computed_dtype(wanted: str, device: str) -> str:
     """The meaning of `--dtype` on a device; UserError for bfloat16 where it has none."""
     if wanted == "bfloat16" and not has_bfloat16(device):
         raise UserError(f"--dtype: got bfloat16, expected float32: this {device} device has no bfloat16")
-    return "bfloat16" if wanted == "auto" and device == "cuda" and has_bfloat16(device) else wanted.replace("auto", "float32")
+    if wanted == "auto":
+        return "bfloat16" if device == "cuda" and has_bfloat16(device) else "float32"
+    return wanted
 
 
 class Trainee:
@@ -47,12 +50,10 @@ class Trainee:
         self.model: Any = self.base
         prefixes = trained_prefixes(settings)
         if settings.kind == "adapter":
-            from peft import LoraConfig, get_peft_model
-
             whole = ["multi_modal_projector", *(["vision_tower"] if settings.train == "all" else [])]
             lora = LoraConfig(
                 r=settings.lora_rank, lora_alpha=settings.alpha, target_modules=[*LINEAR], modules_to_save=whole,
-                task_type="CAUSAL_LM", base_model_name_or_path=str(checkpoint.path.resolve()),
+                task_type="CAUSAL_LM",
             )  # fmt: skip
             self.model = get_peft_model(self.base, lora)
         else:
@@ -89,7 +90,9 @@ class Trainee:
         """Take up what `save` wrote."""
         values, parameters = load_file(folder / TRAINED), self.parameters()
         if values.keys() != parameters.keys():
-            raise UserError(f"{folder / TRAINED}: holds other weights than are trained: delete the folder {folder.parent}")
+            raise UserError(
+                f"{folder / TRAINED}: holds other weights than are trained: delete the folder {folder.parent}"
+            )
         with torch.no_grad():
             for name, value in values.items():
                 parameters[name].copy_(value)

@@ -92,6 +92,8 @@ def _settings(document: Mapping[str, Any]) -> list[tuple[str, str]]:
         f" full: {'projector and vision tower' if settings['train'] == 'all' else 'the projector'}",
         "checkpoint": "all weights" if settings["train"] == "all" else "projector and language model, all weights",
     }[document["kind"]]
+    accumulated = settings["gradient_accumulation"]
+    batches = f"{counted(settings['epochs'], 'epoch')} of batches of {settings['batch_size']}"
     return [
         ("checkpoint", settings["checkpoint"]),
         ("trained", how),
@@ -99,8 +101,7 @@ def _settings(document: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("training records", f"{training['records']:,}; {counted(training['pictures'], 'picture')}"),
         ("tokens an epoch", f"{training['tokens']:,}, of which {training['learnt_tokens']:,} are learnt"),
         ("evaluation records", f"{evaluation['records']:,}; {counted(evaluation['pictures'], 'picture')}"),
-        ("steps", f"{document['steps']:,}: {counted(settings['epochs'], 'epoch')} of batches of {settings['batch_size']}"
-         + (f" × {settings['gradient_accumulation']}" if settings["gradient_accumulation"] > 1 else "")),
+        ("steps", f"{document['steps']:,}: {batches}" + (f" × {accumulated}" if accumulated > 1 else "")),
         ("learning rate", f"{settings['learning_rate']:g}, projector {settings['projector_learning_rate']:g}"),
         ("computed in", f"{document['dtype']} on {document['device']}, seed {settings['seed']}"),
     ]  # fmt: skip

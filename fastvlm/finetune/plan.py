@@ -1,6 +1,7 @@
 """What a fine-tune would do, resolved before any work: data read, checked, encoded and split, everything counted."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,18 +104,28 @@ def plan(settings: Settings) -> Plan:
 def split(records: Sequence[Record], share: float, seed: int) -> tuple[list[Record], list[Record]]:
     """The records for training and for evaluation, about a `share` of them, in their order.
 
-    Records that begin with the same picture stay together: an answer about a picture that was trained with proves
-    little.
+    Records that share a picture stay together: an answer about a picture that was trained with proves little.
     """
-    owners = [str(record.images[0]) if record.images else f"text {place}" for place, record in enumerate(records)]
-    groups = list(dict.fromkeys(owners))
+    leads: dict[Path, Path] = {}  # from a picture to another of its group, up to the one that stands for all
+
+    def lead(path: Path) -> Path:
+        while leads.setdefault(path, path) != path:
+            path = leads[path]
+        return path
+
+    for record in records:
+        for path in record.images[1:]:
+            leads[lead(path)] = lead(record.images[0])
+    owners = [str(lead(record.images[0])) if record.images else f"text {at}" for at, record in enumerate(records)]
+    sizes = Counter(owners)
+    groups = [*sizes]
     chosen: set[str] = set()
     wanted, taken = share * len(records), 0
     for place in np.random.default_rng([seed, 5]).permutation(len(groups)):
         if taken >= wanted:
             break
         chosen.add(groups[place])
-        taken += owners.count(groups[place])
+        taken += sizes[groups[place]]
     training = [record for record, owner in zip(records, owners) if owner not in chosen]
     return training, [record for record, owner in zip(records, owners) if owner in chosen]
 

@@ -1,4 +1,4 @@
-"""The files that a fine-tune leaves: weights in the form that its kind has, tokenizer, evaluation and calibration data."""
+"""The files that a fine-tune leaves: weights in the form of its kind, tokenizer, evaluation and calibration data."""
 
 import json
 import re
@@ -7,7 +7,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
 
 from fastvlm.checkpoint.checkpoint import Checkpoint
@@ -65,6 +64,7 @@ def _write_adapter(trainee: Trainee, folder: Path) -> None:
     (folder / "README.md").unlink(missing_ok=True)  # an empty form of a model card
     path = folder / "adapter_config.json"
     document = json.loads(path.read_text())
+    document["base_model_name_or_path"] = str(trainee.plan.checkpoint.path.resolve())
     document["target_modules"] = sorted(document["target_modules"])  # a set: another order in each process
     write_json(path, document)
 

@@ -5,10 +5,11 @@ import logging
 import math
 import shutil
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import accelerate  # noqa: F401  named where it is missing; Trainer would say so only later, and in other words
 import torch
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -195,6 +196,3 @@ class _quiet:
 def losses(history: Sequence[dict[str, float]], key: str = "loss") -> list[dict[str, float]]:
     """The steps and values of one loss in Trainer's log: "loss" of training, "eval_loss" of evaluation."""
     return [{"step": entry["step"], "loss": float(entry[key])} for entry in history if key in entry]
-
-
-Advance = Callable[[], Any]
