@@ -19,6 +19,7 @@ from fastvlm.common.findings import Finding, Steps, collect, errors
 _CONFIG = adapter_peft.CONFIG
 _PEFT = ("adapter_model.safetensors", "adapter_model.bin")
 _MLX = ("adapters.safetensors",)
+_OLD_MLX = "adapters.npz"
 _OTHERS = "non_lora_trainables.bin"
 _PROJECTOR = ("mm_projector.safetensors", "mm_projector.bin")
 _STEP = re.compile(r"checkpoint-([0-9]{1,9})\.bin")  # in LLaVA's mm_projector/, saved while it was trained
@@ -99,9 +100,14 @@ def _no_adapter(path: Path) -> Finding:
     expected = (
         f"{_CONFIG} with {' or '.join(_PEFT + _MLX)}, or {' or '.join(_PROJECTOR)}: what PEFT, LLaVA and MLX save"
     )
-    names = {file.name for file in path.iterdir()} & {_CONFIG, *_PEFT, *_MLX, _OTHERS, "config.json"}
+    names = {file.name for file in path.iterdir()} & {_CONFIG, *_PEFT, *_MLX, _OTHERS, _OLD_MLX, "config.json"}
     got = f"a folder with {', '.join(sorted(names))} alone" if names else "a folder without an adapter"
-    remedy = "a checkpoint is given as --checkpoint" if "config.json" in names else ""
+    inner = sorted(file.parent.name for file in path.glob(f"*/{_CONFIG}"))
+    remedy = f"did you mean its folder {inner[-1]}?" if inner else ""
+    if _OLD_MLX in names:
+        remedy = f"`mx.save_safetensors('{_MLX[0]}', mx.load('{_OLD_MLX}'))` saves it as MLX does today"
+    elif "config.json" in names and not inner:
+        remedy = "a checkpoint is given as --checkpoint"
     return Finding("adapter-missing", str(path), got, expected, remedy)
 
 
@@ -127,7 +133,7 @@ def _adapter(
         return None
     parts = yield from reader.read_parts(entries, config)
     if others:
-        parts.whole |= {adapter_peft.inner_name(name): info for name, info in others.items()}
+        parts.whole = {adapter_peft.inner_name(name): info for name, info in others.items()} | parts.whole
         parts.tied = True  # load_state_dict fills the one tensor that both are
     return Adapter(path, reader.kind_of(config, bool(others)), base, files.all(), parts=parts)
 
@@ -159,4 +165,5 @@ def _brings(path: Path) -> Steps[frozenset[str]]:
     if tokenizer and not whole:
         expected = "a whole tokenizer (tokenizer.json, or vocab.json with merges.txt), or no file of one"
         yield Finding("adapter-tokenizer", str(path), f"{', '.join(tokenizer)} alone", expected)
+        held["tokenizer"] = []
     return frozenset(kind for kind, names in held.items() if names)

@@ -29,7 +29,7 @@ _LORA = re.compile(
 _TOKENS = re.compile(r"(?P<module>.+?)(\.token_adapter)?\.trainable_tokens_delta(\..+)?")
 _UNUSED = re.compile(r"\.original_module\.|\.trainable_tokens_original")
 _WRAPPED = re.compile(r"\.base_layer\b|\.modules_to_save(\.default)?\b")
-_PATTERN = 200  # characters of a regular expression, which has one repetition at most: it comes from a stranger
+_PATTERN = 500  # characters of a regular expression
 
 
 @cache
@@ -95,13 +95,14 @@ def _pattern_findings(config: Mapping[str, Any]) -> Iterator[Finding]:
             if not number or not math.isfinite(value) or value == 0 or (key == "rank_pattern" and value < 0):
                 yield Finding("setting-invalid", f"{CONFIG}: {key}", shown({pattern: value}), "a number that is not 0")
             if not _is_simple(pattern):
-                expected = "a name, or a regular expression with one repetition at most"
+                expected = "a name, or a regular expression with at most two groups and two repetitions"
                 yield Finding("setting-invalid", f"{CONFIG}: {key}", shown(pattern), expected)
 
 
 def _is_simple(pattern: str) -> bool:
-    """Whether a regular expression can be matched in no time and without an error."""
-    if len(pattern) > _PATTERN or len(re.findall(r"[*+{]", pattern)) > 1 or re.search(r"\)[*+{]", pattern):
+    """Whether a regular expression has no error, and little to try at a name: it comes from a stranger."""
+    repetitions, groups = len(re.findall(r"[*+{]|(?<!\()\?", pattern)), pattern.count("(")
+    if len(pattern) > _PATTERN or repetitions > 2 or groups > 2 or re.search(r"\)[*+{]", pattern):
         return False
     try:
         re.compile(pattern)
@@ -120,6 +121,8 @@ def read_parts(entries: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> 
     tied = bool(config.get("ensure_weight_tying"))  # then one of two that are tied is saved
     parts, names = Parts(tied=tied, saved=() if tied else tuple(config.get("modules_to_save", ()))), set()
     modules: dict[str, dict[str, TensorInfo]] = {}
+    rows: dict[str, TensorInfo] = {}
+    twice: list[str] = []
     for source, info in entries.items():
         name = inner_name(source)
         if lora := _LORA.fullmatch(name):
@@ -127,17 +130,25 @@ def read_parts(entries: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> 
             key = lora["part"] + (".bias" if lora["leaf"] == "bias" else "")
             modules.setdefault(lora["module"], {})[key] = info
         elif tokens := _TOKENS.fullmatch(name):
-            parts.tokens[tokens["module"]] = (_indices(config, tokens["module"]), info)
+            rows[tokens["module"]] = info
         elif not _UNUSED.search(name):
-            parts.whole[_WRAPPED.sub("", name)] = info
+            inner = _WRAPPED.sub("", name)
+            twice += [source] if inner in parts.whole else []
+            parts.whole[inner] = info
     if len(names) > 1:
         listed = ", ".join(sorted(map(str, names)))
         yield Finding("adapter-several", "adapter's tensors", f"adapters {listed}", "one: save the one that is meant")
     yield from _read_modules(parts, modules, config)
-    for module, (index, values) in parts.tokens.items():
-        if len(index) != values.shape[0]:
-            got = f"{values.shape[0]} rows for {len(index)} tokens"
+    if twice:
+        got = f"{len(twice)} tensors that another name stands for, too"
+        yield Finding("adapter-twice", "adapter's tensors", got, "each once", details=tuple(twice))
+    for module, values in rows.items():
+        index = _indices(config, module)
+        if not index or values.shape[:1] != (len(index),):
+            got = f"{values.shape[0] if values.shape else 0} rows for {len(index)} tokens"
             yield Finding("adapter-tokens", f"{module}: trainable_tokens_delta", got, "one for each of the tokens")
+            continue
+        parts.tokens[module] = (index, values)
     return parts
 
 
@@ -158,7 +169,7 @@ def _read_modules(
     for module, held in modules.items():
         embedding = "embedding_A" in held or "embedding_B" in held
         a, b = (held.get(f"{'embedding_' * embedding}{half}") for half in "AB")
-        if a is None or b is None or not a.shape or len(b.shape) < 2:
+        if a is None or b is None or min(len(a.shape), len(b.shape)) < 2:
             half.append(module)
             continue
         stated = _of(config.get("rank_pattern", {}), module, config.get("r"))

@@ -6,11 +6,11 @@
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastvlm.checkpoint import adapter_folder, folder_kind, layouts, naming
+from fastvlm.checkpoint import adapter_folder, fitting, folder_kind, layouts, naming
 from fastvlm.checkpoint.adapter import Adapter
 from fastvlm.checkpoint.configuration import (
     ModelConfig,
@@ -18,11 +18,9 @@ from fastvlm.checkpoint.configuration import (
     configuration_of,
     hf_config_of,
 )
-from fastvlm.checkpoint.fitting import fit
-from fastvlm.checkpoint.shapes import shapes
 from fastvlm.checkpoint.tensors import canonical, compare, dtype_of, form_of, resolve_tie
 from fastvlm.checkpoint.weights import TensorInfo, Weights, scan
-from fastvlm.common.documents import Unreadable, load_object, shown
+from fastvlm.common.documents import Unreadable, load_object
 from fastvlm.common.dtypes import Array
 from fastvlm.common.errors import UserError
 from fastvlm.common.files import check_small_files
@@ -32,8 +30,6 @@ from fastvlm.data.preprocessing import Preprocessor, preprocessor_of, read_image
 if TYPE_CHECKING:
     import torch
     from transformers import FastVlmConfig, PreTrainedTokenizerBase
-
-_QUANTIZATION = ("quantization_config", "quantization")
 
 __all__ = ["Checkpoint", "Examination", "TensorInfo", "examine", "open_checkpoint"]
 
@@ -203,8 +199,8 @@ def _steps(examination: Examination, image_strategy: str | None, folder: Path | 
     examination.layout = layout
     if document is None or layout is None:
         return None
-    document, adapter = yield from _settings_of(document, adapter)
-    yield from _name_findings(path, adapter)
+    if adapter is not None:
+        document, adapter = yield from fitting.settings_of(document, adapter, path)
     config, config_findings = collect(layouts.read_config(document, layout))
     weights, weight_findings = collect(scan(path))
     _refuse_other(path, config, weights.tensors)
@@ -224,13 +220,7 @@ def _steps(examination: Examination, image_strategy: str | None, folder: Path | 
     yield from tie_findings if complete else ()
     dtype = yield from dtype_of(tensors, config, complete)
     if adapter is not None and complete:
-        towers = partial(_tower, config, layout, tied)
-        base, was_tied = tensors, tied
-        tensors = yield from fit(adapter.parts, base, tied, towers)
-        form, tied, config = _as_merged(weights, base, tensors, config, layout)
-        if was_tied and not tied:
-            got, expected = "changes of one of the two", "one matrix, as in the base: lm_head gets its own"
-            yield Finding("adapter-unties", "embeddings and lm_head", got, expected, severity="warning")
+        tensors, form, tied, config = yield from fitting.merge(adapter, weights, tensors, tied, config, layout)
     model = yield from checked_by_transformers(configuration_of(config, layout, form, tied))
     if model is None:
         return None
@@ -239,6 +229,8 @@ def _steps(examination: Examination, image_strategy: str | None, folder: Path | 
     token = yield from layouts.image_token(config, layout, vocabulary, rows)
     if preprocessor is None:
         return None
+    if adapter is not None:
+        yield from fitting.same_pictures(adapter, preprocessor)
     if tied:
         tensors.pop(naming.LM_HEAD, None)
     if token == rows:
@@ -253,57 +245,6 @@ def _steps(examination: Examination, image_strategy: str | None, folder: Path | 
 def _place(path: Path, adapter: Adapter | None, what: str) -> Path:
     """The folder that "config", "tokenizer" or "processor" is read from."""
     return adapter.path if adapter is not None and what in adapter.brings else path
-
-
-def _settings_of(document: dict[str, Any], adapter: Adapter | None) -> Steps[tuple[dict[str, Any], Adapter | None]]:
-    """config.json's document, the adapter's where it brings one of the same layout, as LLaVA's loader takes it."""
-    if adapter is None or "config" not in adapter.brings:
-        return document, adapter
-    try:
-        own = load_object(adapter.path / "config.json")
-    except Unreadable as error:
-        yield error.finding(str(adapter.path / "config.json"))
-        return document, adapter
-    if own.get("model_type") == document.get("model_type"):  # how the base was loaded for training isn't what it is
-        return {key: value for key, value in own.items() if key not in _QUANTIZATION}, adapter
-    where = f"{adapter.path / 'config.json'}: model_type"
-    got, expected = shown(own.get("model_type")), f"{shown(document.get('model_type'))}: the checkpoint's file is used"
-    yield Finding("config-ignored", where, got, expected, severity="warning")
-    return document, replace(adapter, brings=adapter.brings - {"config"})
-
-
-def _name_findings(path: Path, adapter: Adapter | None) -> Iterator[Finding]:
-    """A base of another name is only a warning: what doesn't fit has other shapes."""
-    named, own = Path("" if adapter is None else adapter.base or "").name, path.resolve().name
-    if named and named.casefold() != own.casefold():
-        yield Finding("adapter-base", "adapter", f"the base {named}", f"{own}, by its name", severity="warning")
-
-
-def _tower(config: dict[str, Any], layout: str, tied: bool, form: str) -> Collection[str]:
-    """The names of a whole vision tower in a form, none where the settings make none."""
-    try:
-        return [name for name in shapes(configuration_of(config, layout, form, tied)) if name.startswith(naming.VISION)]
-    except Exception:  # what timm raises for widths that don't go together; `compare` says so
-        return ()
-
-
-def _as_merged(
-    weights: Weights,
-    base: Mapping[str, TensorInfo],
-    tensors: Mapping[str, TensorInfo],
-    config: dict[str, Any],
-    layout: str,
-) -> tuple[str, bool, dict[str, Any]]:
-    """Form, tying and settings of the tensors that an adapter makes of the base's."""
-    form, _ = collect(form_of(tensors, False))
-    tied, _ = collect(resolve_tie(weights, tensors, config, layout))
-    settings: dict[str, Any] = {"tie_word_embeddings": tied}
-    before, after = (held.get(naming.EMBEDDINGS) for held in (base, tensors))
-    if before is not None and after is not None and before.shape != after.shape:  # the vocabulary was resized
-        settings["vocab_size"] = after.shape[0]
-    if layout == "llava_qwen2":
-        return form, tied, config | settings
-    return form, tied, config | {"tie_word_embeddings": tied, "text_config": config.get("text_config", {}) | settings}
 
 
 def _add_row(tensors: dict[str, TensorInfo], rows: int) -> None:

@@ -1,18 +1,93 @@
-"""An adapter's parts put into a checkpoint's tensors: what doesn't fit is listed, all at once."""
+"""An adapter put into a checkpoint: its tensors, and its settings. What doesn't fit is listed, all at once."""
 
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
-from fastvlm.checkpoint import naming
-from fastvlm.checkpoint.adapter import Parts
+from fastvlm.checkpoint import layouts, naming
+from fastvlm.checkpoint.adapter import Adapter, Parts
+from fastvlm.checkpoint.configuration import configuration_of
 from fastvlm.checkpoint.merging import Added, Factors, LowRank, Replaced
-from fastvlm.checkpoint.tensors import is_training
-from fastvlm.checkpoint.weights import TensorInfo
-from fastvlm.common.findings import Finding, Steps
+from fastvlm.checkpoint.shapes import shapes
+from fastvlm.checkpoint.tensors import form_of, is_training, resolve_tie
+from fastvlm.checkpoint.weights import TensorInfo, Weights
+from fastvlm.common.documents import Unreadable, load_object, object_or_empty, shown
+from fastvlm.common.findings import Finding, Steps, collect
+from fastvlm.data.preprocessing import Preprocessor, preprocessor_of
 
+_QUANTIZATION = ("quantization_config", "quantization")
 _OF_TRANSFORMERS = ("language_model.", "multi_modal_projector.", "timm_model.")  # in names, and not in LLaVA's
 _VOCABULARY = (naming.EMBEDDINGS, naming.LM_HEAD)  # what a resized vocabulary gives other rows
+
+
+def settings_of(document: dict[str, Any], adapter: Adapter, path: Path) -> Steps[tuple[dict[str, Any], Adapter]]:
+    """config.json's document for the checkpoint at `path`: the adapter's own where it brings one of the same layout, as
+    LLaVA's loader takes it."""
+    named, own_name = Path(adapter.base or "").name, path.resolve().name
+    if named and named.casefold() != own_name.casefold():  # what doesn't fit has other shapes
+        yield Finding("adapter-base", "adapter", f"the base {named}", f"{own_name}, by its name", severity="warning")
+    if "config" not in adapter.brings:
+        return document, adapter
+    file = adapter.path / "config.json"
+    try:
+        own = load_object(file)
+    except Unreadable as error:
+        yield error.finding(str(file))
+        return document, adapter
+    if own.get("model_type") == document.get("model_type"):  # how the base was loaded for training isn't what it is
+        return {key: value for key, value in own.items() if key not in _QUANTIZATION}, adapter
+    got, expected = shown(own.get("model_type")), f"{shown(document.get('model_type'))}: the checkpoint's file is used"
+    yield Finding("config-ignored", f"{file}: model_type", got, expected, severity="warning")
+    return document, replace(adapter, brings=adapter.brings - {"config"})
+
+
+def same_pictures(adapter: Adapter, preprocessor: Preprocessor) -> Iterable[Finding]:
+    """Yield a finding where the adapter has a config.json of the other layout, which is not used, and that says that it
+    was trained on pictures of another size or shape."""
+    own = object_or_empty(adapter.path / "config.json")
+    if "config" in adapter.brings or own.get("model_type") not in layouts.LAYOUTS:
+        return
+    config, _ = collect(layouts.read_config(own, own["model_type"]))
+    trained, _ = collect(preprocessor_of(config, {}))
+    sizes = [(each.image_size, each.image_strategy) for each in (trained, preprocessor) if each is not None]
+    if len(set(sizes)) > 1:
+        got, expected = (f"pictures of {size} pixels, {strategy}" for size, strategy in sizes)
+        remedy = "give the checkpoint in the layout that it was trained in"
+        yield Finding("adapter-pictures", str(adapter.path / "config.json"), got, f"{expected}, the base's", remedy)
+
+
+def merge(
+    adapter: Adapter,
+    weights: Weights,
+    tensors: Mapping[str, TensorInfo],
+    tied: bool,
+    config: dict[str, Any],
+    layout: str,
+) -> Steps[tuple[dict[str, TensorInfo], str, bool, dict[str, Any]]]:
+    """Tensors, form of the tower, tie of the head and settings of what an adapter makes of a checkpoint's."""
+
+    def towers(form: str) -> Collection[str]:
+        try:
+            names = shapes(configuration_of(config, layout, form, tied))
+        except Exception:  # what timm raises for widths that don't go together; `tensors.compare` says so
+            return ()
+        return [name for name in names if name.startswith(naming.VISION)]
+
+    merged = yield from fit(adapter.parts, tensors, tied, towers)
+    form, _ = collect(form_of(merged, False))
+    still, _ = collect(resolve_tie(weights, merged, config, layout))
+    if tied and not still:
+        got, expected = "changes of one of the two", "one matrix, as in the base: lm_head gets its own"
+        yield Finding("adapter-unties", "embeddings and lm_head", got, expected, severity="warning")
+    settings: dict[str, Any] = {"tie_word_embeddings": still}
+    before, after = (held.get(naming.EMBEDDINGS) for held in (tensors, merged))
+    if before is not None and after is not None and before.shape != after.shape:  # the vocabulary was resized
+        settings["vocab_size"] = after.shape[0]
+    if layout != "llava_qwen2":
+        settings = {"tie_word_embeddings": still, "text_config": config.get("text_config", {}) | settings}
+    return merged, form, still, config | settings
 
 
 def fit(

@@ -4,6 +4,7 @@ Nothing here knows names or formats: `fastvlm.checkpoint.adapter` and its reader
 the adapter's factors, whatever the tensor's size.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
@@ -14,6 +15,7 @@ from fastvlm.checkpoint.weights import TensorInfo, Weights
 from fastvlm.common.dtypes import Array
 
 _AT_ONCE = 1 << 22  # values that are merged at once: 16 MiB in float32
+_ALONE = 1 << 18  # multiplications up to which OpenBLAS computes a product on the calling thread (interface/gemm.c)
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,21 @@ class Factors:
         return self.right.shape[-1 if self.transposed else 0]
 
 
+def _product(left: Array, right: Array) -> Array:
+    """left @ right in pieces that BLAS gives to no second thread: where cores are busy, waiting for that one takes ten
+    times as long as the product. And no sum depends on the number of threads."""
+    left, right = np.ascontiguousarray(left), np.ascontiguousarray(right)
+    (rows, rank), columns = left.shape, right.shape[1]
+    result = np.empty((rows, columns), np.float32)
+    height = min(rows, max(1, math.isqrt(_ALONE // rank)))
+    width = max(1, _ALONE // (rank * height))
+    for row in range(0, rows, height):
+        for column in range(0, columns, width):
+            piece = np.s_[row : row + height, column : column + width]
+            np.matmul(left[piece[0]], right[:, piece[1]], out=result[piece])
+    return result
+
+
 @dataclass(eq=False)
 class LowRank:
     """A tensor (rows, ...) plus `factors`; a convolution's kernel is a row."""
@@ -64,23 +81,20 @@ class LowRank:
 
     def _sums(self, weights: Weights, start: int, stop: int) -> Iterator[tuple[int, Array]]:
         """(first row, base + scale · left @ right, flattened to (n, columns)) for part after part."""
-        factors, rank = self.factors, self.factors.rank
+        factors = self.factors
         right = weights.kept(factors.right)
-        right = right.T if factors.transposed else right.reshape(rank, -1)
-        left = weights.kept(factors.left).T if factors.transposed else None
+        right = right.T if factors.transposed else right.reshape(factors.rank, -1)
         step = max(1, _AT_ONCE // right.shape[1])
         for first in range(start, stop, step):
             last = min(first + step, stop)
-            part = weights.floats(self.base, first, last).reshape(last - first, -1)
-            piece = (
-                weights.floats(factors.left, first, last).reshape(last - first, rank)
-                if left is None
-                else left[first:last]
-            )
-            product = piece @ right
-            product *= np.float32(factors.scale)
-            product += part
-            yield first, product
+            if factors.transposed:
+                left = weights.kept(factors.left)[:, first:last].T
+            else:
+                left = weights.floats(factors.left, first, last).reshape(last - first, factors.rank)
+            total = _product(left, right)
+            total *= np.float32(factors.scale)
+            total += weights.floats(self.base, first, last).reshape(total.shape)
+            yield first, total
 
     def _column_lengths(self, weights: Weights) -> Array:
         """The length of each column of the sum, which takes a pass through the whole tensor once."""

@@ -53,7 +53,9 @@ def train(trainee: Trainee, pictures: Pictures, states: Path, dtype: str) -> lis
         logging_steps=logged,
         save_steps=saved,
         save_total_limit=1,
-        eval_strategy="epoch" if plan.evaluation.records else "no",
+        # After each epoch; "epoch" itself comes after the state of that step is saved, and would be left out behind it.
+        eval_strategy="steps" if plan.evaluation.records else "no",
+        eval_steps=plan.steps // settings.epochs,
         prediction_loss_only=True,
         remove_unused_columns=False,
         label_names=["labels"],

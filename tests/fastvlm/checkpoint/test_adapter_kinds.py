@@ -12,7 +12,7 @@ import torch
 from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import save_file
 
-from fastvlm.checkpoint.checkpoint import open_checkpoint
+from fastvlm.checkpoint.checkpoint import examine, open_checkpoint
 from tests.fastvlm.checkpoint import trained
 
 BOUND = 1e-6
@@ -147,3 +147,17 @@ def test_mlxs_full_fine_tune_stays_tied(make_checkpoint: Callable[..., Path], tm
     checkpoint = open_checkpoint(base, adapter=tmp_path)
     name = "model.language_model.embed_tokens.weight"
     assert checkpoint.tied and np.array_equal(checkpoint.rows(name, 0, 576), new)
+
+
+def test_llavas_own_settings_are_used(tiny_fast_vlm: Path, tiny_llava: Path, tmp_path: Path) -> None:
+    """As its loader does, but for how the base was loaded; those of the other layout only if they mean the same."""
+    state = others(trained.load(tiny_fast_vlm), PROJECTOR)
+    write_llava(tmp_path / "mm_projector.bin", state, "")
+    config = json.loads((tiny_llava / "config.json").read_text())
+    changed = config | {"image_aspect_ratio": "square", "quantization_config": {"bits": 4}}
+    (tmp_path / "config.json").write_text(json.dumps(changed))
+    assert open_checkpoint(tiny_llava).image_strategy == "pad"
+    assert open_checkpoint(tiny_llava, adapter=tmp_path).image_strategy == "center_crop"
+    assert open_checkpoint(tiny_fast_vlm, adapter=tmp_path).image_strategy == "center_crop"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert [fault.rule for fault in examine(tiny_fast_vlm, adapter=tmp_path).faults] == ["adapter-pictures"]

@@ -32,7 +32,7 @@ CASES: dict[str, dict[str, Any]] = {
     "adapted biases": {"target_modules": ["q_proj", "o_proj"], "bias": "lora_only"},
     "a bias of the factor": {"target_modules": ["q_proj", "linear_1"], "lora_bias": True},
     "whole modules": {"target_modules": ["v_proj"],
-                      "modules_to_save": ["multi_modal_projector", "embed_tokens", "lm_head", "norm"]},
+                      "modules_to_save": ["multi_modal_projector", "embed_tokens", "lm_head", "language_model.norm"]},
     "tokens": {"target_modules": ["v_proj"], "trainable_token_indices": [0, 17, 575]},
     "tokens of both": {"target_modules": ["v_proj"],
                        "trainable_token_indices": {"embed_tokens": [3, 1], "lm_head": [7]}},
@@ -199,3 +199,14 @@ def test_names_of_another_base_are_a_warning(tiny_fast_vlm: Path, tmp_path: Path
         warnings = open_checkpoint(tiny_fast_vlm, adapter=tmp_path / "adapter").warnings
         assert any(warning.startswith(rule) for warning in warnings), (rule, warnings)
     assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["r"] == 4
+
+
+def test_a_streamed_model_is_the_same(tiny_fast_vlm: Path, tmp_path: Path) -> None:
+    from fastvlm.model.build import build
+
+    trained.train(trained.load(tiny_fast_vlm), lora(**CASES["embeddings"]), tmp_path / "adapter")
+    checkpoint, ids = open_checkpoint(tiny_fast_vlm, adapter=tmp_path / "adapter"), torch.tensor([[5, 200, 5, 575]])
+    with torch.no_grad():
+        whole, streamed = (build(checkpoint, streamed=streamed)(input_ids=ids).logits for streamed in (False, True))
+        plain = build(open_checkpoint(tiny_fast_vlm))(input_ids=ids).logits
+    assert float((whole - streamed).abs().max()) <= 1e-5 < float((whole - plain).abs().max())
