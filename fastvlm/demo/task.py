@@ -14,27 +14,27 @@ from fastvlm.data.prompt import IMAGE
 TASKS = {"charts": charts.questions}
 TRAINING, HELD_OUT = "train.json", "held_out.json"
 RECORDS = 1200  # for training
-_HELD_OUT = 200
+_HELD_OUT = 6  # for every so many training records, one that is held out
 _REPLAY = 4  # for every so many of the new task, one record of those that the checkpoint knows: it forgets less
 
 
 def write_task(name: str, folder: Path, count: int, seed: int, overwrite: bool) -> dict[str, Any]:
-    """Write `count` training records and 200 held-out ones, with their pictures, into a new folder.
+    """Write `count` training records and a sixth as many held-out ones, with their pictures, into a new folder.
 
     Every fifth training record is of the demo's own kinds, so that they aren't forgotten; held-out ones are all new.
     UserError for a folder that exists, unless `overwrite` and one of these files are given.
     """
     if folder.exists() and not (overwrite and (folder / HELD_OUT).is_file()):
         raise UserError(f"{folder}: exists already: give another --output-dir, or --overwrite for a task's folder")
-    replayed = count // (_REPLAY + 1)
-    with staged(folder, replace=overwrite) as staging, progress("draw (pictures)", count + _HELD_OUT) as advance:
+    replayed, kept = count // (_REPLAY + 1), max(1, count // _HELD_OUT)
+    with staged(folder, replace=overwrite) as staging, progress("draw (pictures)", count + kept) as advance:
         (staging / "pictures").mkdir()
         questions = TASKS[name]
         training = [
             *_rows(staging, "new", questions(count - replayed, seed, "train"), advance),
             *_rows(staging, "known", scenes.questions(replayed, seed + 1, "train"), advance),
         ]
-        held_out = _rows(staging, "held-out", questions(_HELD_OUT, seed), advance)
+        held_out = _rows(staging, "held-out", questions(kept, seed), advance)
         for file, rows in ((TRAINING, training), (HELD_OUT, held_out)):
             (staging / file).write_text(json.dumps(rows, indent=1) + "\n")
     return {

@@ -32,9 +32,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--train", choices=STAGES, default=default.train, metavar="STAGE", help=text)
     text = "train the language model's own weights, not a LoRA adapter"
     parser.add_argument("--full", action="store_true", help=text)
-    parser.add_argument(
-        "--lora-rank", type=whole_number(), default=default.lora_rank, metavar="R", help="(default: %(default)s)"
-    )
+    parser.add_argument("--lora-rank", type=whole_number(), metavar="R", help=f"(default: {default.lora_rank})")
     text = "the adapter's update is multiplied by alpha / rank (default: twice the rank)"
     parser.add_argument("--lora-alpha", type=whole_number(), metavar="A", help=text)
     _add_training(parser)
@@ -76,8 +74,10 @@ def _add_training(parser: Parser) -> None:
 
 def _add_evaluation(parser: Parser) -> None:
     default = Settings
-    text = "share of the records that is kept for evaluation, by picture (default: %(default)s; 0: none)"
-    parser.add_argument("--evaluation-split", type=share, default=default.evaluation_split, metavar="SHARE", help=text)
+    text = (
+        f"share of the records that is kept for evaluation, by picture (default: {default.evaluation_split}; 0: none)"
+    )
+    parser.add_argument("--evaluation-split", type=share, metavar="SHARE", help=text)
     parser.add_argument("--evaluation-data", type=present, metavar="FILE", help="records for evaluation, instead")
     text = "evaluation records that are answered, before and after (default: %(default)s)"
     parser.add_argument(
@@ -90,13 +90,16 @@ def _add_evaluation(parser: Parser) -> None:
 def _faults(args: argparse.Namespace) -> Iterator[str]:
     if args.train == "projector" and args.full:
         yield "--full: --train projector trains the projector's own weights anyway: leave it out"
-    if args.lora_alpha is not None and (args.full or args.train == "projector"):
-        yield "--lora-alpha: there is no LoRA with --full or --train projector: leave it out"
+    for flag, value in (("--lora-rank", args.lora_rank), ("--lora-alpha", args.lora_alpha)):
+        if value is not None and (args.full or args.train == "projector"):
+            yield f"{flag}: there is no LoRA with --full or --train projector: leave it out"
+    if args.evaluation_data is not None and args.evaluation_split is not None:
+        yield "--evaluation-split: there is --evaluation-data: leave one out"
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Check, train, publish; with `--dry-run` only say what would be trained."""
-    settings = Settings(**{name: getattr(args, name) for name in FIELDS})
+    settings = Settings(**{name: value for name in FIELDS if (value := getattr(args, name)) is not None})
     with progress("import PyTorch"):
         from fastvlm.finetune.plan import plan
     planned = plan(settings)

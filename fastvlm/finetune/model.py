@@ -1,6 +1,6 @@
 """The model that is trained: which of its parameters, what it sees of a picture, and how their values are kept."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from fastvlm.checkpoint import naming
+from fastvlm.common.cli import log
 from fastvlm.common.dtypes import has_bfloat16
 from fastvlm.common.errors import UserError
 from fastvlm.common.memory import available_memory
@@ -137,6 +138,15 @@ class Pictures:
                 self._left -= found.nbytes
                 self._kept[path] = found
         return found
+
+    def keep(self, paths: Iterable[Path], advance: Callable[[], Any]) -> None:
+        """Compute and keep the features of these pictures, up to the first that doesn't fit; `advance()` after each."""
+        for path in () if self._trainee.sees_pixels else paths:
+            self(path)
+            if path not in self._kept:
+                log("the pictures' features don't all fit into memory: the others' are computed in each epoch")
+                return
+            advance()
 
     def features(self, path: Path) -> np.ndarray:
         """The tower's features (1, C, S / 64, S / 64) float32, as its weights are now."""

@@ -53,11 +53,8 @@ def run(plan: Plan) -> dict[str, Any]:
             trainee = Trainee(plan, device, dtype)
         pictures, asked = Pictures(trainee), _asked(plan)
         seen = dict.fromkeys([*plan.training.pictures, *plan.evaluation.pictures])
-        if not trainee.sees_pixels:
-            with progress("encode (pictures)", len(seen)) as advance:
-                for path in seen:
-                    pictures(path)
-                    advance()
+        with progress("encode (pictures)", len(seen)) as advance:
+            pictures.keep(seen, advance)
         before = _before(work, lambda: _exam("before", trainee, pictures, asked))
         history = train(trainee, pictures, work / "states", dtype)
         result.round_to_stored(trainee)

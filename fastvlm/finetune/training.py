@@ -22,6 +22,7 @@ from fastvlm.finetune.model import Pictures, Trainee
 from fastvlm.finetune.plan import Part
 
 Example = tuple[Record, Encoded]
+_SAID = 5  # one of so many logged losses is printed, too
 _STATE = "trainer_state.json"  # what Trainer writes last into a state's folder
 
 
@@ -161,7 +162,7 @@ class _Progress(TrainerCallback):
     """Says how far training is, and what the losses are."""
 
     def __init__(self, advance: Step) -> None:
-        self._advance = advance
+        self._advance, self._logged = advance, 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step:
@@ -172,10 +173,10 @@ class _Progress(TrainerCallback):
         self._advance()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        words = {"loss": "loss", "eval_loss": "evaluation loss"}
-        for key, word in words.items():
-            if key in (logs or {}):
+        for key, word in (("loss", "loss"), ("eval_loss", "evaluation loss")):
+            if key in logs and (key != "loss" or self._logged % _SAID == 0):
                 log(f"step {state.global_step}/{state.max_steps}: {word} {float(logs[key]):.4f}")
+        self._logged += "loss" in logs
 
 
 class _quiet:

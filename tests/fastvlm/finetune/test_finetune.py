@@ -43,7 +43,9 @@ def test_what_is_trained_is_what_is_written(kind, tiny_llava_training, tiny_fast
     base = tiny_llava_training if "full" in kind else tiny_fast_vlm_training
     others, whole = KINDS[kind]
     before, output = contents(base), tmp_path / "out"
-    given = finetunes.settings(str(base), str(data), str(output), evaluation_data=data / "held.json", batch_size=4, **others)
+    given = finetunes.settings(
+        str(base), str(data), str(output), evaluation_data=data / "held.json", batch_size=4, **others
+    )
     planned = plan(given)
     document = running.run(planned)
     assert contents(base) == before and not (tmp_path / ".out.resume").exists()
@@ -70,7 +72,9 @@ def test_what_is_trained_is_what_is_written(kind, tiny_llava_training, tiny_fast
     assert np.mean(np.concatenate(losses)) == pytest.approx(document["evaluation_losses"][-1]["loss"], rel=1e-4)
     control = [_losses(build(original), original, row) for row in rows]
     assert abs(np.mean(np.concatenate(control)) - document["evaluation_losses"][-1]["loss"]) > 0.01
-    assert {"page.html", "loss.png", "tokenizer_config.json", "LICENSE", "training_pictures.json"} <= contents(output).keys()
+    assert {"page.html", "loss.png", "tokenizer_config.json", "LICENSE", "training_pictures.json"} <= contents(
+        output
+    ).keys()
 
 
 def _losses(model, checkpoint, row) -> np.ndarray:

@@ -75,6 +75,8 @@ def test_every_fault_at_once_and_a_dry_run(cli, tiny_fast_vlm, data, tmp_path):
         assert word in got.err, word
     flags = cli(*command, "--data", data / "train.json", "--train", "projector", "--full", "--lora-alpha", 3)
     assert flags.code == 2 and flags.err.count("leave it out") == 2
+    both = cli(*command, "--data", faulty, "--evaluation-data", bad, "--evaluation-split", 0.1)
+    assert both.code == 2 and "leave one out" in both.err
     planned = cli(*command, "--data", data / "train.json", "--batch-size", 5, "--evaluation-split", 0)
     assert planned.code == 0 and planned.document["steps"] == 3 * 3 and not (tmp_path / "out").exists()
     assert planned.document["training"]["records"] == 12
