@@ -13,7 +13,7 @@ from fastvlm.data.scenes import COLOURS, SIZE, Question, paper
 
 KINDS = ("tallest", "shortest", "number")
 _STREAM = {"train": 2, "test": 3}  # scenes has 0 and 1
-_LEAST = 0.17  # of the chart's height: how much two bars differ
+_LOWEST, _APART = 0.2, 0.22  # of the chart's height: the lowest bar, and how much two bars differ at least
 
 
 def questions(count: int, seed: int = 0, split: str = "test") -> Iterator[Question]:
@@ -29,13 +29,12 @@ def questions(count: int, seed: int = 0, split: str = "test") -> Iterator[Questi
 
 
 def _make(rng: np.random.Generator) -> tuple[list[str], np.ndarray]:
-    """Two to four colours and heights from 0 to 1, no two alike, in the order of the bars."""
+    """Two to four colours and heights from 0 to 1, well apart, in the order of the bars."""
     count = int(rng.integers(2, 5))
     colours = [[*COLOURS][index] for index in rng.permutation(len(COLOURS))[:count]]
-    while True:
-        heights = rng.uniform(0.2, 1, count)
-        if np.diff(np.sort(heights)).min() >= _LEAST:
-            return colours, heights
+    spare = 1 - _LOWEST - (count - 1) * _APART
+    heights = np.sort(rng.uniform(0, spare, count)) + _LOWEST + _APART * np.arange(count)
+    return colours, rng.permutation(heights)
 
 
 def _ask(kind: str, colours: list[str], heights: np.ndarray) -> tuple[str, str]:

@@ -12,6 +12,7 @@ import numpy as np
 from fastvlm.checkpoint import naming
 from fastvlm.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from fastvlm.common.cli import progress
+from fastvlm.common.dtypes import choose_device
 from fastvlm.common.errors import UserError
 from fastvlm.common.image_tokens import tokens_per_image
 from fastvlm.data import records as data
@@ -80,6 +81,7 @@ def plan(settings: Settings) -> Plan:
         remedy = "choose another" if settings.overwrite else "give --overwrite to replace it, or choose another"
         what = f"holds no {DONE}, so no fine-tune wrote it" if settings.overwrite else "exists already"
         raise UserError(f"--output-dir {settings.output_dir}: {what}: {remedy}")
+    choose_device(settings.device)  # refuses one that isn't there
     checkpoint = open_checkpoint(settings.checkpoint)
     faults: list[str] = []
     given = _tried(faults, "--data", lambda: data.read_records(settings.data, settings.image_folder)) or []

@@ -11,7 +11,7 @@ from typing import Any
 from fastvlm.common.cli import log, progress
 from fastvlm.common.documents import object_or_empty, shown
 from fastvlm.common.dtypes import choose_device
-from fastvlm.common.errors import UserError
+from fastvlm.common.errors import CheckFailed, UserError
 from fastvlm.common.findings import several
 from fastvlm.common.staging import held, remove, staged, write_file
 from fastvlm.data.scenes import knows_demo
@@ -56,7 +56,14 @@ def run(plan: Plan) -> dict[str, Any]:
         with progress("encode (pictures)", len(seen)) as advance:
             pictures.keep(seen, advance)
         before = _before(work, lambda: _exam("before", trainee, pictures, asked))
-        history = train(trainee, pictures, work / "states", dtype)
+        try:
+            history = train(trainee, pictures, work / "states", dtype)
+        except KeyboardInterrupt:
+            log(f"stopped; the same command goes on from the last state in {work}")
+            raise
+        except CheckFailed:
+            remove(work)  # the same flags would end there again
+            raise
         result.round_to_stored(trainee)
         after = _exam("after", trainee, pictures, asked)
         document = {

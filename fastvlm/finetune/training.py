@@ -16,6 +16,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from fastvlm.common.cli import Step, log, progress
+from fastvlm.common.errors import CheckFailed
 from fastvlm.data.labels import NOT_LEARNT, Encoded, collate
 from fastvlm.data.records import Record
 from fastvlm.finetune.model import Pictures, Trainee
@@ -52,6 +53,7 @@ def train(trainee: Trainee, pictures: Pictures, states: Path, dtype: str) -> lis
         gradient_checkpointing_kwargs={"use_reentrant": False} if settings.gradient_checkpointing else None,
         use_cpu=trainee.device == "cpu",
         logging_steps=logged,
+        logging_nan_inf_filter=False,  # which hides them
         save_steps=saved,
         save_total_limit=1,
         # After each epoch; "epoch" itself comes after the state of that step is saved, and would be left out behind it.
@@ -173,6 +175,11 @@ class _Progress(TrainerCallback):
         self._advance()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if not all(math.isfinite(logs[key]) for key in ("loss", "grad_norm", "eval_loss") if key in logs):
+            raise CheckFailed(
+                f"step {state.global_step}: the loss or its gradients aren't finite: choose a smaller --learning-rate,"
+                " or --dtype float32"
+            )
         for key, word in (("loss", "loss"), ("eval_loss", "evaluation loss")):
             if key in logs and (key != "loss" or self._logged % _SAID == 0):
                 log(f"step {state.global_step}/{state.max_steps}: {word} {float(logs[key]):.4f}")

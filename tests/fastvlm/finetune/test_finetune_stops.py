@@ -77,6 +77,11 @@ def test_every_fault_at_once_and_a_dry_run(cli, tiny_fast_vlm, data, tmp_path):
     assert flags.code == 2 and flags.err.count("leave it out") == 2
     both = cli(*command, "--data", faulty, "--evaluation-data", bad, "--evaluation-split", 0.1)
     assert both.code == 2 and "leave one out" in both.err
+    far = cli(
+        *[word for word in command if word != "--dry-run"], "--data", data / "train.json", "--learning-rate", 1e30
+    )
+    assert far.code == 1 and "a smaller --learning-rate" in far.err
+    assert not [*tmp_path.glob("*out*")]
     planned = cli(*command, "--data", data / "train.json", "--batch-size", 5, "--evaluation-split", 0)
     assert planned.code == 0 and planned.document["steps"] == 3 * 3 and not (tmp_path / "out").exists()
     assert planned.document["training"]["records"] == 12
