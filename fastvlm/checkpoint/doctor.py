@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from fastvlm.checkpoint.checkpoint import Checkpoint
     from fastvlm.checkpoint.folder_kind import FolderKind
 
-_LABELS = {"tied": "tied embeddings"}  # facts that the report calls otherwise than the document
+# Facts that the report calls otherwise than the document.
+_LABELS = {"tied": "tied embeddings", "adapted_matrices": "matrices", "replaced_tensors": "whole tensors"}
 
 
 @dataclass

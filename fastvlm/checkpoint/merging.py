@@ -13,6 +13,7 @@ import numpy as np
 
 from fastvlm.checkpoint.weights import TensorInfo, Weights
 from fastvlm.common.dtypes import Array
+from fastvlm.common.errors import UserError
 
 _AT_ONCE = 1 << 22  # values that are merged at once: 16 MiB in float32
 _ALONE = 1 << 18  # multiplications up to which OpenBLAS computes a product on the calling thread (interface/gemm.c)
@@ -73,9 +74,9 @@ class LowRank:
         magnitude = None if factors.magnitude is None else weights.kept(factors.magnitude).reshape(-1)
         for first, part in self._sums(weights, start, stop):
             if magnitude is not None and factors.along == "rows":
-                part *= (magnitude[first : first + len(part)] / np.linalg.norm(part, axis=1))[:, None]
+                part *= self._shares(magnitude[first : first + len(part)], np.linalg.norm(part, axis=1))[:, None]
             elif magnitude is not None:
-                part *= magnitude / self._column_lengths(weights)
+                part *= self._shares(magnitude, self._column_lengths(weights))
             merged[first - start : first - start + len(part)] = part.reshape(len(part), *merged.shape[1:])
         return merged
 
@@ -95,6 +96,12 @@ class LowRank:
             total *= np.float32(factors.scale)
             total += weights.floats(self.base, first, last).reshape(total.shape)
             yield first, total
+
+    def _shares(self, magnitude: Array, lengths: Array) -> Array:
+        """Learnt lengths by those of the sum."""
+        if not lengths.all():
+            raise UserError(f"{self.base.source}: DoRA can't give a length to {self.factors.along} that are all zero")
+        return np.asarray(magnitude / lengths)
 
     def _column_lengths(self, weights: Weights) -> Array:
         """The length of each column of the sum, which takes a pass through the whole tensor once."""

@@ -134,6 +134,7 @@ def _draw(figure: Any, document: Mapping[str, Any], colours: Mapping[str, str]) 
         if points := document[key]:
             axes.plot([p["step"] for p in points], [p["loss"] for p in points], color=colour, label=label, **style)
     axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(lambda value, place: f"{value:g}")
     axes.set_xlabel("step")
     axes.set_ylabel("loss (cross entropy a token)")
     plots.dress(axes, colours, legend=2)

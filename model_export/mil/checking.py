@@ -1,35 +1,29 @@
 """Holding the values of a run to their declared types."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from .dtypes import Policy
-from .program import MILError, NamedType, Operation, TensorType
+from .program import MILError, NamedType, Operation
 from .registry import TensorList
 
 
-def check_all(operation: Operation, values: Mapping[str, Any], declared: Sequence[NamedType], policy: Policy) -> None:
-    """Hold values to their declared types."""
-    for (name, value), item in zip(values.items(), declared):
-        if item.type is not None and item.type.dtype != "string":
-            _check(operation, name, value, item.type, policy)
+def check_all(operation: Operation, values: Sequence[Any], declared: Sequence[NamedType], policy: Policy) -> None:
+    """Hold values, as many as are declared, to their declared types."""
+    for value, item in zip(values, declared, strict=True):
+        type = item.type
+        if type is not None and type.dtype != "string":
+            if isinstance(value, torch.Tensor):
+                if value.dtype == policy.holds(type.dtype) and (value.shape == type.shape or type.accepts(value.shape)):
+                    continue
+                came = f"{value.dtype}[{', '.join(map(str, value.shape))}]".removeprefix("torch.")
+            else:
+                came = value.__class__.__name__
+        elif isinstance(value, (TensorList if item.other is not None else str, dict)):
             continue
-        kind = TensorList if item.other is not None else str
-        if isinstance(value, torch.Tensor) or not isinstance(value, (kind, dict)):
+        else:
             came = value.__class__.__name__
-            raise MILError(
-                f"operation {operation.name!r} ({operation.type}): {name!r} came out as {came},"
-                f" declared {item.type or item.other}"
-            )
-
-
-def _check(operation: Operation, name: str, tensor: Any, type: TensorType, policy: Policy) -> None:
-    if not isinstance(tensor, torch.Tensor):
-        came = tensor.__class__.__name__
-    elif type.accepts(tuple(tensor.shape)) and tensor.dtype == policy.holds(type.dtype):
-        return
-    else:
-        came = f"{tensor.dtype}[{', '.join(map(str, tensor.shape))}]".removeprefix("torch.")
-    raise MILError(f"operation {operation.name!r} ({operation.type}): {name!r} came out as {came}, declared {type}")
+        name = f"operation {operation.name!r} ({operation.type}): {item.name!r}"
+        raise MILError(f"{name} came out as {came}, declared {type or item.other}")

@@ -16,6 +16,7 @@ An operation whose MIL type is fp32 is computed in float32, undivided, in all of
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -40,11 +41,13 @@ class Policy:
 
     def holds(self, dtype: str) -> torch.dtype:
         """The torch type in which values of this MIL type are held while running."""
-        if dtype == "bool":
-            return torch.bool
-        if dtype in FLOATS:
-            return {"fp16": self.half, "fp64": torch.float64}.get(dtype, torch.float32)
-        return torch.int64 if dtype in ("int64", "uint32", "uint64") else torch.int32
+        return self._held.get(dtype, torch.int32)
+
+    @cached_property
+    def _held(self) -> dict[str, torch.dtype]:
+        whole = {"bool": torch.bool} | dict.fromkeys(("int64", "uint32", "uint64"), torch.int64)
+        floats = dict.fromkeys(FLOATS, torch.float32) | {"fp16": self.half, "fp64": torch.float64}
+        return whole | floats
 
 
 POLICIES = {

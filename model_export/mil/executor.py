@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -38,9 +38,9 @@ Ran = tuple[Operation, Mapping[str, Any]]
 
 @dataclass
 class _Run:
-    """One prediction. keep: nothing is written over. counts: the values' bytes are added up as they are made."""
+    """One prediction. counts: the values' bytes are added up as they are made."""
 
-    keep: bool
+    watch: Watch | None
     counts: bool
     iterations: int = 0
     alive: int = 0
@@ -163,81 +163,80 @@ class MILExecutor:
         Raises:
             MILError: as `predict`.
         """
-        values = self._start(inputs, state)
+        values, run = self._start(inputs, state, watch)
         with kept_buffers():
-            for operation, outputs in self._walk(values, keep=watch is not None):
-                if watch is not None:
-                    watch(operation, outputs)
-                del outputs
+            self._run_plan(self._plan, values, run)
             return self.interface.results(values)
 
     def watched(self, inputs: Mapping[str, Any], state: State | None = None) -> Iterator[Ran]:
         """Each operation with its outputs, as `run` passes them to `watch`; it runs when it is asked for, so that two
-        executors may take turns."""
-        return self._walk(self._start(inputs, state), keep=True)
+        executors may take turns. A loop runs whole, and what was seen in it is held until then."""
+        ran: list[Ran] = []
+        values, run = self._start(inputs, state, lambda *one: ran.append(one))
+        for step in self._plan.steps:
+            with torch.inference_mode():
+                self._step(step, values, run, {})
+            yield from ran
+            ran.clear()
 
-    def _start(self, inputs: Mapping[str, Any], state: State | None) -> dict[str, Any]:
-        """The values before the first operation."""
+    def _start(
+        self, inputs: Mapping[str, Any], state: State | None, watch: Watch | None
+    ) -> tuple[dict[str, Any], _Run]:
+        """The values before the first operation, and the prediction."""
         cells = self.interface.cells(state)
-        return {**self._plan.constants, **cells, **self.interface.tensors(inputs, self.policy)}
+        values = {**self._plan.constants, **cells, **self.interface.tensors(inputs, self.policy)}
+        return values, _Run(watch, self._dynamic, alive=sum(map(limits.held, values.values())) if self._dynamic else 0)
 
-    @torch.inference_mode()
-    def _walk(self, values: dict[str, Any], keep: bool) -> Iterator[Ran]:
-        """Run step by step; `values` are those in use. `keep`: one operation at a time, and write over nothing."""
-        run = _Run(keep, self._dynamic)
-        run.alive = sum(map(limits.held, values.values())) if run.counts else 0
-        yield from self._steps(self._plan, values, run)
-
-    def _steps(self, plan: Plan, values: dict[str, Any], run: _Run) -> Iterator[Ran]:
+    def _run_plan(self, plan: Plan, values: dict[str, Any], run: _Run) -> None:
+        """Run step by step; `values` are those in use. Watched, one operation at a time, writing over nothing."""
         counted: dict[str, int] = {}
-        for step in plan.steps if run.keep else plan.merged:
-            outputs = (
-                (yield from self._control(step, values, run)) if step.blocks else self._run_step(step, values, run)
-            )
-            if run.counts:
-                made = {name: limits.held(value) for name, value in outputs.items()}
-                counted |= made
-                run.alive += sum(made.values())
-                if run.alive > self.most_bytes:
-                    failed = f"operation {step.operation.name!r} ({step.operation.type})"
-                    raise MILError(
-                        f"{failed}: values take {run.alive} bytes, expected at most {self.most_bytes} (most_bytes)"
-                    )
-            yield step.operation, outputs
-            values.update(outputs)
-            del outputs
-            for name in step.frees:
-                values.pop(name, None)
-                run.alive -= counted.pop(name, 0)
+        for step in plan.steps if run.watch else plan.merged:
+            self._step(step, values, run, counted)
 
-    def _control(self, step: Step, values: dict[str, Any], run: _Run) -> Generator[Ran, None, dict[str, Any]]:
-        """Run a branch or a loop: its outputs."""
+    def _step(self, step: Step, values: dict[str, Any], run: _Run, counted: dict[str, int]) -> None:
+        """Run one step, put its results among the values and free those not needed any more; `counted`: their bytes."""
+        results = self._control(step, values, run) if step.blocks else self._computed(step, values, run)
+        made = step.made
+        if run.counts:
+            counted |= zip(made, map(limits.held, results))
+            run.alive += sum(counted[name] for name in made)
+            if run.alive > self.most_bytes:
+                failed = f"operation {step.operation.name!r} ({step.operation.type})"
+                raise MILError(
+                    f"{failed}: values take {run.alive} bytes, expected at most {self.most_bytes} (most_bytes)"
+                )
+        values.update(zip(made, results))
+        if run.watch is not None:
+            run.watch(step.operation, dict(zip(made, results)))
+        for name in step.frees:
+            values.pop(name, None)
+            run.alive -= counted.pop(name, 0)
+
+    def _control(self, step: Step, values: dict[str, Any], run: _Run) -> Sequence[Any]:
+        """Run a branch or a loop: its results."""
         args = [value_of(argument, values) for argument in step.kernel.args]
         if step.operation.type == "cond":
-            results = yield from self._block(step, 0 if _truth(step, args[0]) else 1, (), values, run)
+            results = self._block(step, 0 if _truth(step, args[0]) else 1, (), values, run)
         else:
             results = args
-            while _truth(step, (yield from self._block(step, 0, results, values, run))[0]):
+            while _truth(step, self._block(step, 0, results, values, run)[0]):
                 run.iterations += 1
                 if run.iterations > self.most_iterations:
                     raise MILError(
                         f"operation {step.operation.name!r} (while_loop): the program's loops ran"
                         f" {self.most_iterations} times, expected an end (most_iterations)"
                     )
-                results = yield from self._block(step, 1, results, values, run)
-        outputs = dict(zip(step.names, results, strict=True))
-        check_all(step.operation, outputs, step.operation.outputs, self.policy)
-        return outputs
+                results = self._block(step, 1, results, values, run)
+        check_all(step.operation, results, step.operation.outputs, self.policy)
+        return results
 
-    def _block(
-        self, step: Step, place: int, given: Sequence[Any], around: dict[str, Any], run: _Run
-    ) -> Generator[Ran, None, list[Any]]:
+    def _block(self, step: Step, place: int, given: Sequence[Any], around: dict[str, Any], run: _Run) -> list[Any]:
         """Run a block of a step with values for its inputs, and those around it: its outputs."""
         block, before = step.blocks[place], run.alive
-        inputs = dict(zip((item.name for item in block.inputs), given, strict=True))
-        check_all(step.operation, inputs, block.inputs, self.policy)
-        values = {**block.constants, **{name: around[name] for name in block.captures}, **inputs}
-        yield from self._steps(block, values, run)
+        check_all(step.operation, given, block.inputs, self.policy)
+        values = {**block.constants, **{name: around[name] for name in block.captures}}
+        values.update(zip((item.name for item in block.inputs), given))
+        self._run_plan(block, values, run)
         results = [values[name] for name in block.outputs]
         run.alive = before + (sum(map(limits.held, results)) if run.counts and step.operation.type != "cond" else 0)
         return results
@@ -251,14 +250,14 @@ class MILExecutor:
         made._plan = _unrounded_plan(self._plan)
         return made
 
-    def _run_step(self, step: Step, values: Mapping[str, Any], run: _Run) -> dict[str, Any]:
-        """One step's checked and rounded outputs."""
+    def _computed(self, step: Step, values: Mapping[str, Any], run: _Run) -> Sequence[Any]:
+        """One step's checked and rounded results."""
         kernel = step.kernel
         try:
-            args = [value_of(argument, values) for argument in kernel.args]
+            args = [values[item] if item.__class__ is str else value_of(item, values) for item in kernel.args]
             if step.overwrites and kernel.inplace is not None:
-                # Kept or not, by the same function in the same way: PyTorch's may differ in the last bit otherwise.
-                target = args[0].clone() if run.keep else args[0]
+                # Watched or not, by the same function in the same way: PyTorch's may differ in the last bit otherwise.
+                target = args[0].clone() if run.watch else args[0]
                 result = (
                     kernel.inplace(target, *args[1:]) if args[1:] else tiled(target, [kernel.inplace], target.numel())
                 )
@@ -267,22 +266,19 @@ class MILExecutor:
                     result = kernel.run(*args)
             else:
                 result = kernel.run(*args)
-            results = tuple(result) if isinstance(result, (tuple, list)) else (result,)
-            outputs = dict(zip(step.names, results, strict=True))
-            check_all(step.operation, outputs, step.operation.outputs, self.policy)
-            for (name, tensor), type in zip(outputs.items(), step.types):
-                if type is None or type.dtype == "string":
-                    continue
-                if step.then or (step.rounds and type.dtype == "fp16"):
-                    outputs[name] = _finish(tensor.clone() if kernel.view else tensor, step)
+            results = result if isinstance(result, (tuple, list)) else (result,)
+            check_all(step.operation, results, step.operation.outputs, self.policy)
+            if step.finishes:
+                results = [
+                    _finish(value.clone() if kernel.view else value, step) if finishes else value
+                    for value, finishes in zip(results, step.finishes)
+                ]
         except (MILError, MemoryError):
             raise
         except Exception as error:
             failed = f"operation {step.operation.name!r} ({step.operation.type}) failed"
             raise MILError(f"{failed}: {reason(error)}") from error
-        if step.then:
-            outputs = {step.then[-1].names[0]: outputs[step.names[0]]}
-        return outputs
+        return results
 
     def _may_be_large(self, arguments: Sequence[Any], values: list[Any]) -> bool:
         read = any(isinstance(argument, Runtime) for argument in arguments)

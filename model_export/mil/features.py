@@ -57,7 +57,7 @@ class State:
         array = _numbers(f"state {name!r}", value, type)
         if not type.accepts(array.shape):
             raise MILError(f"state {name!r}: shape {list(array.shape)}, expected {type}")
-        cell.tensor = _tensor(array).to(self._policy.holds(type.dtype))
+        cell.tensor, cell.owned = _tensor(array).to(self._policy.holds(type.dtype)), True
 
     def _cell(self, name: str) -> StateCell:
         if name not in self.cells:

@@ -2,9 +2,14 @@
 
 from collections import Counter
 from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
 
 from . import int8
 from .program import TensorType
+from .registry import Kernel, StateCell
 from .step import Step
 
 
@@ -67,6 +72,83 @@ def merged(steps: list[Step], outputs: tuple[str, ...]) -> list[Step]:
         if len(step.names) == 1 and not step.kernel.view:
             position[step.names[0]] = home
     return result
+
+
+def updating(steps: list[Step], outputs: tuple[str, ...]) -> list[Step]:
+    """The steps with each update of a state (read, written over, written back) done in the state's own memory: else a
+    whole cache would be copied for each token.
+
+    Not where a value that shares the memory is read later or kept, where the state is read before it is written back,
+    or where a block sees the state.
+    """
+    last = {name: index for index, step in enumerate(steps) for name in step.values}
+    last |= dict.fromkeys(outputs, len(steps))
+    root: dict[str, str] = {}  # of values that share memory
+    fresh: set[str] = set()
+    kept: Counter[str] = Counter()
+    for step in steps:
+        first = _first(step)
+        for name in step.made:
+            root[name] = root.get(first, first) if step.kernel.view and first else name
+        if step.kernel.keeps or step.blocks:
+            kept.update(root.get(name, name) for name in step.values if step.operation.type != "read_state")
+        elif not step.kernel.view:
+            fresh.update(step.made)
+    until: dict[str, int] = {}
+    for name, index in last.items():
+        until[root.get(name, name)] = max(index, until.get(root.get(name, name), -1))
+    in_blocks = {name for step in steps for block in step.blocks for name in block.captures}
+    result = list(steps)
+    for state in {_first(step) for step in steps if step.operation.type == "write_state"} - in_blocks:
+        memory: dict[str, int] = {}  # the roots of what the state holds, and how often each may be kept
+        pending = -1  # the place of what was done to it and is not written back yet
+        for index, step in enumerate(steps):
+            first = _first(step)
+            if step.operation.type == "read_state" and first == state:
+                memory[step.names[0]], pending = 0, -1
+            elif step.operation.type == "write_state" and first == state:
+                data = step.kernel.args[1]
+                held = root.get(data, data) if isinstance(data, str) else ""
+                own = held in fresh and kept[held] == 1
+                memory = {held: 1 if own else -1} if held else {}
+                if own:
+                    result[index] = replace(step, kernel=replace(step.kernel, run=_write_owned))
+                if own and pending >= 0 and held in steps[pending].names:
+                    kernel = steps[pending].kernel
+                    run = partial(_update, kernel)
+                    kernel = replace(kernel, run=run, args=(*kernel.args, state), inplace=None)
+                    result[pending] = replace(steps[pending], kernel=kernel, overwrites=False)
+                pending = -1
+            elif step.kernel.inplace is not None and not step.then and first and root.get(first) in memory:
+                others = {root.get(name, name) for name in step.values - {first}}
+                free = all(until[name] <= index and kept[name] == most for name, most in memory.items())
+                if free and not others & memory.keys() and _same_type(steps, first, step):
+                    pending = index
+    return result
+
+
+def _first(step: Step) -> str:
+    """The name of the value that is its first argument, "" where it has none."""
+    first = step.kernel.args[0] if step.kernel.args else None
+    return first if isinstance(first, str) else ""
+
+
+def _same_type(steps: list[Step], name: str, step: Step) -> bool:
+    """Whether a step's result has the type of this value, whose sizes are known."""
+    types = {made: type for other in steps for made, type in zip(other.names, other.types)}
+    type = types.get(name)
+    return type is not None and type == step.types[0] and None not in type.shape
+
+
+def _write_owned(state: StateCell, data: torch.Tensor) -> tuple[()]:
+    state.tensor, state.owned = data, True
+    return ()
+
+
+def _update(kernel: Kernel, *arguments: Any) -> Any:
+    *own, state = arguments
+    function = kernel.inplace if state.owned and kernel.inplace is not None else kernel.run
+    return function(*own)
 
 
 def paired(steps: list[Step], outputs: tuple[str, ...]) -> list[Step]:

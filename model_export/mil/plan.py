@@ -11,7 +11,7 @@ from . import limits
 from . import ops as ops  # registers the operations
 from .blob import WeightFile, immediate
 from .dtypes import STORAGE, Policy
-from .passes import fused, merged, paired, with_lifetimes
+from .passes import fused, merged, paired, updating, with_lifetimes
 from .program import (
     MOST_DEPTH,
     BlobRef,
@@ -118,6 +118,8 @@ class _Planner:
         inputs = [*(item.name for item in block.inputs), *captures]
         finished = with_lifetimes(steps, inputs, block.outputs)
         merged_steps = merged(finished, block.outputs)
+        if not depth:
+            merged_steps = updating(merged_steps, block.outputs)
         if self.policy.fuses:
             merged_steps = [
                 fused(step) for step in (paired(merged_steps, block.outputs) if self.policy.int8 else merged_steps)

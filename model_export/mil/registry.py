@@ -44,9 +44,11 @@ class TensorList:
 
 @dataclass
 class StateCell:
-    """A state as a value: its tensor now, which is never written over."""
+    """A state as a value: its tensor now, which is written over only where it is `owned`, by nothing else held, and
+    where the plan knows that nobody reads it any more (`passes.updating`)."""
 
     tensor: torch.Tensor
+    owned: bool = True
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,9 @@ def round_fp16(tensor: torch.Tensor) -> torch.Tensor:
 
 def rounder(size: int) -> InPlace:
     """A function that rounds tiles of a tensor with `size` elements to fp16 in place."""
-    half = torch.empty(min(TILE, size), dtype=torch.float16)
+    if size <= TILE:
+        return lambda tile: tile.copy_(tile.half())
+    half = torch.empty(TILE, dtype=torch.float16)
 
     def to_fp16(tile: torch.Tensor) -> None:
         copy = half[: tile.numel()]
@@ -34,6 +36,12 @@ def rounder(size: int) -> InPlace:
 
 def tiled(tensor: torch.Tensor, functions: Sequence[InPlace], size: int) -> torch.Tensor:
     """Apply functions of single elements in place: all of them to `size` elements, then to the next in memory."""
+    if tensor.numel() <= size and (
+        tensor.is_contiguous() or (tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last))
+    ):
+        for function in functions:
+            function(tensor)
+        return tensor
     flat = _flat(tensor)
     if flat is None:
         tensor = tensor.contiguous()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -33,6 +34,17 @@ class Step:
     then: tuple[Step, ...] = ()
     blocks: tuple[Plan, ...] = ()
     dynamic: bool = False
+
+    @cached_property
+    def made(self) -> tuple[str, ...]:
+        """The names of its results, once what follows on them is done."""
+        return self.then[-1].names if self.then else self.names
+
+    @cached_property
+    def finishes(self) -> tuple[bool, ...]:
+        """For each result, whether it is rounded or something follows on it; empty where nothing is to be done."""
+        fp16 = [type is not None and type.dtype == "fp16" for type in self.types]
+        return (True,) if self.then else tuple(fp16) if self.rounds and any(fp16) else ()
 
     @property
     def values(self) -> set[str]:

@@ -2,7 +2,9 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -54,29 +56,49 @@ def softmax(node: Node) -> Kernel:
     return node.kernel(partial(torch.softmax, dim=axis), "x")
 
 
-_ALPHA: dict[str, Callable[[torch.Tensor, float], torch.Tensor]] = {
-    "elu": lambda x, alpha: F.elu(x, alpha),
-    "leaky_relu": lambda x, alpha: torch.where(x >= 0, x, alpha * x),
-    "thresholded_relu": lambda x, alpha: torch.where(x >= alpha, x, torch.zeros_like(x)),
+@mil_op("elu")
+def elu(node: Node) -> Kernel:
+    return _in_place(node, F.elu, F.elu_, alpha=node.const("alpha"))
+
+
+@mil_op("leaky_relu")
+def leaky_relu(node: Node) -> Kernel:
+    """x, or alpha x below 0."""
+    return _in_place(node, F.leaky_relu, F.leaky_relu_, negative_slope=node.const("alpha"))
+
+
+@mil_op("thresholded_relu")
+def thresholded_relu(node: Node) -> Kernel:
+    """x, or 0 below alpha, which stays itself, where PyTorch's threshold does not."""
+    below = float(np.nextafter(np.float32(node.const("alpha")), np.float32(-np.inf)))
+    return _in_place(node, torch.threshold, torch.threshold_, threshold=below, value=0.0)
+
+
+def _in_place(node: Node, function: Callable[..., Any], inplace: Callable[..., Any], **settings: float) -> Kernel:
+    return node.kernel(partial(function, **settings), "x", inplace=partial(inplace, **settings))
+
+
+@mil_op("clamped_relu")
+def clamped_relu(node: Node) -> Kernel:
+    """leaky_relu, at most beta."""
+    alpha, beta = node.const("alpha"), node.const("beta")
+    inplace = lambda x: F.leaky_relu_(x, alpha).clamp_(max=beta)  # noqa: E731
+    return node.kernel(lambda x: F.leaky_relu(x, alpha).clamp_(max=beta), "x", inplace=inplace)
+
+
+_SCALED: dict[str, Callable[..., torch.Tensor]] = {  # `mul` is in place or not, the rest is
+    "linear_activation": lambda mul, x, alpha, beta: mul(x, alpha).add_(beta),
+    "scaled_tanh": lambda mul, x, alpha, beta: mul(x, beta).tanh_().mul_(alpha),
+    "sigmoid_hard": lambda mul, x, alpha, beta: mul(x, alpha).add_(beta).clamp_(0, 1),
 }
-_ALPHA_BETA: dict[str, Callable[[torch.Tensor, float, float], torch.Tensor]] = {
-    "clamped_relu": lambda x, alpha, beta: torch.where(x >= 0, x, alpha * x).clamp(max=beta),
-    "linear_activation": lambda x, alpha, beta: alpha * x + beta,
-    "scaled_tanh": lambda x, alpha, beta: alpha * torch.tanh(beta * x),
-    "sigmoid_hard": lambda x, alpha, beta: (alpha * x + beta).clamp(0, 1),
-}
 
 
-@mil_op(*_ALPHA)
-def with_alpha(node: Node) -> Kernel:
-    function, alpha = _ALPHA[node.operation.type], node.const("alpha")
-    return node.kernel(lambda x: function(x, alpha), "x")
-
-
-@mil_op(*_ALPHA_BETA)
-def with_alpha_and_beta(node: Node) -> Kernel:
-    function, alpha, beta = _ALPHA_BETA[node.operation.type], node.const("alpha"), node.const("beta")
-    return node.kernel(lambda x: function(x, alpha, beta), "x")
+@mil_op(*_SCALED)
+def scaled(node: Node) -> Kernel:
+    """linear_activation: alpha x + beta; scaled_tanh: alpha tanh(beta x); sigmoid_hard: alpha x + beta, in 0 to 1."""
+    function, alpha, beta = _SCALED[node.operation.type], node.const("alpha"), node.const("beta")
+    run, inplace = (partial(function, mul, alpha=alpha, beta=beta) for mul in (torch.mul, torch.Tensor.mul_))
+    return node.kernel(run, "x", inplace=inplace)
 
 
 @mil_op("prelu")

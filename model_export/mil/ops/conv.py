@@ -61,7 +61,10 @@ def conv(node: Node) -> Kernel:
     weight, bias = node.weight("weight"), node.weight("bias")
     keys = ("x", "weight", "bias")
     constant = weight is not None and (bias is not None or not node.has("bias")) and not is_mixed(node, *keys)
-    if constant and weight is not None and onednn.packs(weight.dtype) and spatial == 2 and len(static) == 4:
+    products = math.prod(size or 1 for size in node.type.shape) * math.prod(kernel) * (inside or 1)
+    small = groups == 1 and products < onednn.LARGE_CONV and not node.policy.fuses
+    packs = weight is not None and onednn.packs(weight.dtype) and not small
+    if constant and weight is not None and packs and spatial == 2 and len(static) == 4:
         padded = (*static[:2], *(size if symmetric else size + b + a for size, b, a in zip(static[2:], before, after)))
         if node.policy.int8 and int8.AVAILABLE and _is_pointwise(weight, groups, static, node.type):
             rows = static[0] * static[2] * static[3]

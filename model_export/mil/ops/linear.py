@@ -22,7 +22,8 @@ def linear(node: Node) -> Kernel:
         raise Unsupported(f"x {node.type_of('x')} for a weight of [{rows}, {width}] and its bias")
     node.expects(*x[:-1], rows)
     static = len(leading) == node.rank("x") - 1
-    if onednn.AVAILABLE and constant and static and weight is not None and weight.is_floating_point():
+    large = static and math.prod(leading) * (rows or 0) * (width or 0) >= onednn.LARGE_LINEAR
+    if onednn.AVAILABLE and constant and large and weight is not None and weight.is_floating_point():
         return node.kernel(onednn.linear(weight, bias, math.prod(leading)), "x")
     return node.kernel(unmixed(node, F.linear, *keys), *keys)
 

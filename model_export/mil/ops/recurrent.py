@@ -84,11 +84,50 @@ def _walk(
     return torch.stack(outputs) if outputs else x.new_zeros(0, *state[0].shape), state
 
 
+def _native(
+    node: Node, layer: Callable[..., Any], directions: int, turned: Callable[[torch.Tensor], torch.Tensor] = lambda w: w
+) -> Callable[..., Any] | None:
+    """PyTorch's own layer, which has every step's results, for x and the states; None where it can't be used.
+
+    `turned`: weights with their gates in PyTorch's order. It is left to the loop over the steps to round within a step
+    and to return the last one alone, in whose size PyTorch's intermediate results do not fit.
+    """
+    sizes = node.type_of("x").shape
+    if node.decomposes or not node.const("output_sequence", False) or None in sizes or 0 in sizes:
+        return None
+    suffixes = ("", "_back")[:directions]
+    given = [node.weight(f"{key}{suffix}") for suffix in suffixes for key in ("weight_ih", "weight_hh")]
+    biases = [node.weight(f"bias{suffix}") for suffix in suffixes]
+    floats = [weight for weight in given if weight is not None and weight.dtype == torch.float32]
+    if len(floats) < len(given) or any(node.has(f"bias{end}") and b is None for end, b in zip(suffixes, biases)):
+        return None
+    weights: list[torch.Tensor] = []
+    for place, bias in enumerate(biases):
+        w_ih, w_hh = floats[2 * place : 2 * place + 2]
+        bias = w_ih.new_zeros(len(w_ih)) if bias is None else bias
+        weights += [turned(w_ih), turned(w_hh), turned(bias), torch.zeros_like(bias)]
+
+    def run(x: torch.Tensor, *states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        parts = [torch.stack(state.chunk(directions, -1)) for state in states]
+        settings = (weights, True, 1, 0.0, False, directions == 2, False)
+        outputs, *lasts = layer(x, tuple(parts) if len(parts) > 1 else parts[0], *settings)
+        return outputs, *(torch.cat([*last], -1) for last in lasts)
+
+    return run
+
+
+def _says(node: Node, key: str, default: str) -> str:
+    return str(node.const(key, default)).lower()
+
+
 @mil_op("rnn")
 def rnn(node: Node) -> Kernel:
     """h = activation(W_ih x + W_hh h + b)."""
     every, backwards = _checked(node, 1), _direction(node, "forward", "reverse") == "reverse"
     activation, step = _activation(node, "activation", "tanh"), node.step
+    layer = {"tanh": torch.rnn_tanh, "relu": torch.rnn_relu}.get(_says(node, "activation", "tanh"))
+    if layer is not None and (native := _native(node, layer, 1)) is not None:
+        return node.kernel(lambda x, h: native(x.flip(0) if backwards else x, h), "x", "initial_h")
 
     def run(x: torch.Tensor, h: torch.Tensor, w_ih: torch.Tensor, w_hh: torch.Tensor, bias: Weight) -> Any:
         cell = lambda a, state: (activation(step(a + F.linear(state[0], w_hh))),)  # noqa: E731
@@ -137,6 +176,11 @@ def gru_ios18(node: Node) -> Kernel:
     return _gru(node, after=node.const("reset_after", False))
 
 
+def _input_forget_cell_output(weight: torch.Tensor) -> torch.Tensor:
+    i, f, o, z = weight.chunk(4)
+    return torch.cat([i, f, z, o])
+
+
 @mil_op("lstm")
 def lstm(node: Node) -> Kernel:
     """i, f, o = recurrent_activation(W x + R h + b + p c), z = cell_activation(W x + R h + b), c = f c + i z, clipped,
@@ -183,4 +227,11 @@ def lstm(node: Node) -> Kernel:
         raise Unsupported("bidirectional without weight_ih_back and weight_hh_back")
     for key in back:
         node.has(key) and node.raw(key)  # may be given, and is not used, in one direction
+    usual = {"recurrent_activation": "sigmoid", "cell_activation": "tanh", "activation": "tanh"}
+    plain = all(_says(node, key, name) == name for key, name in usual.items())
+    if plain and clip is None and not any(node.has(key) for key in ("peephole", "peephole_back")):
+        native = _native(node, torch.lstm, 1 + both, _input_forget_cell_output)
+        if native is not None:
+            turned = lambda x, *states: native(x.flip(0) if direction == "reverse" else x, *states)  # noqa: E731
+            return node.kernel(turned, "x", "initial_h", "initial_c")
     return node.kernel(run, "x", "initial_h", "initial_c", *keys, *(back if both else []))

@@ -24,14 +24,16 @@ class _Places:
 
     def __call__(self, indices: Sequence[Tensor], sizes: Sequence[int]) -> tuple[Tensor, Tensor | None]:
         """Each place's number in memory, and where there is none (number 0), if that is so anywhere."""
-        number = torch.zeros((), dtype=torch.int64)
-        outside = torch.zeros((), dtype=torch.bool)
+        number = outside = None
         for index, size in zip(indices, sizes, strict=True):
             index = index.to(torch.int64)
             if self.wraps:
                 index = torch.where(index < 0, index + size, index)
-            outside = outside | (index < 0) | (index >= size)
-            number = number * size + index
+            beyond = (index < 0) | (index >= size)
+            outside = beyond if outside is None else outside | beyond
+            number = index if number is None else number * size + index
+        if number is None or outside is None:  # no dimension: one place
+            return torch.zeros((), dtype=torch.int64), None
         if not outside.any():
             return number, None
         if self.refuses:

@@ -19,7 +19,7 @@ def write_state(node: Node) -> Kernel:
         raise Unsupported(f"{node.type_of('data')} written to a state of {node.state_type('input')}")
 
     def run(state: StateCell, data: torch.Tensor) -> tuple[()]:
-        state.tensor = data
+        state.tensor, state.owned = data, False
         return ()
 
     return node.kernel(run, "input", "data", exact=True, keeps=True)
@@ -32,7 +32,7 @@ def coreml_update_state(node: Node) -> Kernel:
         raise Unsupported(f"{node.type_of('value')} written to a state of {node.state_type('state')}")
 
     def run(state: StateCell, value: torch.Tensor) -> torch.Tensor:
-        state.tensor = value
+        state.tensor, state.owned = value, False
         return value
 
     return node.kernel(run, "state", "value", exact=True, keeps=True)

@@ -221,7 +221,11 @@ def test_the_doctor_describes_an_adapter(sound: Path, tiny_llava: Path, cli: Cal
     report = diagnose(sound)  # an adapter alone is no checkpoint
     assert [fault.rule for fault in report.faults] == ["folder-is-peft-adapter"]
     assert report.facts["adapter"] == "PEFT LoRA" and report.facts["adapted_matrices"] == 2
-    assert report.facts["ranks"] == "4" and "--adapter" in report.faults[0].line()
+    assert (
+        "\nmatrices        2\n" in report.text()
+        and report.facts["ranks"] == "4"
+        and "--adapter" in report.faults[0].line()
+    )
     FAULTS["NaN"][0](sound)
     assert [fault.rule for fault in diagnose(sound).faults] == ["folder-is-peft-adapter", "weights-not-finite"]
     assert cli("doctor", tiny_llava, "--adapter", sound).code == 2

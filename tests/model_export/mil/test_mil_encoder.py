@@ -109,12 +109,13 @@ def test_the_same_kernels_in_float32(package: Callable[..., Path]) -> None:
         mil.load(package(), compute="strict-fp16").in_float32()
 
 
-def test_policies_lose_more_the_more_they_round(package: Callable[..., Path], reference: np.ndarray) -> None:
-    """An encoder whose values stay small loses its decibels to roundings, not to an overflow."""
+def test_policies_that_round_lose_decibels(package: Callable[..., Path], reference: np.ndarray) -> None:
+    """An encoder whose values stay small loses them to roundings, not to an overflow; which of two ways of rounding
+    loses more is chance here (test_mil_strict.py has what strict rounding alone loses)."""
     features = [mil.load(package(), compute=name).predict(IMAGES)["image_features"] for name in ("float32", *ROUNDING)]
     wide, rounded, strict = (snr_db(reference, one) for one in features)
-    assert wide > rounded > AS_TYPED_DB and rounded > strict > 45
-    assert 50 < snr_db(features[0], features[1]) < 80
+    assert wide > max(rounded, strict) and min(rounded, strict) > AS_TYPED_DB
+    assert all(50 < snr_db(a, b) < 80 for a, b in ((features[0], features[1]), (features[1], features[2])))
 
 
 def test_repeated_runs_agree_and_leave_the_input_alone(package: Callable[..., Path]) -> None:

@@ -1,4 +1,4 @@
-"""Nothing is written over that a state holds: slices are updated in place, but never in a value that was read."""
+"""Nothing is written over that a state holds, but by an update of the state itself that nobody else can see."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -101,6 +101,90 @@ def test_a_value_that_was_written_is_not_written_over(tmp_path: Path) -> None:
     state = model.make_state()
     np.testing.assert_array_equal(model.predict({"x": x}, state)["y"], np_updated(x + 1))
     np.testing.assert_array_equal(state.read_state("held"), x + 1)
+
+
+# -- updates of the state itself: (program, what it gives and leaves, in NumPy)
+
+
+def set_state(state: Any, value: Any) -> Any:
+    return mb.coreml_update_state(state=state, value=value)
+
+
+def plainly(state: Any, x: Any) -> Any:
+    return set_state(state, updated(mb.read_state(input=state)))
+
+
+def on_a_constant(state: Any, x: Any) -> Any:
+    """The constant is written to the state, and the next prediction updates it there."""
+    old = set_state(state, updated(mb.read_state(input=state)))
+    set_state(state, mb.const(val=HELD))
+    return old
+
+
+def on_the_input(state: Any, x: Any) -> Any:
+    set_state(state, x)
+    return mb.add(x=set_state(state, updated(mb.read_state(input=state))), y=x)
+
+
+def read_before(state: Any, x: Any) -> Any:
+    before = mb.read_state(input=state)
+    set_state(state, updated(mb.read_state(input=state)))
+    return before
+
+
+def read_between(state: Any, x: Any) -> Any:
+    new = updated(mb.read_state(input=state))
+    between = mb.read_state(input=state)
+    set_state(state, new)
+    return between
+
+
+def what_was_written(state: Any, x: Any) -> Any:
+    """The value that the state holds is read after the state was updated in it."""
+    value = mb.add(x=x, y=np.float16(1))
+    set_state(state, value)
+    set_state(state, updated(mb.read_state(input=state)))
+    return value
+
+
+def in_a_list(state: Any, x: Any) -> Any:
+    value = mb.read_state(input=state)
+    kept = mb.list_write(ls=mb.make_list(init_length=1, elem_shape=HELD.shape, dtype="fp16"), index=0, value=value)
+    set_state(state, updated(value))
+    return mb.list_read(ls=kept, index=0)
+
+
+UPDATES: dict[Any, Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]] = {
+    plainly: lambda held, x: (np_updated(held), np_updated(held)),
+    on_a_constant: lambda held, x: (np_updated(held), HELD),
+    on_the_input: lambda held, x: (np_updated(x) + x, np_updated(x)),
+    read_before: lambda held, x: (held, np_updated(held)),
+    read_between: lambda held, x: (held, np_updated(held)),
+    what_was_written: lambda held, x: (x + 1, np_updated(x + 1)),
+    in_a_list: lambda held, x: (held, np_updated(held)),
+}
+
+
+@pytest.mark.parametrize("build", UPDATES, ids=lambda build: build.__name__)
+def test_updates_change_nothing_but_the_state(tmp_path: Path, build: Callable[[Any, Any], Any]) -> None:
+    model, held = save(tmp_path / "p.mlpackage", build), HELD * np.float16(2)
+    state = model.make_state()
+    state.write_state("held", held)
+    for number in range(3):
+        x = np.full(HELD.shape, number, np.float16)
+        wanted, held = UPDATES[build](held, x)
+        np.testing.assert_array_equal(model.predict({"x": x}, state)["y"], wanted)
+        np.testing.assert_array_equal(state.read_state("held"), held)
+
+
+def test_an_update_is_made_in_the_states_own_memory(tmp_path: Path) -> None:
+    """And not where another value shares it: the control."""
+    for build, same in ((plainly, True), (read_before, False)):
+        model = save(tmp_path / f"{build.__name__}.mlpackage", build)
+        state = model.make_state()
+        before = state.cells["held"].tensor
+        model.predict({"x": HELD}, state)
+        assert (state.cells["held"].tensor.data_ptr() == before.data_ptr()) is same
 
 
 @pytest.mark.parametrize("build", [as_read, twice, through_views])
