@@ -17,15 +17,17 @@ _LOWEST, _APART = 0.2, 0.22  # of the chart's height: the lowest bar, and how mu
 
 
 def questions(count: int, seed: int = 0, split: str = "test") -> Iterator[Question]:
-    """Yield `count` questions, the kinds of `KINDS` in turn, each about a chart of its own.
+    """Yield `count` questions, those of all `KINDS` about one chart, then about the next.
 
     `split` is "train" or "test": other random streams.
     """
     rng = np.random.default_rng([seed, _STREAM[split]])
     for index in range(count):
         kind = KINDS[index % len(KINDS)]
-        colours, heights = _make(rng)
-        yield Question(kind, _draw(rng, colours, heights), *_ask(kind, colours, heights))
+        if kind == KINDS[0]:
+            colours, heights = _make(rng)
+            image = _draw(rng, colours, heights)
+        yield Question(kind, image, *_ask(kind, colours, heights))
 
 
 def _make(rng: np.random.Generator) -> tuple[list[str], np.ndarray]:

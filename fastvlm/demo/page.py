@@ -29,7 +29,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--count",
         type=whole_number(),
-        help="questions (default: 20; 500 is the whole held-out set), or records of --task (default: 1200)",
+        help="questions (default: 20; 500 is the whole held-out set), or records of --task (default: 4500)",
     )
     parser.add_argument(
         "--seed", type=int, default=0, help="seed of the pictures, or of the training (default: %(default)s)"

@@ -13,21 +13,21 @@ from fastvlm.data.prompt import IMAGE
 
 TASKS = {"charts": charts.questions}
 TRAINING, HELD_OUT = "train.json", "held_out.json"
-RECORDS = 1200  # for training
-_HELD_OUT = 6  # for every so many training records, one that is held out
+RECORDS = 4500  # for training
+_HELD_OUT = 15  # for every so many training records, one that is held out
 _REPLAY = 4  # for every so many of the new task, one record of those that the checkpoint knows: it forgets less
 
 
 def write_task(name: str, folder: Path, count: int, seed: int, overwrite: bool) -> dict[str, Any]:
-    """Write `count` training records and a sixth as many held-out ones, with their pictures, into a new folder.
+    """Write `count` training records and a fifteenth as many held-out ones, with their pictures, into a new folder.
 
     Every fifth training record is of the demo's own kinds, so that they aren't forgotten; held-out ones are all new.
     UserError for a folder that exists, unless `overwrite` and one of these files are given.
     """
     if folder.exists() and not (overwrite and (folder / HELD_OUT).is_file()):
         raise UserError(f"{folder}: exists already: give another --output-dir, or --overwrite for a task's folder")
-    replayed, kept = count // (_REPLAY + 1), max(1, count // _HELD_OUT)
-    with staged(folder, replace=overwrite) as staging, progress("draw (pictures)", count + kept) as advance:
+    replayed, kept = count // (_REPLAY + 1), max(len(charts.KINDS), count // _HELD_OUT)
+    with staged(folder, replace=overwrite) as staging, progress("draw (records)", count + kept) as advance:
         (staging / "pictures").mkdir()
         questions = TASKS[name]
         training = [
@@ -45,10 +45,11 @@ def write_task(name: str, folder: Path, count: int, seed: int, overwrite: bool) 
 
 def _rows(folder: Path, split: str, questions: Iterable[scenes.Question], advance: Any) -> list[dict[str, Any]]:
     """The questions in LLaVA's format, their pictures written."""
-    rows = []
+    rows, image = [], None
     for number, entry in enumerate(questions):
-        picture = f"pictures/{split}-{number:04}.jpg"
-        entry.image.save(folder / picture, quality=92)
+        if entry.image is not image:  # several questions may be about one
+            image, picture = entry.image, f"pictures/{split}-{number:04}.jpg"
+            image.save(folder / picture, quality=92)
         turns = [("human", f"{IMAGE}\n{entry.question}"), ("gpt", entry.answer)]
         rows.append(
             {
