@@ -11,9 +11,10 @@ from PIL import Image, ImageDraw
 
 from fastvlm.data.scenes import COLOURS, SIZE, Question, paper
 
-KINDS = ("tallest", "shortest", "number")
+KINDS = ("tallest", "first", "last", "number")
 _STREAM = {"train": 2, "test": 3}  # scenes has 0 and 1
-_LOWEST, _APART = 0.2, 0.22  # of the chart's height: the lowest bar, and how much two bars differ at least
+_MOST = 4  # bars
+_LOWEST, _APART = 0.3, 0.2  # of the chart's height: the lowest bar, and how much two bars differ at least
 
 
 def questions(count: int, seed: int = 0, split: str = "test") -> Iterator[Question]:
@@ -32,7 +33,7 @@ def questions(count: int, seed: int = 0, split: str = "test") -> Iterator[Questi
 
 def _make(rng: np.random.Generator) -> tuple[list[str], np.ndarray]:
     """Two to four colours and heights from 0 to 1, well apart, in the order of the bars."""
-    count = int(rng.integers(2, 5))
+    count = int(rng.integers(2, _MOST + 1))
     colours = [[*COLOURS][index] for index in rng.permutation(len(COLOURS))[:count]]
     spare = 1 - _LOWEST - (count - 1) * _APART
     heights = np.sort(rng.uniform(0, spare, count)) + _LOWEST + _APART * np.arange(count)
@@ -42,8 +43,8 @@ def _make(rng: np.random.Generator) -> tuple[list[str], np.ndarray]:
 def _ask(kind: str, colours: list[str], heights: np.ndarray) -> tuple[str, str]:
     if kind == "number":
         return "How many bars are there?", f"There are {len(colours)}."
-    colour = colours[int(heights.argmax() if kind == "tallest" else heights.argmin())]
-    return f"Which bar is the {kind}?", f"It is {colour}."
+    place = {"tallest": int(heights.argmax()), "first": 0, "last": -1}[kind]
+    return f"Which bar is the {kind}?", f"It is {colours[place]}."
 
 
 def _draw(rng: np.random.Generator, colours: list[str], heights: np.ndarray) -> Image.Image:
@@ -51,10 +52,11 @@ def _draw(rng: np.random.Generator, colours: list[str], heights: np.ndarray) -> 
     image = paper(rng, 2 * SIZE)  # drawn at twice the size and reduced: smooth edges
     draw = ImageDraw.Draw(image)
     left, right, top, bottom = rng.uniform((30, 450, 30, 450), (60, 480, 60, 480))
-    pitch = (right - left) / len(colours)
+    pitch, free = (right - left) / _MOST, _MOST - len(colours)
+    start = left + pitch * rng.integers(0, free + 1)
     width = pitch * rng.uniform(0.55, 0.85)
     for index, (colour, height) in enumerate(zip(colours, heights)):
-        x = left + pitch * (index + 0.5)
+        x = start + pitch * (index + 0.5)
         tint = np.clip(np.array(COLOURS[colour]) + rng.integers(-18, 19, size=3), 0, 255)
         box = (x - width / 2, bottom - height * (bottom - top), x + width / 2, bottom)
         draw.rectangle(box, fill=tuple(int(value) for value in tint))

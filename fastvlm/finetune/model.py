@@ -1,5 +1,6 @@
 """The model that is trained: which of its parameters, what it sees of a picture, and how their values are kept."""
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -56,7 +57,9 @@ class Trainee:
                 r=settings.lora_rank, lora_alpha=settings.alpha, target_modules=[*LINEAR], modules_to_save=whole,
                 task_type="CAUSAL_LM",
             )  # fmt: skip
-            self.model = get_peft_model(self.base, lora)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # PEFT asks Transformers by names that it is giving up
+                self.model = get_peft_model(self.base, lora)
         else:
             for name, parameter in self.base.named_parameters():
                 parameter.requires_grad_(name.startswith(prefixes))
