@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw
 
 from fastvlm.data.scenes import COLOURS, SIZE, Question, paper
 
-KINDS = ("tallest", "first", "last", "number")
+KINDS = ("tallest", "shortest", "number")
 _STREAM = {"train": 2, "test": 3}  # scenes has 0 and 1
 _MOST = 4  # bars
 _LOWEST, _APART = 0.3, 0.2  # of the chart's height: the lowest bar, and how much two bars differ at least
@@ -43,8 +43,8 @@ def _make(rng: np.random.Generator) -> tuple[list[str], np.ndarray]:
 def _ask(kind: str, colours: list[str], heights: np.ndarray) -> tuple[str, str]:
     if kind == "number":
         return "How many bars are there?", f"There are {len(colours)}."
-    place = {"tallest": int(heights.argmax()), "first": 0, "last": -1}[kind]
-    return f"Which bar is the {kind}?", f"It is {colours[place]}."
+    colour = colours[int(heights.argmax() if kind == "tallest" else heights.argmin())]
+    return f"Which bar is the {kind}?", f"It is {colour}."
 
 
 def _draw(rng: np.random.Generator, colours: list[str], heights: np.ndarray) -> Image.Image:

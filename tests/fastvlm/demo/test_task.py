@@ -11,25 +11,22 @@ from tests.helpers import contents
 
 
 def _bars(image) -> dict[str, int]:
-    """The bars' colours from left to right and their heights in pixels, from the picture alone: every pixel is of the
-    nearest colour."""
+    """The bars' colours and heights in pixels, from the picture alone: every pixel is of the nearest colour."""
     table = {**COLOURS, "line": (120, 120, 120), "paper": (236, 236, 236)}
     near = ((np.asarray(image, float)[:, :, None] - np.array([*table.values()])) ** 2).sum(-1).argmin(-1)
     areas = {colour: near == index for index, colour in enumerate(table) if colour in COLOURS}
-    seen = {colour: area for colour, area in areas.items() if area.sum() > 400}
-    middles = {colour: np.nonzero(area)[1].mean() for colour, area in seen.items()}
-    return {colour: int(seen[colour].sum(0).max()) for colour in sorted(seen, key=middles.__getitem__)}
+    return {colour: int(area.sum(0).max()) for colour, area in areas.items() if area.sum() > 400}
 
 
 def test_the_answers_are_true_of_the_picture():
     told = set()
     for entry in charts.questions(120, seed=3):
         bars = _bars(entry.image)
-        colours = {"tallest": max(bars, key=bars.__getitem__), "first": next(iter(bars)), "last": [*bars][-1]}
+        colours = {"tallest": max(bars, key=bars.__getitem__), "shortest": min(bars, key=bars.__getitem__)}
         true = {"number": f"There are {len(bars)}."} | {kind: f"It is {name}." for kind, name in colours.items()}
         assert entry.answer == true[entry.kind] and entry.kind in entry.question.replace("How many", "number")
         told.add((entry.kind, entry.answer))
-    assert len(told) > 15  # no kind has one answer
+    assert len(told) > 12  # no kind has one answer
 
 
 def test_a_task_is_a_function_of_the_seed_and_nothing_is_held_out_twice(cli, tmp_path):
@@ -40,7 +37,7 @@ def test_a_task_is_a_function_of_the_seed_and_nothing_is_held_out_twice(cli, tmp
     assert one == again and one.keys() == other.keys() and one["train.json"] != other["train.json"]
     records = {name: read_records(tmp_path / "one" / f"{name}.json") for name in ("train", "held_out")}
     seen, held = ({path.read_bytes() for r in rows for path in r.images} for rows in records.values())
-    assert len(seen) == 3 + 2 and len(held) == 1 and not seen & held
+    assert len(seen) == 4 + 2 and len(held) == 1 and not seen & held
     refused = cli("demo", "--task", "charts", "--output-dir", tmp_path / "one")
     assert refused.code == 2 and "exists already" in refused.err
     Path(tmp_path / "mine").mkdir()
