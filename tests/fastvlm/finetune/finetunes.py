@@ -48,4 +48,4 @@ def settings(checkpoint: str, folder: str, output: str, **others: object) -> Set
 def finetune(checkpoint: str, folder: str, output: str) -> None:
     """A fine-tune with a state after every second step."""
     held = Path(folder, "held.json")
-    running.run(plan(settings(checkpoint, folder, output, evaluation_data=held, save_steps=2)))
+    running.run(plan(settings(checkpoint, folder, output, evaluation_data=held, save_steps=2, epochs=2)))

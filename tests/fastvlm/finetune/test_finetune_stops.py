@@ -24,12 +24,12 @@ def test_killed_again_and_again_the_weights_are_the_same(tiny_fast_vlm, data, tm
         whole = tmp_path / "whole"
         assert not stopped(tiny_fast_vlm, data, whole, step=0)
         reached = []
-        for step in (45, 30, 50):  # the last comes while the result is written
+        for step in (25, 40):  # the second comes while the result is written
             assert stopped(tiny_fast_vlm, data, tmp_path / "out", step=step) and not (tmp_path / "out").exists()
             states = tmp_path / ".out.resume/states"
             reached.append(int(Path(newest(states) or "-0").name.partition("-")[2]))
             (states / "checkpoint-99").mkdir(exist_ok=True)  # as of a kill while it is written
-        assert reached == sorted(reached) and 0 < reached[0] < 16 == reached[-1]
+        assert reached == sorted(reached) and 0 < reached[0] < 8 == reached[-1]
         assert not stopped(tiny_fast_vlm, data, tmp_path / "out", step=0)
     names = ("adapter_model.safetensors", "adapter_config.json", "evaluation.json", "loss.png")
     ours, theirs = contents(tmp_path / "out"), contents(whole)
