@@ -36,7 +36,7 @@ $(READY): pyproject.toml constraints.txt
 		{ echo "error: Python: got $$($(PYTHON) --version 2>&1), expected 3.11 to 3.13: make setup PYTHON=/path/to/python3.11" >&2; exit 2; }
 	@echo "setting up $(VENV): about 90 s, 5 GB" >&2
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --disable-pip-version-check --progress-bar on -c constraints.txt -e '.[cluster,app,heic,dev$(addprefix $(comma),$(EXTRAS))]' >&2
+	$(VENV)/bin/python -m pip install --disable-pip-version-check --progress-bar on -c constraints.txt -e '.[cluster,app,finetune,heic,dev$(addprefix $(comma),$(EXTRAS))]' >&2
 	@touch $(READY)
 
 export: $(READY) ## Checkpoint MODEL (with ADAPTER) to a proven artefact at ARTEFACT, by QUANT (make recipes), or FORMAT=coreai

@@ -30,9 +30,11 @@ LONG = 2.0  # seconds from which on a step is worth a line: one then, and one at
 TICK = 1.0  # seconds between looks whether a line is due
 ROOMS = ("fastvlm", "quantization", "model_export", "benchmarks", "app_bridge")
 EXTRAS = {  # packages that only an extra of pyproject.toml brings: module -> extra
+    "accelerate": "finetune",
     "dask": "cluster",
     "distributed": "cluster",
     "openstep_parser": "app",
+    "peft": "finetune",
     "tree_sitter": "app",
     "tree_sitter_swift": "app",
 }

@@ -153,7 +153,7 @@ def ask_digit(rng: np.random.Generator, digit: int) -> tuple[str, str]:
     ), f"The digit is {digit}."
 
 
-def _paper(rng: np.random.Generator, size: int = SIZE) -> Image.Image:
+def paper(rng: np.random.Generator, size: int = SIZE) -> Image.Image:
     """A light background with a soft gradient."""
     corners = rng.integers(215, 256, size=(2, 2, 3)).astype(np.uint8)
     return Image.fromarray(corners).resize((size, size), Image.Resampling.BILINEAR)
@@ -161,7 +161,7 @@ def _paper(rng: np.random.Generator, size: int = SIZE) -> Image.Image:
 
 def draw_scene(rng: np.random.Generator, scene: list[_Item]) -> Image.Image:
     """Draw the items, 256 × 256 RGB; place, size, tilt and colour vary."""
-    image = _paper(rng, 2 * SIZE)  # drawn at twice the size and reduced: smooth edges
+    image = paper(rng, 2 * SIZE)  # drawn at twice the size and reduced: smooth edges
     draw = ImageDraw.Draw(image)
     for item in scene:
         row, column = divmod(PLACES.index(item.place), 2)
@@ -212,7 +212,7 @@ def draw_digit(rng: np.random.Generator, scan: int, split: str) -> tuple[Image.I
     scanned = np.pad(images[scan] * (255 / 16), 1).astype(np.uint8)  # scans touch their edges; turning would clip them
     ink = Image.fromarray(scanned).resize((side, side), Image.Resampling.BICUBIC)
     ink = ink.rotate(rng.uniform(-8, 8), Image.Resampling.BILINEAR)
-    image = _paper(rng)
+    image = paper(rng)
     colour = tuple(int(c) for c in rng.integers(0, 90, size=3))
     x, y = rng.integers(0, SIZE - side + 1, size=2)
     image.paste(colour, (int(x), int(y)), ink)

@@ -1,4 +1,4 @@
-"""`fastvlm demo`: draw pictures, ask, and show question, answer and truth; or train the checkpoint anew."""
+"""`fastvlm demo`: draw pictures, ask, and show question, answer and truth; train anew; or draw another task."""
 
 import argparse
 from pathlib import Path
@@ -13,7 +13,7 @@ from fastvlm.common.staging import write_file
 from fastvlm.common.terminal import mark, print_table
 from fastvlm.data import scenes
 
-PAGE, PLACE = "index.html", Path("build/demo")
+PAGE, PLACE, QUESTIONS = "index.html", Path("build/demo"), 20
 TEMPLATE = Path(__file__).parent / "templates" / "demo.html.j2"
 PASS_MARK = 0.95  # of the held-out questions, for a checkpoint that is trained anew
 
@@ -29,8 +29,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--count",
         type=whole_number(),
-        default=20,
-        help="questions (default: %(default)s; 500 is the whole held-out set)",
+        help="questions (default: 20; 500 is the whole held-out set), or records of --task (default: 4500)",
     )
     parser.add_argument(
         "--seed", type=int, default=0, help="seed of the pictures, or of the training (default: %(default)s)"
@@ -38,12 +37,16 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--output-dir",
         type=Path,
-        help="folder of the page (default: build/demo), or of the new checkpoint (default: build/demo_checkpoint)",
+        help="folder of the page (default: build/demo), of the new checkpoint (default: build/demo_checkpoint), or of"
+        " the task (default: build/TASK)",
     )
     parser.add_argument(
         "--train", action="store_true", help="train a new demo checkpoint from nothing (under two hours on 2 cores)"
     )
-    parser.add_argument("--overwrite", action="store_true", help="with --train: replace an existing checkpoint")
+    text = "write records of a task that the demo checkpoint doesn't know, with pictures: for `fastvlm finetune`"
+    parser.add_argument("--task", choices=("charts",), metavar="TASK", help=f"%(choices)s: {text}")
+    text = "with --train or --task: replace what an earlier one wrote"
+    parser.add_argument("--overwrite", action="store_true", help=text)
     parser.check(_faults)
     parser.set_defaults(run=run)
 
@@ -52,11 +55,27 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Show the demo, or train."""
     if args.train:
         return train(args.output_dir or Path("build/demo_checkpoint"), args.seed, args.overwrite)
-    return show(args.model_path, args.count, args.seed, args.output_dir or PLACE, quiet=args.json)
+    if args.task:
+        return draw_task(args)
+    return show(args.model_path, args.count or QUESTIONS, args.seed, args.output_dir or PLACE, quiet=args.json)
+
+
+def draw_task(args: argparse.Namespace) -> dict[str, Any]:
+    """Write a task's records and pictures, and say how to train with them."""
+    from fastvlm.demo import task
+
+    folder = args.output_dir or Path("build") / args.task
+    document = task.write_task(args.task, folder, args.count or task.RECORDS, args.seed, args.overwrite)
+    training, held_out = document["files"]
+    print(f"{training}: {document['training']} records, {document['replayed']} of them of the demo's own kinds")
+    print(f"{held_out}: {document['held_out']} records")
+    return document
 
 
 def _faults(args: argparse.Namespace) -> list[str]:
-    if args.train:  # which reads no checkpoint
+    if args.train and args.task:
+        return ["--task: --train needs none: leave one out"]
+    if args.train or args.task:  # which read no checkpoint
         return []
     return output_faults(
         {"--output-dir": (args.output_dir or PLACE, Output(files=(PAGE,)))}, [("--model-path", Path(args.model_path))]

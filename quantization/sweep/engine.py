@@ -15,7 +15,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from fastvlm.common.children import ROOT
 from fastvlm.common.cli import log, one_line, progress
 from fastvlm.common.documents import Unreadable, load_object
 from fastvlm.common.errors import UserError
+from fastvlm.common.memory import available_memory
 from quantization.recipe import Recipe, load_recipe
 from quantization.sweep.cluster import cluster
 from quantization.sweep.point import end_children, result_path, run_point
@@ -149,17 +150,6 @@ def sources_sha256() -> str:
                 content = path.read_bytes()
                 digest.update(f"{path.relative_to(ROOT).as_posix()}\0{len(content)}\0".encode() + content)
     return digest.hexdigest()
-
-
-def available_memory() -> int:
-    """Bytes that can be had now without swapping, within a container's limit."""
-    import psutil
-
-    free = int(psutil.virtual_memory().available)
-    with suppress(OSError, ValueError):  # no control group, or "max"
-        group = Path("/sys/fs/cgroup")
-        free = min(free, int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
-    return free
 
 
 def _measure_all(
