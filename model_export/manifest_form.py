@@ -11,6 +11,7 @@ _NUMBER = (int, float)
 FORM: dict[str, Any] = {
     "parts": [str],
     "config": {},
+    "sources": {},
     "image": {"image_size": int, "image_strategy": str, "tokens_per_image": int},
     "vision": {"image_size": int, "channels": int, "resolutions": [int]},
     "llm": {"files": [str], "recipe": {"name": str}, "bits_per_weight": _NUMBER, "decisions": {}},
