@@ -21,6 +21,7 @@ from fastvlm.common.errors import CheckFailed, UserError
 from fastvlm.common.staging import held, remove, staged, write_file
 from fastvlm.common.units import format_bytes
 from fastvlm.data import conversations, default_questions, pictures
+from fastvlm.data.records import evenly
 from model_export import artefact, contract
 from model_export.config import DEFAULT_TARGET, ExportConfig
 from model_export.coreai import bundle, packages
@@ -395,7 +396,7 @@ def _calibration(config: ExportConfig, recipe: Recipe, parts: tuple[str, ...]) -
         samples = conversations.load(config.calibration_data)
     except UserError as error:
         raise UserError(f"--calibration-data: {error}") from None
-    used = samples[:: -(-len(samples) // CALIBRATION_SAMPLES)]
+    used = evenly(samples, CALIBRATION_SAMPLES)
     if len(used) < len(samples):
         log(f"--calibration-data: {len(used)} of {len(samples)} questions are used")
     return used

@@ -10,6 +10,7 @@ from fastvlm.common.cli import log
 from fastvlm.common.errors import UserError
 from fastvlm.data import conversations, default_questions
 from fastvlm.data.default_questions import DEMO, DRAWN
+from fastvlm.data.records import evenly
 from model_export import contract
 from model_export.coreai import contract as coreai
 from model_export.coreai import process
@@ -105,9 +106,7 @@ def choose(source: str, count: int | None = None) -> list[conversations.Sample]:
     if source == DRAWN:
         return conversations.drawn_samples(count or 0)
     samples = conversations.load(source)
-    if own and count is not None and count < len(samples):
-        return [samples[place * len(samples) // count] for place in range(count)]
-    return samples[:count]
+    return evenly(samples, count) if own and count is not None else samples[:count]
 
 
 def sizes(folder: Path) -> dict[str, int]:

@@ -4,7 +4,7 @@ A file is read here alone: questions for evaluation and calibration (`conversati
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
@@ -88,6 +88,12 @@ def read_records(path: Path, image_folder: Path | None = None, questions: bool =
     if not records:
         raise UserError(f"{path}: no records in it: expected conversations, messages or captions")
     return records
+
+
+def evenly(items: Sequence[Any], most: int) -> list[Any]:
+    """At most so many of them, evenly spaced: a file may be sorted."""
+    count = min(most, len(items))
+    return [items[place * len(items) // count] for place in range(count)]
 
 
 def check(records: Iterable[Record]) -> None:

@@ -43,11 +43,6 @@ class Asked:
         return answer.strip() == self.truth.strip()
 
 
-def evenly(records: Sequence[Any], most: int) -> list[Any]:
-    """At most so many, evenly spaced."""
-    return list(records[:: max(1, -(-len(records) // most))])
-
-
 def answer(
     trainee: Trainee, pictures: Pictures, asked: Sequence[Asked], longest: int, advance: Callable[[int], Any]
 ) -> list[str]:

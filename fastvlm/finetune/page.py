@@ -8,7 +8,8 @@ from typing import Any
 from fastvlm.common import page, plots
 from fastvlm.common.units import counted, format_duration
 from fastvlm.data.images import open_image
-from fastvlm.finetune.answers import Asked, evenly
+from fastvlm.data.records import evenly
+from fastvlm.finetune.answers import Asked
 
 TEMPLATE = Path(__file__).parent / "templates" / "finetune.html.j2"
 PAGE, PLOT = "page.html", "loss.png"

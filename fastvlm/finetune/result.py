@@ -15,8 +15,7 @@ from fastvlm.common.errors import UserError
 from fastvlm.common.files import leaving, small_files, stays_inside
 from fastvlm.data.default_questions import EVALUATION, TRAINING
 from fastvlm.data.prompt import IMAGE, SYSTEM
-from fastvlm.data.records import Record
-from fastvlm.finetune.answers import evenly
+from fastvlm.data.records import Record, evenly
 from fastvlm.finetune.model import Trainee, projector_tensors
 from fastvlm.finetune.plan import sha256
 

@@ -14,6 +14,7 @@ from fastvlm.common.dtypes import choose_device
 from fastvlm.common.errors import CheckFailed, UserError
 from fastvlm.common.findings import several
 from fastvlm.common.staging import held, remove, staged, write_file
+from fastvlm.data.records import evenly
 from fastvlm.data.scenes import knows_demo
 from fastvlm.finetune import answers, page, result
 from fastvlm.finetune.answers import Asked
@@ -132,7 +133,7 @@ def _flat(document: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _asked(plan: Plan) -> list[Asked]:
-    return [Asked.of(record) for record in answers.evenly(plan.evaluation.records, plan.settings.evaluation_limit)]
+    return [Asked.of(record) for record in evenly(plan.evaluation.records, plan.settings.evaluation_limit)]
 
 
 def _exam(when: str, trainee: Trainee, pictures: Pictures, asked: list[Asked]) -> Exam:
