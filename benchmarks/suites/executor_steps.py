@@ -116,8 +116,7 @@ def live_bytes(model: Any) -> int:
         first = step.kernel.args[0] if step.kernel.args else None
         shares = (step.kernel.view or step.overwrites) and isinstance(first, str)
         holder = holders.get(str(first)) if shares else None
-        last = step.then[-1] if step.then else step
-        for name, kind in zip(last.names, step.types):
+        for name, kind in zip(step.made, step.types):
             holders[name] = holder or name
             sizes.setdefault(holders[name], limits.size(kind, policy))
         most = max(most, sum(sizes.values()))

@@ -1,6 +1,7 @@
 """What is done to the steps of a block once all of them are resolved: lifetimes, and operations that run as one."""
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -18,15 +19,9 @@ def with_lifetimes(steps: list[Step], inputs: list[str], outputs: tuple[str, ...
     never = len(steps)
     last = {name: index for index, step in enumerate(steps) for name in (*step.names, *step.values)}
     last.update({name: never for name in outputs})
-    # Values that may share memory have one root; it is in use as long as any of them is.
-    root = {name: name for name in inputs}
+    root, types = _roots(steps, inputs), _types(steps)
     kept = set(inputs)  # roots that are never written over: these belong to the caller
-    types: dict[str, TensorType | None] = {}
     for step in steps:
-        first = step.kernel.args[0] if step.kernel.args else None
-        for name, type in zip(step.names, step.types):
-            root[name] = root[first] if step.kernel.view and isinstance(first, str) else name
-            types[name] = type
         if step.kernel.keeps or step.blocks:
             kept |= {root[name] for name in (*step.names, *step.values)}
     used_until = {name: -1 for name in root}
@@ -35,21 +30,43 @@ def with_lifetimes(steps: list[Step], inputs: list[str], outputs: tuple[str, ...
         used_until[root[name]] = max(used_until[root[name]], index)
     finished = []
     for index, step in enumerate(steps):
-        first = step.kernel.args[0] if step.kernel.args else None
-        values = step.values
+        first, values = _first(step), step.values
         overwrites = (
             step.kernel.inplace is not None
-            and isinstance(first, str)
+            and first != ""
             and root[first] not in kept
             and all(root[name] != root[first] for name in values - {first})
             and used_until[root[first]] == index
-            and (type := types[first]) is not None
-            and type == step.types[0]
-            and None not in type.shape
+            and _same_type(types[first], step.types[0])
         )
         frees = tuple(name for name in {*step.names, *values} if last[name] == index)
         finished.append(replace(step, overwrites=overwrites, frees=frees))
     return finished
+
+
+def _roots(steps: list[Step], inputs: Iterable[str] = ()) -> dict[str, str]:
+    """Values that may share memory have one root, which is in use as long as any of them is."""
+    root = {name: name for name in inputs}
+    for step in steps:
+        first = _first(step)
+        for name in step.made:
+            root[name] = root.get(first, first) if step.kernel.view and first else name
+    return root
+
+
+def _types(steps: list[Step]) -> dict[str, TensorType | None]:
+    return {name: type for step in steps for name, type in zip(step.names, step.types)}
+
+
+def _first(step: Step) -> str:
+    """The name of the value that is its first argument, "" where it has none."""
+    first = step.kernel.args[0] if step.kernel.args else None
+    return first if isinstance(first, str) else ""
+
+
+def _same_type(type: TensorType | None, other: TensorType | None) -> bool:
+    """Whether two values have one type, whose sizes are known."""
+    return type is not None and type == other and None not in type.shape
 
 
 def merged(steps: list[Step], outputs: tuple[str, ...]) -> list[Step]:
@@ -83,13 +100,10 @@ def updating(steps: list[Step], outputs: tuple[str, ...]) -> list[Step]:
     """
     last = {name: index for index, step in enumerate(steps) for name in step.values}
     last |= dict.fromkeys(outputs, len(steps))
-    root: dict[str, str] = {}  # of values that share memory
+    root, types = _roots(steps), _types(steps)
     fresh: set[str] = set()
     kept: Counter[str] = Counter()
     for step in steps:
-        first = _first(step)
-        for name in step.made:
-            root[name] = root.get(first, first) if step.kernel.view and first else name
         if step.kernel.keeps or step.blocks:
             kept.update(root.get(name, name) for name in step.values if step.operation.type != "read_state")
         elif not step.kernel.view:
@@ -122,22 +136,9 @@ def updating(steps: list[Step], outputs: tuple[str, ...]) -> list[Step]:
             elif step.kernel.inplace is not None and not step.then and first and root.get(first) in memory:
                 others = {root.get(name, name) for name in step.values - {first}}
                 free = all(until[name] <= index and kept[name] == most for name, most in memory.items())
-                if free and not others & memory.keys() and _same_type(steps, first, step):
+                if free and not others & memory.keys() and _same_type(types.get(first), step.types[0]):
                     pending = index
     return result
-
-
-def _first(step: Step) -> str:
-    """The name of the value that is its first argument, "" where it has none."""
-    first = step.kernel.args[0] if step.kernel.args else None
-    return first if isinstance(first, str) else ""
-
-
-def _same_type(steps: list[Step], name: str, step: Step) -> bool:
-    """Whether a step's result has the type of this value, whose sizes are known."""
-    types = {made: type for other in steps for made, type in zip(other.names, other.types)}
-    type = types.get(name)
-    return type is not None and type == step.types[0] and None not in type.shape
 
 
 def _write_owned(state: StateCell, data: torch.Tensor) -> tuple[()]:
