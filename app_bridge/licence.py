@@ -12,7 +12,7 @@ from typing import Any
 
 from app_bridge.rules import finding
 from fastvlm.common.cli import log
-from fastvlm.common.files import read_small
+from fastvlm.common.files import LICENCES, read_small
 from fastvlm.common.findings import Finding
 from model_export import artefact as exported
 from model_export import contract
@@ -85,7 +85,7 @@ def log_research_term(artefact: Path) -> None:
 
 
 def _is_licence(name: str) -> bool:
-    return name.lower().startswith(exported.LICENCES)
+    return name.lower().startswith(LICENCES)
 
 
 def _in_folder(artefact: Path) -> list[str]:

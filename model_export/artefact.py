@@ -17,7 +17,7 @@ from fastvlm.common import threads
 from fastvlm.common.cli import progress
 from fastvlm.common.documents import Unreadable, load
 from fastvlm.common.errors import UserError
-from fastvlm.common.files import is_macs, leaving, read_small, small_files, stays_inside
+from fastvlm.common.files import LICENCES, is_macs, leaving, licence_files, read_small, small_files, stays_inside
 from model_export import contract, elsewhere, manifest_form
 
 if TYPE_CHECKING:  # torch, which verify and the app's verbs need not wait for
@@ -32,8 +32,6 @@ _SHOWN = 10  # faults of a manifest
 
 # What a hub's repository has besides: the card, git's attributes and the client's notes. Not the artefact's, no fault.
 _OF_A_HUB = {"README.md", ".gitattributes", ".cache"}
-LICENCES = ("license", "licence")  # how a licence's name begins, in lower case
-_CARRIED = (*LICENCES, "notice", "acknowledgements")
 _LICENCE_BYTES = 1 << 20
 
 # Apple's research licence: what its text calls itself, and the sentence that it asks to go along with every copy.
@@ -48,18 +46,26 @@ LICENSE_MODEL in https://github.com/apple/ml-fastvlm, which you must pass on wit
 """
 
 
-def check_target(target: Path, overwrite: bool) -> None:
-    """Refuse, before any work, a target that the export will not be able to replace, or must not."""
+def check_replaced(target: Path, overwrite: bool, record: str, what: str) -> bool:
+    """Whether something would be replaced; UserError unless that has the `record` that is in what such a command
+    wrote, and with `overwrite`. An empty folder is nothing."""
     if not os.path.lexists(target):
-        return
+        return False
     if not target.is_dir():
         raise UserError(f"--output-dir {target}: is a file: choose another name")
     if not any(target.iterdir()):
-        return
-    if not (target / contract.MANIFEST).is_file():
-        raise UserError(f"--output-dir {target}: is no artefact (it has no {contract.MANIFEST}): choose another")
+        return False
+    if not (target / record).is_file():
+        raise UserError(f"--output-dir {target}: is no {what} (it has no {record}): choose another")
     if not overwrite:
         raise UserError(f"--output-dir {target}: exists: choose another, or replace it with --overwrite")
+    return True
+
+
+def check_target(target: Path, overwrite: bool) -> None:
+    """Refuse, before any work, a target that the export will not be able to replace, or must not."""
+    if not check_replaced(target, overwrite, contract.MANIFEST, "artefact"):
+        return
     try:
         listed = _listed_files(read_manifest(target, older=True))
     except UserError as error:
@@ -120,10 +126,11 @@ def carry_licences(checkpoint: Path, folder: Path, changes: Sequence[str], adapt
     The adapter's own are `adapter-…` there: they are not the weights'. Returns the copied names. Apple's licence asks
     for its text and attribution passed on, and modifications disclosed.
     """
-    carried = [path.name for path in _licences(checkpoint)]
-    for path in _licences(checkpoint):
+    carried = []
+    for path in licence_files(checkpoint):
         (folder / path.name).write_bytes(_licence(path))
-    for path in [] if adapter is None else _licences(adapter):
+        carried.append(path.name)
+    for path in [] if adapter is None else licence_files(adapter):
         content, name = _licence(path), f"adapter-{path.name}"
         if path.name not in carried or (folder / path.name).read_bytes() != content:
             (folder / name).write_bytes(content)
@@ -137,10 +144,6 @@ def carry_licences(checkpoint: Path, folder: Path, changes: Sequence[str], adapt
     text = f"This artefact was made from a FastVLM checkpoint. {CHANGES}\n{listed}"
     notice.write_text(before + text + terms, encoding="utf-8")
     return carried
-
-
-def _licences(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.name.lower().startswith(_CARRIED) and not path.is_dir())
 
 
 def _licence(path: Path) -> bytes:

@@ -1,17 +1,16 @@
 """A checkpoint and an adapter written as one checkpoint, in the base's layout and names, some rows at a time."""
 
-import json
 import math
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fastvlm.checkpoint import naming
+from fastvlm.checkpoint.adapter import Adapter
 from fastvlm.checkpoint.checkpoint import Checkpoint
 from fastvlm.checkpoint.weights import TensorInfo
-from fastvlm.common.documents import load_object
+from fastvlm.common.documents import dump, load_object
 from fastvlm.common.dtypes import ITEMSIZE, LARGEST, kind_of
 from fastvlm.common.errors import UserError
 from fastvlm.common.files import read_small, small_files
@@ -55,9 +54,7 @@ class Merge:
         """What is merged, as JSON-ready data."""
         adapter = self.checkpoint.adapter
         assert adapter is not None
-        changed = sum(
-            info.change is not None or info.file in adapter.files for info in self.checkpoint.tensors.values()
-        )
+        changed = sum(_is_changed(info, adapter) for info in self.checkpoint.tensors.values())
         return {
             "made_by": f"fastvlm {VERSION}",
             "base": self.checkpoint.path.resolve().name,
@@ -68,6 +65,10 @@ class Merge:
             "bytes": self.nbytes,
             "warnings": list(self.checkpoint.warnings),
         }
+
+
+def _is_changed(info: TensorInfo, adapter: Adapter) -> bool:
+    return info.change is not None or info.file in adapter.files
 
 
 def shape_of(info: TensorInfo) -> tuple[int, ...]:
@@ -84,8 +85,7 @@ def plan(checkpoint: Checkpoint, dtype: str | None = None) -> Merge:
     assert adapter is not None
     dtypes = {}
     for name, info in checkpoint.tensors.items():
-        own = info.change is None and info.file not in adapter.files
-        dtypes[name] = dtype or (info.dtype if own else checkpoint.dtype)
+        dtypes[name] = dtype or (checkpoint.dtype if _is_changed(info, adapter) else info.dtype)
     sizes = {name: ITEMSIZE[dtypes[name]] * math.prod(shape_of(checkpoint.tensors[name])) for name in dtypes}
     shards, total = len(checkpoint.files) - len(adapter.files), sum(sizes.values())
     parts: list[dict[str, str]] = [{} for _ in range(shards)]
@@ -117,14 +117,7 @@ def _small(checkpoint: Checkpoint) -> dict[str, Path]:
 
 def check_target(target: Path, overwrite: bool) -> None:
     """Refuse a target that is there, but for a merged checkpoint with `overwrite`."""
-    if not os.path.lexists(target) or (target.is_dir() and not any(target.iterdir())):
-        return
-    if not target.is_dir():
-        raise UserError(f"--output-dir {target}: is a file: choose another name")
-    if not (target / RECORD).is_file():
-        raise UserError(f"--output-dir {target}: is no merged checkpoint (it has no {RECORD}): choose another")
-    if not overwrite:
-        raise UserError(f"--output-dir {target}: exists: choose another, or replace it with --overwrite")
+    artefact.check_replaced(target, overwrite, RECORD, "merged checkpoint")
 
 
 def write(
@@ -149,15 +142,15 @@ def write(
         if len(merge.files) > 1:
             weight_map = {name(tensor): file for file, dtypes in merge.files.items() for tensor in dtypes}
             index = {"metadata": {"total_size": merge.nbytes}, "weight_map": dict(sorted(weight_map.items()))}
-            _write(folder / "model.safetensors.index.json", index)
+            dump(folder / "model.safetensors.index.json", index)
         for small, source in merge.small.items():
             (folder / small).write_bytes(read_small(source))
-        _write(folder / "config.json", _config(merge))
+        dump(folder / "config.json", _config(merge))
         change = f"{adapter.kind}: the adapter {adapter.path.resolve().name} was merged into the weights, in float32."
         artefact.carry_licences(checkpoint.path, folder, [change], adapter.path)
         document = merge.document()
         hashes = {file.name: artefact.hash_file(file) for file in adapter.files}
-        _write(folder / RECORD, document | {"adapter_files": hashes})
+        dump(folder / RECORD, document | {"adapter_files": hashes})
     return document
 
 
@@ -206,7 +199,3 @@ def _config(merge: Merge) -> dict[str, Any]:
         vision = document.setdefault("vision_config", {})
         vision["model_args"] = {**(vision.get("model_args") or {}), "inference_mode": checkpoint.form == "folded"}
     return document
-
-
-def _write(path: Path, document: dict[str, Any]) -> None:
-    path.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

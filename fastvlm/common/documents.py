@@ -74,6 +74,11 @@ def object_or_empty(path: str | PathLike[str]) -> dict[str, Any]:
         return {}
 
 
+def dump(path: Path, document: Any) -> None:
+    """Write a JSON document that people read, too."""
+    path.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 def is_lfs_pointer(path: Path) -> bool:
     """Whether the file is a Git-LFS pointer instead of its content."""
     try:

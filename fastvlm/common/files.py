@@ -19,6 +19,8 @@ from fastvlm.common.findings import Finding
 SMALL = 64 << 20  # bytes; the largest small file of a checkpoint, Qwen2's tokenizer.json, has 11 MB
 # A checkpoint's files beside its weights that decide what it is. Other libraries open some: we look at them before.
 BESIDE_WEIGHTS = ("*.json", "merges.txt", "*.jinja", "tokenizer.model")
+LICENCES = ("license", "licence")  # how a licence's name begins, in lower case
+_CARRIED = (*LICENCES, "notice", "acknowledgements")
 
 
 def read_small(path: str | os.PathLike[str], limit: int = SMALL) -> bytes:
@@ -59,6 +61,11 @@ def small_files(folder: Path) -> list[Path]:
         and not is_macs(path.name)
         and not path.is_dir()
     ]
+
+
+def licence_files(folder: Path) -> list[Path]:
+    """The licences and notices in a folder, sorted: they go along with every copy."""
+    return sorted(path for path in folder.iterdir() if path.name.lower().startswith(_CARRIED) and not path.is_dir())
 
 
 def check_small_files(folder: Path) -> Iterator[Finding]:

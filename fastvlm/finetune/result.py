@@ -10,12 +10,12 @@ from typing import Any
 from safetensors.torch import save_file
 
 from fastvlm.checkpoint.checkpoint import Checkpoint
+from fastvlm.common.documents import dump
 from fastvlm.common.dtypes import torch_dtype
 from fastvlm.common.errors import UserError
-from fastvlm.common.files import leaving, small_files, stays_inside
+from fastvlm.common.files import leaving, licence_files, small_files, stays_inside
 from fastvlm.data.default_questions import EVALUATION, TRAINING
-from fastvlm.data.prompt import IMAGE, SYSTEM
-from fastvlm.data.records import Record, evenly
+from fastvlm.data.records import Record, as_llava, evenly, question_faults
 from fastvlm.finetune.model import Trainee, projector_tensors
 from fastvlm.finetune.plan import sha256
 
@@ -24,8 +24,6 @@ CALIBRATION = 128  # training records that are kept for calibration
 _TOKENIZER = re.compile(
     r"tokenizer(_config)?\.json|vocab\.json|merges\.txt|added_tokens\.json|special_tokens_map\.json|chat_template\.jinja"
 )
-_LICENCES = re.compile(r"(licen[cs]e|notice|acknowledgements)", re.IGNORECASE)
-_SPEAKERS = {"user": "human", "assistant": "gpt", "system": "system"}
 
 
 def write(trainee: Trainee, folder: Path) -> None:
@@ -39,13 +37,13 @@ def write(trainee: Trainee, folder: Path) -> None:
     else:
         copied = [path for path in small_files(plan.checkpoint.path) if not path.name.endswith(".index.json")]
         _write_checkpoint(trainee, folder)
-    copied += [path for path in plan.checkpoint.path.iterdir() if _LICENCES.match(path.name) and path.is_file()]
+    copied += [path for path in licence_files(plan.checkpoint.path) if path.is_file()]
     for path in copied:
         if path.is_symlink() and not stays_inside(path):
             raise UserError(f"{path}: {leaving(path)}")
         shutil.copyfile(path, folder / path.name)
-    write_json(folder / EVALUATION, llava(plan.evaluation.records))
-    write_json(folder / TRAINING, llava(evenly([r for r in plan.training.records if r.images], CALIBRATION)))
+    dump(folder / EVALUATION, _asked(plan.evaluation.records))
+    dump(folder / TRAINING, _asked(evenly([r for r in plan.training.records if r.images], CALIBRATION)))
 
 
 def round_to_stored(trainee: Trainee) -> None:
@@ -65,7 +63,7 @@ def _write_adapter(trainee: Trainee, folder: Path) -> None:
     document = json.loads(path.read_text())
     document["base_model_name_or_path"] = str(trainee.plan.checkpoint.path.resolve())
     document["target_modules"] = sorted(document["target_modules"])  # a set: another order in each process
-    write_json(path, document)
+    dump(path, document)
 
 
 def _write_checkpoint(trainee: Trainee, folder: Path) -> None:
@@ -80,32 +78,11 @@ def _write_checkpoint(trainee: Trainee, folder: Path) -> None:
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
 
-def llava(records: Iterable[Record]) -> list[dict[str, Any]]:
-    """Records in LLaVA's format, pictures by absolute path; those alone that can be asked as an exported model is."""
-    rows = []
-    for record in filter(askable, records):
-        row: dict[str, Any] = {"id": record.name}
-        if record.images:
-            row["image"] = str(record.images[0].resolve())
-        row["conversations"] = [{"from": _SPEAKERS[turn.role], "value": turn.text} for turn in record.turns]
-        rows.append(row)
-    return rows
-
-
-def askable(record: Record) -> bool:
-    """Whether a record can be asked of an exported model: one picture, in the first question, the usual system line."""
-    system = [turn.text for turn in record.turns if turn.role == "system"]
-    first = next(turn.text for turn in record.turns if turn.role == "user")
-    return len(record.images) == first.count(IMAGE) <= 1 and system in ([], [SYSTEM]) and bool(
-        first.replace(IMAGE, "").strip()
-    )  # fmt: skip
+def _asked(records: Iterable[Record]) -> list[dict[str, Any]]:
+    """Those that can be asked of an exported model, in LLaVA's format."""
+    return [as_llava(record) for record in records if not question_faults(record)]
 
 
 def file_hashes(paths: Sequence[Path]) -> dict[str, str]:
     """The sha256 of each file, by its name."""
     return {path.name: sha256(path) for path in sorted(paths)}
-
-
-def write_json(path: Path, document: Any) -> None:
-    """Write a JSON document for people, too."""
-    path.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fastvlm.common.cli import log, progress
-from fastvlm.common.documents import object_or_empty, shown
+from fastvlm.common.documents import dump, object_or_empty, shown
 from fastvlm.common.dtypes import choose_device
 from fastvlm.common.errors import CheckFailed, UserError
 from fastvlm.common.findings import several
@@ -83,7 +83,7 @@ def run(plan: Plan) -> dict[str, Any]:
         with staged(target, replace=settings.overwrite) as folder:
             result.write(trainee, folder)
             page.write(folder, document, asked, before.answers, after.answers, settings.output_dir)
-            result.write_json(folder / DONE, document)
+            dump(folder / DONE, document)
         remove(work)
     return document
 

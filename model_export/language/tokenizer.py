@@ -1,11 +1,11 @@
 """An artefact's tokenizer and preprocessing files, as swift-transformers, Transformers and the demo app read them."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from fastvlm.checkpoint.checkpoint import Checkpoint
+from fastvlm.common.documents import dump
 from fastvlm.data.prompt import CHAT_TEMPLATE, END_OF_TURN
 from model_export import contract
 
@@ -54,7 +54,7 @@ def write_tokenizer(checkpoint: Checkpoint, folder: Path, template: str | None =
         "split_special_tokens": False,
         "unk_token": tokenizer.unk_token,
     }
-    _write(folder / contract.TOKENIZER_CONFIG, document)
+    dump(folder / contract.TOKENIZER_CONFIG, document)
 
 
 def write_processors(
@@ -70,7 +70,7 @@ def write_processors(
     app crops whatever they say.
     """
     pad = image_strategy == "pad"
-    _write(
+    dump(
         folder / contract.PREPROCESSOR_CONFIG,
         {
             "crop_size": {"height": image_size, "width": image_size},
@@ -90,7 +90,7 @@ def write_processors(
             "size": {"shortest_edge": image_size},
         },
     )
-    _write(
+    dump(
         folder / contract.PROCESSOR_CONFIG,
         {
             "image_token": contract.IMAGE_TOKEN,
@@ -99,7 +99,3 @@ def write_processors(
             "processor_class": contract.PROCESSOR_CLASS,
         },
     )
-
-
-def _write(path: Path, document: dict[str, Any]) -> None:
-    path.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
